@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torchtune import utils
 
 from layerskip_recipes.benchmark.peers import Peer, Rows, type_and_line
@@ -74,14 +73,13 @@ class Turns:
         if isinstance(method, Peer):
             rows, stats = method.decode(batch, self.cfg.sampler(temperature), seed)
             return [row[: text.extend(row)] for row, text in zip(rows, texts, strict=True)] if texts else rows, stats
-        rng = torch.Generator(self.model.tok_embeddings.weight.device).manual_seed(seed)
         generation = Generation(
             self.model,
             batch,
             self.limit,
             exit_layer=method if isinstance(method, int) else None,
             speculation=method if isinstance(method, Speculation) else None,
-            sampler=self.cfg.sampler(temperature, rng),
+            sampler=self.cfg.sampler(temperature, seed),
             stop_tokens=self.stop_tokens,
             compile=self.cfg.compile,
             reserve=self.reserve,

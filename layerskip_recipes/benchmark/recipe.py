@@ -241,7 +241,7 @@ class LayerSkipBenchmark:
                 row |= {"exit_layer": candidate.section.exit_layer, "length": candidate.section.num_speculations}
                 if temperature == self.cfg.all_temperatures[0] and not candidate.section.prompt_lookup:
                     row["predicted_speedup"] = candidate.prediction.speedup
-            row |= figures(runs, self.runs[temperature, BASELINE], temperature == 0, self.bandwidth)
+            row |= figures(runs, self.runs[temperature, BASELINE], not peer or temperature == 0, self.bandwidth)
             row |= self._quality(runs)
             results.append(row)
             if self.cfg.random_weights:

@@ -30,10 +30,11 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
 
 
-def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidth: float) -> dict[str, Any]:
+def figures(runs: Sequence[Run], baseline: Sequence[Run], same_noise: bool, bandwidth: float) -> dict[str, Any]:
     """The figures of a method at one temperature: times in seconds; rates as median, min and max over the repeats.
 
-    `baseline` has the autoregressive runs on the same prompts. Only greedy outputs are compared with it.
+    `baseline` has the autoregressive runs on the same prompts. Outputs are compared with it if
+    they should be equal: `same_noise`.
     """
     stats, repeats = total(runs), by_repeat(runs)
     rate = spread([s.tokens_per_second for s in repeats])
@@ -48,7 +49,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], greedy: bool, bandwidt
         "speedup_not_looping": spread([*map(ratio, *both)]),
         "outputs": sum(len(run.outputs) for run in runs),
         "looping_outputs": sum(run.loops for run in runs),
-        "identical": [run.outputs for run in runs] == [run.outputs for run in baseline] if greedy and runs else None,
+        "identical": [r.outputs for r in runs] == [r.outputs for r in baseline] if same_noise and runs else None,
         **draft_figures(stats, total(baseline), speedup["median"] if isinstance(speedup, dict) else None),
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.rounds_by_kind),

@@ -309,7 +309,7 @@ class LayerSkipLM(TemplateLM):
             limit,
             exit_layer=self.exit_layer,
             speculation=self.built and self.built[1],
-            sampler=replace(sampler, rng=torch.Generator(device=self._device).manual_seed(self.seed)),
+            sampler=replace(sampler, seed=self.seed),
             stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
             rows=self.rows,
         )

@@ -14,7 +14,7 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.local_shards import is_split
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.processes import from_rank_zero, same_on_all
+from layerskip_recipes.processes import same_on_all
 
 
 @dataclass
@@ -39,7 +39,7 @@ def generate(
     repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] | None = None,
     pad_id: int = 0,
-    rng: torch.Generator | None = None,
+    seed: int | None = None,
     compile: bool = False,
     **speculation: Any,
 ) -> GenerationOutput:
@@ -58,8 +58,8 @@ def generate(
         repetition_penalty: above 1, tokens of the prompt and the output become less likely, see `penalise`.
         stop_tokens: a row ends with the first of these tokens.
         pad_id: fills the output; at the start of a row of [b, s] it is padding.
-        rng: a generator on the model's device, for reproducible sampling. Ranks that share a model use rank 0's state.
-            With num_speculations, measured times decide where to draft, so one seed may give different tokens.
+        seed: decides sampled tokens, together with the model, the prompt and the sampling settings. How tokens are
+            drafted, and the batch, do not matter. None: a seed drawn from torch's global generator.
         compile: compile the steps. On a GPU the model keeps the graphs for later calls. Greedy decoding, each set of
             filters and each value of top_k need graphs of their own.
         **speculation: draft_vocabulary, prompt_lookup, min_confidence, drafter, as in `Speculation`.
@@ -105,21 +105,17 @@ def generate(
         Speculation(1, 1, **speculation)  # a TypeError for an unknown name
         name = next(iter(speculation))
         raise ConfigError(f"{name}: needs num_speculations too, for example num_speculations=6")
-    # Ranks that share a model need the same prompts and random numbers. Other ranks are independent.
+    # Ranks that share a model need the same prompts. Other ranks are independent.
     shared = is_split(model)
     if shared and not same_on_all(rows):
         raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
-    if shared and temperature:
-        if rng is None:
-            rng = torch.Generator(model.tok_embeddings.weight.device).manual_seed(int(torch.randint(2**31, ())))
-        rng.set_state(from_rank_zero(rng.get_state()))
     generation = Generation(
         model,
         rows,
         max_generated_tokens,
         exit_layer=exit_layer if drafts is None else None,
         speculation=drafts,
-        sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, rng),
+        sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed),
         stop_tokens=() if stop_tokens is None else stop_tokens,
         compile=compile,
         shared=shared,

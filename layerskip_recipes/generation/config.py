@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
@@ -64,9 +63,9 @@ class DecodingConfig(RecipeConfig):
         super().choose(choices)
         choices.pick("max_new_tokens", lambda: min(300, self.meta_model.max_seq_len // 2))
 
-    def sampler(self, temperature: float, rng: torch.Generator | None = None) -> Sampler:
+    def sampler(self, temperature: float, seed: int | None = None) -> Sampler:
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
-        return Sampler(temperature, self.top_k, self.top_p, self.min_p, penalty, rng)
+        return Sampler(temperature, self.top_k, self.top_p, self.min_p, penalty, seed)
 
     @property
     def is_conversation(self) -> bool:

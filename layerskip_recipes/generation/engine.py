@@ -26,12 +26,13 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
 from layerskip_recipes.generation.prefill import read_texts
 from layerskip_recipes.generation.rows import Rows
-from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.sampling import Sampler, noise_keys
 from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
 from layerskip_recipes.generation.steps import Step, StepContext, choose_token
 from layerskip_recipes.model.decoder import as_layerskip_decoder, on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
+from layerskip_recipes.processes import from_rank_zero
 
 
 class Generation:
@@ -51,11 +52,11 @@ class Generation:
             batching). None: all prompts.
         compile: compile the steps; the model keeps the graphs for later generations.
         cache: the `cache` of an earlier generation with as many rows; its tokens are not computed again.
-        shared: all ranks of torchrun decode these prompts, and rank 0 decides the tokens. Each rank draws its own
-            drafts, so the sampler's generator must have the same state on all ranks.
+        shared: all ranks of torchrun decode these prompts, and rank 0 decides the tokens.
         reserve: minimum number of slots in a new cache; None: what this generation needs.
         on_draft: called with each row's drafted tokens, [b][n], before every verification.
         choice: the rates that earlier generations measured, which decide what to draft; None: measure anew.
+        numbers: equal prompts with different numbers get different samples; None: see `noise_keys`.
 
     Attributes:
         generated: new tokens of each prompt so far.
@@ -92,6 +93,7 @@ class Generation:
         reserve: int | None = None,
         on_draft: Callable[[list[list[int]]], None] | None = None,
         choice: DiscountedUCB | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         started = time.perf_counter()
         self.model = as_layerskip_decoder(model)
@@ -131,6 +133,11 @@ class Generation:
             rows_of = draft_model if own else self.model
             draft_head = speculation.draft_head or draft_head_of(rows_of, speculation.draft_vocabulary)
         self.context = StepContext(self.model, cache, sampler, compiled, draft_model, draft_head, shared=shared)
+        # The keys of the noise: [b, 2] by row, and by prompt.
+        self.keys: torch.Tensor | None = None
+        if not sampler.greedy:
+            self.keys_by_prompt = noise_keys(self._seed(sampler), self.rows.prompts, numbers)
+            self.keys = on_device(self.rows.values_in_rows(self.keys_by_prompt), self.context.device)
         self.speculation = speculation
         sharded = (layer for layer in self.model.layers if isinstance(layer, FSDPModule))
         self.first_sharded = None if speculation is None else next(sharded, None)
@@ -204,6 +211,11 @@ class Generation:
             self.stats.count_round(drafted, accepted, times=-1)
             self.stats.count_round(kept, kept)
 
+    def _seed(self, sampler: Sampler) -> int:
+        """The sampler's seed or a random one; the same on ranks that share the prompts."""
+        seed = int(torch.randint(2**31, ())) if sampler.seed is None else sampler.seed
+        return from_rank_zero(seed) if self.context.shared else seed
+
     # ---- the cache ----
 
     @contextmanager
@@ -238,7 +250,7 @@ class Generation:
         final = read_texts(self.context, prompts, self.exit_layer, reused)
         self.drafter.begin(final)
         self.context.load_cpp()  # its head chooses each row's first token, even if torch has read the prompts
-        self.last = self._first_tokens(final, self.context.noise(), self.rows.seen)
+        self.last = self._first_tokens(final, slice(None))
         return self._keep([[token] for token in self.last.tolist()])
 
     def _take_next(self, row: int) -> list[list[int]]:
@@ -246,11 +258,12 @@ class Generation:
         started = time.perf_counter()
         text, here = self.rows.take_next(row), slice(row, row + 1)
         self.cache.tokens[row] = []  # until the prefill is done
-        noise, seen = (None if t is None else t[here] for t in (self.context.noise(), self.rows.seen))
+        if self.keys is not None:
+            self.keys[row] = on_device(self.keys_by_prompt[self.rows.in_row[row]], self.context.device)
         self.last = self.last.clone()
         with decoding_kernels(self.context.device):
             final = read_texts(self.context, [text], self.exit_layer, rows=[row])
-            self.last[here] = self._first_tokens(final, noise, seen)
+            self.last[here] = self._first_tokens(final, here)
             self.drafter.replace(row, text, final[0])
         self.stats.first_tokens += 1
         self.stats.prefill_tokens += len(text)
@@ -258,10 +271,12 @@ class Generation:
         self.stats.prefill_s += time.perf_counter() - started
         return new
 
-    def _first_tokens(self, final: torch.Tensor, noise: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Tensor:
-        """The first new tokens [b], from x_L of the texts' last tokens, `final` [b, d]."""
+    def _first_tokens(self, final: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The first new tokens [b] of these rows, from x_L of the texts' last tokens, `final` [b, d]."""
         logits = self.context.unembed(final[:, None])[:, -1]
-        return self.context.broadcast(self.choose_token.run(None, logits, noise, seen))
+        at = on_device(self.rows.lengths[rows], self.context.device)
+        keys, seen = (None if t is None else t[rows] for t in (self.keys, self.rows.seen))
+        return self.context.broadcast(self.choose_token.run(None, logits, keys, at, seen))
 
     # ---- rounds ----
 
@@ -273,7 +288,7 @@ class Generation:
         room, finished = self.rows.room, self.rows.values_in_rows(self.finished)
         starts = [length - 1 for length in self.rows.lengths]  # the slot of each row's last token
         start = on_device(starts, self.context.device)
-        now = RoundStart(self.last, start, max(starts), self.rows.seen, finished, max(room))
+        now = RoundStart(self.last, start, max(starts), self.keys, self.rows.seen, finished, max(room))
         if self.first_sharded is not None:
             self.first_sharded.unshard(async_op=True)  # while the draft is made
         with self.phases.phase("draft"):

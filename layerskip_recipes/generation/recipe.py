@@ -23,6 +23,7 @@ from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.report import Totals, make_report, print_report
+from layerskip_recipes.generation.sampling import copies_before
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -61,6 +62,7 @@ class LayerSkipGenerate:
             examples = try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file)
             self.examples, self.prompt_tokens = encode(examples, self.tokenizer, model, self.max_new_tokens)
         self.prompts = [example.prompt for example in self.examples]
+        self.numbers = copies_before(self.prompt_tokens)  # equal prompts get different samples
         self.good = [i for i, example in enumerate(self.examples) if example.error is None]
         bad = [example.error for example in self.examples if example.error is not None]
         if cfg.on_bad_prompt != "skip" or not self.good:
@@ -172,7 +174,7 @@ class LayerSkipGenerate:
             "batch_size": self.batch_size,
             "prompts": len(ours.outputs),
             "skipped": len(self.examples) - len(self.good),
-            **make_report(ours, baseline if self.compare else None, self.cfg.temperature == 0, self.device),
+            **make_report(ours, baseline if self.compare else None, self.device),
         }
         steps = find_compiled_steps(self.model)
         if steps is not None:
@@ -222,13 +224,15 @@ class LayerSkipGenerate:
         answers: AnswersInOrder | None = None,
     ) -> Generation:
         """Decode a batch; `answers` gets each answer, after Ctrl-C also unfinished ones."""
-        rng = torch.Generator(device=self.device).manual_seed(self.seed + batch[0])
         prompts = [self.prompt_tokens[i] for i in batch]
         texts = [self.text_of(i) for i in batch]
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
-        generation = self._generation(prompts, limit, rng, plain, shown, reserve=self.reserve, rows=self.batch_size)
+        numbers = [self.numbers[i] for i in batch]
+        generation = self._generation(
+            prompts, limit, plain, shown, reserve=self.reserve, rows=self.batch_size, numbers=numbers
+        )
 
         answered = set()
 
@@ -255,7 +259,6 @@ class LayerSkipGenerate:
         self,
         prompts: Sequence[Sequence[int]],
         limit: int,
-        rng: torch.Generator,
         plain: bool = False,
         shown: TextStream | None = None,
         **kwargs: Any,
@@ -267,7 +270,7 @@ class LayerSkipGenerate:
             limit,
             exit_layer=None if plain else self.exit_layer,
             speculation=None if plain else self.speculation,
-            sampler=self.cfg.sampler(self.cfg.temperature, rng),
+            sampler=self.cfg.sampler(self.cfg.temperature, self.seed),
             stop_tokens=self.stop_tokens,
             compile=self.compile,
             shared=num_processes() > 1,
@@ -307,11 +310,10 @@ class LayerSkipGenerate:
             except ValueError as e:
                 log.warning("the question is left out: %s", e)
                 continue
-            rng = torch.Generator(device=self.device).manual_seed(self.seed + turn)
             answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
             # Twice what this turn needs: a new cache would have to read the conversation anew.
             slots = min(max(1024, 2 * (len(tokens) + limit)), most_positions(self.model)[0])
-            generation = self._generation([tokens], limit, rng, shown=answer, cache=cache, reserve=slots)
+            generation = self._generation([tokens], limit, shown=answer, cache=cache, reserve=slots)
             try:
                 follow(generation, [answer], answer if self.cfg.stream else None)
             except KeyboardInterrupt:

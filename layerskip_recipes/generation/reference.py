@@ -1,8 +1,9 @@
 """Self-speculative decoding on one screen: the engine's algorithm without cache, batch or compilation.
 
 A round drafts d tokens with the layers below exit E, and verifies all of them with the layers from E up in one pass
-(LayerSkip, arXiv 2404.16710, section 4.3). Drafted tokens are accepted or replaced such that the output has the full
-model's distribution (Leviathan et al., arXiv 2211.17192, algorithm 1).
+(LayerSkip, arXiv 2404.16710, section 4.3). Draft and model choose tokens with the same noise, and a drafted token is
+accepted exactly if it is the model's own choice (arXiv 2408.07978). So the output equals plain decoding, greedy or
+sampled.
 
 Notation: x_E is the hidden state after E layers, g the norm and head, s the length of the text, D the model's width, v
 the vocabulary size.
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from layerskip_recipes.generation.sampling import Sampler, choose, noise_keys
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 
@@ -23,53 +25,37 @@ def speculative_decode(
     exit_layer: int,
     num_speculations: int,
     temperature: float = 0.0,
-    rng: torch.Generator | None = None,
+    seed: int = 0,
 ) -> list[int]:
+    sampler, keys = Sampler(temperature), torch.tensor(noise_keys(seed, [prompt]))
+
+    def choose_all(logits: torch.Tensor) -> list[int]:
+        """The token that each position of logits [1, s, v] chooses: it follows in the text."""
+        scores, at = sampler.scores(logits, None, sampler.settings(logits.device)), torch.arange(logits.shape[1]) + 1
+        return choose(scores, None if sampler.greedy else keys, at[None])[0].tolist()
+
     text = list(prompt)
     while len(text) < len(prompt) + max_new_tokens:
-        text += speculative_round(model, text, exit_layer, num_speculations, temperature, rng)
+        text += speculative_round(model, text, exit_layer, num_speculations, choose_all)
     return text[len(prompt) :][:max_new_tokens]
 
 
-@torch.no_grad()
 def speculative_round(
-    model: LayerSkipDecoder,
-    text: list[int],
-    exit_layer: int,
-    num_speculations: int,
-    temperature: float = 0.0,
-    rng: torch.Generator | None = None,
+    model: LayerSkipDecoder, text: list[int], exit_layer: int, num_speculations: int, choose_all: Any
 ) -> list[int]:
     """The accepted tokens of one round, and one token of the full model."""
-    # 1. Draft token by token: q_i = softmax(g(x_E) / temperature) after i drafted tokens.
-    tokens, q = list(text), []
+    # 1. Draft token by token from g(x_E).
+    tokens = list(text)
     for _ in range(num_speculations):
         x = model(torch.tensor([tokens]), exit_layer=exit_layer, unembed=False)  # x_E [1, s + i, D]
-        logits: Any = model.unembed(x)  # g(x_E) [1, s + i, v]
-        q.append(distribution(logits[0, -1], temperature))  # [v]
-        tokens.append(draw(q[-1], rng))
+        tokens.append(choose_all(model.unembed(x))[-1])
 
-    # 2. Verify. The draft has computed x_E of every token but the last drafted one.
+    # 2. Verify: one late pass over all tokens. The draft has computed x_E of every token but the last drafted one.
     last = model(torch.tensor([tokens]), exit_layer=exit_layer, unembed=False)[:, -1:]
     x = torch.cat([x, last], 1)  # [1, s + d, D]
-    p = distribution(model(hidden=x, start_layer=exit_layer)[0], temperature)[len(text) - 1 :]  # [d + 1, v]
+    chosen = choose_all(model(hidden=x, start_layer=exit_layer))[len(text) - 1 :]  # the model's own d + 1 choices
 
-    # 3. Accept a drafted token with probability min(1, p/q). Replace a rejected one by a draw from norm(max(0, p - q)).
-    new: list[int] = []
-    for token, q_i, p_i in zip(tokens[len(text) :], q, p, strict=False):
-        if torch.rand((), generator=rng) * q_i[token] >= p_i[token]:
-            rest = (p_i - q_i).clamp(min=0)
-            return [*new, draw(rest / rest.sum(), rng)]
-        new.append(token)
-    return [*new, draw(p[num_speculations], rng)]  # all accepted: one more token
-
-
-def distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """softmax(logits / temperature), [..., v]; at temperature 0 one-hot, so that only greedy choices are accepted."""
-    if temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    return (logits / temperature).softmax(-1)
-
-
-def draw(probs: torch.Tensor, rng: torch.Generator | None) -> int:
-    return int(torch.multinomial(probs, 1, generator=rng))
+    # 3. Accept drafted tokens while they are the model's own choices. Then comes one more token of the model.
+    drafted = tokens[len(text) :]
+    accepted = next((i for i, token in enumerate(drafted) if token != chosen[i]), num_speculations)
+    return [*drafted[:accepted], chosen[accepted]]

@@ -39,7 +39,7 @@ class Totals:
         self.outputs |= {i: output for i, output in zip(prompts, generation.generated, strict=True) if output}
 
 
-def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: torch.device) -> dict[str, Any]:
+def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> dict[str, Any]:
     """The figures of a run; `baseline` is the autoregressive run on the same prompts."""
     stats = ours.stats
     peak = peak_memory_bytes(device)  # before the bandwidth is measured, which takes memory too
@@ -80,8 +80,7 @@ def make_report(ours: Totals, baseline: Totals | None, greedy: bool, device: tor
         "baseline_tokens": baseline.stats.tokens,
         "speedup": speedup,
         **draft_figures(stats, baseline.stats, speedup),
-        # Two samplings differ by chance; only greedy outputs can be the same tokens, if there are any.
-        "identical": ours.outputs == baseline.outputs if greedy and ours.outputs else None,
+        "identical": ours.outputs == baseline.outputs if ours.outputs else None,
     }
     return report
 

@@ -1,9 +1,14 @@
-"""From logits to tokens: the filters, and the acceptance of drafted tokens, greedy and sampled.
+"""From logits to tokens: penalty, temperature, filters, and noise that makes sampling replayable.
 
-p is the full model's distribution, q the draft's; both use the same penalty, temperature, top-k, top-p and min-p.
-Random numbers are input tensors ("noise"), which keeps compiled steps reproducible.
+A token is the argmax of log p + Gumbel noise, where a hash of seed, prompt, position and token id makes the noise. That
+is exact sampling from p (the Gumbel-max trick). Draft and model use the same noise, so a drafted token is accepted
+exactly if it is the model's own choice. Sampled output therefore equals plain sampling token for token (Daliri, Musco
+and Suresh, arXiv 2408.07978). Greedy decoding is the case without noise.
 """
 
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
@@ -19,33 +24,36 @@ MinP = Annotated[Fraction, Field(examples=[0.05])]
 Penalty = Annotated[float, Field(gt=0, examples=[1.1])]
 
 
-def next_token_probs(
+# ---- scores ----
+
+
+def token_scores(
     logits: torch.Tensor,
     temperature: float | torch.Tensor,
     top_k: int | None = None,
     top_p: float | torch.Tensor | None = None,
-    min_p: float | torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(logits / temperature) in fp32, [..., v] -> [..., v], restricted by top_k, then min_p, then top_p.
+    """log p up to a constant in fp32, [..., v] -> [..., v]; -inf for tokens that top_k, then min_p, then top_p remove.
 
-    top_k keeps the k likeliest tokens and ties, min_p the tokens of at least min_p times the largest probability, top_p
-    the smallest set of tokens with this mass. All but top_k may be tensors [], so that one graph serves all values.
+    p is softmax(logits / temperature). top_k keeps the k likeliest tokens and ties, min_p the tokens of at least min_p
+    times the largest probability, top_p the smallest set of tokens with this mass. All but top_k may be tensors [], so
+    that one graph serves all values.
     """
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probs = logits.softmax(-1)
+    logits = logits.float()
+    # The largest score is 0, which no temperature moves.
+    scores = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < scores.shape[-1]:
+        kth = scores.topk(top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < kth, -torch.inf)
     if min_p is not None:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
-        probs = probs / probs.sum(-1, keepdim=True)
+        scores = scores.masked_fill(scores < min_p.log(), -torch.inf)
     if top_p is not None:
-        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+        ranked, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
         # Keep a token while the mass of likelier tokens is below top_p; the first one always stays.
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+        beyond = ranked.cumsum(-1) - ranked >= top_p
+        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return scores
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float | torch.Tensor) -> torch.Tensor:
@@ -56,70 +64,84 @@ def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float | torch.Te
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def random_bits(shape: tuple[int, ...], device: torch.device, rng: torch.Generator | None) -> torch.Tensor:
-    """31 random bits in int32, the noise of an exponential race. A CPU draws them nine times as fast as Exp(1)."""
-    return torch.empty(shape, dtype=torch.int32, device=device).random_(generator=rng)
+def confidence(scores: torch.Tensor) -> torch.Tensor:
+    """The probability of the draft's likeliest token, [b, v'] -> [b]; the product over a draft is its confidence.
 
-
-def exponential_race_scores(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """probs / Exp(1), [..., v]: the token with the largest score is a draw from probs. The noise is `random_bits`.
-
-    Exp(1) is computed as -log(1 - u), which is most precise near 0, where draws win.
+    An exit trained on labels is roughly calibrated: the model accepts the token with about this probability.
     """
-    uniform = ((noise.float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)
-    return probs / -torch.log1p(-uniform)
+    return scores.softmax(-1).amax(-1)
 
 
-def sample_exponential_race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draw a token from each distribution, [..., v] -> [...], without synchronising host and device."""
-    return exponential_race_scores(probs, noise).argmax(-1)
+# ---- noise ----
 
 
-def accept_greedy(drafted: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accept the longest prefix of drafted [b, n] that the full model would have chosen; its logits [b, n + 1, v].
+def noise_keys(seed: int, prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None = None) -> list[list[int]]:
+    """Two 32-bit keys per prompt, [p][2], from the seed, the prompt's tokens and its number.
 
-    Returns the number of accepted tokens [b], and the full model's next token [b].
+    Equal prompts need different `numbers` for different samples; None counts the equal prompts before each one.
     """
-    chosen = logits.argmax(-1)
+    numbers = copies_before(prompts) if numbers is None else numbers
+    keys = []
+    for prompt, number in zip(prompts, numbers, strict=True):
+        digest = hashlib.blake2b(repr((seed, number, list(prompt))).encode(), digest_size=8).digest()
+        keys.append([int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")])
+    return keys
+
+
+def copies_before(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """How many equal prompts come before each prompt."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for prompt in map(tuple, prompts):
+        numbers.append(seen[prompt])
+        seen[prompt] += 1
+    return numbers
+
+
+def mixed(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit numbers (in int64) that turns small differences into unrelated numbers.
+
+    Shifts and constants are those of lowbias32 in Wellons' hash-prospector. The second constant is 0xd35a2d97 - 2**32,
+    so that no product needs more than 63 bits.
+    """
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * -0x2CA5D269) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def gumbel(one: torch.Tensor, two: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise in fp32 of token ids at a position with the keys `one` and `two`; the three shapes broadcast."""
+    bits = mixed(mixed(one ^ ids) ^ two)
+    # -log(1 - u) is most precise near u = 0, where tokens win. The largest u must not round to 1.
+    uniform = ((bits.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def choose(
+    scores: torch.Tensor, keys: torch.Tensor | None, at: torch.Tensor, ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The index of each chosen token, [b, s, v'] -> [b, s]: the argmax of scores plus noise.
+
+    keys: [b, 2], see `noise_keys`; None is greedy. at: [b or 1, s], the positions of the tokens in their texts. ids:
+    the token ids [v'] of a draft vocabulary.
+    """
+    if keys is None:
+        return scores.argmax(-1)
+    one, two = (mixed(keys[:, i, None] ^ at)[..., None] for i in (0, 1))
+    ids = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
+    return (scores + gumbel(one, two, ids)).argmax(-1)
+
+
+def accept(drafted: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept drafted tokens [b, n] while they equal the model's choices [b, n + 1].
+
+    Returns the number of accepted tokens [b], and the model's choice behind them [b].
+    """
     accepted = (drafted == chosen[:, :-1]).long().cumprod(1).sum(1)
     return accepted, chosen.gather(1, accepted[:, None])[:, 0]
 
 
-def accept_sampled(
-    drafted: torch.Tensor, q: torch.Tensor, p: torch.Tensor, uniform: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Speculative sampling: accept x with probability min(1, p(x)/q(x)), else draw from norm(max(0, p - q)).
-
-    The result has the distribution of sampling from p (Leviathan et al., arXiv 2211.17192, appendix A.1).
-    drafted [b, n] is drawn from q [b, n, v]; p [b, n + 1, v]; uniform [b, n] from U(0, 1); noise [b, v]: `random_bits`.
-    Returns the number of accepted tokens [b] and the next token [b].
-    """
-    n = drafted.shape[1]
-    p_x = p[:, :n].gather(-1, drafted[..., None])[..., 0]
-    q_x = q.gather(-1, drafted[..., None])[..., 0]
-    accepted = (uniform * q_x < p_x).long().cumprod(1).sum(1)
-    # If all n are accepted, the next token is drawn from p itself, as if q were 0.
-    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
-    row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
-    p_row, q_row = p.gather(1, row)[:, 0], q.gather(1, row)[:, 0]
-    return accepted, sample_exponential_race(residual(p_row, q_row), noise)
-
-
-def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """norm(max(0, p - q)), the distribution of the token that replaces a rejected one; p, q [..., v]."""
-    rest = (p - q).clamp(min=0)
-    total = rest.sum(-1, keepdim=True)
-    # If p and q differ only by rounding, p - q can vanish everywhere.
-    return torch.where(total > 0, rest / total, p)
-
-
-def confidence(scores: torch.Tensor, greedy: bool) -> torch.Tensor:
-    """The probability of the draft's likeliest token, [b, v'] -> [b]; the product over a draft is its confidence.
-
-    An exit trained on labels is roughly calibrated: the model accepts the token with about this probability. Ending a
-    draft does not change the output's distribution, because the decision uses only tokens drafted so far.
-    """
-    return (scores.softmax(-1) if greedy else scores).amax(-1)
+# ---- settings ----
 
 
 class SamplerTensors(NamedTuple):
@@ -133,10 +155,10 @@ class SamplerTensors(NamedTuple):
 
 @dataclass  # not frozen: torch 2.6 would treat its numbers as constants of each graph
 class Sampler:
-    """How to choose tokens: greedily at temperature 0, else from the filtered distribution, see `next_token_probs`.
+    """How to choose tokens: greedily at temperature 0, else from the filtered distribution, see `token_scores`.
 
-    `rng` is a generator on the model's device; None: torch's global one. Raises a ConfigError for a setting out of
-    range.
+    `seed` decides all noise; None: a seed drawn from torch's global generator for each generation. Raises a ConfigError
+    for a setting out of range.
     """
 
     temperature: float = 0.0
@@ -144,7 +166,7 @@ class Sampler:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
-    rng: torch.Generator | None = None
+    seed: int | None = None
     greedy: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -153,8 +175,9 @@ class Sampler:
         check("top_p", self.top_p, TopP | None)
         check("min_p", self.min_p, MinP | None)
         check("repetition_penalty", self.repetition_penalty, Penalty)
-        # Stored: a compiled graph that read the temperature would be valid for one temperature only.
-        self.greedy = self.temperature == 0
+        # Stored: a compiled graph that read the temperature would be valid for one temperature only. Numbers that
+        # vanish in fp32 are greedy.
+        self.greedy = self.temperature < torch.finfo(torch.float32).tiny
         self.top_p = None if self.top_p == 1 else self.top_p
         self.min_p = self.min_p or None
 
@@ -165,7 +188,7 @@ class Sampler:
 
     @property
     def only_temperature(self) -> bool:
-        """Whether choices depend on logits and temperature only."""
+        """Whether choices depend on logits, temperature and noise only."""
         unfiltered = self.top_k is None and self.top_p is None and self.min_p is None
         return not self.penalises and (self.greedy or unfiltered)
 
@@ -189,21 +212,9 @@ class Sampler:
         return False, self.penalises, self.top_k, self.top_p is None, self.min_p is None
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, settings: SamplerTensors) -> torch.Tensor:
-        """Penalised logits if greedy, else the filtered distribution; [..., v] -> [..., v]."""
+        """Penalised logits if greedy, else their `token_scores`; [..., v] -> [..., v]."""
         if seen is not None:
             logits = penalise(logits, seen, settings.repetition_penalty)
         if self.greedy:
             return logits
-        return next_token_probs(logits, settings.temperature, self.top_k, settings.top_p, settings.min_p)
-
-    def choose(self, scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Tokens from `scores`, [..., v] -> [...]."""
-        return scores.argmax(-1) if noise is None else sample_exponential_race(scores, noise)
-
-    def noise(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
-        """`random_bits`, None if greedy."""
-        return None if self.greedy else random_bits(shape, device, self.rng)
-
-    def uniform(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
-        """U(0, 1) draws, None if greedy."""
-        return None if self.greedy else torch.rand(shape, device=device, generator=self.rng)
+        return token_scores(logits, settings.temperature, self.top_k, settings.top_p, settings.min_p)

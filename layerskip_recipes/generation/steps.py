@@ -15,7 +15,7 @@ from torchtune.utils._logging import log_once
 from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
-from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.sampling import Sampler, choose
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, DecodingCache, causal_mask
 from layerskip_recipes.processes import broadcast_from_rank0
@@ -106,15 +106,6 @@ class StepContext:
         if self.graphs is not None:
             self.graphs.begin_round()
 
-    def noise(self) -> torch.Tensor | None:
-        """Noise for the model's choices, [b, v]; None if greedy."""
-        return self.sampler.noise((self.cache.rows, self.vocabulary_size), self.device)
-
-    def draft_noise(self, count: int) -> torch.Tensor | None:
-        """Noise for `count` choices of the draft, [b, count, v']; None if greedy."""
-        size = self.vocabulary_size if self.draft_head is None else len(self.draft_head.vocabulary)
-        return self.sampler.noise((self.cache.rows, count, size), self.device)
-
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         return broadcast_from_rank0(tensor) if self.shared else tensor
 
@@ -186,11 +177,13 @@ class StepContext:
             seen = seen[..., self.draft_head.vocabulary]
         return self.scores(logits, seen)
 
-    def full_q(self, q: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """[b, s, v'] -> [b, s, v], with probability 0 for tokens outside of the draft vocabulary."""
-        if self.draft_head is None:
-            return q
-        return scores.new_zeros(*q.shape[:2], scores.shape[-1]).index_copy(2, self.draft_head.vocabulary, q)
+    def choose(
+        self, scores: torch.Tensor, keys: torch.Tensor | None, at: torch.Tensor, ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`sampling.choose`, [b, s, v'] -> [b, s]; in C++ it costs one pass over the scores."""
+        if self.cpp is None or keys is None:
+            return choose(scores, keys, at, ids)
+        return self.cpp.choose(scores, keys, at, ids)
 
     @staticmethod
     def seen_at(seen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -237,6 +230,6 @@ def next_logits(context: StepContext, exit_layer: int, slots, last, start):
     return context.run(context.model, last[:, None], start[:, None], slots, exit_layer=exit_layer)[:, -1]
 
 
-def choose_token(context: StepContext, slots, logits, noise, seen):
-    """A token for each row; logits, noise (None if greedy), seen [b, v] -> [b]."""
-    return context.sampler.choose(context.scores(logits, seen), noise)
+def choose_token(context: StepContext, slots, logits, keys, at, seen):
+    """A token for each row at the positions `at` [b]; logits, seen [b, v], keys [b, 2] (None if greedy) -> [b]."""
+    return context.choose(context.scores(logits, seen)[:, None], keys, at[:, None])[:, 0]

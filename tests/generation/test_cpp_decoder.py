@@ -2,6 +2,7 @@
 precision, the same bits for any number of rows, and the same tokens in every way of decoding."""
 
 import copy
+import itertools
 import platform
 import re
 import subprocess
@@ -40,7 +41,7 @@ from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compil
 from layerskip_recipes.generation.kernels.cpp_decoder import SOURCES, load_library
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
 from layerskip_recipes.generation.prefill import read_texts, reads_in_cpp
-from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.sampling import Sampler, choose, noise_keys
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -288,13 +289,16 @@ def talking(precision="fp32"):
     return model.to(torch.bfloat16) if precision == "bf16" else model
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_way_of_drafting_gives_the_models_tokens(variant):
+def test_every_way_of_drafting_gives_the_models_tokens(variant, temperature):
     """All prompts at a time and in two rows that take one after the other; no graph is made."""
     model = talking()
-    expected = [plain(model, prompt, 16) for prompt in PROMPTS]
+    sampler = Sampler(temperature, seed=2)
+    expected = run(model, PROMPTS, 16, sampler=sampler, compile=False).generated
+    assert temperature or expected == [plain(model, prompt, 16) for prompt in PROMPTS]
     for rows in (None, 2):
-        generation = run(model, PROMPTS, 16, speculation=speculation_of(variant, model), rows=rows)
+        generation = run(model, PROMPTS, 16, speculation=speculation_of(variant, model), rows=rows, sampler=sampler)
         assert generation.generated == expected and generation.context.cpp is not None
     assert generation.stats.accepted > 0 and compiled_steps(model).graphs == {}
 
@@ -308,7 +312,7 @@ def test_a_chain_of_drafts_is_one_call(family, variant, temperature, monkeypatch
     for compile in (False, True):
         if compile:
             monkeypatch.setattr(chain, "draft_token", None)
-        drafts, sampler = [], Sampler(temperature, rng=torch.Generator().manual_seed(1))
+        drafts, sampler = [], Sampler(temperature, seed=1)
         arguments = {"speculation": speculation_of(variant, model), "sampler": sampler, "on_draft": drafts.append}
         found.append((drafts, run(model, PROMPTS, 16, compile=compile, **arguments).generated))
     assert found[0] == found[1] and len(found[0][0]) > 0
@@ -326,8 +330,8 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
         context.load_cpp()
         at = torch.full((2, 1), 8)
         alone = context.run(model, text[:, -1:], at, cache.slots[:9], exit_layer=2, unembed=False)
-        arguments = (text[:, -1], at[:, 0], 1, 9, 2, None, context.settings.temperature, torch.ones(2), 0.0)
-        _, hidden, _ = context.cpp.draft(*arguments)
+        arguments = (text[:, -1], at[:, 0], 1, 9, 2, None, 0.0, torch.ones(2), 0.0)
+        _, hidden = context.cpp.draft(*arguments)
     assert torch.equal(hidden, alone)
 
 
@@ -400,3 +404,16 @@ def test_other_parts_are_not_run_in_cpp(part):
         UNKNOWN[part](model)
     context = StepContext(model, DecodingCache(model, 1, 160), Sampler(), CompiledSteps(CPU))
     assert context.cpp is None and context.graphs is not None
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([3, 7, 900, 20_000, 49_151])])
+def test_choices_are_those_of_torch(ids):
+    """Flat and peaked scores, of which C++ looks at few; 17 is a width that fills no vector."""
+    load_library()
+    torch.manual_seed(0)
+    keys, at = torch.tensor(noise_keys(3, [[1], [2]])), torch.tensor([[4, 5, 6]])
+    for width, factor in itertools.product((len(ids),) if ids is not None else (1, 17, 3000), (0.1, 3, 100)):
+        scores = factor * torch.randn(2, 3, width)
+        assert torch.equal(torch.ops.layerskip.choose_tokens(scores, keys, at, ids), choose(scores, keys, at, ids))
+    filtered = torch.randn(2, 3, 40).masked_fill(torch.arange(40) % 7 > 0, -torch.inf)
+    assert torch.equal(torch.ops.layerskip.choose_tokens(filtered, keys, at, None), choose(filtered, keys, at))

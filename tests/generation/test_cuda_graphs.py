@@ -93,7 +93,7 @@ def test_cuda_graphs_of_a_quantised_draft():
 def test_cuda_graphs_repeat_by_the_seed():
     model, outputs = make_small().cuda(), []
     for seed in (1, 1, 2):
-        sampler = Sampler(1.0, top_k=20, rng=torch.Generator("cuda").manual_seed(seed))
+        sampler = Sampler(1.0, top_k=20, seed=seed)
         generation = run(model, SHORT, 30, sampler=sampler, speculation=Speculation(**WAYS["chain"]))
         outputs.append(generation.generated)
     assert outputs[0] == outputs[1] != outputs[2] and not compiled_steps(model).failed

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.decoding import PROMPT, START, L, greedy, make_model, model_of, numbered, probabilities, small_model
-from helpers.sampling import p_value, penalised, rng
+from helpers.decoding import PROMPT, L, greedy, make_model, model_of, small_model
+from helpers.sampling import penalised
 from helpers.speculation import (
     PROMPTS,
     VARIANTS,
@@ -72,7 +72,7 @@ def test_a_draft_ends_where_the_exit_is_not_sure(temperature):
     model, count, least, d = model_of("llama3_2"), 24, 0.02, 5
     speculation, lengths = Speculation(2, d, min_confidence=least), Counter()
     for prompts in ([PROMPTS[0]], PROMPTS[:3]):
-        _, rounds = drafts_of(model, prompts, count, speculation, Sampler(temperature, rng=rng(5)))
+        _, rounds = drafts_of(model, prompts, count, speculation, Sampler(temperature, seed=5))
         for texts, drafts in rounds:
             room = count - min(len(text) - len(prompt) for text, prompt in zip(texts, prompts, strict=True) if text)
             ends = []
@@ -238,12 +238,3 @@ def test_rounds_without_a_draft_change_no_token(variant):
     assert 3 < stats.rounds_by_kind["plain"] <= empty
     assert stats.plain_share == stats.rounds_by_kind["plain"] / stats.rounds
     assert stats.rounds_accepting.total() <= 3 * (stats.rounds - stats.rounds_by_kind["plain"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", [{}, {"draft_vocabulary": [0, 2, 3]}])
-def test_sampling_with_rounds_without_a_draft(variant):
-    settings = {"temperature": 1.0, "repetition_penalty": 1.2}
-    speculation, sampler = Speculation(1, 2, **variant), Sampler(**settings, rng=rng(3))
-    generation = run(small_model(), [START] * 5000, 5, speculation=speculation, sampler=sampler, choice=PlainBetween())
-    assert p_value(numbered(generation.generated, 3), probabilities(3, **settings)) > 1e-3

@@ -205,7 +205,7 @@ def test_the_host_waits_once_in_a_round(speculation, sampler, monkeypatch):
 
     if speculation is not None:
         speculation = Speculation(**{"exit_layer": 1, "num_speculations": 3} | speculation)
-    sampler = sampler and Sampler(**sampler, rng=torch.Generator().manual_seed(0))
+    sampler = sampler and Sampler(**sampler, seed=0)
     prompts = [PROMPT * 2, PROMPT[::-1]]
     generation = Generation(model_of("llama3_2"), prompts, 20, speculation=speculation, sampler=sampler)
     with monkeypatch.context() as patch:

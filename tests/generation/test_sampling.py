@@ -1,7 +1,8 @@
-"""Sampling: the filters against loops, and speculative acceptance against the distribution it must have."""
+"""Sampling: the filters against loops, the noise against Python's integers, and choices against the distribution they
+must have."""
 
+import itertools
 import math
-from itertools import product
 
 import pytest
 import torch
@@ -9,21 +10,20 @@ from helpers.sampling import N, V, filtered, p_value, penalised, rng
 
 from layerskip_recipes.generation.sampling import (
     Sampler,
-    accept_greedy,
-    accept_sampled,
-    exponential_race_scores,
-    next_token_probs,
+    accept,
+    choose,
+    copies_before,
+    gumbel,
+    mixed,
+    noise_keys,
     penalise,
-    random_bits,
-    sample_exponential_race,
+    token_scores,
 )
 
 
-def accept(drafted, q, p, seed):
-    """`accept_sampled` with noise of that seed."""
-    generator = rng(seed)
-    uniform = torch.rand(drafted.shape, generator=generator)
-    return accept_sampled(drafted, q, p, uniform, random_bits((len(drafted), V), torch.device("cpu"), generator))
+def probs_of(logits, temperature, *filters, **named):
+    """The distribution that `token_scores` stands for."""
+    return token_scores(logits, temperature, *filters, **named).softmax(-1)
 
 
 def test_the_chi_square_test_can_tell():
@@ -34,21 +34,48 @@ def test_the_chi_square_test_can_tell():
     assert p_value(torch.multinomial(wrong, N, replacement=True, generator=rng()), p) < 1e-6
 
 
-def test_the_scores_of_an_exponential_race():
-    """Against Python's logarithm; the ends of the range are numbers above 0, and a sure token is always drawn."""
-    last = 2**31 - 1
-    bits = [0, 1, 2, 1000, 2**20, 2**30, last - 2**20, last]
-    drawn = (1 / exponential_race_scores(torch.ones(len(bits)), torch.tensor(bits, dtype=torch.int32))).tolist()
-    for number, bit in zip(drawn[:-1], bits[:-1], strict=True):
-        assert number == pytest.approx(-math.log1p(-(bit + 0.5) / 2**31), rel=1e-4)
-    assert 16 < drawn[-1] < 17
-    for bit in bits:
-        noise = torch.tensor([0, bit, 0], dtype=torch.int32)
-        assert sample_exponential_race(torch.tensor([0.0, 1.0, 0.0]), noise) == 1
-    # A token of probability 1e-8 is drawn by 1e-8 of the numbers, so it has to win with the smallest ones.
-    noise = torch.tensor([0, last // 2], dtype=torch.int32)
-    assert sample_exponential_race(torch.tensor([1e-8, 1.0]), noise) == 0
-    assert sample_exponential_race(torch.tensor([1e-11, 1.0]), noise) == 1
+# ---- noise ----
+
+
+def hashed(x):
+    """The 32-bit mixing function in Python's integers, which do not overflow."""
+    x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+    x = (x ^ x >> 15) * 0xD35A2D97 % 2**32
+    return x ^ x >> 15
+
+
+def test_the_noise():
+    """Against Python's integers and logarithms, and its bounds, at the ends of the range of bits too."""
+    numbers = [0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1]
+    assert mixed(torch.tensor(numbers)).tolist() == [hashed(x) for x in numbers]
+    for one, two, token in itertools.product(numbers, repeat=3):
+        uniform = (hashed(hashed(one ^ token) ^ two) + 0.5) / 2**32
+        noise = gumbel(*torch.tensor([one, two, token])).item()
+        assert noise == pytest.approx(-math.log(-math.log1p(-uniform)), rel=1e-4, abs=1e-4)
+    # 0 maps to 0, the smallest number; the number that maps to 2**32 - 1 is found by undoing the mixing.
+    assert gumbel(*torch.tensor([0, 0, 0])).item() == pytest.approx(33 * math.log(2), rel=1e-6)
+    assert hashed(unhashed(2**32 - 1)) == 2**32 - 1
+    lowest = gumbel(*torch.tensor([0, unhashed(2**32 - 1), 0])).item()
+    assert 33 * math.log(2) - lowest < 26 and lowest > -3
+
+
+def unhashed(x):
+    """The number that `hashed` maps to x."""
+    x ^= x >> 15 ^ x >> 30
+    x = x * pow(0xD35A2D97, -1, 2**32) % 2**32
+    x ^= x >> 15 ^ x >> 30
+    x = x * pow(0x21F0AAAD, -1, 2**32) % 2**32
+    return x ^ x >> 16
+
+
+def test_keys_depend_on_seed_prompt_and_number():
+    """And on nothing else: not on the other prompts."""
+    prompts = [[1, 2], [1, 2, 3], [1, 2], [12], [1, 2]]
+    keys = noise_keys(0, prompts)
+    assert copies_before(prompts) == [0, 0, 1, 0, 2]
+    assert len({tuple(pair) for pair in [*keys, *noise_keys(1, prompts)]}) == 10
+    assert noise_keys(0, [(1, 2)]) == keys[:1] and noise_keys(0, [[1, 2]], [2]) == keys[4:]
+    assert all(0 <= key < 2**32 for pair in keys for key in pair)
 
 
 # ---- filters ----
@@ -58,8 +85,9 @@ def test_the_scores_of_an_exponential_race():
 @pytest.mark.parametrize("top_k", [None, 1, 3, 11, 12, 50])
 def test_filters(top_k, top_p):
     logits = 2 * torch.randn(2, 3, 11, generator=rng(1))
-    for temperature, min_p in product((0.3, 1.0, 2.0), (None, 0.0, 0.1, 0.6, 1.0)):
-        probs = next_token_probs(logits, temperature, top_k, top_p, min_p).flatten(0, 1)
+    for temperature, min_p in itertools.product((0.3, 1.0, 2.0), (None, 0.0, 0.1, 0.6, 1.0)):
+        min_p = None if min_p is None else torch.tensor(min_p)
+        probs = probs_of(logits, temperature, top_k, top_p, min_p).flatten(0, 1)
         expected = [filtered(row, temperature, top_k, top_p, min_p) for row in logits.flatten(0, 1).tolist()]
         torch.testing.assert_close(probs, torch.tensor(expected))
 
@@ -93,7 +121,9 @@ def test_which_tokens_filters_keep(probs, filters, kept):
     filters = {"temperature": 1.0} | filters
     expected = torch.tensor([p if token in kept else 0.0 for token, p in enumerate(probs)])
     expected = expected ** (1 / filters["temperature"])
-    torch.testing.assert_close(next_token_probs(torch.tensor(probs).log(), **filters), expected / expected.sum())
+    if "min_p" in filters:
+        filters["min_p"] = torch.tensor(filters["min_p"])
+    torch.testing.assert_close(probs_of(torch.tensor(probs).log(), **filters), expected / expected.sum())
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 4.0])
@@ -118,63 +148,60 @@ def test_the_penalty_comes_before_temperature_and_filters():
             expected = penalised(logits[row].tolist(), seen[row].nonzero().flatten().tolist(), 1.7)
             if not sampler.greedy:
                 expected = filtered(expected, **settings)
-            torch.testing.assert_close(scores[row], torch.tensor(expected))
+            found = scores[row] if sampler.greedy else scores[row].softmax(-1)
+            torch.testing.assert_close(found, torch.tensor(expected))
     assert not Sampler(temperature=0.5).penalises and Sampler(repetition_penalty=0.9).penalises
 
 
 def test_half_precision_logits_are_filtered_in_fp32():
     logits = torch.randn(3, 11, generator=rng(2)).bfloat16()
-    probs = next_token_probs(logits, 0.7, 5, 0.9)
-    assert probs.dtype == torch.float32 and torch.equal(probs, next_token_probs(logits.float(), 0.7, 5, 0.9))
+    scores = token_scores(logits, 0.7, 5, 0.9)
+    assert scores.dtype == torch.float32 and torch.equal(scores, token_scores(logits.float(), 0.7, 5, 0.9))
 
 
-# ---- drawing ----
+# ---- choosing ----
 
 
-@pytest.mark.parametrize("similar", [False, True])
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_draft_then_accept_has_the_distribution_of_the_full_model(top_k, similar):
-    """Three tokens of a Markov chain, drafted by q and accepted by p: each has p's distribution given those before it.
-
-    A position counts where it is reached: its token is the drafted one if that stands, else the replacement; after
-    two accepted tokens the third is the bonus token.
-    """
-    p_logits, q_logits = 2 * torch.randn(2, V + 1, V, generator=rng(9))  # row V: the first token
-    if similar:
-        q_logits = p_logits + 0.3 * q_logits
-    p, q = (next_token_probs(logits, 1.0, top_k) for logits in (p_logits, q_logits))
-    start = torch.full((N,), V)
-    first = torch.multinomial(q[start], 1, generator=rng(10))[:, 0]
-    second = torch.multinomial(q[first], 1, generator=rng(11))[:, 0]
-    accepted, token = accept(
-        torch.stack([first, second], 1),
-        torch.stack([q[start], q[first]], 1),
-        torch.stack([p[start], p[first], p[second]], 1),
-        12,
-    )
-    values = [p_value(torch.where(accepted >= 1, first, token), p[V])]
-    for before in range(V):
-        reached = (accepted >= 1) & (first == before)
-        if reached.sum() > 1000:
-            values.append(p_value(torch.where(accepted == 2, second, token)[reached], p[before]))
-        bonus = (accepted == 2) & (second == before)
-        if bonus.sum() > 1000:
-            values.append(p_value(token[bonus], p[before]))
-    assert len(values) >= 4
-    assert min(values) > 1e-3 / len(values), values
-    # The share of accepted first drafts is sum_x min(p, q), the most that any such scheme can reach.
-    rate = torch.minimum(p[V], q[V]).sum().item()
-    assert abs((accepted >= 1).double().mean().item() - rate) < 4.5 * math.sqrt(rate * (1 - rate) / N) + 1e-9
+def draws(p, seed, rows=20, steps=N // 20):
+    """Tokens [rows, steps] that are chosen from scores log p."""
+    keys = torch.tensor(noise_keys(seed, [[7]] * rows))
+    return choose(p.log().expand(rows, steps, len(p)), keys, torch.arange(5, 5 + steps)[None])
 
 
-def test_without_drafts_the_token_comes_from_p():
-    """A round that has room for one token only."""
-    p = torch.randn(V, generator=rng(25)).softmax(-1)
-    nothing = torch.empty(N, 0, dtype=torch.long)
-    accepted, token = accept(nothing, torch.empty(N, 0, V), p.expand(N, 1, V), 26)
-    assert not accepted.any() and p_value(token, p) > 1e-3
-    accepted, token = accept_greedy(nothing[:3], p.expand(3, 1, V))
-    assert accepted.tolist() == [0] * 3 and token.tolist() == [p.argmax()] * 3
+@pytest.mark.parametrize("seed", range(3))
+def test_choices_are_independent_draws(seed):
+    """Each token has the distribution p. So have pairs: neighbours in a text, copies of a prompt, two seeds."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    tokens, other = draws(p, seed), draws(p, seed + 10)
+    assert p_value(tokens.flatten(), p) > 1e-3
+    pairs = torch.outer(p, p).flatten()
+    for one, two in ((tokens[:, ::2], tokens[:, 1::2]), (tokens[::2], tokens[1::2]), (tokens, other)):
+        assert p_value((V * one + two).flatten(), pairs) > 1e-3
+
+
+def test_a_token_of_the_draft_vocabulary_has_the_noise_of_its_id():
+    scores, keys, at = torch.randn(2, 3, 50, generator=rng(4)), torch.tensor(noise_keys(1, [[1], [2]])), torch.arange(3)
+    ids = torch.tensor([3, 7, 8, 20, 49])
+    expected = scores.clone()
+    expected[..., [i for i in range(50) if i not in ids]] = -torch.inf
+    assert torch.equal(ids[choose(scores[..., ids], keys, at[None], ids)], choose(expected, keys, at[None]))
+
+
+def test_what_is_accepted():
+    drafted = torch.tensor([[4, 5], [4, 5], [4, 5], [6, 5]])
+    chosen = torch.tensor([[4, 5, 1], [4, 0, 2], [0, 5, 3], [6, 5, 6]])
+    accepted, following = accept(drafted, chosen)
+    assert accepted.tolist() == [2, 1, 0, 2] and following.tolist() == [1, 0, 0, 6]
+    accepted, following = accept(drafted[:, :0], chosen[:, :1])
+    assert accepted.tolist() == [0] * 4 and following.tolist() == [4, 4, 0, 6]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30])
+def test_tiny_temperatures_are_greedy(temperature):
+    logits, sampler = 5 * torch.randn(3, 1, 40, generator=rng(6)), Sampler(temperature)
+    keys = None if sampler.greedy else torch.tensor(noise_keys(0, [[1]] * 3))
+    scores = sampler.scores(logits, None, sampler.settings(logits.device))
+    assert torch.equal(choose(scores, keys, torch.ones(1, 1, dtype=torch.long)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_statistics_of_a_batch_are_those_of_its_rows(stop):
 def test_the_last_exit_accepts_everything(temperature):
     """q and p are the same model: 24 tokens after the first are 4 full rounds of 5 + 1. Without drafts there is no
     rate."""
-    arguments = {"temperature": temperature, "rng": torch.Generator().manual_seed(0)}
+    arguments = {"temperature": temperature, "seed": 0}
     model, prompt = model_of("llama3_2"), torch.tensor(PROMPT)
     stats = generate(model, prompt, 25, exit_layer=L, num_speculations=5, **arguments).stats
     assert (stats.rounds, stats.drafted, stats.accepted, stats.acceptance_rate) == (4, 20, 20, 1)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from helpers.compiled import SHORT, compiles, make_small
 from helpers.configs import benchmark_config, eval_config, generate_config, make_checkpoint
-from helpers.decoding import START, model_of, numbered, probabilities, small_model
-from helpers.sampling import p_value, rng
+from helpers.decoding import model_of
 from helpers.speculation import (
     KINDS,
     PROMPTS,
@@ -37,7 +36,6 @@ from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
 
@@ -126,16 +124,6 @@ def test_a_conversation_goes_on_from_the_drafts_cache_too(kind):
     assert generation.generated == [plain(model, tuple(text), 12)]
     if kind == "copy":  # the state before the first new token is gone, which an adapter would read
         assert drafts[0] == [said_by_draft(model, draft, [*text, generation.generated[0][0]], 4)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_samples_have_the_models_distribution(kind):
-    model = small_model()
-    speculation = Speculation(1, 2, drafter=noisy(Draft(model, kind, 1)).decoder(model))
-    sampler = Sampler(temperature=1.0, rng=rng(5))
-    rows = run(model, [START] * 8000, 3, speculation=speculation, sampler=sampler).generated
-    assert p_value(numbered(rows, 3), probabilities(3, temperature=1.0)) > 1e-3
 
 
 @compiles

@@ -69,15 +69,13 @@ def run(model, prompts=PROMPTS, new=NEW, **mode):
 
 
 def other(model, mode):
-    rng = torch.Generator().manual_seed(1)
-    return run(model, new=10, **MODES["speculative"], **OTHER_MODES[mode], rng=rng).tokens.tolist()
+    return run(model, new=10, **MODES["speculative"], **OTHER_MODES[mode], seed=1).tokens.tolist()
 
 
 def everything(model):
     """Greedy and sampled tokens; logits of the whole walk, of two partial ones, and of layers called directly."""
     result = {mode: run(model, **arguments).tokens.tolist() for mode, arguments in MODES.items()}
-    rng = torch.Generator().manual_seed(1)
-    result["sampled"] = run(model, **MODES["speculative"], temperature=1.0, rng=rng).tokens.tolist()
+    result["sampled"] = run(model, **MODES["speculative"], temperature=1.0, seed=1).tokens.tolist()
     tokens = torch.tensor(PROMPTS[:1])
     with torch.no_grad():
         half = model(tokens, exit_layer=4, unembed=False)
@@ -145,8 +143,8 @@ def decode_rank(folder):
     # As torchtune's set_seed without a seed leaves them: each rank draws numbers of its own.
     torch.manual_seed(dist.get_rank())
     for how in SHARED_MODEL:
-        model, rngs = split("llama3", *SPLITS[how]), (None, torch.Generator().manual_seed(dist.get_rank()))
-        draws = [run(model, **MODES["speculative"], temperature=1.0, rng=rng) for rng in rngs]
+        model = split("llama3", *SPLITS[how])
+        draws = [run(model, **MODES["speculative"], temperature=1.0, seed=seed) for seed in (None, dist.get_rank())]
         result[f"own seeds/{how}"] = [out.tokens.tolist() for out in draws]
     try:
         run(split("llama3", *SPLITS["draft_whole"]), [[5 + dist.get_rank()]], **MODES["speculative"])

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart, choose
-from layerskip_recipes.generation.sampling import accept_greedy, accept_sampled, confidence
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart, choose_next
+from layerskip_recipes.generation.sampling import accept, confidence
 from layerskip_recipes.generation.steps import Step, StepContext, next_logits
 
 CHAIN = DraftStrategy("chain")
@@ -54,36 +53,34 @@ class ChainDrafter(Drafter):
         if count == 0:
             return DraftedTokens(CHAIN, now.last[:, None])
         self._catch_up(now)
-        slots, noise = now.slots(context, count), context.draft_noise(count)
+        slots = now.slots(context, count)
         running = torch.tensor([float(not done) for done in now.finished])  # the confidence of empty drafts
         plain = self.last_state is None and context.sampler.only_temperature
         if plain and context.cpp is not None and context.cpp.draft is not None:
-            arguments = (now.last, now.start, count, len(slots), self.exit_layer, noise, context.settings.temperature)
+            temperature = context.sampler.temperature
+            arguments = (now.last, now.start, count, len(slots), self.exit_layer, now.keys, temperature)
             return DraftedTokens(CHAIN, *context.cpp.draft(*arguments, running, self.min_confidence))
-        return self._token_by_token(now, count, slots, noise, running)
+        return self._token_by_token(now, count, slots, running)
 
     def _token_by_token(
-        self, now: RoundStart, count: int, slots: torch.Tensor, noise: torch.Tensor | None, confident: torch.Tensor
+        self, now: RoundStart, count: int, slots: torch.Tensor, confident: torch.Tensor
     ) -> DraftedTokens:
         context, seen, state = self.context, now.seen, self.last_state
-        tokens, hidden, q = [now.last], [], []
+        tokens, hidden = [now.last], []
         step = Step(context, draft_token, self.exit_layer, self.min_confidence > 0)
         for i in range(count):
-            noise_i = None if noise is None else noise[:, i].contiguous()
-            results = step(slots, tokens[-1], now.start + i, noise_i, seen, state)
+            results = step(slots, tokens[-1], now.start + i, now.keys, seen, state)
             if context.graphs is not None and context.device.type == "cuda":
                 # The next replay of this CUDA graph overwrites its outputs.
                 results = [None if result is None else result.clone() for result in results]
-            token, x, q_token, sure, seen, state = results
+            token, x, sure, seen, state = results
             tokens.append(token)
             hidden.append(x)
-            q.append(q_token)
             if self.min_confidence:
                 confident = confident * sure
                 if confident.max() < self.min_confidence:
                     break
-        all_q = None if noise is None else torch.stack(q, 1)
-        return DraftedTokens(CHAIN, torch.stack(tokens, 1), torch.cat(hidden, 1), all_q)
+        return DraftedTokens(CHAIN, torch.stack(tokens, 1), torch.cat(hidden, 1))
 
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         context = self.context
@@ -91,21 +88,16 @@ class ChainDrafter(Drafter):
             return self._step(now)
         self._catch_up(now)
         inputs = (now.slots(context, draft.length), draft.tokens, draft.hidden, now.start, self.last_state)
-        if context.sampler.greedy and now.seen is None:
-            result, state = Step(context, verify_greedily, self.exit_layer, choice=False)(*inputs)
-        else:
-            uniform = context.sampler.uniform((context.cache.rows, draft.length), context.device)
-            noise = context.noise()
-            logits, states = Step(context, chain_logits, self.exit_layer, choice=False)(*inputs)
-            tensors = (logits, draft.tokens, draft.q, uniform, noise, now.seen, states)
-            result, state = Step(context, accept_chain, layers=False)(None, *tensors)
+        logits, states = Step(context, chain_logits, self.exit_layer, choice=False)(*inputs)
+        tensors = (logits, draft.tokens, now.start, now.keys, now.seen, states)
+        result, state = Step(context, accept_chain, layers=False)(None, *tensors)
         # A copy: the next CUDA graph replay overwrites its outputs.
         self.last_state = None if state is None else state.clone()
         return result
 
     def _step(self, now: RoundStart) -> torch.Tensor:
         """A round without a draft, at the cost of a plain step; the draft's own layers catch up later."""
-        context, noise, slots = self.context, self.context.noise(), now.slots(self.context)
+        context, slots = self.context, now.slots(self.context)
         if self.last_state is None:
             step = Step(context, next_logits, context.model.num_layers, choice=False)
             logits, unread = step(slots, now.last, now.start), now.last[:, None]
@@ -116,7 +108,7 @@ class ChainDrafter(Drafter):
             self.last_state = state.clone()
         if context.own_layers:
             self.unread.append((now.start[:, None].clone(), unread))
-        outcome = choose(context, logits, noise, now.seen)
+        outcome = choose_next(context, logits, now)
         if len(self.unread) == MOST_BEHIND:
             self._catch_up(now)
         return outcome
@@ -137,21 +129,22 @@ class ChainDrafter(Drafter):
 # ---- steps of drafts ----
 
 
-def draft_token(context: StepContext, exit_layer: int, confident: bool, slots, last, start, noise, seen, state):
-    """Draft one token per row: last, start [b]; noise [b, v'], seen [b, v], state [b, 1, d], each or None.
+def draft_token(context: StepContext, exit_layer: int, confident: bool, slots, last, start, keys, seen, state):
+    """Draft one token per row: last, start [b]; keys [b, 2], seen [b, v], state [b, 1, d], each or None.
 
-    Returns the token [b], x_E of `last` [b, 1, d], q [b, v'] or None, with `confident` the `confidence` [b], `seen`
-    with the token, and an adapter's state.
+    Returns the token [b], x_E of `last` [b, 1, d], with `confident` the `confidence` [b], `seen` with the token, and an
+    adapter's state.
     """
     model, at = context.draft_model, start[:, None]
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
     h = context.read_by_draft(x, state, at, slots)
-    scores = context.draft_scores(h, None if seen is None else seen[:, None])[:, -1]
-    token = context.sampler.choose(scores, noise)
-    token = token if context.draft_head is None else context.draft_head.vocabulary[token]
+    scores = context.draft_scores(h, None if seen is None else seen[:, None])
+    ids = None if context.draft_head is None else context.draft_head.vocabulary
+    token = context.choose(scores, keys, at + 1, ids)[:, 0]
+    token = token if ids is None else ids[token]
     seen = None if seen is None else seen.scatter(1, token[:, None], True)
-    sure = confidence(scores, context.sampler.greedy) if confident else None
-    return token, x, None if noise is None else scores, sure, seen, None if state is None else model.norm(h)
+    sure = confidence(scores[:, 0]) if confident else None
+    return token, x, sure, seen, None if state is None else model.norm(h)
 
 
 def read_later(context: StepContext, slots, inputs, at):
@@ -196,35 +189,17 @@ def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
     return context.unembed(final), states
 
 
-def accept_chain(context: StepContext, slots, logits, tokens, q, uniform, noise, seen, states):
-    """The result of `Drafter.verify`, and the last accepted token's state. Without q the drafted tokens have q = 1.
+def accept_chain(context: StepContext, slots, logits, tokens, start, keys, seen, states):
+    """The result of `Drafter.verify`, and the last accepted token's state.
 
-    logits [b, n + 1, v], tokens [b, n + 1], q [b, n, v'], uniform [b, n]; noise, seen [b, v], states [b, n + 1, d]. All
-    but logits and tokens may be None.
+    logits [b, n + 1, v], tokens [b, n + 1], start [b]; keys [b, 2], seen [b, v], states [b, n + 1, d], each or None ->
+    [b, 2 + n] in one tensor, so that the host waits once, and [b, 1, d] or None.
     """
     seen = None if seen is None else context.seen_at(seen, tokens)
-    scores, drafted = context.scores(logits, seen), tokens[:, 1:]
-    if context.sampler.greedy:
-        accepted, following = accept_greedy(drafted, scores)
-    else:
-        full_q = F.one_hot(drafted, scores.shape[-1]).to(scores) if q is None else context.full_q(q, scores)
-        accepted, following = accept_sampled(drafted, full_q, scores, uniform, noise)
-    return outcome(accepted, following, drafted, states)
-
-
-def verify_greedily(context: StepContext, exit_layer: int, slots, tokens, hidden, start, state):
-    """`chain_logits` and greedy acceptance as one graph, since greedy choice has no settings that could change."""
-    logits, states = chain_logits(context, exit_layer, slots, tokens, hidden, start, state)
-    accepted, following = accept_greedy(tokens[:, 1:], logits)
-    return outcome(accepted, following, tokens[:, 1:], states)
-
-
-def outcome(accepted, following, drafted, states):
-    """The result of `Drafter.verify`, one tensor so that the host waits once, and the last accepted token's state.
-
-    accepted, following [b], drafted [b, n], states [b, n + 1, d] or None -> [b, 2 + n], [b, 1, d] or None.
-    """
-    result = torch.cat([accepted[:, None], following[:, None], drafted], 1)
+    at = start[:, None] + 1 + context.cache.slots[: tokens.shape[1]]
+    chosen = context.choose(context.scores(logits, seen), keys, at)
+    accepted, following = accept(tokens[:, 1:], chosen)
+    result = torch.cat([accepted[:, None], following[:, None], tokens[:, 1:]], 1)
     if states is None:
         return result, None
     return result, states.gather(1, accepted[:, None, None].expand(-1, 1, states.shape[-1]))

@@ -17,6 +17,7 @@ class RoundStart(NamedTuple):
     last: torch.Tensor  # [b], the last token of each row
     start: torch.Tensor  # [b], its KV-cache slot
     last_slot: int  # the largest of these slots
+    keys: torch.Tensor | None  # [b, 2], the keys of the noise; None if greedy
     seen: torch.Tensor | None  # [b, v] bool, the tokens so far; None without a repetition penalty
     finished: Sequence[bool]  # [b]
     room: int  # the most tokens that any row may still get
@@ -48,7 +49,6 @@ class DraftedTokens:
     strategy: DraftStrategy
     tokens: torch.Tensor  # [b, 1 + n], the last token of the text first
     hidden: torch.Tensor | None = None  # [b, n, d], x_E of all but the last; None: verification runs all layers
-    q: torch.Tensor | None = None  # [b, n, v'], the draft distributions; None when greedy or looked up
 
     @property
     def length(self) -> int:
@@ -92,15 +92,12 @@ class PlainDrafter(Drafter):
         return DraftedTokens(PLAIN, now.last[:, None])
 
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
-        noise = self.context.noise()
         logits = Step(self.context, next_logits, self.depth, choice=False)(now.slots(self.context), now.last, now.start)
-        return choose(self.context, logits, noise, now.seen)
+        return choose_next(self.context, logits, now)
 
 
-def choose(
-    context: StepContext, logits: torch.Tensor, noise: torch.Tensor | None, seen: torch.Tensor | None
-) -> torch.Tensor:
+def choose_next(context: StepContext, logits: torch.Tensor, now: RoundStart) -> torch.Tensor:
     """The result of `Drafter.verify` for a step's logits [b, v]: [b, 2]."""
     step = Step(context, choose_token, layers=False)
-    chosen = step.run(None, logits, noise, seen) if context.sampler.greedy else step(None, logits, noise, seen)
-    return F.pad(chosen[:, None], (1, 0))
+    run = step.run if context.sampler.greedy else step
+    return F.pad(run(None, logits, now.keys, now.start + 1, now.seen)[:, None], (1, 0))

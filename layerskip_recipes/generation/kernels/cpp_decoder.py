@@ -1,5 +1,5 @@
-"""Decoding steps on a CPU in C++ (few_rows.cpp, attention.cpp, layers.cpp): one call for all layers of a step, one for
-the head, and one for a whole draft chain if temperature is the only sampling setting.
+"""Decoding steps on a CPU in C++ (the .cpp files beside this one): one call for all layers of a step, one for the head,
+one for choosing tokens, and one for a whole draft chain if temperature is the only sampling setting.
 
 In a small model torch's overhead per product is as large as the product. The C++ steps read each weight once, for one
 token or for seven, and do little else.
@@ -37,7 +37,7 @@ from layerskip_recipes.model.head import head_of
 from layerskip_recipes.model.hf_decoder import NormFirstAttention, RotaryPositions
 from layerskip_recipes.model.kv_cache import DecodingCache
 
-SOURCES = [Path(__file__).with_name(name) for name in ("few_rows.cpp", "attention.cpp", "layers.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("few_rows.cpp", "attention.cpp", "sampling.cpp", "layers.cpp")]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
 
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
@@ -258,6 +258,10 @@ class CppDecoder:
         x = model.tok_embeddings(x) if x.dim() == 2 else x
         cache_rows = [*range(len(x))] if rows is None else [*rows]
         return self.cpp_layers[model].run(x, at, cache_rows, end, layers.start, layers.stop)
+
+    def choose(self, *args: torch.Tensor | None) -> torch.Tensor:
+        """`sampling.choose` with keys."""
+        return torch.ops.layerskip.choose_tokens(*args)
 
     def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """fp32 logits of a model's head or the draft head: x [b, s, d] -> [b, s, v]."""

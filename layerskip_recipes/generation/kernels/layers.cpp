@@ -257,35 +257,32 @@ struct Layers : torch::CustomClassHolder {
     return state.view({b, s, -1});
   }
 
-  // A chain of `depth` drafted tokens per row from the first `exit_layer` layers: last, start [b], noise [b, depth, v']
-  // -> tokens [b, n + 1], x_E [b, n, d], distributions [b, n, v']; without noise greedy, no distributions. The chain ends
-  // after n <= depth tokens, where `confident` [b] times the probabilities of the likeliest tokens is below `least`.
-  // `embeddings` [v, d] are multiplied by `factor`; `vocabulary` [v'] has the token ids of a reduced head.
-  std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>> draft(
+  // A chain of `depth` drafted tokens per row from the first `exit_layer` layers: last, start [b], keys [b, 2] or none
+  // if greedy -> tokens [b, n + 1], x_E [b, n, d]. The chain ends after n <= depth tokens, where `confident` [b] times
+  // the probabilities of the likeliest tokens is below `least`. `embeddings` [v, d] are multiplied by `factor`;
+  // `vocabulary` [v'] has the token ids of a reduced head.
+  std::tuple<at::Tensor, at::Tensor> draft(
       const c10::intrusive_ptr<Head>& head, const at::Tensor& embeddings, double factor,
       const std::optional<at::Tensor>& vocabulary, const at::Tensor& last, const at::Tensor& start, int64_t depth,
-      int64_t end, int64_t exit_layer, const std::optional<at::Tensor>& noise, const at::Tensor& temperature,
+      int64_t end, int64_t exit_layer, const std::optional<at::Tensor>& keys, double temperature,
       at::Tensor confident, double least) const {
-    std::vector<at::Tensor> tokens{last}, hidden, q;
+    std::vector<at::Tensor> tokens{last}, hidden;
     std::vector<int64_t> rows(last.size(0));
     std::iota(rows.begin(), rows.end(), 0);
     for (int64_t i = 0; i < depth; i++) {
       at::Tensor x = at::embedding(embeddings, tokens.back().unsqueeze(1));
       if (factor != 1) x = x.mul(factor);
-      hidden.push_back(run(x, start.unsqueeze(1).add(i), rows, end, 0, exit_layer));
-      at::Tensor scores = head->logits(hidden.back()).squeeze(1);
-      if (noise) q.push_back(scores.div(temperature).softmax(-1));
-      if (least > 0) confident = confident.mul((noise ? q.back() : scores.softmax(-1)).amax(-1));
-      if (noise) {  // `exponential_race_scores` of sampling.py
-        at::Tensor uniform = noise->select(1, i).to(at::kFloat).add_(.5).mul_(std::ldexp(1., -31));
-        uniform.clamp_max_(1 - std::ldexp(1., -24));
-        scores = q.back().div(uniform.neg_().log1p_().neg_());
-      }
-      const at::Tensor place = scores.argmax(-1);
+      const at::Tensor at = start.unsqueeze(1).add(i);
+      hidden.push_back(run(x, at, rows, end, 0, exit_layer));
+      at::Tensor scores = head->logits(hidden.back());
+      if (keys) scores = scores.div_(temperature);
+      if (least > 0) confident = confident.mul(scores.softmax(-1).amax(-1).squeeze(1));
+      const at::Tensor place =
+          (keys ? choose_tokens(scores, *keys, at.add(1), vocabulary) : scores.argmax(-1)).squeeze(1);
       tokens.push_back(vocabulary ? vocabulary->index_select(0, place) : place);
       if (least > 0 && confident.max().item<float>() < least) break;
     }
-    return {at::stack(tokens, 1), at::cat(hidden, 1), noise ? std::optional(at::stack(q, 1)) : std::nullopt};
+    return {at::stack(tokens, 1), at::cat(hidden, 1)};
   }
 
   std::vector<Layer> layers;
@@ -294,6 +291,7 @@ struct Layers : torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
+  library.def("choose_tokens", &choose_tokens);
   library.class_<Head>("Head").def(torch::init<Tensors, Numbers>()).def("logits", &Head::logits);
   library.class_<Layers>("Layers")
       .def(torch::init<>())
