@@ -73,7 +73,6 @@ class OwnText:
         limit = longest - max(map(len, prompts))
         # As many rows at a time as fit into half of the free memory.
         embeddings = model.tok_embeddings.weight
-        rng = torch.Generator(embeddings.device).manual_seed(self.data.seed + first)
         row = row_bytes(model, longest, embeddings.dtype, max(map(len, prompts)))
         num_rows = min(max(free_memory(embeddings.device) // 2 // row, 1), GROUP)
         if dist.is_initialized():
@@ -85,7 +84,7 @@ class OwnText:
             model,
             prompts,
             limit,
-            sampler=Sampler(self.temperature, rng=rng),
+            sampler=Sampler(self.temperature, seed=self.data.seed + first),
             stop_tokens=self.stop_tokens,
             rows=from_rank_zero(num_rows),
             shared=dist.is_initialized(),
