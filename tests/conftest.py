@@ -15,10 +15,7 @@ import torch
 from filelock import FileLock
 from helpers import forks
 from helpers.configs import finetune_config, generate_config, make_checkpoint
-from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import FAMILIES, make_tiny
-
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 
 # A shell that starts a program in the background may have it ignore Ctrl-C, and so all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -96,12 +93,6 @@ def no_settings_of_other_files():
     """Recipes set torch's switches for the whole process, of which torch's cache of compiled code takes notice."""
     torch.set_float32_matmul_precision("highest")
     torch.set_deterministic_debug_mode("default")
-
-
-@pytest.fixture(autouse=True)
-def drafts_in_every_round(monkeypatch):
-    """Plain decoding takes the place of drafts by the clock: what tests count would depend on the machine."""
-    monkeypatch.setattr(DiscountedUCB.__init__, "__defaults__", ALWAYS_DRAFTING)
 
 
 @pytest.fixture(scope="session")

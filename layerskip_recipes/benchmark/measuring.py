@@ -5,14 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torchtune import utils
 
 from layerskip_recipes.benchmark.peers import Peer, Rows, type_and_line
 from layerskip_recipes.generation.config import DecodingConfig
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
@@ -21,8 +19,6 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 log = utils.get_logger("INFO")
 
-# Always draft: without this the engine would skip drafting where plain decoding is faster.
-_always_drafting = partial(DiscountedUCB, plain=False)
 Method = int | Speculation | Peer | None  # early exit, self-speculation, another library, autoregressive
 
 
@@ -57,16 +53,13 @@ class Turns:
     reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
     seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
     spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
-    choices: dict[tuple[float, str], DiscountedUCB] = field(default_factory=lambda: defaultdict(_always_drafting))
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
     failed: dict[str, str] = field(default_factory=dict)
 
-    def decode(
-        self, method: Method, temperature: float, batch: Rows, seed: int, choice: DiscountedUCB | None = None
-    ) -> tuple[list, GenerationStats]:
+    def decode(self, method: Method, temperature: float, batch: Rows, seed: int) -> tuple[list, GenerationStats]:
         """Decode one batch: the new tokens of each row up to a stop string, and the statistics.
 
-        Peers do not see stop strings, so their statistics count the tokens after them.
+        There is a draft in every round. Peers do not see stop strings, so their statistics count the tokens after them.
         """
         strings = self.cfg.stop_strings
         texts = [TextStream(self.tokenizer, self.stop_tokens, strings) for _ in batch] if strings else []
@@ -83,7 +76,6 @@ class Turns:
             stop_tokens=self.stop_tokens,
             compile=self.cfg.compile,
             reserve=self.reserve,
-            choice=choice or _always_drafting(),
         )
         if texts:
             follow(generation, texts)
@@ -114,8 +106,7 @@ class Turns:
         runs = {}
         for name, method in list(methods.items()):
             try:
-                choice = self.choices[temperature, name]
-                runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed, choice))
+                runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed))
             except Exception as e:  # a peer can raise anything, and the other methods go on
                 if not isinstance(method, Peer):
                     raise

@@ -9,6 +9,7 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.rule import kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.local_shards import is_split
@@ -119,6 +120,7 @@ def generate(
         stop_tokens=() if stop_tokens is None else stop_tokens,
         compile=compile,
         shared=shared,
+        rule=None if drafts is None else kept_rule(model, (drafts.settings, len(rows), compile)),
     )
     for _ in generation:
         pass

@@ -16,8 +16,8 @@ from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.chosen import choose_for, compiling_pays
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_memory
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
@@ -146,7 +146,7 @@ class LayerSkipGenerate:
             self.model, trained = load_sharded_decoder(self.cfg, self.device, *sharding)
         else:
             self.model = load_decoder(self.cfg, self.device, None if drafts else quantizer)
-        self.speculation, self.choice = None, DiscountedUCB()  # rates of drafts and look-ups, kept over all prompts
+        self.speculation, self.rule = None, DraftRule()  # which keeps what it learns over all prompts
         if self.section is not None:
             self.speculation = self.section.build(self.model, trained=trained)
         if drafts and quantizer is not None:
@@ -274,7 +274,7 @@ class LayerSkipGenerate:
             stop_tokens=self.stop_tokens,
             compile=self.compile,
             shared=num_processes() > 1,
-            choice=self.choice,
+            rule=self.rule,
             on_draft=shown.show_draft if dim_drafts else None,
             **kwargs,
         )

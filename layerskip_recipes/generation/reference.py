@@ -9,6 +9,7 @@ Notation: x_E is the hidden state after E layers, g the norm and head, s the len
 the vocabulary size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +41,19 @@ def speculative_decode(
     return text[len(prompt) :][:max_new_tokens]
 
 
+def greedily(logits: torch.Tensor) -> list[int]:
+    return logits[0].argmax(-1).tolist()
+
+
+@torch.no_grad()
 def speculative_round(
-    model: LayerSkipDecoder, text: list[int], exit_layer: int, num_speculations: int, choose_all: Any
+    model: LayerSkipDecoder,
+    text: list[int],
+    exit_layer: int,
+    num_speculations: int,
+    choose_all: Callable[[Any], list[int]] = greedily,
 ) -> list[int]:
-    """The accepted tokens of one round, and one token of the full model."""
+    """The accepted tokens of one round, and one token of the full model. `choose_all`: see `speculative_decode`."""
     # 1. Draft token by token from g(x_E).
     tokens = list(text)
     for _ in range(num_speculations):

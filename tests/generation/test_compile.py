@@ -9,7 +9,7 @@ from helpers import forks
 from helpers.compiled import CPU, END, LONG, MAX_LEN, SHORT, WAYS, compiles, make_small, run
 from helpers.speculation import plain
 
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import compiling, cpp_decoder
@@ -154,18 +154,17 @@ def test_a_second_run_finds_the_compiled_code(tmp_path):
 
 
 def test_what_was_compiled_in_a_round_teaches_nothing(not_compiled):
-    """Rounds that compiled say nothing about the rate of others; nor do those that the limit cuts."""
-    choice, learnt, speculation = DiscountedUCB(), [], Speculation(1, 2, prompt_lookup=1)
-    learn, choice.learn = choice.learn, lambda *args: (learnt.append(args), learn(*args))
-    generation = Generation(make_small(), [LONG[0]], 60, compile=True, speculation=speculation, choice=choice)
+    """The seconds of rounds that compiled are unknown; rounds that the limit cuts are left out."""
+    rule, learnt, speculation = DraftRule(), [], Speculation(1, 2, prompt_lookup=1)
+    learn, rule.learn = rule.learn, lambda *args: (learnt.append(args), learn(*args))
+    generation = Generation(make_small(), [LONG[0]], 60, compile=True, speculation=speculation, rule=rule)
     rounds, before, room = [], 0.0, 60
     for (new,) in generation:
         rounds.append((generation.context.compile_s > before, room <= 2))  # compiled, cut
         before, room = generation.context.compile_s, room - len(new)
     del rounds[0]
     assert sum(compiled for compiled, _ in rounds) >= 2
-    assert len(learnt) == sum(not any(either) for either in rounds)
-    assert all(seconds > 0 for _, _, seconds in learnt)
+    assert [seconds > 0 for _, _, seconds in learnt] == [not compiled for compiled, cut in rounds if not cut]
 
 
 def warned(caplog):

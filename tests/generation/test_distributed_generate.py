@@ -30,7 +30,6 @@ from helpers.generating_ranks import (
     run,
 )
 from helpers.ranks import check_success, run_on_ranks
-from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import SIZE, make_tiny
 from omegaconf import OmegaConf
 from torchao.dtypes.nf4tensor import NF4Tensor
@@ -42,7 +41,6 @@ from layerskip_recipes.checkpoint.drafts import describe, write_draft
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.draft import Draft, weights_hash
 
@@ -178,7 +176,6 @@ def config_folder(tmp_path_factory, tokenizer_folder):
 def test_each_rank_has_all_of_a_trained_draft(tmp_path, tokenizer_folder, monkeypatch):
     """A copy needs none of the model's layers, an adapter its first two. Tokens and counts are those of one process."""
     checkpoint, expected = make_checkpoint(tmp_path / "checkpoint", tokenizer_folder), {}
-    monkeypatch.setattr(DiscountedUCB.__init__, "__defaults__", ALWAYS_DRAFTING)
     for kind in ("copy", "adapter"):
         path = generate_config(tmp_path / kind, checkpoint).rename(tmp_path / f"{kind}.yaml")
         model = load_decoder(GenerateConfig.load(load_config(str(path))), torch.device("cpu"))

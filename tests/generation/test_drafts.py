@@ -21,8 +21,8 @@ from helpers.speculation import (
 )
 from helpers.tiny import SIZE, VOCAB, walk
 
-from layerskip_recipes.generation import engine
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation import accounts
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
@@ -30,7 +30,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.draft import Draft
 
 
-def drafts_of(model, prompts, count, speculation, sampler=None, choice=None):
+def drafts_of(model, prompts, count, speculation, sampler=None, rule=None):
     """A generation at its end, and its rounds: the rows' texts before it (None of a row at its end), their drafts."""
     rounds = []
 
@@ -38,7 +38,7 @@ def drafts_of(model, prompts, count, speculation, sampler=None, choice=None):
         rows = zip(prompts, generation.generated, generation.finished, strict=True)
         rounds.append(([None if finished else [*p, *g] for p, g, finished in rows], tokens))
 
-    arguments = {"speculation": speculation, "sampler": sampler, "choice": choice}
+    arguments = {"speculation": speculation, "sampler": sampler, "rule": rule}
     generation = Generation(model, prompts, count, **arguments, on_draft=on_draft)
     for _ in generation:
         pass
@@ -107,7 +107,7 @@ def test_look_ups_are_what_a_search_finds(ngram):
     model, stats, n, count = small_model(), GenerationStats(), 4, 24
     for prompt in ((1, 3, 0), (2, 2), (0, 4, 1, 0, 3), (1, 3, 0, 1, 3)):
         speculation = Speculation(2, n, prompt_lookup=ngram)
-        generation, rounds = drafts_of(model, [prompt], count, speculation, choice=AlwaysLookUp())
+        generation, rounds = drafts_of(model, [prompt], count, speculation, rule=AlwaysLookUp())
         found = 0
         for (text,), (draft,) in rounds:
             expected = search(text, ngram, n)
@@ -125,7 +125,7 @@ def test_look_ups_alone():
     model, kinds = small_model(), Counter()
     for prompt in ((1, 3, 0), (2, 2), (0, 4, 1, 0, 3), (1, 3, 0, 1, 3)):
         speculation = Speculation(len(model.layers), 4, prompt_lookup=2)
-        generation, rounds = drafts_of(model, [prompt], 24, speculation, choice=AlwaysLookUp())
+        generation, rounds = drafts_of(model, [prompt], 24, speculation, rule=AlwaysLookUp())
         assert generation.generated == [plain(model, prompt, 24)] and generation.stats.draft_steps == 0
         assert all(draft == search(text, 2, 4)[: len(draft)] for (text,), (draft,) in rounds)
         kinds += generation.stats.rounds_by_kind
@@ -139,7 +139,7 @@ def test_look_ups_alone():
 def test_a_look_up_needs_every_row_that_still_runs():
     model, prompts = small_model(), [(1, 3, 0, 1, 3), (0, 1, 2, 3, 4)]
     speculation = Speculation(2, 3, prompt_lookup=2)
-    generation, rounds = drafts_of(model, prompts, 20, speculation, choice=AlwaysLookUp())
+    generation, rounds = drafts_of(model, prompts, 20, speculation, rule=AlwaysLookUp())
     with_all = [all(text is None or search(text, 2, 3) for text in texts) for texts, _ in rounds]
     assert generation.stats.rounds_by_kind["lookup"] == sum(with_all)
     assert 0 < sum(with_all) < len(with_all)
@@ -180,7 +180,7 @@ def clock(monkeypatch):
             layer.register_forward_pre_hook(tick)
 
     monkeypatch.setitem(SIZE, "max_seq_len", 2 * NEW)
-    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(accounts, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     now.watch = watch
     return now
 
@@ -203,7 +203,7 @@ def test_bad_drafts_cost_a_twentieth_at_most(kind, rows, clock):
     speculation = bad_draft(model, kind)
     clock.watch({*model.layers, *speculation.drafter.layers})
     plainly = run(model, prompts, NEW)
-    drafted = run(model, prompts, NEW, speculation=speculation, choice=DiscountedUCB(plain=True))
+    drafted = run(model, prompts, NEW, speculation=speculation, rule=DraftRule())
     assert drafted.generated == plainly.generated
     assert drafted.stats.decode_s < 1.05 * plainly.stats.decode_s
     assert drafted.stats.plain_share > (0.3 if kind == "look-up" else 0.9) and drafted.stats.drafted > 0
@@ -218,7 +218,7 @@ def test_good_drafts_are_hardly_slower_by_the_choice(clock):
     clock.watch(model.layers)
     arguments = {"speculation": Speculation(1, 4)}
     always = run(model, PROMPTS[:1], NEW, **arguments)
-    chosen = run(model, PROMPTS[:1], NEW, **arguments, choice=DiscountedUCB(plain=True))
+    chosen = run(model, PROMPTS[:1], NEW, **arguments, rule=DraftRule())
     assert chosen.generated == always.generated
     assert chosen.stats.decode_s < 1.05 * always.stats.decode_s
     assert chosen.stats.rounds_by_kind["plain"] <= 2 and chosen.stats.acceptance_rate == 1
@@ -229,7 +229,7 @@ def test_rounds_without_a_draft_change_no_token(variant):
     """Nor what is counted of the drafts of other rounds."""
     model, drafts = model_of("llama3_2"), []
     generation = run(
-        model, PROMPTS, 18, rows=3, speculation=speculation_of(variant, model), choice=PlainBetween(),
+        model, PROMPTS, 18, rows=3, speculation=speculation_of(variant, model), rule=PlainBetween(),
         on_draft=drafts.append,
     )  # fmt: skip
     assert generation.generated == [plain(model, prompt, 18) for prompt in PROMPTS]

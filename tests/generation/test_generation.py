@@ -9,12 +9,12 @@ import pytest
 import torch
 import torchtune.generation
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of, until
-from helpers.speculation import VARIANTS, perturbed
+from helpers.speculation import VARIANTS, perturbed, run
 from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
@@ -45,10 +45,10 @@ def test_self_speculation_gives_the_full_models_tokens(exit_layer, d):
 def test_every_family(family, exit_layer):
     """Self-speculation, accepting some drafts only, gives the full model's tokens; the exit alone gives its own."""
     model, prompt = model_of(family), torch.tensor(PROMPT)
-    out = generate(model, prompt, 16, exit_layer=exit_layer, num_speculations=4)
-    assert new_tokens(out) == greedy(family, PROMPT, 16)
-    assert 0 < out.stats.acceptance_rate < 1 or exit_layer == L
-    assert len(set(new_tokens(out))) > 5
+    generation = run(model, [PROMPT], 16, speculation=Speculation(exit_layer, 4))
+    assert generation.generated[0] == greedy(family, PROMPT, 16)
+    assert 0 < generation.stats.acceptance_rate < 1 or exit_layer == L
+    assert len(set(generation.generated[0])) > 5
     all_drafts = VARIANTS["all"] | {"exit_layer": exit_layer, "drafter": perturbed(model)}
     assert new_tokens(generate(model, prompt, 16, **all_drafts)) == greedy(family, PROMPT, 16)
     assert new_tokens(generate(model, prompt, 16, exit_layer=exit_layer)) == greedy(family, PROMPT, 16, exit_layer)
@@ -134,9 +134,9 @@ def test_a_row_is_stopped_on_request(arguments):
 
 def test_short_outputs_are_drafted_too():
     """Their first rounds are learned, although the limit may cut them."""
-    choice, kinds = DiscountedUCB(plain=True), Counter()
+    rule, kinds = DraftRule(), Counter()
     for _ in range(12):
-        generation = Generation(model_of("llama3_2"), [PROMPT], 7, speculation=Speculation(3, 6), choice=choice)
+        generation = Generation(model_of("llama3_2"), [PROMPT], 7, speculation=Speculation(3, 6), rule=rule)
         list(generation)
         kinds += generation.stats.rounds_by_kind
     assert kinds["plain"] and kinds["chain"]

@@ -9,8 +9,9 @@ from helpers.tiny import FAMILIES, SIZE, VOCAB
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.generation import api
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.reference import speculative_decode, speculative_round
@@ -58,7 +59,7 @@ def test_rows_are_what_they_are_alone(family, variant):
             assert counted[0] == counted[1]
 
 
-def test_generate_takes_every_setting():
+def test_generate_takes_every_setting(monkeypatch):
     """What `generate` is given reaches the draft: here at once, each with an effect of its own."""
     model, arguments = model_of("llama3_2"), {"exit_layer": 2, "num_speculations": 3}
     expected = [plain(model, prompt, 18, 1.4) for prompt in PROMPTS]
@@ -68,6 +69,7 @@ def test_generate_takes_every_setting():
     assert out.tokens.tolist() == [
         [96] * (9 - len(prompt)) + [*prompt, *tokens] for prompt, tokens in zip(PROMPTS, expected, strict=True)
     ]
+    monkeypatch.setattr(api, "kept_rule", lambda *_: AlwaysLookUp())
     one_by_one = [{}, *({key: value} for key, value in settings.items())]
     stats = [generate(model, torch.tensor(PROMPT), 30, **arguments, **setting).stats for setting in one_by_one]
     seen = [(s.rounds, s.draft_steps, s.accepted, *s.rounds_by_kind) for s in stats]
@@ -125,17 +127,16 @@ def test_what_was_drafted_behind_a_stop_counts_nowhere():
     assert (generation.stats.rounds, generation.stats.drafted, generation.stats.accepted) == (1, 1, 1)
 
 
-def test_rates_are_kept_where_a_choice_is_passed_on():
-    """Both ways are tried once for all generations together; without a choice each generation begins anew."""
-    model, choice, prompt = model_of("llama3_2"), DiscountedUCB(trial=3), PROMPT * 3
+def test_a_rule_is_kept_where_it_is_passed_on():
+    """It measures its first rounds over all generations, and changes no token."""
+    model, rule, prompt = model_of("llama3_2"), DraftRule(), PROMPT * 3
     arguments = {"speculation": Speculation(2, 2, prompt_lookup=1)}
-    first = run(model, [prompt], 30, **arguments, choice=choice)
-    learned = {strategy: record.rounds for strategy, record in choice.records.items()}
-    assert {strategy.name for strategy in learned} == {"chain", "lookup"}
-    again = run(model, [prompt], 30, **arguments, choice=choice)
-    assert all(record.rounds >= learned[strategy] for strategy, record in choice.records.items())
-    assert sum(record.rounds for record in choice.records.values()) > sum(learned.values())
-    assert first.generated == again.generated == run(model, [prompt], 30, **arguments).generated
+    first = run(model, [prompt], 30, **arguments, rule=rule)
+    seen = rule.rounds
+    assert rule.seconds["plain"] and rule.seconds["chain"] and 0 <= first.stats.rounds - seen <= 2  # cut by the limit
+    again = run(model, [prompt], 30, **arguments, rule=rule)
+    assert 0 <= seen + again.stats.rounds - rule.rounds <= 2
+    assert first.generated == again.generated == run(model, [prompt], 30).generated
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -39,7 +39,7 @@ def test_no_draft_changes_a_sampled_token(variant, settings):
     total = 0
     for rows in (None, 2):
         speculation = speculation_of(variant, model)
-        generation = run(model, prompts, 16, sampler=sampler, speculation=speculation, rows=rows, choice=AlwaysLookUp())
+        generation = run(model, prompts, 16, sampler=sampler, speculation=speculation, rows=rows, rule=AlwaysLookUp())
         assert generation.generated == expected
         total += generation.stats.accepted
     assert total > 0

@@ -11,6 +11,7 @@ from helpers.tiny import VOCAB
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
 
 
@@ -82,12 +83,12 @@ def test_rounds_and_acceptance(exit_layer, d, count):
 @pytest.mark.parametrize("stop", [False, True])
 def test_statistics_of_a_batch_are_those_of_its_rows(stop):
     """What a row drafts beyond its own end, because others go on, counts nowhere; a round is one of the whole batch."""
-    prompts = [torch.tensor(prompt) for prompt in (PROMPT[:1], (30, 31, 7), PROMPT, (9, 60, 2, 41))]
-    arguments = {"max_generated_tokens": 14, "exit_layer": 3, "num_speculations": 5}
+    prompts = [PROMPT[:1], (30, 31, 7), PROMPT, (9, 60, 2, 41)]
+    arguments = {"count": 14, "speculation": Speculation(3, 5)}
     if stop:
         arguments["stop_tokens"] = [greedy("llama3_2", PROMPT, 14)[5]]
-    together = generate(model_of("llama3_2"), prompts, **arguments).stats
-    alone = [generate(model_of("llama3_2"), prompt, **arguments).stats for prompt in prompts]
+    together = run(model_of("llama3_2"), prompts, **arguments).stats
+    alone = [run(model_of("llama3_2"), [prompt], **arguments).stats for prompt in prompts]
     assert len({stats.rounds for stats in alone}) > 1
     total = sum(alone[1:], alone[0])
     for name in ("tokens", "first_tokens", "drafted", "accepted", "accepted_histogram"):
@@ -99,12 +100,11 @@ def test_statistics_of_a_batch_are_those_of_its_rows(stop):
 def test_the_last_exit_accepts_everything(temperature):
     """q and p are the same model: 24 tokens after the first are 4 full rounds of 5 + 1. Without drafts there is no
     rate."""
-    arguments = {"temperature": temperature, "seed": 0}
-    model, prompt = model_of("llama3_2"), torch.tensor(PROMPT)
-    stats = generate(model, prompt, 25, exit_layer=L, num_speculations=5, **arguments).stats
+    model, sampler = model_of("llama3_2"), Sampler(temperature, seed=0)
+    stats = run(model, [PROMPT], 25, speculation=Speculation(L, 5), sampler=sampler).stats
     assert (stats.rounds, stats.drafted, stats.accepted, stats.acceptance_rate) == (4, 20, 20, 1)
     assert stats.accepted_histogram == [0, 0, 0, 0, 0, 4]
-    stats = generate(model, prompt, 5, **arguments).stats
+    stats = run(model, [PROMPT], 5, sampler=sampler).stats
     assert (stats.acceptance_rate, stats.drafted, stats.accepted_histogram, stats.rounds) == (None, 0, [], 4)
 
 

@@ -61,15 +61,15 @@ def said_by_draft(model, draft, tokens, count):
     return tokens[-count:]
 
 
-@pytest.mark.parametrize("choice", [AlwaysLookUp, PlainBetween])
+@pytest.mark.parametrize("rule", [AlwaysLookUp, PlainBetween])
 @pytest.mark.parametrize("variant", ["chain", "look-up"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_draft_reads_all_of_the_text(kind, variant, choice):
+def test_the_draft_reads_all_of_the_text(kind, variant, rule):
     """Each drafted token is the one that the draft says without a cache, also after drafts of others and none."""
     model, drafts = model_of("llama3_2"), []
     draft = draft_of(model, kind)
     speculation = speculation_of(f"{kind}, {variant}", model)
-    arguments = {"speculation": speculation, "choice": choice(), "on_draft": drafts.append}
+    arguments = {"speculation": speculation, "rule": rule(), "on_draft": drafts.append}
     text, own = list(PROMPTS[1]), 0
     for number, (new,) in enumerate(list(Generation(model, PROMPTS[1:2], 40, **arguments))):
         if number and (drafted := drafts[number - 1][0]):
@@ -86,8 +86,8 @@ def test_a_row_that_takes_another_prompt_after_rounds_without_a_draft(kind):
     """What its old text left to be read is not read into the new one."""
     model, drafts, seen = model_of("llama3_2"), [], []
     draft = draft_of(model, kind)
-    speculation, choice = Speculation(2, 3, drafter=draft.decoder(model)), PlainBetween([0, 1, 1, 1, 1])
-    arguments = {"speculation": speculation, "choice": choice, "on_draft": drafts.append}
+    speculation, rule = Speculation(2, 3, drafter=draft.decoder(model)), PlainBetween([0, 1, 1, 1, 1])
+    arguments = {"speculation": speculation, "rule": rule, "on_draft": drafts.append}
     generation = Generation(model, PROMPTS[:4], 9, rows=2, **arguments)
     texts = [list(prompt) for prompt in PROMPTS[:4]]
     for new in generation:

@@ -15,7 +15,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from helpers import speculation
-from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import FAMILIES, SIZE, CountedCollectives, make_tiny
 from torch.distributed.tensor import DTensor
 from torchtune.models.llama3 import base_llama_tp_plan
@@ -29,7 +28,6 @@ from layerskip_recipes.generation import parallel
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.config import GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 
 CPU = torch.device("cpu")
@@ -91,9 +89,8 @@ def confused_clock(clock=time.perf_counter):
     """Each rank measures times of its own, by which drafts may give way to plain decoding."""
     draw = random.Random(dist.get_rank())
     time.perf_counter = lambda: clock() + draw.random()
-    always, DiscountedUCB.__init__.__defaults__ = DiscountedUCB.__init__.__defaults__, (*ALWAYS_DRAFTING[:-1], True)
     yield
-    time.perf_counter, DiscountedUCB.__init__.__defaults__ = clock, always
+    time.perf_counter = clock
 
 
 def split(family, kept, dim, weights=None):
@@ -256,7 +253,6 @@ def grid(folder):
 
 
 def work(what, folder):
-    DiscountedUCB.__init__.__defaults__ = ALWAYS_DRAFTING
     faulthandler.dump_traceback_later(300, exit=True)  # a torchrun that is killed leaves those that wait for others
     number = processes.init_processes("cpu")
     result = RANKS[what](folder)

@@ -8,8 +8,8 @@ import torch
 from helpers.decoding import PROMPT, plain  # noqa: F401
 from helpers.tiny import VOCAB
 
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.drafter import PLAIN
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.model.draft import Draft
@@ -88,26 +88,22 @@ def run(model, prompts, count, **arguments):
     return generation
 
 
-TRIAL, MEMORY, MARGIN, _ = DiscountedUCB.__init__.__defaults__
-ALWAYS_DRAFTING = (TRIAL, MEMORY, MARGIN, False)  # the defaults of a choice without plain decoding
-
-
-class AlwaysLookUp(DiscountedUCB):
+class AlwaysLookUp(DraftRule):
     """Looks up wherever the text offers a draft, fast or not."""
 
-    def pick(self, strategies):
-        return strategies[-1] if strategies else PLAIN
+    def pick(self, offered):
+        return offered[-1] if offered else PLAIN
 
 
-class PlainBetween(DiscountedUCB):
+class PlainBetween(DraftRule):
     """Rounds without a draft between others, in a fixed order: one or two, then eleven."""
 
     def __init__(self, ways=(0, 1, 0, 1, 0, 0, 1, *[1] * 10)):
         super().__init__()
         self.ways = itertools.cycle(ways)
 
-    def pick(self, strategies):
-        return PLAIN if next(self.ways) else strategies[-1]
+    def pick(self, offered):
+        return PLAIN if next(self.ways) else offered[-1]
 
 
 def search(tokens, ngram, count):

@@ -10,7 +10,6 @@ import torch
 from helpers.configs import generate_config, start_section
 from helpers.ranks import check_success, run_tune_on_ranks, train_on_ranks
 from helpers.resuming import COSINE, WEIGHTS, final_weights, keep_only, resumed, same_tensors
-from helpers.speculation import ALWAYS_DRAFTING
 from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, losses, read_log, texts, train
 from safetensors.torch import load_file
@@ -23,7 +22,6 @@ from layerskip_recipes.checkpoint.drafts import own_draft, read_description, rea
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.choice import DiscountedUCB
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -164,7 +162,6 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         recipe = LayerSkipGenerate(load_config(str(path)))
     assert recipe.section.draft == own and "Drafts: trained draft, " in caplog.text
-    monkeypatch.setattr(DiscountedUCB.__init__, "__defaults__", ALWAYS_DRAFTING)
     recipe.setup()
     report = recipe.generate()
     assert report["drafted"] > 0 and report["identical"] is True

@@ -1,3 +1,3 @@
-"""Drafts of self-speculation: drafter.py has the interface, speculation.py a user's settings. chain.py drafts from an
-exit, lookup.py from the text, and choice.py chooses between them by measured rates.
+"""Drafts of self-speculation: decoding.py runs a round. drafter.py has the interface of drafters, chain.py drafts from
+an exit, lookup.py from the text, and rule.py decides between them. speculation.py has a user's settings.
 """

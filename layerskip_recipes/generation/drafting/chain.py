@@ -33,10 +33,20 @@ class ChainDrafter(Drafter):
         # Inputs of plain rounds that a trained draft's own layers have not read: slots [b, 1], and tokens [b, 1] or an
         # adapter's inputs [b, 1, 2 d].
         self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.drafted = False  # this round
 
     @property
-    def behind(self) -> int:  # type: ignore[override]
+    def behind(self) -> int:
+        """How many of the last tokens the draft's own layers have not read."""
         return len(self.unread)
+
+    def offer(self, now: RoundStart) -> DraftStrategy:
+        return CHAIN
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:
+        counts, drafted = [len(new) for new in tokens if new], self.drafted
+        self.drafted = False
+        return sum(counts) / len(counts) if counts and drafted else None
 
     def begin(self, final: torch.Tensor) -> None:
         if self.context.has_adapter:
@@ -50,6 +60,7 @@ class ChainDrafter(Drafter):
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         context, count = self.context, now.draft_length(self.context, self.longest)
+        self.drafted = True
         if count == 0:
             return DraftedTokens(CHAIN, now.last[:, None])
         self._catch_up(now)
@@ -83,6 +94,7 @@ class ChainDrafter(Drafter):
         return DraftedTokens(CHAIN, torch.stack(tokens, 1), torch.cat(hidden, 1))
 
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
+        """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
         context = self.context
         if draft.length == 0:
             return self._step(now)
@@ -190,7 +202,7 @@ def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
 
 
 def accept_chain(context: StepContext, slots, logits, tokens, start, keys, seen, states):
-    """The result of `Drafter.verify`, and the last accepted token's state.
+    """The result of `ChainDrafter.verify`, and the last accepted token's state.
 
     logits [b, n + 1, v], tokens [b, n + 1], start [b]; keys [b, 2], seen [b, v], states [b, n + 1, d], each or None ->
     [b, 2 + n] in one tensor, so that the host waits once, and [b, 1, d] or None.

@@ -1,4 +1,4 @@
-"""The interface between the engine and a drafter."""
+"""The interface of drafters."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from layerskip_recipes.generation.steps import Step, StepContext, choose_token, next_logits
+from layerskip_recipes.generation.steps import Step, StepContext, choose_token
 
 
 class RoundStart(NamedTuple):
@@ -33,9 +33,9 @@ class RoundStart(NamedTuple):
 
 @dataclass(frozen=True)
 class DraftStrategy:
-    """A kind of draft; `DiscountedUCB` chooses between them."""
+    """A kind of draft; `DraftRule` picks one of them each round."""
 
-    name: str  # "plain" (no draft), "chain" or "lookup"
+    name: str  # "plain" (no draft), "chain", "lookup" or another drafter's
     match: int = 0  # of a look-up: the match length 0, 1 or 2, see `TextIndex.find`
 
 
@@ -57,17 +57,15 @@ class DraftedTokens:
 
 
 class Drafter(ABC):
-    """Proposes and verifies a draft each round. A proposal never changes the output, which is the full model's."""
+    """Proposes drafts. A draft never changes the output, which is the full model's."""
 
-    behind: int = 0  # how many of the last tokens the draft's own layers have not read
+    @abstractmethod
+    def offer(self, now: RoundStart) -> DraftStrategy | None:
+        """What kind of draft it has for this round; None: no draft."""
 
     @abstractmethod
     def propose(self, now: RoundStart) -> DraftedTokens:
-        """The draft of the next round."""
-
-    @abstractmethod
-    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
-        """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
+        """The draft that it offered."""
 
     def begin(self, final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
         """After the prefill; final [b, d] is x_L of each row's last token in the cache."""
@@ -75,29 +73,16 @@ class Drafter(ABC):
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
         """A batch row continues another text, which is in the cache; final [d] is x_L of its last token."""
 
-    def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:  # noqa: B027 - only some drafters need it
-        """After a round that no limit cut: mean tokens per running row, and seconds (0 if it compiled something)."""
+    @abstractmethod
+    def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:
+        """Append a round's final tokens [b][any number] to the rows' texts; those of finished rows are empty.
 
-    def extend(self, tokens: Sequence[Sequence[int]]) -> None:  # noqa: B027 - only some drafters need it
-        """Append tokens [b][any number] to the rows' texts."""
-
-
-class PlainDrafter(Drafter):
-    """Never drafts: one token per step of the model's first `exit_layer` layers."""
-
-    def __init__(self, context: StepContext, exit_layer: int) -> None:
-        self.context, self.depth = context, exit_layer
-
-    def propose(self, now: RoundStart) -> DraftedTokens:
-        return DraftedTokens(PLAIN, now.last[:, None])
-
-    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
-        logits = Step(self.context, next_logits, self.depth, choice=False)(now.slots(self.context), now.last, now.start)
-        return choose_next(self.context, logits, now)
+        Returns the mean tokens per running row that this round's offer gave, or would have given; None: unknown.
+        """
 
 
 def choose_next(context: StepContext, logits: torch.Tensor, now: RoundStart) -> torch.Tensor:
-    """The result of `Drafter.verify` for a step's logits [b, v]: [b, 2]."""
+    """No accepted token, and the next token of a step with logits [b, v] -> [b, 2]."""
     step = Step(context, choose_token, layers=False)
     run = step.run if context.sampler.greedy else step
     return F.pad(run(None, logits, now.keys, now.start + 1, now.seen)[:, None], (1, 0))

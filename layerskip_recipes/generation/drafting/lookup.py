@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import on_device
 
@@ -14,10 +14,11 @@ from layerskip_recipes.model.decoder import on_device
 class TextIndex:
     """Finds the continuation of the last earlier occurrence of the text's last `ngram` tokens."""
 
-    def __init__(self, ngram: int) -> None:
+    def __init__(self, ngram: int, text: Sequence[int] = ()) -> None:
         self.ngram = ngram
         self.tokens: list[int] = []
         self.after: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token after its last occurrence
+        self.extend(text)
 
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
@@ -42,28 +43,43 @@ class TextIndex:
         return [found[i % len(found)] for i in range(count)], (same // self.ngram).bit_length() - 1
 
 
-class LookupDrafter:
-    """Drafts up to `longest` tokens from the text by `TextIndex`; none unless every running row has a match."""
+class LookupDrafter(Drafter):
+    """Drafts up to `longest` tokens from the text, if every running row has a match.
 
-    def __init__(self, context: StepContext, longest: int, ngram: int, prompts: Sequence[Sequence[int]]) -> None:
+    The tokens that come out of a round tell how good its look-up was, whether it was the draft or not.
+    """
+
+    def __init__(self, context: StepContext, longest: int, ngram: int, texts: Sequence[Sequence[int]]) -> None:
         self.context, self.longest, self.ngram = context, longest, ngram
-        self.texts = [TextIndex(ngram) for _ in prompts]
-        self.extend(prompts)
+        self.indices = [TextIndex(ngram, text) for text in texts]
+        self.found: list[list[int]] = []  # this round's offer, [b][n]
+
+    def offer(self, now: RoundStart) -> DraftStrategy | None:
+        count = now.draft_length(self.context, self.longest)
+        running = [index for index, done in zip(self.indices, now.finished, strict=True) if not done]
+        found = [index.find(count) for index in running] if count else []
+        if not found or not all(tokens for tokens, _ in found):
+            return None
+        of_running = iter(tokens for tokens, _ in found)
+        self.found = [[0] * count if done else next(of_running) for done in now.finished]
+        return DraftStrategy("lookup", min(match for _, match in found))
 
     def propose(self, now: RoundStart) -> DraftedTokens:
-        """`Drafter.propose`; a `ChainDrafter` verifies the draft."""
-        count, match, tokens = now.draft_length(self.context, self.longest), 0, now.last[:, None]
-        rows = zip(self.texts, now.finished, strict=True)
-        found = [([0] * count, 2) if done else text.find(count) for text, done in rows]
-        if count and all(row for row, _ in found):
-            tokens = torch.cat([tokens, on_device([row for row, _ in found], self.context.device)], 1)
-            match = min(match for _, match in found)
-        return DraftedTokens(DraftStrategy("lookup", match), tokens)
+        found = on_device(self.found, self.context.device)
+        return DraftedTokens(DraftStrategy("lookup"), torch.cat([now.last[:, None], found], 1))
 
-    def replace(self, row: int, text: Sequence[int]) -> None:
-        self.texts[row] = TextIndex(self.ngram)
-        self.texts[row].extend(text)
+    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
+        self.indices[row] = TextIndex(self.ngram, text)
 
-    def extend(self, tokens: Sequence[Sequence[int]]) -> None:
-        for text, new in zip(self.texts, tokens, strict=True):
-            text.extend(new)
+    def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:
+        given = [1 + matches(found, new) for found, new in zip(self.found, tokens, strict=False) if new]
+        self.found = []
+        for index, new in zip(self.indices, tokens, strict=True):
+            index.extend(new)
+        return sum(given) / len(given) if given else None
+
+
+def matches(found: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens of a look-up are those that came."""
+    pairs = enumerate(zip(found, tokens, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(found), len(tokens)))

@@ -50,6 +50,12 @@ class Speculation:
         check("prompt_lookup", self.prompt_lookup, PromptLookup | None)
         check("min_confidence", self.min_confidence, Confidence)
 
+    @property
+    def settings(self) -> tuple:
+        """What the speed of a round depends on."""
+        size = None if self.draft_vocabulary is None else len(self.draft_vocabulary)
+        return self.exit_layer, self.num_speculations, size, self.prompt_lookup, self.min_confidence, id(self.drafter)
+
     def check(self, model: LayerSkipDecoder) -> None:
         """Raise a ConfigError for settings that do not fit the model."""
         model.check_exit(self.exit_layer)

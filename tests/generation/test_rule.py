@@ -1,0 +1,188 @@
+"""Look-ups against a search in the text; and the rule of when to draft, by made-up costs and acceptance."""
+
+import random
+import statistics
+from collections import Counter
+
+import pytest
+from helpers.speculation import PROMPTS, run, search
+from helpers.tiny import make_tiny
+
+from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftStrategy
+from layerskip_recipes.generation.drafting.lookup import TextIndex
+from layerskip_recipes.generation.drafting.rule import DraftRule
+from layerskip_recipes.generation.drafting.speculation import Speculation
+
+# ---- drafts from the text ----
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 3])
+def test_look_up_finds_what_a_search_finds(ngram):
+    """Texts of a small alphabet that grow in pieces; the length asked for changes nothing but the length."""
+    generator, found, new = random.Random(50), 0, 0
+    for _ in range(100):
+        index, text = TextIndex(ngram), []
+        for _ in range(8):
+            piece = [generator.randrange(3) for _ in range(generator.randrange(6))]
+            index.extend(piece)
+            text += piece
+            for count in (1, 3, 7):
+                expected = search(text, ngram, count)
+                assert index.find(count)[0] == expected
+                assert len(expected) in (0, count)
+            found += bool(expected)
+            new += not expected
+    assert found > 100 and new > 100
+
+
+def test_look_up_by_hand():
+    index = TextIndex(2)
+    index.extend([1, 2, 3, 4, 1, 2, 5, 6, 1, 2])
+    assert index.find(3) == ([5, 6, 1], 0)  # the last place, not the first
+    assert index.find(6) == ([5, 6, 1, 2, 5, 6], 0)
+    index.extend([7])
+    assert index.find(3) == ([], 0)
+    short = TextIndex(3)
+    short.extend([1, 1])
+    assert short.find(2) == ([], 0)
+
+
+@pytest.mark.parametrize("ngram", [1, 2, 3])
+def test_how_much_of_the_text_a_look_up_found_again(ngram):
+    """Against a search in the whole text; what longer matches promise is learned apart from that of shorter ones."""
+    generator, levels = random.Random(56), Counter()
+    text, index = [], TextIndex(ngram)
+    for _ in range(120):
+        repeat = text[(at := generator.randrange(len(text))) : at + generator.randrange(1, 20)] if text else []
+        new = repeat if generator.random() < 0.5 else [generator.randrange(6)]
+        text += new
+        index.extend(new)
+        ends = [i for i in range(ngram, len(text)) if text[i - ngram : i] == text[-ngram:]]
+        found, match = index.find(3)
+        if not ends:
+            assert (found, match) == ([], 0)
+            continue
+        same = max(n for n in range(ngram, ends[-1] + 1) if text[ends[-1] - n : ends[-1]] == text[-n:])
+        assert found[0] == text[ends[-1]] and match == (0 if same < 2 * ngram else 1 if same < 4 * ngram else 2)
+        levels[match] += 1
+    assert min(levels[match] for match in range(3)) > 5
+
+
+# ---- when to draft ----
+
+CHAIN, LOOKUP = DraftStrategy("chain"), DraftStrategy("lookup", 1)
+# Cost of a draft step, d, cost of a verification; in plain steps.
+COSTS = [(0.04, 8, 1.4), (0.13, 6, 1.3), (0.13, 8, 1.7), (0.3, 6, 1.3), (0.34, 4, 1.2), (0.5, 6, 1.3)]
+
+
+def decode(rule, cost, accept, tokens, seed=0, slow=()):
+    """A text decoded by a clock whose unit is a plain step, each drafted token accepted with probability `accept`.
+
+    Rounds of the numbers `slow` take ten times as long. Returns the time and what each round did.
+    """
+    (step, d, verify), generator, picked, time, done = cost, random.Random(seed), [], 0.0, 0
+    while done < tokens:
+        strategy, new, seconds = rule.pick([CHAIN]), 1, 1.0
+        if strategy != PLAIN:
+            seconds = d * step + verify
+            while new <= d and generator.random() < accept:
+                new += 1
+        seconds *= generator.uniform(0.95, 1.05) * (10 if len(picked) in slow else 1)
+        rule.learn(strategy, new, seconds)
+        if strategy != PLAIN:
+            rule.observe(strategy, new)
+        picked.append(strategy)
+        time, done = time + seconds, done + new
+    return time * tokens / done, picked
+
+
+def always(cost, accept, tokens):
+    """The expected time where each round drafts."""
+    step, d, verify = cost
+    return tokens * (d * step + verify) / sum(accept**k for k in range(d + 1))
+
+
+@pytest.mark.parametrize("accept", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("cost", COSTS)
+def test_bad_drafts_cost_a_twentieth_at_most(cost, accept):
+    """Of 128 tokens, unless they are no loss; of a longer text less."""
+    for seed in range(20):
+        bound = max(1.05 * 128, 1.05 * always(cost, accept, 128))
+        assert decode(DraftRule(), cost, accept, 128, seed)[0] < bound
+    assert decode(DraftRule(), cost, 0.0, 3000)[0] < 1.02 * 3000
+
+
+@pytest.mark.parametrize("cost", COSTS[:5])
+def test_good_drafts_are_kept(cost):
+    times = [decode(DraftRule(), cost, 0.9, 256, seed)[0] for seed in range(40)]
+    assert statistics.mean(times) < 1.05 * always(cost, 0.9, 256)
+    _, picked = decode(DraftRule(), cost, 0.9, 256, slow=(3, 7, 20))
+    assert picked.count(PLAIN) == 2  # a machine that was busy now and then changes nothing
+
+
+def test_a_slow_first_step_is_no_measure():
+    """Bad drafts end soon even if the first plain step was ten times as slow as others."""
+    assert decode(DraftRule(), COSTS[1], 0.0, 256, slow=(0,))[1].count(CHAIN) < 20
+
+
+def test_drafts_are_tried_again():
+    """A useless draft becomes a good one, as in another text: it is found within some rounds, and the reverse."""
+    rule, cost = DraftRule(), COSTS[1]
+    _, picked = decode(rule, cost, 0.0, 600)
+    assert picked[-100:].count(PLAIN) > 95
+    time, picked = decode(rule, cost, 0.9, 600)
+    assert picked[-40:].count(PLAIN) == 0 and time < 0.7 * 600
+    _, picked = decode(rule, cost, 0.0, 300)
+    assert picked[-100:].count(PLAIN) > 95
+
+
+@pytest.mark.parametrize("better", [CHAIN, LOOKUP])
+def test_look_ups_run_where_they_are_better(better):
+    """Both are observed in every round. Look-ups are offered in each third round, and cost less."""
+    rule, generator, picked = DraftRule(), random.Random(3), Counter()
+    for number in range(300):
+        offered = [CHAIN, LOOKUP] if number % 3 == 0 else [CHAIN]
+        strategy = rule.pick(offered)
+        tokens = {CHAIN: generator.randrange(2, 6), LOOKUP: 7 if better == LOOKUP else 1, PLAIN: 1}
+        rule.learn(strategy, tokens[strategy], {CHAIN: 2.0, LOOKUP: 1.4, PLAIN: 1.0}[strategy])
+        if strategy == CHAIN:
+            rule.observe(CHAIN, tokens[CHAIN])
+        if LOOKUP in offered:
+            rule.observe(LOOKUP, tokens[LOOKUP])
+        picked[strategy] += 1
+    assert picked[LOOKUP] > 90 if better == LOOKUP else picked[LOOKUP] == 0
+
+
+def test_without_measures_each_round_drafts():
+    rule = DraftRule(measure=False)
+    _, picked = decode(rule, COSTS[3], 0.0, 50)
+    assert set(picked) == {CHAIN} and rule.pick([]) == PLAIN
+    rule.observe(LOOKUP, 3.0)  # more tokens than the useless chain
+    assert rule.pick([CHAIN, LOOKUP]) == LOOKUP
+
+
+def test_the_text_tells_how_good_a_look_up_would_have_been():
+    """The engine observes look-ups in rounds of other drafts: against a search in the final text."""
+    observed = []
+
+    class Watching(DraftRule):
+        def pick(self, offered):
+            return CHAIN
+
+        def observe(self, strategy, tokens):
+            observed.append((strategy, tokens))
+
+    model, d = make_tiny("llama3_2"), 3
+    speculation = Speculation(2, d, prompt_lookup=1)
+    for prompt in PROMPTS:
+        observed.clear()
+        generation = run(model, [prompt], 24, speculation=speculation, rule=Watching())
+        text, at, expected = [*prompt, *generation.generated[0]], len(prompt) + 1, []
+        chains = [tokens for strategy, tokens in observed if strategy == CHAIN]
+        for new in chains:
+            found, after, matches = search(text[:at], 1, d)[: len(text) - at - 1], text[at : at + int(new)], 0
+            while matches < min(len(found), len(after)) and found[matches] == after[matches]:
+                matches += 1
+            expected += [1 + matches] if found else []
+            at += int(new)
+        assert [tokens for strategy, tokens in observed if strategy != CHAIN] == expected
