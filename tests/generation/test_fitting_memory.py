@@ -7,6 +7,7 @@ import torch
 from helpers.configs import LAYER, MODEL, REST, SLOT
 from helpers.decoding import model_of
 from omegaconf import OmegaConf
+from torchao.quantization import Int8WeightOnlyConfig
 from torchtune import config as tune_config
 
 from layerskip_recipes.config.loading import load_config
@@ -41,10 +42,11 @@ def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compil
 
 
 def test_quantised_weights_must_fit_the_memory(path, monkeypatch):
-    """Matrices have a byte for each weight, and for each row a scale in fp32 and torchao's zero point in int64; the
-    embedding, whose copy is the head, and the norms stay in fp32."""
+    """Matrices have a byte for each weight, and for each row a scale in fp32 and, before torchao 0.15, a zero point in
+    int64; the embedding, whose copy is the head, and the norms stay in fp32."""
     matrices, rows = 4 * (LAYER - 64) + REST - 32, 4 * (32 + 16 + 16 + 32 + 48 + 48 + 32) + MODEL["vocab_size"]
-    weights = matrices + (4 + 8) * rows + 4 * (REST + 4 * 64)
+    zero_point = 0 if hasattr(Int8WeightOnlyConfig, "version") else 8
+    weights = matrices + (4 + zero_point) * rows + 4 * (REST + 4 * 64)
     row = (1 + 100 + 4) * SLOT + 4 * (3 * 48 + 6 * 32) + 4 * 3 * 4 * MODEL["vocab_size"]
     quantizer = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
 
