@@ -65,7 +65,7 @@ class TokensPerRound(_Noted):
     @model_validator(mode="after")
     def _same_lengths(self) -> Self:
         ended = [] if self.ended is None else [self.ended.greedy, self.ended.sampled]
-        if any(len(rates) != len(self.greedy) for rates in (self.sampled, *ended)):
+        if {len(self.sampled), *map(len, ended)} != {len(self.greedy)}:
             raise ValueError("its lists have different lengths")
         return self
 

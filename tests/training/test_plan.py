@@ -47,13 +47,13 @@ def folder_of(tmp_path, **changes):
 
 @pytest.fixture
 def chosen(tmp_path, monkeypatch):
-    """What a config hf/* chooses, as a function of overrides and of the half of this machine's memory."""
+    """What a config hf/* chooses, as a function of overrides and of nine tenths of the free memory."""
     monkeypatch.setattr("layerskip_recipes.config.recipe_config.RecipeConfig.check_together", lambda self: None)
     for instructions in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)
 
     def choose(*overrides: str, name: str = "full", memory: int = 2**40, **changes) -> dict:
-        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 2}.get)
+        monkeypatch.setattr("layerskip_recipes.training.plan.free_memory", lambda device: -(-memory * 10 // 9))
         source = load_config(f"hf/{name}", [f"model_dir={folder_of(tmp_path, **changes)}", *overrides])
         return (GenerateConfig if name == "generate" else FinetuneConfig).load(source).chosen
 
@@ -106,9 +106,32 @@ def test_the_exit_that_drafts(trained, layers, exit_layer):
         (0, 128, True),  # the shortest, though it does not fit either
     ],
 )
-def test_a_sample_fits_into_half_of_the_memory(room, length, again, chosen):
+def test_a_sample_fits_into_the_free_memory(room, length, again, chosen, caplog):
     made = chosen("device=cpu", memory=16 * WEIGHTS + HEAD + LOGITS + room)
     assert (made["tokenizer.max_seq_len"], made["enable_activation_checkpointing"]) == (length, again)
+    assert ("so samples are cut to" in caplog.text) == (length < 512)
+    assert ("will probably end without memory" in caplog.text) == (room == 0)
+
+
+def test_a_warning_where_a_sample_does_not_fit_says_both_numbers(chosen, caplog):
+    """Qwen3 0.6B with a copy of 4 layers: 16 bytes for each weight are 9.8 GiB."""
+    qwen3 = {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    qwen3 |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+    assert chosen("device=cpu", name="task", memory=15 * 2**30, **qwen3)["tokenizer.max_seq_len"] == 512
+    assert not caplog.text
+    assert chosen("device=cpu", name="task", memory=7 * 2**30, **qwen3)["tokenizer.max_seq_len"] == 128
+    said = (
+        r"a sample of 512 tokens needs about 1[123]\.\d GiB, and 7\.0 GiB can be used here, so samples are cut to 128 "
+    )
+    assert re.search(said + r".* 1[123]\.\d GiB that 128 tokens need are not there either.*hf/lora", caplog.text)
+    caplog.clear()
+    chosen("device=cpu", "tokenizer.max_seq_len=512", name="lora", memory=2**30, **qwen3)
+    assert re.search(
+        r"512 tokens needs .* 1\.0 GiB .*end without memory\. Less is needed by a smaller model", caplog.text
+    )
+    caplog.clear()
+    chosen("device=cpu", "tokenizer.max_seq_len=512", "batch_size=1", name="lora", memory=2**30, **qwen3)
+    assert not caplog.text  # nothing was chosen
 
 
 @pytest.mark.parametrize(
