@@ -106,15 +106,18 @@ def training_bytes(model: TransformerDecoder, itemsize: int, trained: int, quant
     return itemsize * (weights - packed) + packed * 17 // 32 + 3 * itemsize * trained
 
 
-def token_bytes(model: TransformerDecoder, depth: int, itemsize: int, recompute: bool) -> int:
+def token_bytes(model: TransformerDecoder, depth: int, itemsize: int, recompute: bool, on_heap: bool = False) -> int:
     """Bytes of the activations that `depth` trained layers keep per token until the backward pass.
 
     A layer keeps about 16 vectors of the model's width and 4 of the feed-forward network's. With activation
     checkpointing (`recompute`) only one layer keeps them at a time, and the other layers keep their inputs.
+
+    `on_heap`: on a CPU, a process then holds more than torch allocates. Freed activations between two kept inputs leave
+    holes on the heap that do not fit the next ones, about one vector of the feed-forward network's width per layer.
     """
-    width = model.tok_embeddings.embedding_dim
-    layer = 16 * width + 4 * mlp_width(model)
-    return itemsize * (layer + depth * width if recompute else depth * layer)
+    width, inner = model.tok_embeddings.embedding_dim, mlp_width(model)
+    layer, kept = 16 * width + 4 * inner, width + (inner if on_heap else 0)
+    return itemsize * (layer + depth * kept if recompute else depth * layer)
 
 
 # ---- generation ----

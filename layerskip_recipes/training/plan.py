@@ -132,7 +132,8 @@ class TrainingMemory:
 
     def sample_bytes(self, dtype: str, length: int, recompute: bool) -> int:
         itemsize = ITEMSIZE["fp32" if self.of_draft else dtype]
-        return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute) * length
+        on_heap = self.device == "cpu"
+        return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute, on_heap) * length
 
     def fits(self, dtype: str, length: int, recompute: bool) -> bool:
         """Whether a sample fits."""
