@@ -68,7 +68,9 @@ class LayerSkipBenchmark:
         # The variants; _choose_settings returns None for one that cannot draft.
         model = layerskip_decoder(cfg.meta_model)
         folder = None if cfg.random_weights else described_folder(cfg.checkpointer)
-        self.trained = None if folder is None else read_trained_exits(folder)
+        self.trained = None
+        if folder is not None:
+            self.trained = read_trained_exits(folder, model.num_layers, model.tok_embeddings.num_embeddings)
         self.candidates: dict[str, Candidate] = {}
         self.variants: dict[str, Variant] = {}
         for name, variant in cfg.compared.items():

@@ -17,7 +17,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     weights_folder,
 )
 from layerskip_recipes.checkpoint.hf_checkpointer import readable
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Measured, write_description
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Measured, Token, write_description
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
@@ -63,7 +63,7 @@ class DraftDescription(Section):
     kind: Kind
     exit_layer: PositiveInt
     base: Base
-    vocabulary: list[int] | None = None
+    vocabulary: list[Token] | None = None
     """The tokens that the draft can predict; None: all."""
     measured: Measured | None = None
 
@@ -141,7 +141,12 @@ def read_draft(folder: str, model: LayerSkipDecoder, key: str, own_hash: str | N
             "Allowed: a draft of this model, or the model that it was trained for. If the model beside it was "
             "replaced, delete the draft's folder"
         )
-    draft = Draft(model, described.kind, described.exit_layer)
-    draft.load_state_dict(load_file(readable(Path(folder) / DRAFT_FILE, key)), assign=own_hash is not None)
+    weights = load_file(readable(Path(folder) / DRAFT_FILE, key))
+    try:
+        draft = Draft(model, described.kind, described.exit_layer)
+        draft.load_state_dict(weights, assign=own_hash is not None)
+    except (IndexError, RuntimeError) as e:
+        what = f"{described.kind} at exit {described.exit_layer}"
+        raise ConfigError(f"{key}: {DRAFT_FILE} in {folder!r} does not fit its {DESCRIPTION}, a {what}") from e
     draft.vocabulary = described.vocabulary
     return draft.requires_grad_(False).eval()

@@ -91,7 +91,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
 
 
 def _trained_exit(source: Path, layers: int) -> int:
-    described = read_trained_exits(source)
+    described = read_trained_exits(source, layers)
     trained = exit_that_drafts((described and described.exits) or [], layers)
     if trained is None and own_draft(source):
         raise ConfigError(

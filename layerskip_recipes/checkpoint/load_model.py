@@ -79,6 +79,6 @@ def _drafting(model: LayerSkipDecoder, folder: Path, draft: str | None) -> dict[
         trained = read_draft(str(model_folder(draft, "draft")), model, "draft")
         arguments: dict[str, Any] = {"exit_layer": trained.exit_layer, "draft_vocabulary": trained.vocabulary}
         return arguments | {"drafter": trained.decoder(model)}
-    described = read_trained_exits(folder)
+    described = read_trained_exits(folder, model.num_layers, model.tok_embeddings.num_embeddings)
     exit_layer = exit_that_drafts((described and described.exits) or [], model.num_layers)
     return {} if exit_layer is None else {"exit_layer": exit_layer}

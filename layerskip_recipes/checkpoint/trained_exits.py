@@ -17,9 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torchtune.utils import get_logger
+from typing_extensions import Self
 
 from layerskip_recipes.errors import ConfigError, first_line
+
+log = get_logger("INFO")
 
 DESCRIPTION = "layerskip.json"
 MOST_TOKENS = 16384  # maximum length of "vocabulary"
@@ -27,16 +31,26 @@ DRAFT_VOCABULARIES = (512, 1024, 2048, 4096, 8192, MOST_TOKENS)
 LONGEST_DRAFT = 8  # the longest draft that is measured: with AVX-512 verification is much slower from 10 rows on
 
 Rates = Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1)]
+Pairs = list[tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=0)]]]
+Exit = Annotated[int, Field(ge=1)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+ALL_TOKENS = "all"
 
 
-class EndedDrafts(BaseModel):
+class _Noted(BaseModel):
+    """A part of layerskip.json. Reading checks all that its users rely on."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class EndedDrafts(_Noted):
     """Tokens per round, and drafted tokens, for drafts of at most 1, 2, .. tokens that end at low confidence."""
 
-    greedy: list[tuple[float, float]]
-    sampled: list[tuple[float, float]]
+    greedy: Pairs
+    sampled: Pairs
 
 
-class TokensPerRound(BaseModel):
+class TokensPerRound(_Noted):
     """Expected tokens per round for drafts of 1, 2, .. tokens, teacher-forced (exit_quality.expected_rounds).
 
     They include the token after the accepted ones.
@@ -48,24 +62,47 @@ class TokensPerRound(BaseModel):
     ended: EndedDrafts | None = None
     """None: not measured."""
 
+    @model_validator(mode="after")
+    def _same_lengths(self) -> Self:
+        ended = [] if self.ended is None else [self.ended.greedy, self.ended.sampled]
+        if {len(self.sampled), *map(len, ended)} != {len(self.greedy)}:
+            raise ValueError("its lists have different lengths")
+        return self
 
-class Measured(BaseModel):
+
+class Measured(_Noted):
     on: Literal["dataset_val", "training"]
     labels: int
-    exits: dict[int, dict[str, TokensPerRound]] = {}
+    exits: dict[Exit, dict[Annotated[str, Field(pattern=r"^(all|[1-9]\d{0,8})$")], TokensPerRound]] = {}
     """For each early exit and draft vocabulary: "all", or n for the first n tokens of `vocabulary`."""
     draft: TokensPerRound | None = None
     """For a trained draft, with its own vocabulary."""
 
+    @model_validator(mode="after")
+    def _has_all_tokens(self) -> Self:
+        for exit_layer, by_vocabulary in self.exits.items():
+            if ALL_TOKENS not in by_vocabulary:
+                raise ValueError(f"exit {exit_layer} has no {ALL_TOKENS!r}")
+        return self
 
-class TrainedExits(BaseModel):
+
+class TrainedExits(_Noted):
     """The content of layerskip.json."""
 
-    exits: list[int] | None = None
+    num_layers: int | None = None
+    """The model's depth; earlier versions did not note it."""
+    exits: list[Exit] | None = None
     """The exits with a loss, in order."""
-    vocabulary: list[int] | None = None
+    vocabulary: list[Token] | None = None
     """Label tokens of the training data, most frequent first."""
     measured: Measured | None = None
+
+    def fits(self, num_layers: int | None, num_tokens: int | None) -> bool:
+        """Whether a model of this size has all exits and tokens that the file names."""
+        exits = [*(self.exits or []), *(self.measured.exits if self.measured else [])]
+        same_depth = None in (num_layers, self.num_layers) or self.num_layers == num_layers
+        has_exits = num_layers is None or max(exits, default=0) <= num_layers
+        return same_depth and has_exits and (num_tokens is None or max(self.vocabulary or [0]) < num_tokens)
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
@@ -81,13 +118,25 @@ def _readable(value: Any, indent: str = "") -> str:
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
-def read_trained_exits(folder: Path) -> TrainedExits | None:
-    """Read a folder's layerskip.json; None without the file."""
+def read_trained_exits(
+    folder: Path, num_layers: int | None = None, num_tokens: int | None = None
+) -> TrainedExits | None:
+    """Read a folder's layerskip.json; None without the file.
+
+    None too, with a warning, if the file describes another model than the folder's, which has `num_layers` layers and
+    `num_tokens` tokens; not checked if they are None.
+    """
     file = folder / DESCRIPTION
     if not file.is_file():
         return None
     try:
-        return TrainedExits.model_validate_json(file.read_text(encoding="utf-8"))
+        found = TrainedExits.model_validate_json(file.read_text(encoding="utf-8"))
+        if found.fits(num_layers, num_tokens):
+            return found
+        log.warning(
+            f"{str(file)!r} is ignored: it describes another model ({num_layers} layers, {num_tokens} tokens here)"
+        )
+        return None
     except ValidationError as e:
         wrong = e.errors()[0]
         place = ".".join(map(str, wrong["loc"]))

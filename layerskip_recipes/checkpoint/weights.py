@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torchao.quantization import quantize_
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from torchtune import training
 from torchtune.modules import TiedLinear
 
@@ -108,7 +108,7 @@ def linear_head(model: LayerSkipDecoder) -> nn.Linear:
 
 def quantise(module: M, quantizer: Component) -> M:
     """Quantise linear layers with a torchao configuration or a torchtune quantizer, mostly in place."""
-    method, key = quantizer.build(), quantizer.key
+    method, key = newest_version(quantizer).build(), quantizer.key
     old_kinds = _weight_kinds(module)
     device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
     # torchao changes inductor's settings and the fp32 matmul precision. Restore both, so that all decoding methods of a
@@ -135,6 +135,14 @@ def quantise(module: M, quantizer: Component) -> M:
             f"Set its group size to a divisor of the layers' widths, or {key}=null"
         )
     return module
+
+
+def newest_version(quantizer: Component) -> Component:
+    """torchao's int8 weights in version 2, which replaces the deprecated version 1; torchao 0.15 has both."""
+    both = quantizer.target is Int8WeightOnlyConfig and quantizer.takes("version")
+    return (
+        quantizer.replace(version=2) if both and not {"version", "group_size"} & set(quantizer.arguments) else quantizer
+    )
 
 
 def _weight_kinds(module: nn.Module) -> list[tuple[type, type, torch.dtype]]:

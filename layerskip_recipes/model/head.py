@@ -71,6 +71,9 @@ class Head:
         plain = plain and not isinstance(self.output.weight, TorchAOBaseTensor)  # `mm` takes no quantised tensor
         return self._places.index((self.output, "weight")) if plain else None
 
+    def is_in_norm(self, i: int) -> bool:
+        return any(self._places[i][0] is module for module in self.norm.modules())
+
     def has_token_rows(self, i: int) -> bool:
         """Whether `parameters[i]` is the output's own matrix or bias, with one row per token; adapters are not."""
         return self._places[i][0] is self.output

@@ -201,8 +201,11 @@ class RotaryPositions(nn.Module):
         self.register_buffer("sin", angles.sin() * scale, persistent=False)
 
     def forward(self, x: torch.Tensor, input_pos: torch.Tensor | None = None) -> torch.Tensor:
-        """Rotate queries or keys [b, s, heads, head_dim]; input_pos is [b or 1, s], or None for 0 .. s-1."""
-        at = slice(0, x.shape[1]) if input_pos is None else input_pos
+        """Rotate queries or keys [b, s, heads, head_dim]; input_pos is [b or 1, s], or None for 0 .. s-1.
+
+        torchtune's `generate` drops a dimension of size 1, so input_pos may also be [s], or [b] if s is 1.
+        """
+        at = slice(0, x.shape[1]) if input_pos is None else input_pos.view(-1, x.shape[1])
         cos, sin = (table[at].to(x.dtype).unsqueeze(-2) for table in (self.cos, self.sin))
         first, second = x[..., : self.dim].chunk(2, dim=-1)
         rotated = [first * cos - second * sin, second * cos + first * sin]

@@ -1,7 +1,9 @@
 """Memory of weights, training and generation: one set of formulas, for automatic choices and for checks."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -28,16 +30,64 @@ def weight_bytes(
     return (early + late // shards) // parallel * dtype.itemsize
 
 
-def machine_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes that processes may take here: the machine's memory, or less in a container or a Slurm job."""
+    limits = [limit for group in _control_groups(root) if (limit := _limit(group)) is not None]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes of a GPU, torch's unused cache included; for a CPU the machine's whole memory."""
+def free_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Free bytes of a GPU, torch's unused cache included; for a CPU the bytes that no process takes.
+
+    Cached files count as free. Where the system does not tell, it is the machine's whole memory.
+    """
     if device.type != "cuda":
-        return machine_memory()
+        free = [machine_memory(root), 1024 * _table(root / "proc/meminfo").get("MemAvailable:", 2**60)]
+        for group in _control_groups(root):
+            limit, used = _limit(group), _least(group, "memory.current", "memory.usage_in_bytes")
+            if limit is not None and used is not None:
+                stat = _table(group / "memory.stat")
+                kinds = ("inactive_file", "active_file")  # in version 1, "total_" includes the groups below
+                free.append(limit - used + sum(stat.get(f"total_{kind}", stat.get(kind, 0)) for kind in kinds))
+        return max(min(free), 0)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """The folders of this process's control groups for memory, of version 1 or 2, and of the groups above them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        mounts = ["memory"] if "memory" in controllers.split(",") else [] if controllers else ["", "unified"]
+        # A container may see the path outside of it; then its own group is at the mount.
+        for place in (PurePosixPath(path), *PurePosixPath(path).parents):
+            yield from (root / "sys/fs/cgroup" / mount / str(place).lstrip("/") for mount in mounts)
+
+
+def _limit(group: Path) -> int | None:
+    return _least(group, "memory.max", "memory.high", "memory.limit_in_bytes")
+
+
+def _least(group: Path, *names: str) -> int | None:
+    """The least number in these files of a control group; None if there is none, or all are "max"."""
+    numbers = []
+    for name in names:
+        with suppress(OSError, ValueError):
+            numbers.append(int((group / name).read_text()))
+    return min(numbers, default=None)
+
+
+def _table(file: Path) -> dict[str, int]:
+    """The numbers of a file with a name and a number in each line."""
+    try:
+        rows = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def mlp_width(model: TransformerDecoder) -> int:
@@ -56,15 +106,18 @@ def training_bytes(model: TransformerDecoder, itemsize: int, trained: int, quant
     return itemsize * (weights - packed) + packed * 17 // 32 + 3 * itemsize * trained
 
 
-def token_bytes(model: TransformerDecoder, depth: int, itemsize: int, recompute: bool) -> int:
+def token_bytes(model: TransformerDecoder, depth: int, itemsize: int, recompute: bool, on_heap: bool = False) -> int:
     """Bytes of the activations that `depth` trained layers keep per token until the backward pass.
 
     A layer keeps about 16 vectors of the model's width and 4 of the feed-forward network's. With activation
     checkpointing (`recompute`) only one layer keeps them at a time, and the other layers keep their inputs.
+
+    `on_heap`: on a CPU, a process then holds more than torch allocates. Freed activations between two kept inputs leave
+    holes on the heap that do not fit the next ones, about one vector of the feed-forward network's width per layer.
     """
-    width = model.tok_embeddings.embedding_dim
-    layer = 16 * width + 4 * mlp_width(model)
-    return itemsize * (layer + depth * width if recompute else depth * layer)
+    width, inner = model.tok_embeddings.embedding_dim, mlp_width(model)
+    layer, kept = 16 * width + 4 * inner, width + (inner if on_heap else 0)
+    return itemsize * (layer + depth * kept if recompute else depth * layer)
 
 
 # ---- generation ----
@@ -93,11 +146,12 @@ def row_bytes(
 def check_cache_fits(
     rows: int, length: int, bytes_of: Callable[[int], int], device: torch.device, weights: int = 0, loaded: int = 0
 ) -> None:
-    """Check that `rows` batch rows of `length` slots and the weights fit into the free memory.
+    """Check that `rows` batch rows of `length` slots and the weights fit into the free memory; on a CPU, into the
+    machine's memory, as other programs may make room.
 
     `bytes_of(length)` is `row_bytes`. This process will hold `weights` bytes of weights, `loaded` before quantisation.
     """
-    free = free_memory(device)
+    free = free_memory(device) if device.type == "cuda" else machine_memory()
     row, shorter = bytes_of(length), bytes_of(length - 1)
     # The largest batch, and for one row the longest sequence, that fits.
     fits, positions = (free - weights) // row, length + (free - weights - row) // (row - shorter)

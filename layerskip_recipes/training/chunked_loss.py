@@ -127,7 +127,12 @@ def exit_losses(
         exact = at_least_fp32(states[0])
         count = torch.full((), max(len(labels), 1), dtype=exact, device=labels.device)
         # New leaves (for a sharded parameter, its gathered copy). Frozen parameters stay frozen.
-        leaves = [p.detach().to(compute).requires_grad_(wants_gradient and p.requires_grad) for p in parameters]
+        # The norm stays in its dtype, since it computes in fp32.
+        dtypes = [p.dtype if head.is_in_norm(i) else compute for i, p in enumerate(parameters)]
+        leaves = [
+            p.detach().to(dtype).requires_grad_(wants_gradient and p.requires_grad)
+            for p, dtype in zip(parameters, dtypes, strict=True)
+        ]
         # Sum gradients in fp32. Each chunk of each exit adds one term, and bf16 would round most of them away.
         sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
         size = max(min(chunk_tokens or fast_chunk(kind), len(labels)), 1)

@@ -25,7 +25,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import TENSOR_PARALLEL
 from layerskip_recipes.model.nf4 import packs_weights
-from layerskip_recipes.processes import from_every_rank, num_processes
+from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.config import FinetuneConfig
 
 
@@ -102,14 +102,10 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
 
 
 def make_mesh(cfg: FinetuneConfig, device: torch.device) -> Mesh:
-    """The mesh of a config; needs the process group. Raises as `mesh_sizes` does, and if ranks chose other values."""
+    """The mesh of a config; needs the process group. Raises as `mesh_sizes` does."""
     replicate, shard, tensor = mesh_sizes(cfg)
     if num_processes() == 1:
         return Mesh()
-    for rank, chosen in enumerate(from_every_rank(cfg.chosen)):
-        for key, value in cfg.chosen.items():
-            if chosen.get(key) != value:
-                raise ConfigError(f"{key}: null chose {chosen.get(key)} on rank {rank} and {value} on another; set it")
     names = ("replicate", "shard", TENSOR_PARALLEL)
     devices = init_device_mesh(device.type, (replicate, shard, tensor), mesh_dim_names=names)
     return Mesh(devices, replicate, shard, tensor)

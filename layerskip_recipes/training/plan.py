@@ -3,10 +3,12 @@
 Keys with a value are kept, and later choices take them into account.
 """
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torchtune.modules.peft import get_adapter_params
+from torchtune.utils import get_logger
 
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.config.choices import Choices, best_device, computes_in_bf16, has_bf16_products
@@ -16,12 +18,14 @@ from layerskip_recipes.data.tokenizer import SampleLength, hf_tokenizer
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
-from layerskip_recipes.model.memory import machine_memory, token_bytes, training_bytes
+from layerskip_recipes.model.memory import free_memory, token_bytes, training_bytes
 from layerskip_recipes.model.nf4 import packs_weights
 from layerskip_recipes.processes import num_processes
 
 if TYPE_CHECKING:
     from layerskip_recipes.training.config import FinetuneConfig
+
+log = get_logger("INFO")
 
 SAMPLES_PER_STEP = 8  # small steps learn most from a given number of tokens
 LONGEST = {"cpu": 512}  # tokens per sample; on a CPU the limit is time, not memory
@@ -60,6 +64,9 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         ),
     )
     size = choices.pick("batch_size", lambda: memory.samples(dtype, length or cfg.meta_model.max_seq_len, again))
+    if length is not None and {"tokenizer.max_seq_len", "batch_size"} & choices.chosen.keys():
+        wanted = memory.wanted_length if "tokenizer.max_seq_len" in choices.chosen else length
+        memory.warn_if_little(dtype, wanted, length)
     at_once = max(size * num_processes() // (cfg.tensor_parallel_dim or 1), 1)  # tensor ranks share samples
     more = 1 if cfg.optimizer_in_bwd else max(SAMPLES_PER_STEP // at_once, 1)
     choices.pick("gradient_accumulation_steps", lambda: more)
@@ -83,7 +90,7 @@ def full_learning_rate(width: int) -> float:
 
 
 class TrainingMemory:
-    """Estimates what fits into 90% of a GPU's memory, or half of the machine's."""
+    """Estimates what fits into 90% of a GPU's memory, or of the machine's free memory."""
 
     def __init__(self, cfg: "FinetuneConfig", device: str) -> None:
         self.cfg, self.device = cfg, device
@@ -99,12 +106,15 @@ class TrainingMemory:
         own = 0 if draft is None else passes * draft.num_layers
         self.depth = own + (1 if cfg.freezes_model else len(model.layers))
 
-    def room(self, dtype: str) -> int:
-        """Bytes left for activations."""
+    @cached_property
+    def there(self) -> int:
+        """Bytes that each process may take."""
         if self.device.startswith("cuda") and torch.cuda.is_available():
-            there = torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
-        else:
-            there = machine_memory() // 2 // num_processes()
+            return torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
+        return free_memory(torch.device("cpu")) * 9 // 10 // num_processes()
+
+    def taken(self, dtype: str) -> int:
+        """Bytes that each process takes besides activations."""
         cfg, model = self.cfg, self.cfg.meta_model
         section = cfg.early_exit_loss or cfg.draft
         chunk = (section and section.chunk_tokens) or chunk_tokens(self.device)
@@ -114,19 +124,29 @@ class TrainingMemory:
         # In each process: the fp32 logits of a chunk with their gradient, and the sum of the head's gradients in fp32.
         own = 8 * chunk * model.tok_embeddings.num_embeddings
         own += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
-        return there - own - sharded // shards
+        return own + sharded // shards
+
+    def room(self, dtype: str) -> int:
+        """Bytes left for activations."""
+        return self.there - self.taken(dtype)
 
     def sample_bytes(self, dtype: str, length: int, recompute: bool) -> int:
         itemsize = ITEMSIZE["fp32" if self.of_draft else dtype]
-        return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute) * length
+        on_heap = self.device == "cpu"
+        return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute, on_heap) * length
 
     def fits(self, dtype: str, length: int, recompute: bool) -> bool:
         """Whether a sample fits."""
         return self.sample_bytes(dtype, length, recompute) <= self.room(dtype)
 
+    @property
+    def wanted_length(self) -> int:
+        """512 tokens on a CPU and 2048 elsewhere, or the model's limit if that is less."""
+        return min(LONGEST.get(self.device, LONGEST_ELSEWHERE), self.cfg.meta_model.max_seq_len)
+
     def longest_sample(self, dtype: str) -> int:
-        """512 tokens on a CPU and 2048 elsewhere, halved until a sample fits."""
-        length = min(LONGEST.get(self.device, LONGEST_ELSEWHERE), self.cfg.meta_model.max_seq_len)
+        """`wanted_length`, halved until a sample fits."""
+        length = self.wanted_length
         while length > SHORTEST and not self.fits(dtype, length, recompute=True):
             length //= 2
         return length
@@ -135,3 +155,20 @@ class TrainingMemory:
         """The number of samples that fit: 1, 2, 4 or 8."""
         fits = self.room(dtype) // self.sample_bytes(dtype, length, recompute)
         return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))
+
+    def warn_if_little(self, dtype: str, wanted: int, length: int) -> None:
+        """Warn if a sample of `wanted` tokens does not fit, even with checkpointing; `length` tokens were chosen."""
+        if self.fits(dtype, wanted, recompute=True):
+            return
+
+        def needed(tokens: int) -> str:
+            return f"{(self.taken(dtype) + self.sample_bytes(dtype, tokens, recompute=True)) / 2**30:.1f} GiB"
+
+        said = f"Training with a sample of {wanted} tokens needs about {needed(wanted)}, "
+        said += f"and {self.there / 2**30:.1f} GiB can be used here"
+        if length < wanted:
+            said += f", so samples are cut to {length} tokens (not with tokenizer.max_seq_len={wanted})"
+        if not self.fits(dtype, length, recompute=True):
+            said += f". The {needed(length)} that {length} tokens need are not there either" if length < wanted else ""
+            said += ". The run will probably end without memory"
+        log.warning(f"{said}. Less is needed by {'hf/lora or ' if self.all_weights else ''}a smaller model")

@@ -66,6 +66,9 @@ class LayerSkipFinetune:
         self.device = cfg.find_device()
         mesh_sizes(cfg)
         init_processes(self.device.type, with_cpu=cfg.fsdp_cpu_offload)
+        source = from_rank_zero(cfg.source)  # each rank may have found another amount of free memory, and chosen by it
+        if not is_rank_zero():
+            self.cfg = cfg = FinetuneConfig.load(source)
         if cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()  # the optimizer runs on the CPU, and torchrun leaves one thread
         self.output_dir = Path(cfg.output_dir)

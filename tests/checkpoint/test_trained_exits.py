@@ -20,6 +20,13 @@ DESCRIPTION = {
 }
 
 
+RATES = {"greedy": [1.5, 1.75], "sampled": [1.4, 1.5]}
+
+
+def measured(exits):
+    return json.dumps({"measured": {"on": "training", "labels": 1, "exits": exits}})
+
+
 def test_what_is_written_is_read(tmp_path):
     write_description(tmp_path, DESCRIPTION)
     text = (tmp_path / "layerskip.json").read_text()
@@ -50,6 +57,14 @@ def test_a_file_of_earlier_versions_names_the_exits_only(tmp_path):
             ),
             "measured.exits.2.all.greedy: Field required",
         ),
+        ('{"exits": [0]}', "exits.0: Input should be greater than or equal to 1"),
+        ('{"vocabulary": [-1]}', "vocabulary.0: Input should be greater than or equal to 0"),
+        (measured({"0": {"all": RATES}}), "measured.exits.0"),
+        (measured({"2": {"all": RATES, "2k": RATES}}), "measured.exits.2.2k"),
+        (measured({"2": {"512": RATES}}), "measured: Value error, exit 2 has no 'all'"),
+        (measured({"2": {"all": RATES | {"sampled": [1.5]}}}), "exits.2.all: Value error, its lists have different"),
+        (measured({"2": {"all": RATES | {"greedy": [1.5, float("nan")]}}}), "exits.2.all.greedy.1: Input should be "),
+        (measured({"2": {"all": RATES | {"ended": {"greedy": [], "sampled": []}}}}), "exits.2.all: Value error"),
     ],
 )
 def test_a_malformed_file_is_one_clear_error(text, reason, tmp_path):
@@ -58,3 +73,21 @@ def test_a_malformed_file_is_one_clear_error(text, reason, tmp_path):
         read_trained_exits(tmp_path)
     assert "layerskip.json' cannot be read (" in str(e.value) and reason in str(e.value)
     assert str(e.value).endswith("delete or repair it") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({}, True),
+        ({"num_layers": 8}, True),
+        ({"num_layers": 12}, False),
+        ({"exits": [2, 9]}, False),
+        ({"vocabulary": [5, 10]}, False),
+        ({"measured": {"on": "training", "labels": 1, "exits": {"9": {"all": RATES}}}}, False),
+    ],
+)
+def test_the_file_of_another_model_is_ignored_with_a_warning(changes, fits, tmp_path, caplog):
+    """A model of 8 layers and 10 tokens."""
+    write_description(tmp_path, DESCRIPTION | changes)
+    assert (read_trained_exits(tmp_path, 8, 10) is not None) == fits
+    assert ("is ignored: it describes another model" in caplog.text) != fits

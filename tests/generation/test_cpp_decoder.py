@@ -36,7 +36,7 @@ from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels import huge_pages
+from layerskip_recipes.generation.kernels import cpp_decoder, huge_pages
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
 from layerskip_recipes.generation.kernels.cpp_decoder import SOURCES, load_library
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
@@ -194,13 +194,17 @@ def test_a_first_token_is_chosen_in_cpp_also_where_torch_reads_the_text(monkeypa
     assert seen == [True]
 
 
-def test_compiled_code_is_of_one_torch_and_one_compiler(monkeypatch):
-    """An upgrade of either must not load the library that the other one made."""
+def test_compiled_code_is_of_one_torch_compiler_and_processor(monkeypatch):
+    """An upgrade must not load the library of the version before, nor another machine that shares the cache."""
     from torch._inductor.codecache import CppCodeCache
 
     sources = []
     monkeypatch.setattr(CppCodeCache, "load", classmethod(lambda cls, source: sources.append(source)))
     load_library.__wrapped__()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", lambda self: False)
+        patched.setattr(platform, "processor", lambda: "another")
+        load_library.__wrapped__()
     for owner, name in ((torch, "__version__"), (torch.version, "git_version")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, "another")
@@ -208,7 +212,22 @@ def test_compiled_code_is_of_one_torch_and_one_compiler(monkeypatch):
     version = subprocess.CompletedProcess([], 0, "another compiler 1.0\nand more")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: version)
     load_library.__wrapped__()
-    assert len(set(sources)) == 4 and len({source.partition("\n")[2] for source in sources}) == 1
+    assert len(set(sources)) == 5 and len({source.partition("\n")[2] for source in sources}) == 1
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="knows the end of Linux's libraries only")
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, tmp_path, monkeypatch):
+    (tmp_path / "small.cpp").write_text("int small() { return 1; }\n")
+    monkeypatch.setattr(cpp_decoder, "SOURCES", [tmp_path / "small.cpp"])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    load_library.__wrapped__()
+    (library,) = tmp_path.glob("cache/**/*.so")
+    whole = library.read_bytes()
+    library.unlink()  # this process has it in use
+    library.write_bytes(whole[: int(len(whole) * kept)])
+    load_library.__wrapped__()
+    assert library.stat().st_size == len(whole)
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import torch
 from helpers.configs import LAYER, MODEL, REST, SLOT
 from helpers.decoding import model_of
 from omegaconf import OmegaConf
+from torchao.quantization import Int8WeightOnlyConfig
 from torchtune import config as tune_config
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.model.memory import check_cache_fits, row_bytes, weight_bytes
+from layerskip_recipes.model.memory import check_cache_fits, free_memory, machine_memory, row_bytes, weight_bytes
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -41,10 +42,11 @@ def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compil
 
 
 def test_quantised_weights_must_fit_the_memory(path, monkeypatch):
-    """Matrices have a byte for each weight, and for each row a scale in fp32 and torchao's zero point in int64; the
-    embedding, whose copy is the head, and the norms stay in fp32."""
+    """Matrices have a byte for each weight, and for each row a scale in fp32 and, before torchao 0.15, a zero point in
+    int64; the embedding, whose copy is the head, and the norms stay in fp32."""
     matrices, rows = 4 * (LAYER - 64) + REST - 32, 4 * (32 + 16 + 16 + 32 + 48 + 48 + 32) + MODEL["vocab_size"]
-    weights = matrices + (4 + 8) * rows + 4 * (REST + 4 * 64)
+    zero_point = 0 if hasattr(Int8WeightOnlyConfig, "version") else 8
+    weights = matrices + (4 + zero_point) * rows + 4 * (REST + 4 * 64)
     row = (1 + 100 + 4) * SLOT + 4 * (3 * 48 + 6 * 32) + 4 * 3 * 4 * MODEL["vocab_size"]
     quantizer = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
 
@@ -88,3 +90,53 @@ def test_ranks_that_share_heads_share_their_caches(monkeypatch):
     for too_much in ({"parallel": 1}, {"parallel": 2, "weights": 1}):
         with pytest.raises(ValueError, match=r"^batch_size: caches, prompts and steps of 2 rows .*up to 1;"):
             check(**too_much)
+
+
+GIB = 2**30
+AVAILABLE = "MemTotal: 99 kB\nMemAvailable: 16777216 kB\nHugePages_Total: 0\n"
+CACHED = f"anon 5\ninactive_file {GIB // 2}\nactive_file {GIB // 2}\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "limit", "free"),
+    [
+        ({}, 64, 64),
+        ({"proc/meminfo": AVAILABLE}, 64, 16),
+        # Version 2: a container sees its own group at the mount. Each group above may have the least limit.
+        ({"proc/self/cgroup": "0::/", "memory.max": 4 * GIB, "memory.current": GIB}, 4, 3),
+        ({"proc/self/cgroup": "0::/", "memory.max": "max", "memory.current": GIB, "proc/meminfo": AVAILABLE}, 64, 16),
+        ({"proc/self/cgroup": "0::/", "memory.max": 8 * GIB, "memory.high": 6 * GIB, "memory.current": 0}, 6, 6),
+        ({"proc/self/cgroup": "0::/a/b", "a/b/memory.max": "max", "a/memory.max": 8 * GIB, "memory.max": 2**40}, 8, 8),
+        (
+            {"proc/self/cgroup": "0::/a/b", "a/b/memory.max": 8 * GIB, "a/b/memory.current": 2 * GIB}
+            | {"a/memory.max": 9 * GIB, "a/memory.current": 6 * GIB, "a/memory.stat": CACHED},
+            8,
+            4,
+        ),
+        ({"proc/self/cgroup": "0::/", "memory.max": GIB, "memory.current": 2 * GIB}, 1, 0),
+        # Version 1, alone or beside version 2; Docker's path is that of the host. No limit is a huge number.
+        ({"proc/self/cgroup": "3:memory:/docker/1", "memory/memory.limit_in_bytes": 4 * GIB}, 4, 4),
+        ({"proc/self/cgroup": "3:cpu:/\n0::/", "memory/memory.limit_in_bytes": 4 * GIB}, 64, 64),
+        (
+            {"proc/self/cgroup": "5:cpu,memory:/slurm/1\n0::/", "memory/slurm/1/memory.limit_in_bytes": 2**63 - 4096}
+            | {"memory/slurm/memory.limit_in_bytes": 8 * GIB, "memory/slurm/memory.usage_in_bytes": 3 * GIB}
+            | {"memory/slurm/memory.stat": f"inactive_file 0\ntotal_inactive_file {GIB}\ntotal_active_file 0\n"},
+            8,
+            6,
+        ),
+        ({"proc/self/cgroup": "1:memory:/\n0::/s", "unified/s/memory.max": 2 * GIB}, 2, 2),
+    ],
+)  # fmt: skip
+def test_limits_of_containers_and_jobs(files, limit, free, tmp_path, monkeypatch):
+    """In GiB, on a machine of 64; files without a folder are those of the control group at the mount."""
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 64 * GIB, "SC_PAGE_SIZE": 1}.get)
+    for name, content in files.items():
+        file = tmp_path / name if name.startswith("proc/") else tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{content}\n")
+    assert machine_memory(tmp_path) == limit * GIB
+    assert free_memory(torch.device("cpu"), tmp_path) == free * GIB
+
+
+def test_memory_of_this_machine():
+    assert 0 < free_memory(torch.device("cpu")) <= machine_memory()

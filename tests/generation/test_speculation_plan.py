@@ -34,13 +34,13 @@ def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):
     return estimated_costs(model, dtype, gpu, compiled, batch_rows)
 
 
-def described(folder, exits, trained=(6, 30), draft=None):
+def described(folder, exits, trained=(6, 30), draft=None, tokens=range(10, 2058)):
     """A folder whose layerskip.json has these measurements: {exit: {vocabulary: (greedy, sampled)}}."""
     folder.mkdir(exist_ok=True)
     measured = {
         str(e): {name: {"greedy": n, "sampled": m} for name, (n, m) in of_exit.items()} for e, of_exit in exits.items()
     }
-    content = {"exits": list(trained), "vocabulary": list(range(10, 2058))}
+    content = {"exits": list(trained), "vocabulary": list(tokens)}
     if exits or draft:
         content["measured"] = {"on": "dataset_val", "labels": 999, "exits": measured}
     if draft:
@@ -110,7 +110,7 @@ def test_drafts_that_end_early_are_longer_at_most_and_cost_their_mean_length(tmp
     """By the formula of plan.py: up to 8 tokens, of which 4.5 are drafted in the mean. In a batch all rows must end."""
     greedy, sampled = TASK["2048"]
     ended = [(n - 0.2, min(d, 0.5 * d + 0.5)) for d, n in enumerate(greedy, 1)]
-    folder = described(tmp_path, {6: {"2048": (greedy, sampled)}})
+    folder = described(tmp_path, {6: {"all": ([1.0] * 8,) * 2, "2048": (greedy, sampled)}})
     content = json.loads((folder / "layerskip.json").read_text())
     content["measured"]["exits"]["6"]["2048"]["ended"] = {"greedy": ended, "sampled": ended}
     (folder / "layerskip.json").write_text(json.dumps(content))
@@ -283,7 +283,9 @@ def test_without_a_compiler_steps_are_not_compiled_and_the_log_says_so(monkeypat
 def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder, caplog):
     """The same tokens as without drafts, from the chosen exit; one line says why."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    described(checkpoint, {1: {"all": ([1 + 0.97 * d for d in range(1, 9)], [2.0] * 8)}}, trained=(1, 4))
+    described(
+        checkpoint, {1: {"all": ([1 + 0.97 * d for d in range(1, 9)], [2.0] * 8)}}, trained=(1, 4), tokens=range(300)
+    )
     caplog.set_level(logging.INFO)
     for logger in map(logging.getLogger, ("torchtune.utils._logging", "layerskip_recipes.generation.recipe")):
         logger.propagate = True

@@ -277,6 +277,9 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
     write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 1})
     with pytest.raises(ConfigError, match=r"format: 1 is not allowed\. Allowed: 3"):
         read_draft(str(tmp_path / "new"), None, "draft")
+    write_draft(tmp_path / "deep", {"norm.scale": torch.ones(2)}, described | {"exit_layer": 99})
+    with pytest.raises(ConfigError, match=r"draft\.safetensors in '.*deep' does not fit its layerskip.json, a copy at"):
+        generated(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "deep")}))
     changes = {"dataset": None, "tasks": ["arc_easy"], "self_speculation": section, "quantizer": INT8}
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft: it was trained for unquantised weights"):
         EvalConfig.load(load_config(str(eval_config(tmp_path, base, **changes))))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers.hf_folders import LONGROPE, MODELS, VOCAB, make_hf_folder
 from safetensors.torch import load_file, save_file
 from torchtune import training
+from torchtune.generation import generate as torchtune_generate
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
 
 from layerskip_recipes import generate, hf_checkpointer, hf_decoder, layerskip_decoder
@@ -112,6 +113,23 @@ def test_self_speculation_gives_the_tokens_of_transformers_generate(pair):
             pair.ours, prompt[0], max_generated_tokens=limit, exit_layer=exit_layer, num_speculations=4, stop_tokens=[]
         )
         assert out.tokens[0].tolist() == expected[0, : 10 + limit].tolist()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_torchtunes_generate_decodes_prompts_of_several_lengths(pair, cached):
+    """torchtune passes the positions of a step as [b]. Each row gets the tokens that it gets alone."""
+    prompts = [TOKENS[0, 1:9], TOKENS[1, 1:6], TOKENS[0, 3:4]]
+    limit = 7  # within the window of Gemma 2
+    ours = hf_decoder(str(pair.folder)).eval()
+    ours.load_state_dict(pair.ours.state_dict())
+    if cached:
+        ours.setup_caches(len(prompts), torch.float32, decoder_max_seq_len=8 + limit)
+    padded = torch.stack([F.pad(prompt, (8 - len(prompt), 0)) for prompt in prompts])
+    with torch.no_grad():
+        out, _ = torchtune_generate(ours, padded, max_generated_tokens=limit, pad_id=0, top_k=1)
+    for prompt, row in zip(prompts, out, strict=True):
+        alone = generate(pair.ours, prompt, max_generated_tokens=limit, stop_tokens=[]).tokens[0]
+        assert row[8:].tolist() == alone[len(prompt) :].tolist()
 
 
 def test_a_written_folder_is_that_of_transformers_to_the_bit(pair, tmp_path):

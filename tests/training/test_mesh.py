@@ -1,15 +1,15 @@
 """The grid of processes and the settings that do not go with it, in this process with torchrun's WORLD_SIZE."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from helpers.configs import HF_CONFIG, MODEL
 from helpers.hf_folders import model_with_tokenizer
+from omegaconf import DictConfig
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.parallel import make_mesh, mesh_sizes
+from layerskip_recipes.training.parallel import mesh_sizes
+from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 PLAN = {"tensor_parallel_plan": {"_component_": "torchtune.models.llama3.base_llama_tp_plan"}}
 BACKWARD, OFFLOAD = {"optimizer_in_bwd": True}, {"fsdp_cpu_offload": True}
@@ -71,14 +71,15 @@ def test_a_plan_and_how_many_ranks_share_a_matrix(processes, keys, sizes, sizes_
     assert sizes_of(keys, processes) == sizes
 
 
-def test_processes_that_chose_other_values_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("layerskip_recipes.training.parallel.mesh_sizes", lambda cfg: (1, 2, 1))
+def test_all_processes_take_what_rank_zero_chose(finetune, monkeypatch):
+    """Each may have found another amount of free memory."""
+    source = load_config(str(finetune()), ["device=cpu", "batch_size=7"])
     monkeypatch.setattr(
-        "layerskip_recipes.training.parallel.from_every_rank", lambda chosen: [chosen, {"batch_size": 2}]
+        "layerskip_recipes.training.recipe.from_rank_zero",
+        lambda value: source if isinstance(value, DictConfig) else value,
     )
-    with pytest.raises(ValueError, match=r"^batch_size: null chose 2 on rank 1 and 8 on another"):
-        make_mesh(SimpleNamespace(chosen={"batch_size": 8}), torch.device("cpu"))
+    monkeypatch.setattr("layerskip_recipes.training.recipe.is_rank_zero", lambda: False)
+    assert LayerSkipFinetune(load_config(str(finetune()), ["device=cpu", "batch_size=8"])).cfg.batch_size == 7
 
 
 def test_processes_do_not_share_one_device(finetune, monkeypatch):

@@ -128,7 +128,9 @@ def choose_drafts(
     if section is None:
         return Choice(None, None, costs.plain)
     asked_for = section.draft is not None or section.exit_layer is not None
-    trained = None if folder is None or section.draft is not None else read_trained_exits(folder)
+    trained = None
+    if folder is not None and section.draft is None:
+        trained = read_trained_exits(folder, costs.num_layers, costs.vocabulary)
     section = with_stored_vocabulary(section, trained)
     if own is not None:
         section = section.model_copy(update={"draft": own})

@@ -5,7 +5,10 @@ In a small model torch's overhead per product is as large as the product. The C+
 token or for seven, and do little else.
 """
 
+import platform
+import struct
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -64,14 +67,42 @@ def load_library() -> None:
         cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
         cpp_compile_command_flags: ClassVar[dict[str, Any]] = {"include_pytorch": True, "shared": True}  # type: ignore[misc]
 
+        @staticmethod
+        def _load_library_inner(path: str, key: str) -> Any:
+            if not _is_whole(Path(path)):
+                Path(path).unlink()
+                raise OSError(f"{path} is cut off")
+            return CppCodeCache._load_library_inner(path, key)
+
     # torch knows the processor's vector instructions. Inductor would compile and run a test program for each.
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     with config.patch({"cpp.vec_isa_ok": True} if known else {}):
         pick_vec_isa()  # cached for the process
-    # Inductor's cache is keyed by source text. A comment makes it depend on torch and the compiler too.
+    # Inductor's cache is keyed by source text. A comment makes it depend on torch, compiler and processor too: the code
+    # has all of the processor's instructions, and users share or move the cache.
     compiler = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
-    versions = f"// torch {torch.__version__} {torch.version.git_version}, {compiler.splitlines()[0]}\n"
-    Library.load("".join([versions, *(source.read_text() for source in SOURCES)]))
+    versions = f"// torch {torch.__version__} {torch.version.git_version}, {compiler.splitlines()[0]}, {_processor()}\n"
+    source = "".join([versions, *(source.read_text() for source in SOURCES)])
+    try:
+        Library.load(source)
+    except OSError:  # a cut library is gone now: compile it again
+        Library.load(source)
+
+
+def _processor() -> str:
+    """The processor's instructions, which the compiler uses with -march=native."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library has its end, where ELF has the table of sections. Loading a cut one can end in a bus error."""
+    head, size = library.read_bytes()[:64], library.stat().st_size
+    if len(head) < 64 or not head.startswith(b"\x7fELF"):
+        return sys.platform != "linux" and size > 0
+    (start,), (entry, count) = struct.unpack_from("Q", head, 40), struct.unpack_from("HH", head, 58)
+    return start + entry * count <= size
 
 
 class Parts:
