@@ -114,7 +114,9 @@ def load_data(
 def _check_messages(section: Component, dataset: Any, tokenizer: Any) -> None:
     """Refuse a bad conversation before the training, not in the middle: render all of them, without tokenizing."""
     transform, template = getattr(dataset, "_message_transform", None), getattr(tokenizer, "template", None)
-    for i, row in enumerate(dataset._data if transform is not None else ()):
+    if transform is None:
+        return
+    for i, row in enumerate(dataset._data):
         with _explained_errors(section, f"sample {i}, counted from 0", dataset):
             messages = transform(row).get("messages", [])
             validate_messages(messages)
