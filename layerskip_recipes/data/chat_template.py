@@ -72,13 +72,14 @@ class ChatTemplate:
 
     def prompt(self, turns: Sequence[Turn], thinking: bool = False) -> Rendered:
         """The text of a conversation up to the place where the reply starts or continues."""
-        thinking = thinking or _reasons(turns)
+        thinking = thinking or reasons(turns)
         if not _is_reply(turns[-1]):
             return self._history(turns, True, thinking)
         if not turns[-1]["content"]:  # torchtune's form of a prompt
             return self._history(turns[:-1], True, thinking)
         begun = self.conversation(turns, thinking)
-        return replace(begun, text=begun.text[: begun.replies[len(turns) - 1].content_end])
+        reply = begun.replies.get(len(turns) - 1)
+        return replace(begun, text=begun.text[: reply.content_end]) if reply else begun
 
     def conversation(self, turns: Sequence[Turn], thinking: bool = False) -> Rendered:
         """The text of a conversation, in which each reply directly follows the prompt that asks for it.
@@ -87,7 +88,7 @@ class ChatTemplate:
         and that of DeepSeek's distillations opens a think block in prompts alone. Training would not show what
         generation asks. A model thinks if `thinking`, or if a reply has reasoning.
         """
-        thinking = thinking or _reasons(turns)
+        thinking = thinking or reasons(turns)
         i = len(turns) - 1
         if i == 0 or not _is_reply(turns[i]):
             return self._history(turns, False, thinking)
@@ -122,7 +123,7 @@ class ChatTemplate:
         moved = [(0, 0)]  # (a position in the template's text, how far the new text is ahead of it from there on)
         for i, turn in enumerate(turns):
             span = self._content_span(turns, i, text, is_prompt, thinking) if _is_reply(turn) else None
-            if span is None or (_reasons([turn]) and END_OF_THINKING not in text[slice(*span)]):
+            if span is None or (reasons([turn]) and END_OF_THINKING not in text[slice(*span)]):
                 continue  # without its reasoning, it is no longer what the model wrote
             start, end = span
             prompt = self.render(turns[:i], True, thinking) if i else text[:start]
@@ -208,7 +209,8 @@ def _is_reply(turn: Turn) -> bool:
     return turn["role"] == "assistant"
 
 
-def _reasons(turns: Sequence[Turn]) -> bool:
+def reasons(turns: Sequence[Turn]) -> bool:
+    """Whether a reply has reasoning."""
     return any(END_OF_THINKING in turn["content"] for turn in turns if _is_reply(turn))
 
 

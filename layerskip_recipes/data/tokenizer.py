@@ -23,7 +23,7 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
-from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Rendered, default_template
+from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Rendered, default_template, reasons
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_folder import model_folder
 
@@ -65,7 +65,8 @@ class HFTokenizer(ModelTokenizer, Transform):
         enable_thinking: bool = False,
     ) -> None:
         self.max_seq_len, self.truncation_type, self.enable_thinking = max_seq_len, truncation_type, enable_thinking
-        self.path, self._warned = path, False
+        self.path = path
+        self._warned = self._told = False
         # Read the folder's files.
         folder = model_folder(path, "tokenizer.path")
         if not (folder / "tokenizer.json").is_file():
@@ -169,6 +170,9 @@ class HFTokenizer(ModelTokenizer, Transform):
             tokens, _ = self._encode(rendered)
             return self._truncate(tokens, [True] * len(tokens), None)
 
+        if not (self._told or self.enable_thinking) and reasons(turns) and "enable_thinking" in self.template.source:
+            self._told = True
+            log.info("tokenizer: replies have reasoning, so ask the trained model with tokenizer.enable_thinking=true")
         rendered = self.template.conversation(turns)
         tokens, last_chars = self._encode(rendered)
         ends, indices = zip(*rendered.message_ends, strict=True)

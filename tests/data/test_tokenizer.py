@@ -308,18 +308,18 @@ def test_prompts_are_those_of_transformers(make_folder, family):
 
 @pytest.mark.parametrize("reply", [REASONING, "<think>add</think>four"])
 @pytest.mark.parametrize("family", [*PROMPT_ENDS, "llama3", "llama2", "qwen2_5"])
-def test_reasoning_is_learned_after_a_prompt_that_lets_the_model_think(make_folder, family, reply):
+def test_reasoning_is_learned_after_a_prompt_that_lets_the_model_think(make_folder, family, reply, caplog):
     folder = make_folder(template=FAMILIES[family])
     tokenizer = hf_tokenizer(folder)
     turns = [*TURNS[:1], ("assistant", reply)]
     tokens, mask = tokenizer.tokenize_messages(messages_of(*turns))
     prompt = prompt_of(tokenizer, turns[:1], enable_thinking=True)
     assert tokens[: len(prompt)] == prompt == prompt_of(hf_tokenizer(folder, enable_thinking=True), turns[:1])
-    opened = "" if family not in ("qwen3_thinking", "deepseek_r1_distill") else "<think>\n"
-    text = trained_text(tokenizer, tokens, mask)
-    assert (opened + text).replace("<think>\nadd<", "<think>add<").strip(" ").removesuffix(END_OF_TURN[family]).strip(
-        " "
-    ) == reply
+    opened = family in ("qwen3_thinking", "deepseek_r1_distill")  # by the prompt
+    text = trained_text(tokenizer, tokens, mask).removesuffix(END_OF_TURN[family])
+    assert text.strip(" ") == (reply.removeprefix("<think>").lstrip("\n") if opened else reply)
+    told = [record for record in caplog.records if "tokenizer.enable_thinking=true" in record.message]
+    assert len(told) == (family in ("qwen3", "smollm3"))
     # A reply from which the template took the reasoning is shown, and not learned again.
     longer = [*turns, *TURNS[2:]]
     tokens, mask = tokenizer.tokenize_messages(messages_of(*longer))
