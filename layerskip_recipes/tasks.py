@@ -9,6 +9,7 @@ from layerskip_recipes.data.reference_tasks import (
     topv2,
     xsum_summarization,
 )
+from layerskip_recipes.data.replies import qa_dataset
 from layerskip_recipes.data.standard_library import code_index, code_index_dataset
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "commands",
     "human_eval",
     "jsonl",
+    "qa_dataset",
     "topv2",
     "xsum_summarization",
 ]

@@ -7,6 +7,7 @@ and no smoothing. torchmetrics computes both.
 from collections.abc import Sequence
 from typing import Literal
 
+from layerskip_recipes.data.chat_template import THINK
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.text.prompts import Example
 
@@ -18,7 +19,9 @@ def text_metrics(names: Sequence[Metric], outputs: Sequence[str], references: Se
 
     def metric(name: Metric) -> float:
         if name == "exact_match":
-            same = [output.strip() == reference.strip() for output, reference in zip(outputs, references, strict=True)]
+            same = [
+                _answer(output) == _answer(reference) for output, reference in zip(outputs, references, strict=True)
+            ]
             return sum(same) / len(same)
         from torchmetrics.functional.text import rouge_score, sacre_bleu_score  # takes seconds to import
 
@@ -29,6 +32,11 @@ def text_metrics(names: Sequence[Metric], outputs: Sequence[str], references: Se
 
     assert len(outputs) == len(references) > 0, f"{len(outputs)} outputs, {len(references)} references"
     return {name: metric(name) for name in names}
+
+
+def _answer(text: str) -> str:
+    """A text without the space around it, and without the opening of a think block: some prompts already have it."""
+    return text.strip().removeprefix(THINK).strip()
 
 
 def check_references(names: Sequence[Metric], examples: Sequence[Example]) -> None:

@@ -66,6 +66,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             later = _merge(later, change)
             if value is None:  # so that later keys of this section do not inherit
                 cfg = _merge(cfg, change)
+            cfg = _without_other_datasets(cfg, change)
         else:
             raise ConfigError(f"override: {override!r} is not of the form key=value (or ~key to remove a key)")
     try:
@@ -98,21 +99,26 @@ def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     bases = own.pop("extends", None)
     if bases is None:
         return own
-    merged: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        file = find_config(str(base), relative_to=path.parent, key="extends")
-        merged = _merge_files(merged, _load_chain(file, (*seen, path)))
-    return _merge_files(merged, own)
+    files = [
+        find_config(str(base), relative_to=path.parent, key="extends")
+        for base in (bases if isinstance(bases, list) else [bases])
+    ]
+    contents = [*(_load_chain(file, (*seen, path)) for file in files), own]
+    return reduce(lambda merged, later: _merge(_without_other_datasets(merged, later), later), contents)
 
 
-def _merge_files(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """`_merge`, but another dataset inherits no arguments: a split or a count is meant for one dataset."""
+def _without_other_datasets(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """`base` without the arguments of datasets that `later` replaces: a split or a count is meant for one dataset."""
     base = dict(base)
     for key in ("dataset", "dataset_val"):
         old, new = base.get(key), later.get(key)
-        if isinstance(old, dict) and isinstance(new, dict) and "_component_" in new:
-            base[key] = old if new["_component_"] == old.get("_component_") else {}
-    return _merge(base, later)
+        if (
+            isinstance(old, dict)
+            and isinstance(new, dict)
+            and {**old, **new}.get("_component_") != old.get("_component_")
+        ):
+            base[key] = {"_component_": old.get("_component_")}
+    return base
 
 
 def _merge(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,27 @@ PLAIN_TEMPLATE = (
 MARK = "\U0010fa57"
 
 
+THINK, END_OF_THINKING = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model writes in an assistant's turn, by its place in the text. All text before `start` is the prompt."""
+
+    start: int
+    content_end: int
+    end: int  # after the special token that ends the turn
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    message_ends: list[tuple[int, int]]  # (end of a message in characters, index of the message), in order of the text
+    replies: dict[int, Reply]  # by index of the message
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A template and the tokens that it may write."""
@@ -43,21 +64,83 @@ class ChatTemplate:
         except TemplateError as e:
             raise ConfigError(f"tokenizer.chat_template: no valid Jinja template: {e}") from e
 
-    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation; `add_generation_prompt` adds the header of the assistant's reply."""
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False, thinking: bool = False) -> str:
+        """The template's own text; `add_generation_prompt` adds the header of the assistant's reply."""
         # transformers passes tools and documents too, so templates may read them.
-        variables = dict(self.named_tokens, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
-        return _compile(self.source).render(variables, messages=turns)
+        variables = dict(self.named_tokens, tools=None, documents=None, enable_thinking=thinking)
+        return _compile(self.source).render(variables, messages=turns, add_generation_prompt=add_generation_prompt)
 
-    def render_prompt(self, turns: Sequence[Turn]) -> str:
+    def prompt(self, turns: Sequence[Turn], thinking: bool = False) -> Rendered:
         """The text of a conversation up to the place where the reply starts or continues."""
-        if turns[-1]["role"] != "assistant":
-            return self.render(turns, add_generation_prompt=True)
+        thinking = thinking or reasons(turns)
+        if not _is_reply(turns[-1]):
+            return self._history(turns, True, thinking)
         if not turns[-1]["content"]:  # torchtune's form of a prompt
-            return self.render(turns[:-1], add_generation_prompt=True)
-        text = self.render(turns)
-        span = self._content_span(turns, len(turns) - 1, text)
-        return text[: span[1]] if span else text
+            return self._history(turns[:-1], True, thinking)
+        begun = self.conversation(turns, thinking)
+        reply = begun.replies.get(len(turns) - 1)
+        return replace(begun, text=begun.text[: reply.content_end]) if reply else begun
+
+    def conversation(self, turns: Sequence[Turn], thinking: bool = False) -> Rendered:
+        """The text of a conversation, in which each reply directly follows the prompt that asks for it.
+
+        Templates of reasoning models write it differently: Qwen3's has an empty think block before the last reply only,
+        and that of DeepSeek's distillations opens a think block in prompts alone. Training would not show what
+        generation asks. A model thinks if `thinking`, or if a reply has reasoning.
+        """
+        thinking = thinking or reasons(turns)
+        i = len(turns) - 1
+        if i == 0 or not _is_reply(turns[i]):
+            return self._history(turns, False, thinking)
+        asked, prompt = self._history(turns[:i], True, thinking), self.render(turns[:i], True, thinking)
+        text = self.render(turns, False, thinking)
+        span = self._content_span(turns, i, text, False, thinking)
+        if span is None:
+            raise ConfigError(
+                "tokenizer.chat_template: writes no last reply, so there is none to learn. Give another one"
+            )
+        start, end = span
+        begin = _begin_of_reply(prompt, text[:start])
+        written = text[begin:end]
+        if END_OF_THINKING in turns[i]["content"]:  # the template may drop the reasoning
+            wanted = _without_opening(turns[i]["content"], prompt)
+            whole = text[len(prompt) : end] if text.startswith(prompt) else ""
+            written = whole if wanted.strip() in whole else wanted
+        footer = self.special_pattern.search(text[end:])
+        first = len(asked.text)
+        last = first + len(written)
+        reply = Reply(first, last, last + (footer.end() if footer else len(text) - end))
+        written = asked.text + written + text[end:]
+        return Rendered(written, [*asked.message_ends, (len(written), i)], {**asked.replies, i: reply})
+
+    def _history(self, turns: Sequence[Turn], is_prompt: bool, thinking: bool) -> Rendered:
+        """A conversation that ends before a reply, with the prompt of each earlier reply before it."""
+        text = self.render(turns, is_prompt, thinking)
+        message_ends = self._message_ends(turns, text, is_prompt, thinking)
+        end_of = {i: end for end, i in message_ends}
+        written, done = "", 0  # the new text, and how much of the template's text it covers
+        replies: dict[int, Reply] = {}
+        moved = [(0, 0)]  # (a position in the template's text, how far the new text is ahead of it from there on)
+        for i, turn in enumerate(turns):
+            span = self._content_span(turns, i, text, is_prompt, thinking) if _is_reply(turn) else None
+            if span is None or (reasons([turn]) and END_OF_THINKING not in text[slice(*span)]):
+                continue  # without its reasoning, it is no longer what the model wrote
+            start, end = span
+            prompt = self.render(turns[:i], True, thinking) if i else text[:start]
+            begin = _begin_of_reply(prompt, text[:start])
+            same = min(begin, len(prompt))
+            if prompt[:same] == text[:same]:
+                written += text[done:same] + prompt[same:]
+            else:  # such as Mistral's templates, which move the system message
+                written += text[done:begin]
+            footer = self.special_pattern.search(text[end : end_of[i]])
+            ahead = len(written) - begin
+            stop = end + footer.end() if footer else end_of[i]
+            replies[i] = Reply(len(written), end + ahead, stop + ahead)
+            moved.append((begin, ahead))
+            done = begin
+        message_ends = [(end + max(x for x in moved if x[0] <= end)[1], i) for end, i in message_ends]
+        return Rendered(written + text[done:], message_ends, replies)
 
     def end_of_turn(self) -> str | None:
         """The special token directly after an assistant's content; None if there is none."""
@@ -66,10 +149,10 @@ class ChatTemplate:
             after = self.render(turns).partition(MARK)[2]
         except TemplateError:
             return None
-        found = re.match(rf"\s*({self._special_pattern})", after)
-        return found[1] if found else None
+        found = self.special_pattern.match(after.lstrip())
+        return found[0] if found else None
 
-    def message_ends(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
+    def _message_ends(self, turns: Sequence[Turn], text: str, *mode: bool) -> list[tuple[int, int]]:
         """[(end of a message in characters, index of the message)], in the order of the rendered text.
 
         Usually the text starts with the rendering of the first i messages; its length is the end of message i.
@@ -77,29 +160,30 @@ class ChatTemplate:
         ends = [0]
         try:
             for count in range(1, len(turns)):
-                prefix = self.render(turns[:count])
+                prefix = self.render(turns[:count], False, mode[-1])
                 if not text.startswith(prefix) or len(prefix) < ends[-1]:
-                    return self._message_ends_by_content(turns, text)
+                    return self._message_ends_by_content(turns, text, *mode)
                 ends.append(len(prefix))
         except TemplateError:  # some templates reject incomplete conversations
-            return self._message_ends_by_content(turns, text)
+            return self._message_ends_by_content(turns, text, *mode)
         return [(end, i) for i, end in enumerate([*ends[1:], len(text)])]
 
-    def _message_ends_by_content(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """`message_ends` for templates that move or drop texts: the special token after its content ends a message."""
-        found = ((self._content_span(turns, i, text), i) for i in range(len(turns)))
+    def _message_ends_by_content(self, turns: Sequence[Turn], text: str, *mode: bool) -> list[tuple[int, int]]:
+        """`_message_ends` for templates that move or drop texts: the special token after its content ends a message."""
+        found = ((self._content_span(turns, i, text, *mode), i) for i in range(len(turns)))
         spans = sorted((span, i) for span, i in found if span is not None)
         ends = []
         for ((_, end), i), ((start, _), other) in pairwise(spans):
             if start < end:
                 raise self._mixed_up(turns, min(i, other))
-            footer = re.match(rf".*?(?:{self._special_pattern})\n*", text[end:start], flags=re.DOTALL)
+            footer = re.match(rf".*?(?:{self.special_pattern.pattern})\n*", text[end:start], flags=re.DOTALL)
             ends.append((end + footer.end() if footer else end, i))
         return [*ends, (len(text), spans[-1][1] if spans else 0)]
 
-    def _content_span(self, turns: Sequence[Turn], index: int, text: str) -> tuple[int, int] | None:
+    def _content_span(self, turns: Sequence[Turn], index: int, text: str, *mode: bool) -> tuple[int, int] | None:
         """The part of the text that changes with the content of one message; None if nothing does."""
-        marked = self.render([{**turn, "content": MARK} if i == index else turn for i, turn in enumerate(turns)])
+        changed = [{**turn, "content": MARK} if i == index else turn for i, turn in enumerate(turns)]
+        marked = self.render(changed, *mode)
         if marked == text:
             return None
         if marked.count(MARK) != 1:
@@ -114,11 +198,38 @@ class ChatTemplate:
             f"({turns[index]['role']}), so its tokens cannot be told from the others"
         )
 
-    @property
-    def _special_pattern(self) -> str:
-        """A regular expression for any special token, longest first: one may be a prefix of another."""
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches any special token, longest first: one may be a prefix of another."""
         by_length = sorted(self.special_tokens, key=len, reverse=True)
-        return "|".join(map(re.escape, by_length)) or r"(?!)"
+        return re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+
+
+def _is_reply(turn: Turn) -> bool:
+    return turn["role"] == "assistant"
+
+
+def reasons(turns: Sequence[Turn]) -> bool:
+    """Whether a reply has reasoning."""
+    return any(END_OF_THINKING in turn["content"] for turn in turns if _is_reply(turn))
+
+
+def _without_opening(reply: str, prompt: str) -> str:
+    """A reply with reasoning, without the opening of the think block if the prompt has it."""
+    if not (prompt.rstrip().endswith(THINK) and reply.lstrip().startswith(THINK)):
+        return reply
+    rest = reply.lstrip().removeprefix(THINK)
+    return rest.lstrip("\n") if prompt.endswith("\n") else rest
+
+
+def _begin_of_reply(prompt: str, before: str) -> int:
+    """Where a reply begins in a text that has `before` up to its content: after white space that the prompt has too."""
+    if before.startswith(prompt):
+        return len(prompt) if before[len(prompt) :].isspace() else len(before)
+    if prompt.startswith(before):
+        return len(before)
+    blank = len(before) - len(before.rstrip())
+    return len(before) - max(blank - (len(prompt) - len(prompt.rstrip())), 0)
 
 
 def _shared(one: str, other: str) -> int:

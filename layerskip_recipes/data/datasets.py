@@ -9,15 +9,17 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch.utils.data import Dataset
 from torchtune.config._utils import _get_component_from_path
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed, validate_messages
 from torchtune.datasets import ConcatDataset
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import create_block_causal_mask
 
 from layerskip_recipes.config.components import Component, Takes, parameter_names
 from layerskip_recipes.config.schema import Text, check
+from layerskip_recipes.data.chat_template import ChatTemplate
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
+from layerskip_recipes.processes import is_rank_zero
 
 PADDED = "torchtune.data.padded_collate_sft"
 
@@ -80,9 +82,11 @@ def load_data(
     for section in sections:
         with _explained_errors(section, "its data"):  # a packed dataset reads all of its samples when it is built
             parts.append(section.build(tokenizer))
+        if is_rank_zero():
+            _check_messages(section, parts[-1], tokenizer)
     dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
     packed = getattr(dataset, "packed", False) or any(section.get("packed", False) for section in sections)
-    indexed = IndexedErrorDataset(dataset, next((s for s in sections if not _is_torchtunes(s)), sections[0]), packed)
+    indexed = IndexedErrorDataset(dataset, next((s for s in sections if _is_users(s)), sections[0]), packed)
     # Choose the collate function, and try it with the first samples.
     if packed:
         flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
@@ -107,6 +111,20 @@ def load_data(
     return indexed, collate
 
 
+def _check_messages(section: Component, dataset: Any, tokenizer: Any) -> None:
+    """Refuse a bad conversation before the training, not in the middle: render all of them, without tokenizing."""
+    transform, template = getattr(dataset, "_message_transform", None), getattr(tokenizer, "template", None)
+    if transform is None:
+        return
+    for i, row in enumerate(dataset._data):
+        with _explained_errors(section, f"sample {i}, counted from 0", dataset):
+            messages = transform(row).get("messages", [])
+            validate_messages(messages)
+            turns = [{"role": message.role, "content": message.text_content} for message in messages]
+            if isinstance(template, ChatTemplate):
+                template.render(turns)
+
+
 class IndexedErrorDataset(Dataset):
     """A dataset whose errors name the sample, as `_explained_errors` does."""
 
@@ -123,17 +141,17 @@ class IndexedErrorDataset(Dataset):
             return self.dataset[i]
 
 
-def _is_torchtunes(section: Component) -> bool:
-    return section.path.startswith("torchtune.")
+def _is_users(section: Component) -> bool:
+    return not section.path.startswith(("torchtune.", "layerskip_recipes."))
 
 
 @contextmanager
 def _explained_errors(section: Component, what: str, dataset: Dataset | None = None) -> Iterator[None]:
-    """Turn errors of a torchtune dataset into ConfigErrors; errors of a user's own dataset keep their traceback."""
+    """Turn errors of torchtune's and our datasets into ConfigErrors; those of a user's keep their traceback."""
     try:
         yield
     except Exception as e:
-        if isinstance(e, ConfigError) or not _is_torchtunes(section):
+        if isinstance(e, ConfigError) or _is_users(section):
             raise
         cause: BaseException = e
         while isinstance(cause.__cause__, Exception):  # later errors often only say that reading failed

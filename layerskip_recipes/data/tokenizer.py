@@ -1,6 +1,7 @@
 """A torchtune tokenizer for any Hugging Face folder with a tokenizer.json, with its chat template.
 
-It gives the tokens of transformers' `apply_chat_template` and torchtune's loss mask. In a config:
+It gives the tokens of transformers' `apply_chat_template`, except where a conversation would show a reply without the
+prompt that asks for it, and torchtune's loss mask. In a config:
 
     tokenizer:
       _component_: layerskip_recipes.hf_tokenizer
@@ -8,24 +9,30 @@ It gives the tokens of transformers' `apply_chat_template` and torchtune's loss 
       max_seq_len: 2048
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+from torchtune import utils
 from torchtune.data import Message, truncate
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
-from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, default_template
+from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Rendered, default_template, reasons
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_folder import model_folder
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Inside a special token of a user's text, where it keeps the token from being one. A private character, as `MARK`.
+GUARD = "\U0010fa58"
 SampleLength = Annotated[PositiveInt, Field(examples=[2048])] | None  # in tokens; None: not limited
+
+log = utils.get_logger("INFO")
 
 
 # Not a subclass of torchtune's HuggingFaceBaseTokenizer: it needs a bos token, may add one despite add_bos=False,
@@ -41,6 +48,8 @@ class HFTokenizer(ModelTokenizer, Transform):
         max_seq_len: truncate messages to this number of tokens. None: never.
         chat_template: Jinja text. None: the folder's default template or, without one, the plain texts.
         truncation_type: "right" drops the end (and keeps eos last), "left" drops the beginning.
+        enable_thinking: let a reasoning model think when it answers. In training the replies decide: one with </think>
+            follows a prompt that lets the model think.
 
     Raises:
         ConfigError: if tokenizer.json is missing, or an argument is out of range.
@@ -53,8 +62,11 @@ class HFTokenizer(ModelTokenizer, Transform):
         max_seq_len: SampleLength = None,
         chat_template: str | None = None,
         truncation_type: Literal["right", "left"] = "right",
+        enable_thinking: bool = False,
     ) -> None:
-        self.max_seq_len, self.truncation_type = max_seq_len, truncation_type
+        self.max_seq_len, self.truncation_type, self.enable_thinking = max_seq_len, truncation_type, enable_thinking
+        self.path = path
+        self._warned = self._told = False
         # Read the folder's files.
         folder = model_folder(path, "tokenizer.path")
         if not (folder / "tokenizer.json").is_file():
@@ -127,7 +139,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         return self.tokenize_messages([Message(role="user", content=text)], add_end_tokens=False)[0]
 
     def tokenize_messages(
-        self, messages: Sequence[Message], *, add_end_tokens: bool = True
+        self, messages: Sequence[Message], *, add_end_tokens: bool = True, enable_thinking: bool = False
     ) -> tuple[list[int], list[bool]]:
         """Tokenize a conversation.
 
@@ -135,10 +147,13 @@ class HFTokenizer(ModelTokenizer, Transform):
             messages: text messages.
             add_end_tokens: True renders the whole conversation. False renders a prompt: up to the start of the
                 assistant's reply or, if the last message is an unfinished reply, up to the end of its content.
+            enable_thinking: let a reasoning model think when it answers a prompt. A conversation's replies decide.
 
         Returns:
             Token ids, and a mask of the same length that is True where there is no loss: in `masked` messages, in
-            prompts, and at an eos that replaces a truncated end. A message includes its header and its end token.
+            prompts, and at an eos that replaces a truncated end. Of an assistant's message only its content and its end
+            token count, which the model writes; the tokens before them are those of the prompt. Other messages include
+            their headers.
 
         Raises:
             ConfigError: without messages, for an image, or if the tokens cannot be assigned to messages.
@@ -148,23 +163,93 @@ class HFTokenizer(ModelTokenizer, Transform):
             raise ConfigError("messages: there are none")
         if any(message.contains_media for message in messages):
             raise ConfigError("messages: this tokenizer takes text only, and one of them has an image")
-        turns = [{"role": message.role, "content": message.text_content} for message in messages]
+        self._warn_of_template()
+        turns = [{"role": message.role, "content": self._guarded(message)} for message in messages]
         if not add_end_tokens:
-            tokens = self.encode(self.template.render_prompt(turns), add_bos=False, add_eos=False)
+            rendered = self.template.prompt(turns, enable_thinking or self.enable_thinking)
+            tokens, _ = self._encode(rendered)
             return self._truncate(tokens, [True] * len(tokens), None)
 
-        text = self.template.render(turns)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        ends, indices = zip(*self.template.message_ends(turns, text), strict=True)
-        # Use a token's last character: some tokenizers' offsets leave out a leading space.
-        last_chars = [max(end - 1, 0) for _, end in encoding.offsets]
-        mask = [messages[indices[min(bisect_right(ends, char), len(ends) - 1)]].masked for char in last_chars]
-        return self._truncate(encoding.ids, mask, self.eos_id)
+        if not (self._told or self.enable_thinking) and reasons(turns) and "enable_thinking" in self.template.source:
+            self._told = True
+            log.info("tokenizer: replies have reasoning, so ask the trained model with tokenizer.enable_thinking=true")
+        rendered = self.template.conversation(turns)
+        tokens, last_chars = self._encode(rendered)
+        ends, indices = zip(*rendered.message_ends, strict=True)
+
+        def is_masked(char: int) -> bool:
+            index = indices[min(bisect_right(ends, char), len(ends) - 1)]
+            for i, reply in rendered.replies.items():
+                if reply.start <= char < reply.end:
+                    return messages[i].masked
+            return messages[index].masked or messages[index].role == "assistant"
+
+        return self._truncate(tokens, [is_masked(char) for char in last_chars], self.eos_id)
+
+    def _guarded(self, message: Message) -> str:
+        """A message's text, with a guard inside the special tokens of all texts that the model does not write."""
+        text = message.text_content
+        if message.role == "assistant" or not self.special_tokens:
+            return text
+        return self.template.special_pattern.sub(lambda found: found[0][:1] + GUARD + found[0][1:], text)
+
+    def _encode(self, rendered: Rendered) -> tuple[list[int], list[int]]:
+        """The tokens of a conversation, and the position of each token's last character in its text.
+
+        No token reaches across a guard, or from a prompt into its reply.
+        """
+        text = rendered.text
+        ids: list[int] = []
+        last_chars: list[int] = []
+
+        def encode(start: int, stop: int) -> Encoding:
+            return self._tokenizer.encode(text[start:stop], add_special_tokens=False)
+
+        def add(start: int, encoding: Encoding) -> None:
+            ids.extend(encoding.ids)
+            # The last character: some tokenizers' offsets leave out a leading space.
+            last_chars.extend(start + max(end - 1, 0) for _, end in encoding.offsets)
+
+        start = 0
+        for stop in [*(found.start() for found in re.finditer(GUARD, text)), len(text)]:
+            whole = encode(start, stop)
+            for reply in rendered.replies.values():
+                if start < reply.start < stop:
+                    prompt = encode(start, reply.start)
+                    if whole.ids[: len(prompt.ids)] != prompt.ids:
+                        add(start, prompt)
+                        start, whole = reply.start, encode(reply.start, stop)
+            add(start, whole)
+            start = stop + len(GUARD)
+        return ids, last_chars
+
+    def _warn_of_template(self) -> None:
+        """Warn once of a conversation that the model can hardly learn."""
+        if self._warned:
+            return
+        self._warned = True
+        if not self.has_chat_template:
+            log.warning(
+                f"tokenizer.path: {self.path} has no chat template, so question and answer are joined without a "
+                "separator. Use an instruct model, or give tokenizer.chat_template"
+            )
+        if self.template.end_of_turn() is None:
+            log.warning(
+                "tokenizer: nothing ends a reply, neither a special token in the chat template nor an eos token. The "
+                "model does not learn to stop, and generates up to max_new_tokens. Give tokenizer.chat_template"
+            )
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
-        """Replace "messages" in a sample by "tokens" and "mask"; `inference` renders a prompt."""
-        tokens, mask = self.tokenize_messages(sample["messages"], add_end_tokens=not inference)
-        return {**{key: sample[key] for key in sample if key != "messages"}, "tokens": tokens, "mask": mask}
+        """Replace "messages" in a sample by "tokens" and "mask".
+
+        `inference` renders a prompt; a true "enable_thinking" in the sample then lets a reasoning model think.
+        """
+        rest = {key: sample[key] for key in sample if key not in ("messages", "enable_thinking")}
+        thinking = sample.get("enable_thinking", False)
+        tokens, mask = self.tokenize_messages(
+            sample["messages"], add_end_tokens=not inference, enable_thinking=thinking
+        )
+        return {**rest, "tokens": tokens, "mask": mask}
 
     def _truncate(self, tokens: list[int], mask: list[bool], eos_id: int | None) -> tuple[list[int], list[bool]]:
         limit = self.max_seq_len

@@ -206,7 +206,7 @@ class LayerSkipLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation up to the start of the reply, or to the end of a partial reply."""
         try:
-            return self.tokenizer.template.render_prompt(chat_history)
+            return self.tokenizer.template.prompt(chat_history, self.tokenizer.enable_thinking).text
         except TemplateError as e:
             raise ConfigError(
                 f"apply_chat_template: the chat template rejects a task's prompt ({e}). Set apply_chat_template=false"

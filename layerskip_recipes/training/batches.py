@@ -18,6 +18,19 @@ from layerskip_recipes.training.parallel import Mesh
 log = utils.get_logger("INFO")
 
 
+def _with_fitting_batch(cfg: FinetuneConfig, samples: int) -> FinetuneConfig:
+    """The config; a batch that the recipe chose is lowered to the number of samples of a rank if that is less."""
+    size, times = cfg.batch_size, cfg.gradient_accumulation_steps
+    if "batch_size" in cfg.chosen:
+        size = max(min(size, samples if "gradient_accumulation_steps" in cfg.chosen else samples // times), 1)
+    if "gradient_accumulation_steps" in cfg.chosen:
+        times = max(min(times, samples // size), 1)
+    if (size, times) == (cfg.batch_size, cfg.gradient_accumulation_steps):
+        return cfg
+    log.info(f"batch_size: {size}, gradient_accumulation_steps: {times}, because there are few samples")
+    return cfg.model_copy(update={"batch_size": size, "gradient_accumulation_steps": times})
+
+
 class TrainingData:
     """The batches of a run. The samples of a step depend only on seed, epoch and position.
 
@@ -30,6 +43,7 @@ class TrainingData:
         self.cut_at = None if self.dataset.packed else getattr(tokenizer, "max_seq_len", None)
         self._warned_of_cuts = False
         self.num_samples = len(self.dataset)
+        self.cfg = cfg = _with_fitting_batch(cfg, self.num_samples // mesh.data_size)
         self.batch_size, self.shuffle, self.seed, self.mesh = cfg.batch_size, cfg.shuffle, seed, mesh
         self.samples_per_step = self.batch_size * cfg.gradient_accumulation_steps * mesh.data_size
         steps = self.num_samples // self.samples_per_step

@@ -92,10 +92,11 @@ class LayerSkipFinetune:
         if not is_rank_zero():
             wait_for_all()
         tokenizer = self._setup_data()
+        cfg = self.cfg
         if is_rank_zero():
             wait_for_all()
         wait_for_all()
-        self._warned_of_empty_step = False
+        self._warned_of_empty_step = self._has_learned = False
 
         # The state of a stopped run, which must have had the same settings.
         self.checkpoints = Checkpoints(cfg, self.resumed_from)
@@ -132,6 +133,7 @@ class LayerSkipFinetune:
         check_vocabulary(tokenizer, cfg.meta_model)
         limit_samples([*cfg.dataset, *(cfg.dataset_val or [])], tokenizer, cfg.meta_model)
         self.data = TrainingData(cfg, tokenizer, self.device, self.mesh, self.seed)
+        self.cfg = cfg = self.data.cfg
         self.stop_tokens = list(getattr(tokenizer, "stop_tokens", []))
         self.validation = Validation(cfg, tokenizer, self.device, self.mesh)
         num_tokens = cfg.meta_model.tok_embeddings.num_embeddings
@@ -242,6 +244,7 @@ class LayerSkipFinetune:
 
         # Log the means since the last log line.
         if learns:
+            self._has_learned = True
             self.losses.add(list(losses), sums[1:] / count)
         if self.step % self.cfg.log_every_n_steps == 0 and self.losses.values:
             means = self.losses.take()
@@ -345,6 +348,11 @@ class LayerSkipFinetune:
 
     def _save(self, name: str, shards: bool = False) -> None:
         """Write a checkpoint. A collective call."""
+        if not (self._has_learned or self.checkpoints.resumed_from):
+            raise ConfigError(
+                f"dataset: nothing was learned in {self.step} steps, because no label counts. Are all answers empty or "
+                f"masked, or does tokenizer.max_seq_len={self.data.cut_at} cut them off?"
+            )
         if self.optimizers.in_backward:  # `_check_sums` has seen the losses only
             whole = all(bool(local_part(p).isfinite().all()) for p in self.learner.parameters() if p.requires_grad)
             if not all(from_every_rank(whole)):

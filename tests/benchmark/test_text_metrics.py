@@ -65,6 +65,12 @@ def test_exact_match_is_without_the_space_around():
     assert text_metrics(["exact_match"], outputs, references) == {"exact_match": 2 / 4}
 
 
+def test_exact_match_is_without_the_opening_of_a_think_block():
+    """The prompts of some reasoning models open the block, and then outputs begin inside it."""
+    outputs = ["add\n</think>\n\nfour", "<think>\nadd\n</think>\n\nfour", "</think>four"]
+    assert text_metrics(["exact_match"], outputs, ["<think>\nadd\n</think>\n\nfour"] * 3) == {"exact_match": 2 / 3}
+
+
 def test_metrics_need_references():
     with pytest.raises(ValueError, match="metrics: bleu, rouge1 needs references, and prompt 2 of 3 has none"):
         check_references(["bleu", "rouge1"], [Example("p", response) for response in ["a", None, None]])

@@ -216,23 +216,23 @@ def test_another_component_keeps_the_arguments_that_it_has(way, base):
     assert config.optimizer == {"_component_": SGD, "lr": 1e-3, "weight_decay": 0.1, "momentum": 0.9}
 
 
-def test_another_dataset_in_a_file_inherits_nothing(tmp_path):
+def test_another_dataset_inherits_nothing(tmp_path):
     """hf/full holds the last 200 samples of Alpaca out, which means nothing for the user's data."""
     dataset = {"_component_": "torchtune.datasets.instruct_dataset", "source": "json", "data_files": "my.json"}
+    component, *others = [f"dataset.{key}={value}" for key, value in dataset.items()]
+    for first in (component, component.replace("._component_", "")):
+        for overrides in ([first, *others], [*others, first], ["dataset.split=train[:9]", first, *others]):
+            expected = dataset | ({"split": "train[:9]"} if len(overrides) == 4 else {})
+            assert load_config("hf/task", overrides).dataset == expected
+    assert load_config("hf/task", ["dataset={_component_: a.b, c: 1}"]).dataset == {"_component_": "a.b", "c": 1}
+    assert load_config("hf/task", ["dataset=a.b", "dataset=c.d"]).dataset == {"_component_": "c.d"}
+    assert load_config("hf/task", ["dataset.packed=true"]).dataset.split == "train[:-200]"
     path = tmp_path / "my.yaml"
     path.write_text(json.dumps({"extends": "hf/full", "model_dir": "model", "dataset": dataset}))
     assert "split" in load_config("hf/full").dataset
     assert load_config(str(path)).dataset == dataset
     path.write_text(json.dumps({"extends": "hf/full", "dataset": {"packed": True}}))
     assert load_config(str(path)).dataset == {**load_config("hf/full").dataset, "packed": True}
-
-
-def test_a_component_that_takes_any_argument_inherits_those_that_it_names():
-    """The others would go to `datasets.load_dataset`, which says nothing that helps."""
-    component = "torchtune.datasets.text_completion_dataset"
-    config = load_config("quickstart/finetune", [f"dataset={{_component_: {component}, source: json, data_files: a}}"])
-    assert load_config("quickstart/finetune").dataset.keys() >= {"seq_len", "split"}
-    assert config.dataset == {"_component_": component, "source": "json", "data_files": "a", "split": "train"}
 
 
 @pytest.mark.parametrize("first", [True, False])

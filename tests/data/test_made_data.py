@@ -54,15 +54,16 @@ def test_training_shows_other_words_but_none_that_is_held_out():
 
 
 def test_the_loss_counts_the_parse(tokenizer_folder):
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ eos_token }}"
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{{ '<assistant>' if add_generation_prompt else eos_token }}"
     tokenizer = hf_tokenizer(str(tokenizer_folder), chat_template=template)
     dataset = command_dataset(tokenizer, split="test", count=3)
     assert len(dataset) == 3
     for sample, example in zip((dataset[i] for i in range(3)), commands(3), strict=True):
         text = tokenizer.decode(sample["tokens"])
         learned = tokenizer.decode([label for label in sample["labels"] if label != -100])
-        assert text == f"<user>{example['prompt']['user']}{learned}"
-        assert learned == f"<assistant>{example['response']}"
+        assert text == f"<user>{example['prompt']['user']}<assistant>{learned}"
+        assert learned == example["response"]
 
 
 def test_an_index_entry_says_what_a_function_takes_and_calls(monkeypatch):

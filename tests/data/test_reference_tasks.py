@@ -8,11 +8,19 @@ from pathlib import Path
 import datasets
 import pandas
 import pytest
+import torch
+from helpers.configs import SIZE
 from helpers.json_lines import task_component, write_lines
 from omegaconf import OmegaConf
+from torchtune.models.llama3_2._component_builders import llama3_2
 
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data import reference_tasks as tasks
+from layerskip_recipes.data.replies import qa_dataset
+from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.text.prompts import encode, try_examples
 
 QUESTIONS = [{"q": f"question {i}?", "a": f"answer {i}"} for i in range(1, 6)]
 ARTICLES = [{"article": f"Story {i} goes on.", "highlights": f"Story {i}.", "id": str(i)} for i in range(4)]
@@ -142,3 +150,77 @@ def test_bad_input_is_one_clear_error(arguments, key, given, allowed):
     message = " ".join(str(caught.value).split())
     assert isinstance(caught.value, ConfigError) and message.startswith(f"{key}: "), message
     assert given in message and allowed in message, message
+
+
+# ---- questions and answers ----
+
+
+def qa_component(path: str, key: str = "dataset", **arguments) -> Component:
+    return Component({"_component_": "layerskip_recipes.tasks.qa_dataset", "path": path, **arguments}, key)
+
+
+def test_questions_and_answers_of_any_text():
+    """The reader of `datasets` turns dates into timestamps, and fails on some of these names."""
+    Path("my data [v1]").mkdir()
+    lines = [{"input": "when?", "output": "2026-12-01"}, {"input": "2026-12-01T07:00:00", "output": "", "image": 3}]
+    path = write_lines("my data [v1]/train.jsonl", lines)
+    with Path(path).open("a") as file:
+        file.write('\n{"input": "a", "input": "b", "output": "NA"}\n')
+    made = qa_component(path).build(None).examples
+    assert [(e["prompt"]["user"], e["response"]) for e in made] == [
+        ("when?", "2026-12-01"),
+        ("2026-12-01T07:00:00", ""),
+        ("b", "NA"),
+    ]
+    other = write_lines("other.jsonl", QUESTIONS)
+    assert qa_dataset(None, other, question="q", answer="a", count=2).examples == [
+        {"prompt": {"user": f"question {i}?"}, "response": f"answer {i}"} for i in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"input": "a", "output": null}', "line 3: output is None."),
+        ('{"input": "a", "output": 7}', "line 3: output is 7."),
+        ('{"input": "a", "output": ["b"]}', "line 3: output is ['b']."),
+        ('{"input": "", "output": "b"}', "line 3: input is ''."),
+        ('{"question": "a", "answer": "b"}', "line 3: no field input, but question, answer."),
+        ('{"input": "a", "output": "\\ud800"}', "line 3: output is '\\ud800'."),
+        ('["a", "b"]', 'line 3: \'["a", "b"]\' is no JSON object'),
+        ('{"input": "a", ', "line 3: "),
+    ],
+)
+def test_a_bad_question_or_answer_is_named_by_its_line(line, said):
+    Path("train.jsonl").write_text('{"input": "a", "output": "b"}\n\n' + line + "\n")
+    for key in ("dataset", "dataset_val"):
+        with pytest.raises(ConfigError) as caught:
+            qa_component("train.jsonl", key).build(None)
+        assert str(caught.value).startswith(f"{key}.path: 'train.jsonl' {said}")
+    for text, message in (("", "holds no lines"), (None, "cannot be read")):
+        Path("train.jsonl").unlink() if text is None else Path("train.jsonl").write_text(text)
+        with pytest.raises(ConfigError, match=rf"^dataset\.path: 'train.jsonl' {message}"):
+            qa_component("train.jsonl").build(None)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_thinking", "deepseek_r1_distill", "smollm3", "smollm2"])
+@pytest.mark.parametrize("reply", ["alarm 07:00", "<think>\nhours\n</think>\n\nalarm 07:00"])
+def test_all_qa_configs_ask_with_the_tokens_that_they_train(tokenizer_folder, family, reply):
+    template = Path(__file__).with_name("templates") / f"{family}.jinja"
+    tokenizer = hf_tokenizer(str(tokenizer_folder), chat_template=template.read_text())
+    for name in ("train", "test"):
+        write_lines(f"{name}.jsonl", [{"input": "wake me at 7", "output": reply}])
+    configs = {name: load_config(f"qa/{name}", ["data_dir=.", "model_dir=m"]) for name in ("finetune", "eval")}
+    sections = [configs["finetune"].dataset, configs["finetune"].dataset_val, configs["eval"].dataset]
+    samples = [Component(OmegaConf.to_container(section, resolve=True)).build(tokenizer)[0] for section in sections]
+    assert samples[0] == samples[1] == samples[2]
+    with torch.device("meta"):
+        model = llama3_2(**SIZE | {"max_seq_len": 2048})
+    for name in ("generate", "benchmark"):
+        prompts = load_config(f"qa/{name}", ["data_dir=.", "model_dir=m"]).prompts
+        examples = try_examples(prompts=Component(OmegaConf.to_container(prompts, resolve=True), "prompts"))
+        checked, (prompt,) = encode(examples, tokenizer, model, 8)
+        assert checked[0].error is None and samples[0]["tokens"][: len(prompt)] == prompt
+        learned = [label for label in samples[0]["labels"] if label != -100]
+        assert samples[0]["tokens"][len(prompt) :][: len(learned)] == learned
+        assert (reply if family in ("qwen3", "smollm2") else "alarm 07:00") in tokenizer.decode(learned)

@@ -15,6 +15,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data.datasets import collate_packed, limit_samples, load_data
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 
 
@@ -27,6 +28,22 @@ def instructions(folder: Path, rows: list[dict], end: str = "") -> dict:
         "data_files": str(folder / "data.jsonl"),
         "split": "train",
         "train_on_input": False,
+    }
+
+
+def conversations(folder: Path, roles: list[str]) -> dict:
+    """20 good conversations, and one with these roles."""
+    rows = [
+        {"messages": [{"role": role, "content": "if"} for role in of]} for of in [["user", "assistant"]] * 20 + [roles]
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "_component_": "torchtune.datasets.chat_dataset",
+        "source": "json",
+        "data_files": str(folder / "data.jsonl"),
+        "split": "train",
+        "conversation_column": "messages",
+        "conversation_style": "openai",
     }
 
 
@@ -104,6 +121,40 @@ def test_what_is_cut_off_is_said(tmp_path, finetune, caplog):
     assert all(torch.equal(after[name], value) for name, value in before)
 
 
+def test_a_training_in_which_no_label_counts_fails(tmp_path, finetune):
+    """And writes no checkpoint: the model is what it was."""
+    long = {"input": "if x: " * 200, "output": "else:"}
+    path = finetune(dataset=instructions(tmp_path, [long] * 8), lr_scheduler=None, save_every_n_steps=2)
+    with pytest.raises(ConfigError, match=r"^dataset: nothing was learned in 2 steps, because no label counts.*=128"):
+        train(path)
+    assert not [*(tmp_path / "out").glob("*/model*")]
+
+
+@pytest.mark.parametrize(
+    ("samples", "chosen", "batch"),
+    [
+        (5, "batch_size gradient_accumulation_steps", (4, 1)),
+        (3, "batch_size gradient_accumulation_steps", (3, 1)),
+        (3, "batch_size", (1, 2)),
+        (5, "gradient_accumulation_steps", (4, 1)),
+        (9, "batch_size gradient_accumulation_steps", (4, 2)),
+        (5, "", None),
+    ],
+)
+def test_a_chosen_batch_fits_few_samples(tmp_path, finetune, samples, chosen, batch):
+    path = finetune(dataset=instructions(tmp_path, [SHORT] * samples), batch_size=4, gradient_accumulation_steps=2)
+    cfg = FinetuneConfig.load(load_config(str(path)))
+    cfg._chosen = dict.fromkeys(chosen.split())
+    mesh = SimpleNamespace(data_size=1, data_rank=0)
+    if batch is None:
+        with pytest.raises(ConfigError, match=r"^dataset: 5 samples make no step of batch_size 4 x"):
+            TrainingData(cfg, cfg.tokenizer.build(), torch.device("cpu"), mesh, seed=0)
+    else:
+        data = TrainingData(cfg, cfg.tokenizer.build(), torch.device("cpu"), mesh, seed=0)
+        assert (data.cfg.batch_size, data.cfg.gradient_accumulation_steps) == batch
+        assert data.samples_per_step <= samples
+
+
 # ---- mistakes ----
 
 MADE = {
@@ -136,6 +187,11 @@ FORM = r"\S* makes no tokens and labels of samples of test_training_data.made"
         (
             lambda at: instructions(at, [SHORT] * 3 + [{"input": "if", "output": None}]),
             r".* sample 3, .*: TypeError",
+        ),
+        (lambda at: instructions(at, [SHORT] * 30 + [{"input": "if", "output": None}]), r".* sample 30, .*: TypeError"),
+        (
+            lambda at: conversations(at, ["user", "user", "assistant"]),
+            r".* sample 20, .*: ValueError.*consecutive user",
         ),
         (
             lambda at: instructions(at, [{"question": "if", "answer": "else:"}]),

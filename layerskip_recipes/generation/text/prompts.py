@@ -14,6 +14,7 @@ from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.data.chat_template import END_OF_THINKING
 from layerskip_recipes.data.json_lines import bad_line_message, parse_json_lines
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.limits import check_prompt_lengths
@@ -68,7 +69,7 @@ def encode(
         made: list[int] = []
         if example.error is None:
             try:
-                made = to_tokens(example.prompt, tokenizer)
+                made = to_tokens(example.prompt, tokenizer, END_OF_THINKING in (example.response or ""))
                 check([len(made)])
             except ValueError as e:
                 where = "" if example.line is None else f" (prompt_file line {example.line})"
@@ -146,10 +147,11 @@ def _check_open_turn(tokenizer: Any) -> None:
         )
 
 
-def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> list[int]:
+def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any, thinking: bool = False) -> list[int]:
     """Tokens of raw text, or of a chat by the tokenizer's template with an open assistant turn.
 
-    The last of several messages is the assistant's, and empty. Raises a ConfigError if the tokenizer fails.
+    The last of several messages is the assistant's, and empty. `thinking` asks a reasoning model to think, as training
+    does for a reply with reasoning. Raises a ConfigError if the tokenizer fails.
     """
     if not isinstance(prompt, str):
         _check_open_turn(tokenizer)
@@ -163,7 +165,7 @@ def to_tokens(prompt: str | dict[str, str] | list[Message], tokenizer: Any) -> l
         if isinstance(prompt, Mapping):
             messages = [Message(role=role, content=prompt[role]) for role in ("system", "user") if role in prompt]
             messages.append(Message(role="assistant", content=""))
-        return tokenizer({"messages": messages}, inference=True)["tokens"]
+        return tokenizer({"messages": messages, "enable_thinking": thinking}, inference=True)["tokens"]
     except Exception as e:
         raise ConfigError(f"prompt: the tokenizer refuses {prompt!r}: {e}") from e
     finally:
