@@ -49,15 +49,16 @@ class ReplyFormat:
         question, tokenizer = Message(role="user", content="?", masked=True), copy(tokenizer)
         tokenizer.max_seq_len = None  # the training limit may cut the reply off
         try:
-            prompt, trained = (
+            # Two replies, as the first token of one may have a space of the header in it.
+            prompt, other, trained = (
                 tokenizer({"messages": [question, Message(role="assistant", content=reply)]}, inference=not reply)
-                for reply in ("", "!")
+                for reply in ("", "a", "!")
             )
             tokens, first = list(trained["tokens"]), list(trained["mask"]).index(False)
         except Exception:  # torchtune's tokenizers raise whatever they like
             return cls(stop_tokens=stops)
-        both = zip(tokens, prompt["tokens"], strict=False)
-        reply = next((i for i, (a, b) in enumerate(both) if a != b), len(prompt["tokens"]))
+        each = zip(tokens, other["tokens"], prompt["tokens"], strict=False)
+        reply = next((i for i, at in enumerate(each) if len({*at}) > 1), len(prompt["tokens"]))
         end = next((i + 1 for i in range(reply, len(tokens)) if tokens[i] in stops), len(tokens))
         return cls(tuple(tokens[first:reply]), tuple(tokens[end:]), stops)
 

@@ -182,9 +182,8 @@ def test_generated_labels_have_no_header_and_nothing_after_the_end(make_folder, 
     tokenizer.max_seq_len = 5  # the limit of a training changes nothing
     found = ReplyFormat.of(tokenizer).generated(labels)
     think = "<think>\n\n</think>\n\n" if name == "qwen3" else ""  # this template's prompts do not have it
-    first = "It is four." if name == "strict" else "It is four. "
-    last = tokenizer.decode(labels[found].tolist(), skip_special_tokens=False)
-    assert last.split() == f"{first}{end}{think}four{end}".split()
+    text = tokenizer.decode(labels[found].tolist(), skip_special_tokens=False)
+    assert "".join(text.split()) == "".join(f"It is four.{end}{think}four{end}".split())
     assert tokenizer.max_seq_len == 5
 
 
