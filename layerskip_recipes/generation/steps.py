@@ -43,6 +43,7 @@ class StepContext:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
         self.draft_model, self.draft_head = draft_model or model, draft_head
         self.own_layers = self.draft_model.own_layers
+        cache.forget_other_weights(model, self.draft_model)
         # An adapter reads the model's early hidden states and its final states.
         self.has_adapter = self.own_layers.start > 0
         # Verification can start from the draft's hidden states if the model's own layers computed them.
