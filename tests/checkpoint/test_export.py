@@ -268,14 +268,14 @@ def test_an_exported_draft_proposes_tokens_of_its_vocabulary_only(family, shared
     if shared:
         with_shared_direction(base)
     section = {"kind": "copy", "exit_layer": 2, "vocabulary": 24, "finetune_model": True}
-    read = {
-        part: {"_component_": f"layerskip_recipes.hf_{part}", "path": str(base)} for part in ("decoder", "checkpointer")
-    }
+    decoder, checkpointer = (
+        {"_component_": f"layerskip_recipes.hf_{part}", "path": str(base)} for part in ("decoder", "checkpointer")
+    )
     recipe = train(
         finetune(
             draft=section, layer_dropout=None, early_exit_loss=None, dataset=VALIDATION | {"max_samples": 12},
             optimizer={"_component_": "torch.optim.AdamW", "lr": 3e-3}, max_steps_per_epoch=6,
-            model=read["decoder"], checkpointer=read["checkpointer"],
+            model=decoder, checkpointer=checkpointer,
         )
     )  # fmt: skip
     folder, vocabulary = tmp_path / "out" / "epoch_0", recipe.draft.vocabulary
