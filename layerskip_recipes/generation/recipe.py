@@ -240,7 +240,7 @@ class LayerSkipGenerate:
             answered.add(prompt)
 
         try:
-            follow(generation, texts, shown if self.cfg.stream else None, add)
+            follow(generation, texts, shown if self.cfg.stream else None, add, counts_text=not self.compare)
         except KeyboardInterrupt:
             if plain or not any(generation.generated):
                 raise
