@@ -9,40 +9,59 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from pydantic import Field
 from safetensors.torch import load_file
-from torchtune import training
+from torchtune import training, utils
 
 from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, own_draft, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, readable, weight_files
+from layerskip_recipes.checkpoint.hf_names import from_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.paths import check_folder, read_json
 from layerskip_recipes.config.schema import check
+from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
+from layerskip_recipes.model.hf_config import parse_hf_config
+from layerskip_recipes.model.hf_decoder import build_decoder
 from layerskip_recipes.model.hf_folder import copy_without_code
 from layerskip_recipes.model.run_folder import sync
+
+log = utils.get_logger("INFO")
 
 # Llama keeps torchtune's tokenizer in original/; transformers keeps more templates in additional_chat_templates/.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "additional_chat_templates/*")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 # The decoding loop for transformers and its requirements; this package never imports it.
 DECODING_LOOP = Path(__file__).parents[1] / "custom_generate"
+PROBE = (16, 64)  # texts and tokens that show the hidden states of a draft
+SHARED = 0.1  # the least cosine between a hidden state and the direction that all share
+BELOW = 50.0  # nats between the mean logit of a draft vocabulary and other tokens' logits, or more
 
 
-def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int | None = None) -> Path:
+def export(
+    checkpoint: str,
+    out: str,
+    exit_layer: int | None = None,
+    draft: int | None = None,
+    vocabulary: Sequence[int] | None = None,
+) -> Path:
     """Write a Hugging Face folder `out`, which must not exist yet, and return it.
 
     Args:
         checkpoint: a Hugging Face folder with safetensors, such as `epoch_N`, or a trained draft of kind copy.
         exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`; None writes neither.
         draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.
+        vocabulary: the only tokens that this draft may propose; None: all.
 
     0 is the trained exit, which layerskip.json names, or the draft that was trained beside the model.
     """
@@ -77,8 +96,12 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
         if draft is not None:
             config = first_layers(config, draft)
             (folder / DESCRIPTION).unlink(missing_ok=True)  # it describes the whole model
+        tensors = _read_layers(weights, draft or layers)
+        if vocabulary is not None:
+            tensors["lm_head.weight"] = head_of_vocabulary(tensors, config, vocabulary)
+            config["tie_word_embeddings"] = False
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_torch_state_dict(_read_layers(weights, draft or layers), folder)
+        save_torch_state_dict(tensors, folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
         if exit_layer is not None:  # the decoding loop needs an exit
             (folder / "custom_generate").mkdir()
@@ -127,7 +150,46 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
         kept |= load_file(readable(Path(folder) / DRAFT_FILE, "export"))
         checkpointer._weight_map = defaultdict(lambda: "0001")  # torchtune looks up the file of each key
         checkpointer.save_checkpoint({training.MODEL_KEY: kept}, epoch=0)
-        return export(str(Path(scratch) / "epoch_0"), out, draft=layers)
+        return export(str(Path(scratch) / "epoch_0"), out, draft=layers, vocabulary=described.vocabulary)
+
+
+@torch.no_grad()
+def head_of_vocabulary(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], vocabulary: Sequence[int]
+) -> torch.Tensor:
+    """The head [v, d] of a draft; all tokens outside of the vocabulary have the same row, whose logit is low.
+
+    Their own rows were not trained together with these layers. The new row is the mean row of the vocabulary, so its
+    logit is never the largest, minus a multiple of the direction that the hidden states of language models share. With
+    this direction the tokens are not sampled either.
+    """
+    hf_config = parse_hf_config(config, "config.json")
+    embeddings = tensors["model.embed_tokens.weight"]
+    dtype = embeddings.dtype
+    with training.set_default_dtype(dtype), torch.device("meta"):
+        model = layerskip_decoder(build_decoder(hf_config, max_seq_len=PROBE[1]))
+    same = {name: value.to(dtype) for name, value in tensors.items()}
+    if hf_config.tie_word_embeddings:
+        same.pop("lm_head.weight", None)
+    model.load_state_dict(from_files(same, model.state_dict(), hf_config), assign=True)
+    make_position_tables(model, torch.device("cpu"), dtype)
+    # The mean direction of the hidden states of random texts, and the least that other texts' states have of it.
+    ids = torch.tensor(sorted(vocabulary))
+    texts = ids[torch.randint(len(ids), PROBE, generator=torch.Generator().manual_seed(0))]
+    some, other = model.eval().norm(model.hidden_states(texts, exits=[])[0]).float().chunk(2)
+    direction = F.normalize(F.normalize(some, dim=-1).mean((0, 1)), dim=-1)
+    head = tensors.get("lm_head.weight", embeddings).clone()
+    row = head[ids].float().mean(0)
+    if F.cosine_similarity(other, direction, dim=-1).min() > SHARED:
+        row -= BELOW / (other @ direction).min() * direction
+    else:
+        log.warning(
+            "export: the draft's hidden states share no direction, so a program that samples drafts may propose tokens "
+            "outside of its vocabulary"
+        )
+    others = torch.ones(len(head), dtype=torch.bool).index_fill(0, ids, False)
+    head[others] = row.to(head)
+    return head
 
 
 def _write_generation_config(file: Path, config: dict[str, Any], exit_layer: int | None) -> None:

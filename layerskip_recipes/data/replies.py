@@ -1,9 +1,13 @@
-"""Prompts and replies as training data."""
+"""Prompts and replies as training data, and what a chat template writes around a reply."""
 
 import re
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
@@ -69,3 +73,59 @@ def qa_dataset(
     if not examples:
         raise ConfigError(f"path: {path!r} holds no lines. Give a file with a JSON object on each line")
     return ReplyDataset(tokenizer, examples[:count])
+
+
+@dataclass(frozen=True)
+class ReplyFormat:
+    """The labels around a reply that decoding never generates: it is prompted with the header, and stops before the
+    footer."""
+
+    header: tuple[int, ...] = ()
+    footer: tuple[int, ...] = ()  # after the stop token
+    stop_tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "ReplyFormat":
+        """Compare a conversation as it is trained with its prompt; without a header for a tokenizer of plain text."""
+        stops = tuple(getattr(tokenizer, "stop_tokens", ()))
+        question, tokenizer = Message(role="user", content="?", masked=True), copy(tokenizer)
+        tokenizer.max_seq_len = None  # the training limit may cut the reply off
+        try:
+            # Two replies, as the first token of one may have a space of the header in it.
+            prompt, other, trained = (
+                tokenizer({"messages": [question, Message(role="assistant", content=reply)]}, inference=not reply)
+                for reply in ("", "a", "!")
+            )
+            tokens, first = list(trained["tokens"]), list(trained["mask"]).index(False)
+        except Exception:  # torchtune's tokenizers raise whatever they like
+            return cls(stop_tokens=stops)
+        each = zip(tokens, other["tokens"], prompt["tokens"], strict=False)
+        reply = next((i for i, at in enumerate(each) if len({*at}) > 1), len(prompt["tokens"]))
+        end = next((i + 1 for i in range(reply, len(tokens)) if tokens[i] in stops), len(tokens))
+        return cls(tuple(tokens[first:reply]), tuple(tokens[end:]), stops)
+
+    def generated(self, labels: torch.Tensor) -> torch.Tensor:
+        """Whether decoding generates each label: [b, s] -> bool [b, s]."""
+        found = torch.zeros_like(labels, dtype=torch.bool)
+        for row, tokens in enumerate(labels.tolist()):
+            counts = [token != CROSS_ENTROPY_IGNORE_IDX for token in tokens]
+            for counted, run in groupby(range(len(tokens)), counts.__getitem__):
+                if counted:
+                    for reply in self._replies(tokens, [*run]):
+                        found[row, reply] = True
+        return found
+
+    def _replies(self, tokens: list[int], run: list[int]) -> list[slice]:
+        """The replies in a run of labels; without any header, its texts."""
+        first, end = run[0], run[-1] + 1
+        after = [i + 1 for i in run if tokens[i] in self.stop_tokens]  # each stop token
+
+        def behind(part: tuple[int, ...], i: int) -> int:
+            return i + len(part) if tuple(tokens[i : i + len(part)]) == part else i
+
+        starts = [behind(self.header, i) for i in run if behind(self.header, i) > i]
+        starts = starts or [first, *(behind(self.footer, i) for i in after)]
+        return [
+            slice(start, min((i for i in after if i > start), default=end))
+            for start, end in pairwise([*(min(start, end) for start in starts), end])
+        ]

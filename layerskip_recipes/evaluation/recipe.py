@@ -16,6 +16,7 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.data.datasets import limit_samples, load_data
+from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.generation.drafting.chosen import choose_for
@@ -47,6 +48,7 @@ class LayerSkipEval:
         """Load the data, then the model. `evaluate` loads the checkpoints in `compare` one after the other."""
         cfg = self.cfg
         self.tokenizer = cfg.tokenizer.build()
+        self.replies = ReplyFormat.of(self.tokenizer)
         model = layerskip_decoder(cfg.meta_model)
         check_vocabulary(self.tokenizer, model)
         self.batches = self.tasks = None
@@ -114,7 +116,8 @@ class LayerSkipEval:
         exits = select_exits(cfg.layers or ":", model.num_layers, key="layers")
         with tqdm(self.batches, total=self.total, desc=name) as batches:
             limited = islice(batches, self.total)
-            measured = exit_quality(model, limited, exits, self.device, num_speculations=draft_length)
+            options: dict[str, Any] = {"num_speculations": draft_length, "generated": self.replies.generated}
+            measured = exit_quality(model, limited, exits, self.device, **options)
         quality = {e: of_exit.report() for e, of_exit in measured.items()}
         print(f"\n exit     loss  perplexity  accuracy  exact  agreement {f'of {draft_length}':>6}")
         for e, q in quality.items():

@@ -89,7 +89,9 @@ def generate(
         rows = [list(dropwhile(lambda token: token == pad_id, row)) for row in prompt.tolist()]
         width = prompt.shape[1]
     else:
-        one = isinstance(prompt, torch.Tensor) or (len(prompt) > 0 and not hasattr(prompt[0], "__len__"))
+        # A list of integers or of tensors [] is one prompt.
+        lists = all(hasattr(row, "__len__") and getattr(row, "ndim", 1) for row in prompt)
+        one = isinstance(prompt, torch.Tensor) or not lists
         rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
     # How to draft.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from pydantic import Field
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.paths import check_file
+from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes, ranks_per_matrix
@@ -29,11 +30,12 @@ class DecodingConfig(RecipeConfig):
     prompt: Any = None
     """A text; `user:` and `system:` for the tokenizer's chat template (use `hf_tokenizer`: among torchtune's own
     tokenizers only Llama's leave the answer's turn open); or a list of these. In `layerskip_generate` also
-    `interactive`: a conversation that keeps its KV cache between turns (`/exit` ends it)."""
+    `interactive`: a conversation that keeps its KV cache between turns (`/new` starts another, `/exit` ends it)."""
     prompts: Annotated[Component, Takes()] | None = None
     """A component that returns prompts, such as `layerskip_recipes.quickstart.heldout_prompts`; `prompt` wins."""
     prompt_file: Annotated[Text, Field(examples=["prompts.jsonl"])] | None = None
-    """A text file (one prompt), a `.jsonl` file of `{"prompt": ...}` lines, or `-` for stdin; overrides `prompt`."""
+    """A text file (one prompt), a `.jsonl` or `.ndjson` file of `{"prompt": ...}` lines, or `-` for stdin; overrides
+    `prompt`."""
     max_new_tokens: Annotated[PositiveInt, Auto(), Field(examples=[128])] = 128
     """Maximum number of new tokens per prompt; null: 300, capped at half of the model's context length."""
     batch_size: PositiveInt = 1
@@ -122,6 +124,8 @@ class GenerateConfig(DecodingConfig):
         yield from self._check_conversation()
         if self.output_file is not None:
             yield from mistakes_of(check_file, "output_file", self.output_file)
+            if os.path.isfile(self.output_file):  # its folder gets FILE.partial during the run
+                yield from mistakes_of(check_folder, "output_file", Path(self.output_file).parent)
             yield from self._check_inputs(self.output_file)
         model = layerskip_decoder(self.meta_model)
         yield from mistakes_of(

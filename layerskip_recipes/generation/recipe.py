@@ -33,6 +33,7 @@ from layerskip_recipes.processes import init_processes, is_rank_zero, num_proces
 
 log = utils.get_logger("INFO")
 
+NEW = "/new"  # forgets the conversation
 TURNS = 10  # expected number of turns in a conversation, to decide whether compiling pays
 
 
@@ -243,7 +244,7 @@ class LayerSkipGenerate:
             answered.add(prompt)
 
         try:
-            follow(generation, texts, shown if self.cfg.stream else None, add)
+            follow(generation, texts, shown if self.cfg.stream else None, add, counts_text=not self.compare)
         except KeyboardInterrupt:
             if plain or not any(generation.generated):
                 raise
@@ -300,19 +301,26 @@ class LayerSkipGenerate:
     def _chat(self, ours: Totals) -> None:
         """Answer questions from standard input; the cache keeps the conversation."""
         history: list[Message] = []
-        cache = None
+        cache, context = None, most_positions(self.model)[0]
+        # The model also verifies drafts that reach beyond an answer's limit.
+        verified = 1 if self.section is None else self.section.num_speculations + 1
         for turn, question in enumerate(_questions()):
+            if question == NEW:
+                history.clear()
+                continue
             try:
                 tokens = self._tokens_of(history, question)
                 # Shorter answers at the end of the model's context.
-                limit = max(1, min(self.max_new_tokens, most_positions(self.model)[0] - len(tokens)))
+                limit = max(1, min(self.max_new_tokens, context - len(tokens)))
                 check_prompt_lengths(self.model, [len(tokens)], limit)
             except ValueError as e:
-                log.warning("the question is left out: %s", e)
+                is_full = len(self._tokens_of([], question)) < context <= len(tokens) if history else False
+                full = f"the conversation is full. {NEW} starts another one; " if is_full else ""
+                log.warning("%sthe question is left out: %s", full, e)
                 continue
             answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
             # Twice what this turn needs: a new cache would have to read the conversation anew.
-            slots = min(max(1024, 2 * (len(tokens) + limit)), most_positions(self.model)[0])
+            slots = min(max(1024, 2 * (len(tokens) + limit)), context) + verified
             generation = self._generation([tokens], limit, shown=answer, cache=cache, reserve=slots)
             try:
                 follow(generation, [answer], answer if self.cfg.stream else None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from layerskip_recipes.config.schema import PositiveInt, check
 from layerskip_recipes.model.decoder import on_device
 
 
@@ -18,6 +19,7 @@ class Rows:
     def __init__(
         self, prompts: Sequence[Sequence[int]], rows: int | None, limit: int, stop_tokens: Sequence[int]
     ) -> None:
+        check("rows", rows, PositiveInt | None)
         self.prompts = [list(prompt) for prompt in prompts]
         count = len(self.prompts)
         self.limit, self.stop_tokens = limit, {int(token) for token in stop_tokens}

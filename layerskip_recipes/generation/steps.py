@@ -43,6 +43,7 @@ class StepContext:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
         self.draft_model, self.draft_head = draft_model or model, draft_head
         self.own_layers = self.draft_model.own_layers
+        cache.forget_other_weights(model, self.draft_model)
         # An adapter reads the model's early hidden states and its final states.
         self.has_adapter = self.own_layers.start > 0
         # Verification can start from the draft's hidden states if the model's own layers computed them.
@@ -52,7 +53,7 @@ class StepContext:
         self.settings = sampler.settings(self.device)
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.last_position = model.max_seq_len - 1
-        self._cpp_parts = self._decoder_in_cpp()  # not loaded yet; None if C++ does not support the models
+        self._cpp_parts = self._decoder_in_cpp()  # not loaded yet; None if C++ does not support the model
         self.cpp: CppDecoder | None = None  # layers and heads in C++ once `load_cpp` has succeeded
         self.graphs = None if self._cpp_parts or (compiled and compiled.failed) else compiled
         # Graphs may use FlexAttention over the whole cache instead of masks, see `BlockAttention`. Its kernel needs
@@ -74,14 +75,17 @@ class StepContext:
         if self.compiled is None or self.compiled.failed or self.device.type != "cpu":
             return None
         try:
-            return CppDecoder(self.cache, self.model, self.draft_model, self.draft_head)
+            found = CppDecoder(self.cache, self.model, self.draft_model, self.draft_head)
         except UnknownPartError as e:
             log_once(log, f"compile: steps become graphs, as the C++ does not know a part of the model ({e})")
             return None
+        if found.unknown:
+            log_once(log, f"compile: drafts run in torch, as the C++ does not know a part of them ({found.unknown})")
+        return found
 
     @property
     def has_cpp(self) -> bool:
-        """Whether C++ supports the models, see `load_cpp`."""
+        """Whether C++ supports the model, see `load_cpp`."""
         return self._cpp_parts is not None
 
     def load_cpp(self, depth: int | None = None) -> bool:
@@ -124,12 +128,24 @@ class StepContext:
         unembed: bool = True,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run layers over tokens, or their x_{start_layer}, at slots `at` [b, s]; `rows`: the cache rows, C++ only."""
+        """Run layers over tokens, or their x_{start_layer}, at slots `at` [b, s]; `rows`: the cache rows, with C++."""
         if self.cpp is not None:
             layers = range(start_layer, model.num_layers if exit_layer is None else exit_layer)
-            x: Any = tokens if hidden is None else hidden
-            x = self.cpp.run(model, x, at, slots.shape[0], layers, rows)
-            return self.cpp.logits(model, x) if unembed else x
+            if layers.stop <= self.own_layers.start and not unembed:
+                model = self.model  # the layers below an adapter are the model's
+            if model in self.cpp.models:
+                x: Any = tokens if hidden is None else hidden
+                x = self.cpp.run(model, x, at, slots.shape[0], layers, rows)
+                return self.cpp.logits(model, x) if unembed else x
+            hidden = None if hidden is None else hidden.to(self.dtype)  # fp32 from C++
+        part: Any = {"start_layer": start_layer, "exit_layer": exit_layer, "unembed": unembed}
+        if rows is not None:  # in torch, one at a time
+            outs = []
+            for i, row in enumerate(rows):
+                of_row = [None if inputs is None else inputs[i : i + 1] for inputs in (tokens, hidden)]
+                with self.cache.only(row):
+                    outs.append(self.run(model, of_row[0], at, slots, hidden=of_row[1], **part))
+            return torch.cat(outs)
         self.cache.seek(at, slots.shape[0])
         mask: Any
         if torch.compiler.is_compiling() and self.fits_flex and len(slots) == self.cache.max_len:
@@ -138,7 +154,6 @@ class StepContext:
             mask = causal_mask(at, slots, self.dtype)
         # Drafted tokens beyond a row's limit are cut later, so any valid position is fine for them.
         at = at.clamp(max=self.last_position)
-        part: Any = {"start_layer": start_layer, "exit_layer": exit_layer, "unembed": unembed}
         out = model(tokens, hidden=hidden, input_pos=at, mask=mask, **part)
         self.cache.cursor[0] = None  # otherwise a graph would have to return the tensor
         return out
@@ -167,12 +182,13 @@ class StepContext:
 
     def draft_scores(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """The sampler's scores for the draft: x [b, s, d], seen [b, s or 1, v] -> [b, s, v']."""
-        if self.cpp is not None:
-            logits = self.cpp.logits(self.draft_head or self.draft_model, x)
+        head = self.draft_head or self.draft_model
+        if self.cpp is not None and head in self.cpp.heads:
+            logits = self.cpp.logits(head, x)
         elif self.draft_head is None:
-            logits = self.draft_model(hidden=x, start_layer=self.draft_model.num_layers)
+            logits = self.draft_model(hidden=x.to(self.dtype), start_layer=self.draft_model.num_layers)
         else:
-            logits = self.draft_head(x)
+            logits = self.draft_head(x.to(self.dtype))
         if self.draft_head is not None and seen is not None:
             seen = seen[..., self.draft_head.vocabulary]
         return self.scores(logits, seen)

@@ -23,13 +23,15 @@ MIN_CONFIDENCE = 0.4  # the `self_speculation.min_confidence` that is measured a
 
 @dataclass(frozen=True)
 class ExitQuality:
-    """Quality of an exit over the counted labels; p is the last layer's distribution, q the exit's."""
+    """Quality of an exit; p is the last layer's distribution, q the exit's. Loss, accuracy and exact match are over the
+    counted labels; the rest is over the labels that decoding generates."""
 
     labels: int
+    generated: int
     loss: float  # nats per token
     accuracy: float  # fraction of labels that are the exit's most likely token
     exact_match: float  # fraction of samples (or packs) in which all labels are the exit's most likely tokens
-    agreement: float  # fraction of labels at which the exit and the last layer choose the same token
+    agreement: float  # fraction of generated labels at which the exit and the last layer choose the same token
     overlap: float  # mean of sum_v min(p_v, q_v): the accept rate of a sampled token at temperature 1
     accepted_length: float | None  # greedily accepted tokens per round of d drafted ones; None without any text
     tokens_per_round: dict[str, dict[str, Any]] = field(repr=False)
@@ -99,13 +101,15 @@ def exit_quality(
     draft: Draft | None = None,
     vocabulary: Sequence[int] = (),
     sizes: Sequence[int] = (),
+    generated: Callable[[torch.Tensor], torch.Tensor] = lambda labels: torch.ones_like(labels, dtype=torch.bool),
 ) -> dict[int, ExitQuality]:
     """Quality of each exit over the counted labels, summed over processes by `add_up`.
 
     A batch is a dict with tokens [b, s], unshifted labels [b, s] and other inputs of the decoder. `exits` includes the
     last layer. Each exit is measured as a draft model of d = `num_speculations` tokens, over all tokens and, for each n
     in `sizes`, over the first n tokens of `vocabulary`. A trained `draft` is exit 0, with its own vocabulary; then the
-    only other exit is the last one. `key` is the data's config key in messages.
+    only other exit is the last one. `key` is the data's config key in messages. `generated` tells which labels [b, s]
+    decoding generates, as `ReplyFormat.generated`.
     """
     exits, last = sorted(exits), model.num_layers
     if draft is not None:
@@ -119,9 +123,10 @@ def exit_quality(
     for batch in batches:
         # Labels that count, each at the position that predicts it.
         check_batch(batch["tokens"], model, key)
+        written = generated(batch["labels"])
         utils.batch_to_device(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
-        one = _Batch(sums, labels)
+        one = _Batch(sums, labels, F.pad(written[:, 1:], (0, 1)).to(device))
         # Hidden states of all exits stay until the last layer; compare() then computes logits chunk by chunk.
         if draft is None:
 
@@ -157,9 +162,9 @@ class _Draft:
 class _Sums:
     """Sums over all batches.
 
-    `exits` [E, 4]: loss, correct tokens, samples with all tokens correct, samples. `drafts` [D, 2, 1 + 3 d], greedy and
-    sampled: acceptance of the first drafted token; rounds for drafts of 1 to d tokens; rounds and drafted tokens for
-    drafts that end at low confidence. `tokens`: written in rounds.
+    `exits` [E, 5]: loss, correct tokens, samples with all tokens correct, samples, labels. `drafts` [D, 2, 1 + 3 d],
+    greedy and sampled: acceptance of the first drafted token; rounds for drafts of 1 to d tokens; rounds and drafted
+    tokens for drafts that end at low confidence. `tokens`: written in rounds.
     """
 
     def __init__(
@@ -167,7 +172,7 @@ class _Sums:
     ) -> None:
         self.of_exits, self.of_drafts, self.num_speculations = exits, drafts, num_speculations
         widest = torch.float32 if device.type == "mps" else torch.float64
-        self.exits = torch.zeros(len(exits), 4, dtype=widest, device=device)
+        self.exits = torch.zeros(len(exits), 5, dtype=widest, device=device)
         self.drafts = torch.zeros(len(drafts), 2, 1 + 3 * num_speculations, dtype=widest, device=device)
         self.tokens = torch.zeros(1, dtype=widest, device=device)
 
@@ -177,19 +182,20 @@ class _Sums:
         parts = [self.exits, self.drafts, self.tokens]
         all_sums = add_up(torch.cat([part.flatten() for part in parts])).cpu().split([part.numel() for part in parts])
         exits, drafts, [tokens] = (sums.view_as(part) for sums, part in zip(all_sums, parts, strict=True))
-        # The last layer always agrees with itself, so its sum counts the labels.
-        count = drafts[[draft.exit_layer for draft in self.of_drafts].index(last), 0, 0].item()
-        if not count > 0:
+        # The last layer always agrees with itself, so its sum counts the generated labels.
+        generated = drafts[[draft.exit_layer for draft in self.of_drafts].index(last), 0, 0].item()
+        if not exits[0, 4] > 0:
             raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
-        shares, found = drafts[:, :, 0] / count, drafts[:, :, 1:].unflatten(-1, (3, -1)).unbind(2)
+        shares, found = drafts[:, :, 0] / max(generated, 1), drafts[:, :, 1:].unflatten(-1, (3, -1)).unbind(2)
         rates, ended = (tokens / found[0]).tolist(), torch.stack([tokens / found[1], found[2] / found[1]], -1).tolist()
         kinds = ("greedy", "sampled")
         quality = {}
-        for e, (loss, right, exact, samples) in zip(self.of_exits, exits.tolist(), strict=True):
+        for e, (loss, right, exact, samples, count) in zip(self.of_exits, exits.tolist(), strict=True):
             own = {draft.name: i for i, draft in enumerate(self.of_drafts) if draft.exit_layer == e}
             agreement, overlap = shares[own[ALL]].tolist()
             quality[e] = ExitQuality(
                 labels=round(count),
+                generated=round(generated),
                 loss=loss / count,
                 accuracy=right / count,
                 exact_match=exact / samples,
@@ -208,8 +214,8 @@ class _Sums:
 class _Batch:
     """The hidden states of one batch at its labels, and their comparison."""
 
-    def __init__(self, sums: _Sums, labels: torch.Tensor) -> None:
-        self.sums = sums
+    def __init__(self, sums: _Sums, labels: torch.Tensor, generated: torch.Tensor) -> None:
+        self.sums, self.generated = sums, generated & (labels != CROSS_ENTROPY_IGNORE_IDX)
         self.counts = labels != CROSS_ENTROPY_IGNORE_IDX
         self.rows = self.counts.flatten().nonzero()[:, 0]  # computed once, because it synchronises a GPU
         self.labels = labels.flatten()[self.rows]
@@ -249,19 +255,20 @@ class _Batch:
                             drafted[later:, number, 2, part] = q.amax(-1)
         # Counts over samples.
         self.sums.exits[:, 1] += right.sum(-1)
+        self.sums.exits[:, 4] += len(self.labels)
         has_labels = self.counts.any(-1)
         for index, flags in enumerate(right):
             wrong = self._by_position(~flags).any(-1)
             self.sums.exits[index, 2] += (has_labels & ~wrong).sum()
             self.sums.exits[index, 3] += has_labels.sum()
         # Rounds: many small operations, so on the CPU. The first token of a text comes from its prefill.
-        text = (self.counts & F.pad(self.counts[:, :-1], (1, 0))).cpu()
+        text = (self.generated & F.pad(self.generated[:, :-1], (1, 0))).cpu()
         both = self._by_position(drafted).cpu()
         first, later = both[:, :, :2]
         # Drafts of a fixed length, as if the draft were always sure, and drafts that end.
         sure, sure_later = (torch.stack([torch.ones_like(x), x]) for x in both[:, :, 2:])
         rounds, counts = expected_rounds(first, later, text, self.sums.num_speculations, (sure, sure_later))
-        self.sums.drafts[:, :, 0] += drafted[0, :, :2].sum(-1)
+        self.sums.drafts[:, :, 0] += (drafted[0, :, :2] * self.generated.flatten()[self.rows]).sum(-1)
         self.sums.drafts[:, :, 1:] += torch.cat([*rounds, counts[1]], -1).sum(-2).to(self.sums.drafts)
         self.sums.tokens += text.sum()
 

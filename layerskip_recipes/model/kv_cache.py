@@ -7,6 +7,7 @@ torchtune's `KVCache` can only move forward, and passes the whole allocation to 
 overwriting: masks hide later slots, and attention gets only the filled part (in graphs, some slots more or all).
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.weak import WeakIdRef
 
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 
@@ -69,15 +71,34 @@ class DecodingCache:
     def __init__(self, model: LayerSkipDecoder, rows: int, max_len: int, draft_layers: int = 0) -> None:
         self.rows, self.draft_layers = rows, draft_layers
         self.max_len = max_len
-        self.slots = torch.arange(max_len, device=model.tok_embeddings.weight.device)
         # One list instead of two attributes: torch 2.13 loses attributes that a graph sets after FlexAttention.
         self.cursor: list[Any] = [None, 0]
-        # The model's layers, then the draft's own layers.
-        self.layers = [LayerCache(max_len, self.cursor) for _ in range(model.num_layers + draft_layers)]
         # Each row's tokens whose keys and values are in slots 0, 1, ... of the first `depth` layers. A later prompt
         # with the same first tokens reuses them.
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.depth = 0
+        self._prepare(model)
+
+    def _prepare(self, model: LayerSkipDecoder) -> None:
+        self.slots = torch.arange(self.max_len, device=model.tok_embeddings.weight.device)
+        # The model's layers, then the draft's own layers.
+        number = model.num_layers + self.draft_layers
+        self.layers = [LayerCache(self.max_len, self.cursor) for _ in range(number)]
+        # What the tokens were computed with: the model, and the versions of its weights and of the draft's.
+        self.model, self.weights = weakref.ref(model), list[Any]()
+
+    def forget_other_weights(self, model: LayerSkipDecoder, draft: LayerSkipDecoder) -> None:
+        """Forget the tokens if another model or draft computed them, or the same one with other weights.
+
+        torch counts the changes of a tensor, except those through `.data`.
+        """
+        if self.model() is not model:
+            self._prepare(model)
+        own = [draft.layers[i] for i in draft.own_layers]
+        parameters = (p for module in (model, *own) for p in module.parameters())
+        weights = [(WeakIdRef(p), 0 if p.is_inference() else p._version) for p in parameters]
+        if weights != self.weights:
+            self.tokens, self.weights = [[] for _ in range(self.rows)], weights
 
     @contextmanager
     def used_by(self, *decoders: LayerSkipDecoder) -> Iterator[None]:

@@ -128,13 +128,14 @@ class DraftStatistics:
                 self.mesh,
                 draft=draft,
                 num_speculations=LONGEST_DRAFT,
+                generated=self.validation.replies.generated,
                 **options,
             )
         except ConfigError:  # no label counts
             return None
         if not all(quality[e].overlap >= 0 and quality[e].tokens_per_round for e in early):
             return None  # the last step ruined the weights, or there is no text of two tokens
-        measured = {"on": "dataset_val" if self.validation.on else "training", "labels": quality[early[0]].labels}
+        measured = {"on": "dataset_val" if self.validation.on else "training", "labels": quality[early[0]].generated}
         by_exit = {e: _rounded(quality[e].tokens_per_round) for e in early}
         return measured | ({"exits": by_exit} if draft is None else {"draft": by_exit[0]["all"]})
 

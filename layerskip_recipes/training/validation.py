@@ -11,6 +11,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
 from layerskip_recipes.data.datasets import IndexedErrorDataset, load_data
+from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -51,6 +52,7 @@ class Validation:
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh) -> None:
         self.on = cfg.dataset_val is not None
         self.every, self.mesh = cfg.run_val_every_n_steps, mesh
+        self.replies = ReplyFormat.of(tokenizer)
         self.loss_at_start: float | None = None
         if cfg.dataset_val is None:
             return
@@ -82,7 +84,8 @@ class Validation:
         """The log metrics of each exit or of the draft. Warns if the last layer got worse."""
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
         some = islice(batches, self.count)
-        quality = quality_in_training(model, some, self.exits, device, self.mesh, key="dataset_val", draft=draft)
+        options: dict[str, Any] = {"key": "dataset_val", "draft": draft, "generated": self.replies.generated}
+        quality = quality_in_training(model, some, self.exits, device, self.mesh, **options)
         batches.close()
         final = quality[self.exits[-1]].loss
         first = self.loss_at_start = final if self.loss_at_start is None else self.loss_at_start

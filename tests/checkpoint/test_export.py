@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from helpers.configs import make_checkpoint, start_section
-from helpers.training import train
+from helpers.hf_folders import make_hf_folder
+from helpers.training import VALIDATION, train
 from safetensors.torch import load_file, save_file
 
+from layerskip_recipes import generate
 from layerskip_recipes.checkpoint.drafts import FORMAT
 from layerskip_recipes.checkpoint.export import export, first_layers
 from layerskip_recipes.errors import ConfigError
@@ -241,6 +243,85 @@ def test_a_draft_beside_its_model_is_exported_from_the_models_folder(form, check
     assert load(export(str(moved), str(tmp_path / "whole"))).config.num_hidden_layers == 4
     with pytest.raises(ConfigError, match=r"^--exit-layer: .* has no trained exit, but a draft beside the model\. "):
         export(str(moved), str(tmp_path / "other"), exit_layer=0)
+
+
+def with_shared_direction(folder):
+    """Hidden states with a large common part, as language models have them."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    scale = weights["model.embed_tokens.weight"].std()
+    weights["model.embed_tokens.weight"] += 6 * scale * torch.linspace(-1, 1, weights["model.norm.weight"].numel())
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] - weights["model.embed_tokens.weight"].mean(0)
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False], ids=["a shared direction", "none"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_an_exported_draft_proposes_tokens_of_its_vocabulary_only(family, shared, tmp_path, finetune, caplog):
+    """By transformers' assisted generation, which accepts as many of them as our engine; also if sampled, where hidden
+    states share a direction."""
+    base = tmp_path / "base"
+    make_hf_folder(family, base, vocab_size=300, num_hidden_layers=4)
+    if shared:
+        with_shared_direction(base)
+    section = {"kind": "copy", "exit_layer": 2, "vocabulary": 24, "finetune_model": True}
+    decoder, checkpointer = (
+        {"_component_": f"layerskip_recipes.hf_{part}", "path": str(base)} for part in ("decoder", "checkpointer")
+    )
+    recipe = train(
+        finetune(
+            draft=section, layer_dropout=None, early_exit_loss=None, dataset=VALIDATION | {"max_samples": 12},
+            optimizer={"_component_": "torch.optim.AdamW", "lr": 3e-3}, max_steps_per_epoch=6,
+            model=decoder, checkpointer=checkpointer,
+        )
+    )  # fmt: skip
+    folder, vocabulary = tmp_path / "out" / "epoch_0", recipe.draft.vocabulary
+    model, draft = load(folder), load(export(str(folder), str(tmp_path / "draft"), draft=0))
+    assert ("share no direction" in caplog.text) != shared
+    with torch.no_grad():
+        expected = recipe.draft.decoder(recipe.model.eval())(TOKENS)
+        logits = draft(TOKENS).logits
+    torch.testing.assert_close(logits[..., vocabulary], expected[..., vocabulary], atol=1e-4, rtol=1e-4)
+    assert {*logits.argmax(-1).flatten().tolist()} <= {*vocabulary}
+    assert not {*expected.argmax(-1).flatten().tolist()} <= {*vocabulary}
+    if shared:
+        assert logits.softmax(-1)[..., vocabulary].sum(-1).min() > 0.999
+
+    # Drafts of four tokens in each round.
+    for m in (model, draft):
+        m.generation_config = transformers.GenerationConfig(pad_token_id=0, max_new_tokens=40)
+    schedule = {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "constant"}
+    vars(draft.generation_config).update(schedule | {"assistant_confidence_threshold": 0.0})
+    proposed, accepted = [], []
+
+    class Counted(transformers.generation.AssistedCandidateGenerator):
+        def get_candidates(self, input_ids, *args, **kwargs):
+            found = super().get_candidates(input_ids, *args, **kwargs)
+            proposed.extend(found[0][0, input_ids.shape[1] :].tolist())
+            return found
+
+        def update_candidate_strategy(self, input_ids, scores, num_matches):
+            accepted.append(int(num_matches))
+
+    prompt = TOKENS[:1, :5]
+    mask = torch.ones_like(prompt)
+    plain = model.generate(prompt, attention_mask=mask, do_sample=False)
+    ours = generate(
+        recipe.model, prompt[0], 40, exit_layer=2, num_speculations=4,
+        drafter=recipe.draft.decoder(recipe.model), draft_vocabulary=vocabulary,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.generation.utils.AssistedCandidateGenerator", Counted)
+        assert model.generate(prompt, attention_mask=mask, assistant_model=draft, do_sample=False).equal(plain)
+        rate = sum(accepted) / len(proposed)
+        assert rate == pytest.approx(ours.stats.acceptance_rate, abs=0.1)
+        if shared:
+            torch.manual_seed(0)
+            model.generate(prompt, attention_mask=mask, assistant_model=draft, do_sample=True)
+    assert proposed and {*proposed} <= {*vocabulary}
 
 
 def test_an_adapter_is_no_model_of_its_own(tmp_path):

@@ -18,6 +18,7 @@ from torchtune.models.llama3 import llama3_tokenizer
 from torchtune.models.llama3_2 import llama3_2_1b
 from torchtune.models.llama3_2._component_builders import llama3_2
 
+from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.text.text_stream import TextStream
@@ -157,6 +158,37 @@ def test_tokens_are_those_of_transformers(make_folder, kind, name, turns):
         assert tokenizer.decode(tokens, skip_special_tokens=skip) == reference.decode(tokens, skip_special_tokens=skip)
     assert tokenizer.vocab_size == len(reference)
     assert tokenizer.pad_id == reference.pad_token_id and tokenizer.eos_id == reference.eos_token_id
+
+
+@pytest.mark.parametrize("inputs", [False, True], ids=["replies", "inputs too"])
+@pytest.mark.parametrize(
+    ("name", "end"), [("chatml", "<|im_end|>"), ("qwen3", "<|im_end|>"), ("strict", "</s>"), ("moving", "</s>")]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_labels_have_no_header_and_nothing_after_the_end(make_folder, kind, name, end, inputs):
+    if inputs and name == "moving":
+        pytest.skip("nothing marks the beginning of a reply")
+    folder = make_folder(kind, TEMPLATES[name], adds_bos=True)
+    tokenizer = hf_tokenizer(folder, max_seq_len=200)
+    turns = [*QUESTION, ("user", "What is it?"), ("assistant", "four")]
+    tokens, mask = tokenizer.tokenize_messages(messages_of(*turns))
+    labels = torch.tensor([tokens, [-100] * len(tokens)])
+    if not inputs:
+        labels[0, torch.tensor(mask)] = -100
+    tokenizer.max_seq_len = 5  # the limit of a training changes nothing
+    found = ReplyFormat.of(tokenizer).generated(labels)
+    think = "<think>\n\n</think>\n\n" if name == "qwen3" else ""  # this template's prompts do not have it
+    text = tokenizer.decode(labels[found].tolist(), skip_special_tokens=False)
+    assert "".join(text.split()) == "".join(f"It is four.{end}{think}four{end}".split())
+    assert tokenizer.max_seq_len == 5
+
+
+def test_generated_labels_of_plain_text(make_folder):
+    """Without a chat template all labels of a text are generated, also behind the end of another text."""
+    text = ReplyFormat.of(hf_tokenizer(make_folder()))
+    assert text.header == text.footer == ()
+    labels = torch.tensor([[-100, 9, 10, 2, 11, 12], [9, 9, -100, 2, 9, -100]])
+    assert text.generated(labels).equal(labels != -100)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,13 +3,18 @@
 from collections import Counter
 
 import pytest
+import torch
 import torch.nn.functional as F
+from helpers.compiled import has_compiler
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of
-from helpers.speculation import PROMPTS, run, speculation_of
+from helpers.speculation import PROMPTS, noisy, run, speculation_of
+from helpers.tiny import make_tiny
 
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.draft import Draft
 
 
 def count_positions(model):
@@ -65,6 +70,52 @@ def test_a_prompt_that_diverges_reuses_the_common_part(prompt, reused):
     again = run(model, [prompt], 9, speculation=Speculation(2, 3), cache=first.cache)
     assert again.stats.reused_tokens == reused and again.cache is first.cache
     assert again.generated == [greedy("llama3_2", prompt, 9)]
+
+
+def changed(model, what):
+    """Another model, or the same one with other weights."""
+    if what == "another family":
+        return layerskip_decoder(make_tiny("gemma2"))
+    if what == "another depth":
+        return model.with_modules(layers=model.layers[:4])
+    if what == "the same weights":
+        return layerskip_decoder(make_tiny("llama3_2"))
+    with torch.no_grad():
+        if what == "an optimizer step":
+            model.layers[1].mlp.w1.weight.mul_(1.5)
+        elif what == "another parameter":
+            model.layers[1].mlp.w1.weight = torch.nn.Parameter(1.5 * model.layers[1].mlp.w1.weight)
+        else:
+            weights = model.state_dict()
+            model.load_state_dict(weights | {"norm.scale": 2 * weights["norm.scale"]})
+    return model
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=[has_compiler, pytest.mark.slow])])
+@pytest.mark.parametrize(
+    "what",
+    ["another family", "another depth", "the same weights", "an optimizer step", "another parameter", "loaded weights"],
+)
+def test_a_cache_serves_the_weights_that_filled_it(what, compile):
+    """A change between two generations costs the tokens in the cache, and gives no other output."""
+    first = run(make_model("llama3_2"), [PROMPT], 9, reserve=60, compile=compile)
+    model = changed(first.model, what)
+    longer = (*PROMPT, *first.generated[0], 5)
+    again = run(model, [longer], 9, cache=first.cache, compile=compile)
+    assert again.cache is first.cache and again.stats.reused_tokens == 0
+    assert again.generated == run(model, [longer], 9).generated
+    third = run(model, [(*longer, *again.generated[0])], 2, cache=first.cache, compile=compile)
+    assert third.stats.reused_tokens == len(longer) + 8
+
+
+def test_a_cache_serves_the_draft_that_filled_it():
+    model = make_model("llama3_2")
+    drafts = [noisy(Draft(model, "copy", 2)).decoder(model) for _ in range(2)]
+    speculations = [Speculation(2, 3, drafter=draft) for draft in drafts]
+    first = run(model, [PROMPT], 9, reserve=60, speculation=speculations[0])
+    for draft, reused in zip(speculations, (True, False), strict=True):
+        again = run(model, [(*PROMPT, 5)], 9, cache=first.cache, speculation=draft)
+        assert (again.stats.reused_tokens > 0) == reused and again.cache is first.cache
 
 
 def test_rows_reuse_what_all_of_them_have():

@@ -112,6 +112,25 @@ def test_answers_are_shorter_at_the_end_of_the_context(talk, caplog):
     assert generation.generated[0] == alone.tokens[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("speculation", ["null", "{exit_layer: 2, num_speculations: 4}"])
+def test_a_shorter_answer_keeps_the_cache(talk, speculation):
+    """Although a draft may reach beyond the last position of the model."""
+    recipe, _, turns = talk(f"{'x' * 40}\nand now\n", f"self_speculation={speculation}", tokens=36)
+    (_, one), (second, two) = turns
+    assert 0 < 128 - len(second) < 36 and two.cache is one.cache
+    assert two.stats.reused_tokens > 40
+    alone = generate(recipe.model, torch.tensor(second), 128 - len(second), stop_tokens=recipe.stop_tokens)
+    assert two.generated[0] == alone.tokens[0, len(second) :].tolist()
+
+
+def test_a_full_conversation_says_so_and_how_to_start_again(talk, caplog):
+    recipe, report, turns = talk(f"{'x' * 60}\n{'y' * 50}\nand now\n/new\nand now\n", tokens=30)
+    assert report["prompts"] == len(turns) == 2
+    assert recipe.tokenizer.decode(turns[1][0]) == "<user>and now<reply>"
+    left_out = [message for message in caplog.messages if "left out" in message]
+    assert left_out and all(m.startswith("the conversation is full. /new starts another one; ") for m in left_out)
+
+
 def test_what_a_template_refuses_ends_no_conversation(talk, caplog):
     """The question is left out, and the report comes as ever. What it refuses from the start is refused before."""
     refused = "messages[-1].content == 'bad' or messages[0].role == 'system'"

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from torchtune.models.qwen2._component_builders import qwen2
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import prefill
+from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import cpp_decoder, huge_pages
@@ -399,9 +401,13 @@ def test_an_embedding_of_another_kind_drafts_token_by_token():
     assert generation.context.cpp is not None and generation.context.cpp.draft is None
 
 
+def hooked(module):
+    module.register_forward_hook(lambda *_: None)
+
+
 UNKNOWN = {
-    "hooks": lambda model: model.layers[1].mlp.w1.register_forward_hook(lambda *_: None),
-    "hooks of the norm": lambda model: model.norm.register_forward_hook(lambda *_: None),
+    "hooks": lambda model: hooked(model.layers[1].mlp.w1),
+    "hooks of the norm": lambda model: hooked(model.norm),
     "fp64": lambda model: model.double(),
     "int8 activations": lambda model: quantize_(model, Int8DynamicActivationInt8WeightConfig()),
     "zero points": lambda model: quantize_(model, IntxWeightOnlyConfig(mapping_type=MappingType.ASYMMETRIC)),
@@ -414,6 +420,43 @@ OTHER_MODELS = {
     "LoRA": lambda: lora_llama3_2(["q_proj"], **WIDE, lora_rank=4, lora_alpha=8),
     "heads of 8 numbers": lambda: llama3_2(**WIDE | {"num_heads": 4}),
 }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("part", ["drafter", "quantised", "copy, chain", "copy, head", "adapter, chain", "head"])
+def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, monkeypatch):
+    """Its steps have the same bits as without drafts; the draft runs in torch, also over texts that C++ reads."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = talking(precision)
+    variants = {"quantised": "drafter", "head": "vocabulary", "copy, head": "copy, vocabulary"}
+    speculation = speculation_of(variants.get(part, part), model)
+    if "head" in part:
+        head = DraftHead(speculation.drafter or model, torch.as_tensor(speculation.draft_vocabulary))
+        hooked(head.output)
+        speculation = replace(speculation, draft_head=head)
+    else:
+        first = speculation.drafter.own_layers.start
+        layers = torch.nn.ModuleList([*model.layers[:first], *copy.deepcopy(speculation.drafter.layers[first:])])
+        if part == "quantised":
+            quantize_(layers, Int8DynamicActivationInt8WeightConfig())
+        else:
+            hooked(layers[-1])
+        drafter = speculation.drafter.with_modules(layers=layers)
+        drafter.own_layers = speculation.drafter.own_layers
+        speculation = replace(speculation, drafter=drafter)
+    plainly = run(model, PROMPTS, 16, rows=2)
+    drafts = [], []
+    torchs, ours = (
+        run(model, PROMPTS, 16, speculation=speculation, rows=2, compile=compile, on_draft=of.append)
+        for compile, of in zip((False, True), drafts, strict=True)
+    )
+    assert ours.context.cpp.unknown is not None and ours.context.cpp.draft is None
+    assert ours.generated == plainly.generated and compiled_steps(model).graphs == {}
+    if precision == "fp32" and part != "quantised":
+        assert drafts[0] == drafts[1] and torchs.generated == ours.generated
+    if precision == "fp32":
+        sampler = Sampler(0.8, rng=torch.Generator().manual_seed(3))
+        assert run(model, PROMPTS, 9, speculation=speculation, rows=2, sampler=sampler).stats.drafted > 0
 
 
 @pytest.mark.parametrize("part", [*UNKNOWN, *OTHER_MODELS])

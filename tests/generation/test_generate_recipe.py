@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torchtune.generation import generate as torchtune_generate
 
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation import engine
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.text import text_stream
 from layerskip_recipes.generation.text.text_stream import TextStream
 
 INT8 = "torchao.quantization.Int8WeightOnlyConfig"
@@ -66,6 +69,29 @@ def test_the_report_adds_up(path):
     # Each round gives its accepted tokens and one more; each prompt's first token comes from the prefill.
     assert report["tokens"] == report["accepted"] + report["rounds"] + 3
     assert report["peak_memory_bytes"] > 1e7 and report["prefill_s"] > 0 and report["decode_s"] > 0
+
+
+@pytest.mark.parametrize("stream", ["false", "true", "draft"])
+def test_a_comparison_measures_both_sides_alike(stream, path, monkeypatch):
+    """Only one side shows its text, so neither counts the time of it; without a comparison it counts."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    now, whole = [0.0], TextStream._continue
+
+    def perf_counter():
+        now[0] += 0.001
+        return now[0]
+
+    def slow(self, *args):
+        now[0] += 1000
+        return whole(self, *args)
+
+    for module in (engine, text_stream):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(TextStream, "_continue", slow)
+    settings = {compare: (f"stream={stream}", f"benchmark.compare={compare}") for compare in (True, False)}
+    seconds = {compare: run(path, *given)[1]["decode_s"] for compare, given in settings.items()}
+    assert 0 < seconds[True] < 1000
+    assert (seconds[False] > 1000) == (stream != "false")
 
 
 def test_early_exit_takes_all_tokens_from_that_exit(path, tmp_path):

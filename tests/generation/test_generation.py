@@ -142,12 +142,19 @@ def test_short_outputs_are_drafted_too():
     assert kinds["plain"] and kinds["chain"]
 
 
-def test_prompts_of_numpy():
+def test_prompts_of_numpy_and_lists_of_tensors():
     expected = generate(model_of("llama3_2"), torch.tensor(PROMPT), 8).tokens
-    for prompt in (np.array(PROMPT), [*np.array(PROMPT)], np.array([PROMPT]), [np.array(PROMPT)]):
+    lists = [*np.array(PROMPT)], [*torch.tensor(PROMPT)], [np.array(PROMPT)], [torch.tensor(PROMPT)]
+    for prompt in (np.array(PROMPT), np.array([PROMPT]), *lists):
         assert torch.equal(generate(model_of("llama3_2"), prompt, 8).tokens, expected)
     with pytest.raises(ValueError, match=r"^prompt: 'a text' is a text.*tokenizer.prompt"):
         generate(model_of("llama3_2"), "a text", 8)
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_a_number_of_rows_is_positive(rows):
+    with pytest.raises(ValueError, match=rf"^rows: {rows} "):
+        Generation(model_of("llama3_2"), [PROMPT], 8, rows=rows)
 
 
 @pytest.mark.parametrize("end", ["finished", "break", "the model fails", "the caller fails"])

@@ -162,6 +162,28 @@ def test_an_interrupted_run_replaces_no_earlier_answers(tmp_path):
     assert lines == {"a.jsonl": 1, "a_interrupted.jsonl": 2, "a_interrupted1.jsonl": 0}
 
 
+def test_the_folder_of_an_output_file_that_is_there_gets_another_file(path, tmp_path, monkeypatch):
+    """FILE.partial, so it is checked before anything is loaded."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").touch()
+    access = os.access
+    monkeypatch.setattr("os.access", lambda name, mode: Path(name) != tmp_path / "folder" and access(name, mode))
+    with pytest.raises(ValueError, match=r"^output_file: .*folder'.* cannot be written"):
+        ready(path, f"output_file={tmp_path / 'folder' / 'a.jsonl'}")
+
+
+def test_the_kinds_of_prompt_files(tmp_path):
+    """A file with a JSON value is neither a text nor lines."""
+    for name in ("a.jsonl", "a.ndjson"):
+        (tmp_path / name).write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+        assert [example.prompt for example in try_examples(prompt_file=name)] == ["a", "b"]
+    (tmp_path / "a.txt").write_text('{"prompt": "a"}')
+    assert [example.prompt for example in try_examples(prompt_file="a.txt")] == ['{"prompt": "a"}']
+    (tmp_path / "a.json").write_text('[{"prompt": "a"}]')
+    with pytest.raises(ValueError, match=r"^prompt_file: 'a\.json' is neither .*prompt_file=a\.jsonl$"):
+        try_examples(prompt_file="a.json")
+
+
 def test_an_existing_output_file_needs_no_folder(path, monkeypatch):
     access = os.access
     monkeypatch.setattr("os.access", lambda name, mode: Path(name) != Path("/dev") and access(name, mode))

@@ -55,12 +55,29 @@ def check_rates(found, first, later, counts):
 
 
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
-def test_acceptance_by_draft_vocabulary(family, float64):
-    """Over all tokens and over the first few of a vocabulary, with q renormalised over them."""
+@pytest.mark.parametrize("some", [False, True], ids=["all", "generated"])
+def test_acceptance_by_draft_vocabulary(family, some, float64):
+    """Over all tokens and over the first few of a vocabulary, with q renormalised over them. Labels that decoding never
+    generates count in the loss only."""
     model = layerskip_decoder(make_tiny(family))
     torch.manual_seed(1)
     batches = some_batches()
-    found = exit_quality(model, copied(batches), [2, 5, 6], CPU, num_speculations=8, vocabulary=FREQUENT, sizes=[3, 30])
+    options = {"num_speculations": 8, "vocabulary": FREQUENT, "sizes": [3, 30]}
+    whole = exit_quality(model, copied(batches), [2, 5, 6], CPU, **options)
+    if some:  # neither the first and last labels of a row, nor the last row of a batch
+
+        def generated(labels):
+            written = torch.ones_like(labels, dtype=torch.bool)
+            written[:, :6] = written[:, -1] = written[2] = False
+            return written
+
+        options["generated"] = generated
+    found = exit_quality(model, copied(batches), [2, 5, 6], CPU, **options)
+    assert [found[e].loss for e in found] == [whole[e].loss for e in whole]
+    if some:
+        assert found[2].labels == whole[2].labels > found[2].generated > 0
+        for batch in batches:
+            batch["labels"][~generated(batch["labels"])] = -100
     counts = torch.cat([F.pad(counted(batch), (0, 20 - batch["labels"].shape[1])) for batch in batches])
     with torch.no_grad():
         for e in (2, 5):
@@ -76,6 +93,8 @@ def test_acceptance_by_draft_vocabulary(family, float64):
                     assert [found[e].agreement, found[e].overlap] == pytest.approx(means, abs=1e-6)
             assert found[e].accepted_length == found[e].tokens_per_round["all"]["greedy"][-1] - 1
     assert list(found[6].tokens_per_round) == ["all"] and found[6].overlap == pytest.approx(1)
+    if some:
+        return
     # The last layer writes texts of 5, 8; 6, 6; and 8, 13 tokens after the first, up to 9 tokens in a round.
     assert found[6].tokens_per_round["all"]["greedy"][-1] > 5 and found[6].agreement == 1
 

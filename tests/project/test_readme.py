@@ -233,7 +233,10 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
         )
     if recipe == "layerskip_generate":
         changes = {"max_new_tokens": 6, "compile": False}
-        if OmegaConf.select(cfg, "self_speculation.draft") is not None:
+        draft = OmegaConf.select(cfg, "self_speculation.draft")
+        if (
+            draft is not None and not (folder / draft).is_dir()
+        ):  # a tuned config names the draft that won, which is there
             changes["self_speculation.draft"] = str(folder / "trained_draft" / "epoch_0")
         return changes | ({"prompts.count": 2} if cfg.get("prompts") is not None else {})
     if recipe == "layerskip_eval":
@@ -242,6 +245,18 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return data | {"max_batches": 1} | ({"compare": compare} if compare else {})
     few = {key: value for key, value in FEW.items() if key != "temperatures" or cfg.get("temperature") is None}
     return few | ({"prompt_tokens": 16} if cfg.get("random_weights") else {})
+
+
+def test_a_draft_that_won_a_benchmark_is_kept(workplace, tmp_path, monkeypatch):
+    """Whether one wins is a matter of time, and no other draft may be there yet."""
+    monkeypatch.chdir(workplace)
+    (tmp_path / "draft").mkdir()
+    for draft, kept in {str(tmp_path / "draft"): True, "out_draft/epoch_0": False}.items():
+        tuned = {"extends": "hf/generate", "model_dir": TINY, "self_speculation": {"draft": draft}}
+        (tmp_path / "tuned.yaml").write_text(OmegaConf.to_yaml(tuned))
+        words = ["tune", "run", "layerskip_generate", "--config", str(tmp_path / "tuned.yaml")]
+        short = shortened(" ".join(words), words, workplace)
+        assert any(word.startswith("self_speculation.draft=") for word in short) != kept
 
 
 @pytest.fixture(scope="module")

@@ -114,4 +114,5 @@ def test_generation_from_the_checkpoint_with_comparison(finetuned):
     report = json.loads(run.stdout.splitlines()[-1])
     assert report["identical"] is True
     assert report["tokens"] == report["baseline_tokens"] <= 12
-    assert report["acceptance_rate"] == report["accepted"] / report["drafted"]
+    if report["drafted"]:  # otherwise plain decoding was faster
+        assert report["acceptance_rate"] == report["accepted"] / report["drafted"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from helpers.adapters import EveryExit, adapted_section, make_start, read_hf
 from helpers.configs import MODEL, finetune_config, start_section
 from helpers.refusals import check
@@ -93,6 +94,36 @@ def test_the_values_are_those_of_plain_pytorch(changes, count, exits, checkpoint
     if exits == EXITS:
         assert 0 < measured[0]["val_agreement_exit_2"] < 1
         assert len({line["val_loss_exit_2"] for line in measured.values()}) == len(measured)
+
+
+@pytest.mark.parametrize("trains_on_input", [False, True])
+def test_acceptance_is_that_of_generated_tokens(trains_on_input, checkpoint, tmp_path, finetune):
+    """Each reply and its end, without its header and the line break after its end, in the log and in layerskip.json."""
+    template = (
+        "{% for m in messages %}{{ m.role + ':\\n' + m.content + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+    )
+    data = chats(tmp_path) | {"train_on_input": trains_on_input}
+    path = finetune(
+        checkpointer=start_section(checkpoint), dataset=data, dataset_val=data, max_steps_per_epoch=2, layers_val=":",
+        layer_dropout=None, early_exit_loss={"layers": "1", "curriculum": None},
+    )  # fmt: skip
+    config = yaml.safe_load(path.read_text())
+    config["tokenizer"] |= {"chat_template": template, "max_seq_len": 128}
+    path.write_text(yaml.safe_dump(config))
+    recipe = train(path)
+    tokenizer, samples = recipe.cfg.tokenizer.build(), []
+    for n in range(7):
+        reply = "it is " + f"{2 * n} " * (n + 1)
+        header = tokenizer.encode(f"user:\nwhat is {n} + {n}?<|endoftext|>\nassistant:\n", add_eos=False)
+        tokens = [*header, *tokenizer.encode(reply, add_bos=False, add_eos=True)]
+        samples.append({"tokens": tokens, "labels": [-100] * len(header) + tokens[len(header) :]})
+    expected = quality(read_hf(tmp_path / "out" / "epoch_0", "llama3_2"), samples, EXITS)
+    found = validated(tmp_path / "out")[2]
+    for name in (f"val_{kind}_exit_{e}" for kind in ("agreement", "overlap") for e in EXITS):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+    measured = read_trained_exits(tmp_path / "out" / "epoch_0").measured
+    assert measured.labels == sum(label != -100 for sample in samples for label in sample["labels"])
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,13 @@ def choose_for(
     costs = estimated_costs(cfg.meta_model, dtype, gpu, compiled, rows)
     int8, ends = plain and compiled and not gpu, num_processes() == 1 and not gpu
     folder = described_folder(cfg.checkpointer)
-    own, unusable = _draft_beside(cfg, section, folder, quantizer, key)
+    own, unusable = _draft_beside(cfg, section, folder, quantizer)
     possible: dict[str, Any] = {"own": own, "unusable": unusable, "plain_head": plain, "int8": int8, "ends": ends}
     return choose_drafts(section, folder, costs, temperature, **possible, key=key)
 
 
 def _draft_beside(
-    cfg: RecipeConfig, section: SelfSpeculation | None, folder: Path | None, quantizer: Component | None, key: str
+    cfg: RecipeConfig, section: SelfSpeculation | None, folder: Path | None, quantizer: Component | None
 ) -> tuple[str | None, str | None]:
     """The folder of the draft that was trained beside the model, or the reason why it cannot be used."""
     chosen = section is None or section.exit_layer is not None or "draft" in section.model_fields_set
@@ -91,7 +91,7 @@ def _draft_beside(
         return None, None
     parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
     if quantizer is not None:
-        why = f"is not chosen with a quantizer. Set quantizer=null or {key}.draft={own}"
+        why = "is not chosen with a quantizer. Set quantizer=null"
     elif parallel > 1:
         why = "does not go with tensor parallelism, which splits the layers that it copies"
     elif own_draft(folder, cfg.checkpointer.target) is None:

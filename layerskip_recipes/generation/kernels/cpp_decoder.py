@@ -217,23 +217,30 @@ def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
 class CppDecoder:
     """The layers and heads of a generation's target model and draft model in C++.
 
-    Raises an `UnknownPartError` if the C++ does not support a part of a model. `draft` is `Layers::draft` of layers.cpp
-    with its model arguments filled in; None for an unsupported embedding.
+    Raises an `UnknownPartError` if the C++ does not support a part of the target model. If it does not support a part
+    of the draft, `unknown` says which, and `models` or `heads` lack it. `draft` is `Layers::draft` of layers.cpp with
+    its model arguments filled in; None if the draft has an unsupported part.
     """
 
     def __init__(
         self, cache: DecodingCache, model: LayerSkipDecoder, draft_model: LayerSkipDecoder, draft_head: DraftHead | None
     ) -> None:
-        models = dict.fromkeys([model, draft_model])
         dtype = model.tok_embeddings.weight.dtype  # the cache's too
         _require(dtype in (torch.float32, torch.bfloat16), str(dtype))
-        self.models = {each: (cache.of(each), [layer_parts(layer) for layer in each.layers]) for each in models}
-        self.heads: dict[nn.Module, Parts] = {
-            each: head_parts(each.norm, head_of(each), each.logit_cap) for each in models
-        }
-        if draft_head is not None:
-            self.heads[draft_head] = head_parts(draft_head.norm, draft_head.output, draft_head.cap)
+        self.models = {model: (cache.of(model), [layer_parts(layer) for layer in model.layers])}
+        self.heads: dict[nn.Module, Parts] = {model: head_parts(model.norm, head_of(model), model.logit_cap)}
         self.model, self.draft_model, self.draft_head = model, draft_model, draft_head
+        self.unknown: UnknownPartError | None = None
+        try:
+            if draft_head is not None:
+                self.heads[draft_head] = head_parts(draft_head.norm, draft_head.output, draft_head.cap)
+            if draft_model is not model:
+                of_draft = [layer_parts(layer) for layer in draft_model.layers]
+                self.models[draft_model] = (cache.of(draft_model), of_draft)
+                head = head_of(draft_model)
+                self.heads[draft_model] = head_parts(draft_model.norm, head, draft_model.logit_cap)
+        except UnknownPartError as e:
+            self.unknown = e
 
     def compile(self) -> bool:
         """Compile the C++ and move the weights to huge pages; False if both had been done before."""
@@ -259,7 +266,7 @@ class CppDecoder:
     def _draft(self) -> Callable | None:
         draft_head, embeddings = self.draft_head, self.draft_model.tok_embeddings
         is_gemma = type(embeddings) is GemmaNormEmbeddings
-        if not (is_gemma or type(embeddings) is nn.Embedding):
+        if self.unknown or not (is_gemma or type(embeddings) is nn.Embedding):
             return None
         if embeddings._forward_hooks or embeddings._forward_pre_hooks:
             return None

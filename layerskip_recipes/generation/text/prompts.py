@@ -80,7 +80,12 @@ def encode(
 
 
 def _read_prompt_file(name: str) -> list[Example]:
-    lines = name.endswith(".jsonl")
+    lines = name.endswith((".jsonl", ".ndjson"))
+    if name.endswith(".json"):
+        raise ConfigError(
+            f"prompt_file: {name!r} is neither a text nor JSON lines. Allowed: a text file, or a .jsonl file with a "
+            f"JSON object on each line; for example prompt_file={name}l"
+        )
     try:
         # In JSONL, a byte that is not UTF-8 is an error of its line only.
         errors = "surrogateescape" if lines else "strict"

@@ -49,7 +49,7 @@ class TextStream:
         self.grown = ""  # the text of all other tokens
         self.read = 0  # number of tokens so far
         self.shown = ""
-        self.draft_is_shown = False
+        self.draft_is_shown, self.draft_s = False, 0.0  # draft_s: seconds of showing drafts
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of all output tokens, without the stop token and cut before a stop string."""
@@ -96,10 +96,12 @@ class TextStream:
 
     def show_draft(self, drafts: Sequence[Sequence[int]]) -> None:
         """Print a draft of row 0 dim on a terminal, until `show` replaces it by the accepted tokens."""
+        started = time.perf_counter()
         text = self.grown + self._continue(self.window, self.window_text, [*self.unread, *drafts[0]])
         line = next(iter(text[len(self.shown) :].splitlines()), "")
         self.draft_is_shown = True  # set before printing: Ctrl-C may come between
         print(f"{DRAFT}{line}{PLAIN}", end="", flush=True)
+        self.draft_s += time.perf_counter() - started
 
     def _continue(self, window: Sequence[int], window_text: str, tokens: Sequence[int]) -> str:
         """The text that tokens add to a window's text."""
@@ -114,11 +116,13 @@ def follow(
     texts: Sequence[TextStream],
     shown: TextStream | None = None,
     on_end: Callable[[int], None] = lambda prompt: None,
+    counts_text: bool = True,
 ) -> None:
     """Run a generation, ending outputs at stop strings; `shown` prints the first text as it grows.
 
-    `on_end` gets the index of each prompt whose output has ended. Detokenizing counts as decoding time, since the user
-    waits for it; `on_end` does not. After Ctrl-C the accepted text stays on the screen, the draft does not.
+    `on_end` gets the index of each prompt whose output has ended. Detokenizing and printing count as decoding time,
+    since the user waits for them, but not in a comparison with a generation that shows nothing (no `counts_text`).
+    `on_end` never counts. After Ctrl-C the accepted text stays on the screen, the draft does not.
     """
     seconds, running = 0.0, set(range(len(texts)))
     try:
@@ -141,7 +145,7 @@ def follow(
             shown.show(last=True)
         raise
     finally:
-        generation.stats.decode_s += seconds
+        generation.stats.decode_s += seconds if counts_text else -shown.draft_s if shown is not None else 0.0
 
 
 class AnswersInOrder:
