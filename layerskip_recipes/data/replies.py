@@ -88,21 +88,27 @@ class ReplyFormat:
     def of(cls, tokenizer: Any) -> "ReplyFormat":
         """Compare a conversation as it is trained with its prompt; without a header for a tokenizer of plain text."""
         stops = tuple(getattr(tokenizer, "stop_tokens", ()))
-        question, tokenizer = Message(role="user", content="?", masked=True), copy(tokenizer)
+        tokenizer = copy(tokenizer)
         tokenizer.max_seq_len = None  # the training limit may cut the reply off
+
+        def rendered(question: str, reply: str) -> Any:
+            turn = [Message(role="user", content=question, masked=True), Message(role="assistant", content=reply)]
+            return tokenizer({"messages": turn}, inference=not reply)
+
         try:
             # Two replies, as the first token of one may have a space of the header in it.
-            prompt, other, trained = (
-                tokenizer({"messages": [question, Message(role="assistant", content=reply)]}, inference=not reply)
-                for reply in ("", "a", "!")
-            )
+            prompt, other, trained = (rendered("?", reply) for reply in ("", "a", "!"))
+            other_prompt = rendered("!", "")["tokens"]
             tokens, first = list(trained["tokens"]), list(trained["mask"]).index(False)
         except Exception:  # torchtune's tokenizers raise whatever they like
             return cls(stop_tokens=stops)
         each = zip(tokens, other["tokens"], prompt["tokens"], strict=False)
         reply = next((i for i, at in enumerate(each) if len({*at}) > 1), len(prompt["tokens"]))
         end = next((i + 1 for i in range(reply, len(tokens)) if tokens[i] in stops), len(tokens))
-        return cls(tuple(tokens[first:reply]), tuple(tokens[end:]), stops)
+        # Where the loss leaves out the header, it is what all prompts end with.
+        ends = zip(reversed(prompt["tokens"]), reversed(other_prompt), strict=False)
+        shared = next((i for i, (one, two) in enumerate(ends) if one != two), 0)
+        return cls(tuple(tokens[min(first, reply - shared) : reply]), tuple(tokens[end:]), stops)
 
     def generated(self, labels: torch.Tensor) -> torch.Tensor:
         """Whether decoding generates each label: [b, s] -> bool [b, s]."""
