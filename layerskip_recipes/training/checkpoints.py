@@ -232,6 +232,11 @@ class Checkpoints:
         if is_rank_zero() and self.staging.is_dir() and not any(self.staging.iterdir()):
             self.staging.rmdir()  # left empty by torchtune's checkpointer, which creates it when built
 
+    @property
+    def writing(self) -> bool:
+        """Whether shards are still being written in the background."""
+        return self._pending is not None and not self._pending.done()
+
     def _clear(self) -> None:
         restore_set_aside(self.output_dir)
         shutil.rmtree(self.staging, ignore_errors=True)

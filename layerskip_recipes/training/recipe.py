@@ -52,6 +52,7 @@ from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, parts_of, reshard
+from layerskip_recipes.training.run_lock import RunLock
 from layerskip_recipes.training.run_log import LossMeans, RunLog, check_resumable, run_fingerprint
 from layerskip_recipes.training.validation import Validation
 
@@ -71,16 +72,22 @@ class LayerSkipFinetune:
         self.output_dir = Path(cfg.output_dir)
         if is_rank_zero():
             check_folder("output_dir", self.output_dir)
-            if not cfg.resume_from_checkpoint:
+        self.lock = RunLock(self.output_dir)
+        with self.lock.released_after_errors():
+            if is_rank_zero() and not cfg.resume_from_checkpoint:
                 check_checkpoint_files(cfg, writes=cfg.checkpoint_bytes)
                 check_earlier_runs(self.output_dir, cfg.keep_last_n_checkpoints)
-        self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
+            self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         # torchtune gives each rank its own seed. For random choices that all ranks share, use rank 0's.
         self.seed = from_rank_zero(training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode))
 
     def setup(self) -> None:
         """Load data, then weights: a mistake in the data costs no loading time."""
+        with self.lock.released_after_errors():
+            self._setup()
+
+    def _setup(self) -> None:
         cfg = self.cfg
         config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.loss: EarlyExitLoss | DraftLoss = cfg.exit_loss
@@ -401,3 +408,5 @@ class LayerSkipFinetune:
 
     def cleanup(self) -> None:
         self.log.close()
+        if not self.checkpoints.writing:  # else the lock goes with the process
+            self.lock.release()
