@@ -49,11 +49,12 @@ from layerskip_recipes.training.draft.loss import DraftLoss
 from layerskip_recipes.training.draft.own_text import OwnText
 from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
+from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, parts_of, reshard
 from layerskip_recipes.training.run_lock import RunLock
-from layerskip_recipes.training.run_log import LossMeans, RunLog, check_resumable, run_fingerprint
+from layerskip_recipes.training.run_log import LossMeans, RunLog
 from layerskip_recipes.training.validation import Validation
 
 log = utils.get_logger("INFO")
@@ -112,15 +113,10 @@ class LayerSkipFinetune:
                 log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run keeps its seed, {self.seed}")
         self.step = state["step"] if state else 0
 
-        # Model, optimizer and profiler. A draft also needs the weights that it was trained on.
+        # Model, optimizer and profiler.
         self.log = RunLog(cfg)
         self.losses = LossMeans()
-        self._setup_model()
-        if cfg.freezes_model:
-            base = {"weights of the model": from_rank_zero(self.base.get("hash"))}
-            self.fingerprint |= base
-            if state:
-                check_resumable(state["run"], base)
+        self._setup_model(state)
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
         self.optimizers = Optimizers(cfg, self.learner, optimizer, self.total_steps, self.step)
         self._setup_profiler()
@@ -143,9 +139,13 @@ class LayerSkipFinetune:
         self.total_steps = self.data.total_steps
         return tokenizer
 
-    def _setup_model(self) -> None:
+    def _setup_model(self, state: dict[str, Any] | None) -> None:
         cfg = self.cfg
         weights, trained = self.checkpoints.load_weights(cfg.meta_model)
+        base = base_fingerprint(cfg, weights)
+        self.fingerprint |= base
+        if state is not None:
+            check_resumable(state["run"], base)
         if weights is None:
             log.info("No weights given: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)

@@ -18,6 +18,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.training.config import FinetuneConfig
 
+NO_EXITS = {"layer_dropout": None, "early_exit_loss": None}
 LORA = {"rank": 3, "alpha": 6.0, "attn_modules": ["q_proj", "output_proj"]}
 
 
@@ -57,6 +58,28 @@ def test_a_run_resumes_and_its_checkpoint_opens_in_transformers(base, lora, fine
     with torch.no_grad():
         expected = recipe.model(tokens)
         torch.testing.assert_close(theirs(tokens).logits, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"draft": {"kind": "copy", "exit_layer": 1}, **NO_EXITS}], ids=["LoRA", "draft"]
+)
+def test_a_run_resumes_with_its_base_elsewhere(changes, base, tmp_path, finetune, monkeypatch):
+    """As from a hub's name on another machine. Another config.json is named."""
+    monkeypatch.chdir(tmp_path)
+    place = shutil.copytree(base, tmp_path / "m")
+    path = finetune(**sections("m", **({} if changes else {"lora": LORA})), **changes)
+    train(path)
+    for there in ("./m", str(tmp_path / "moved" / "n")):
+        if there != "./m":
+            shutil.move(place, there)
+        again = ["resume_from_checkpoint=true", "epochs=2", f"model.path={there}", f"checkpointer.path={there}"]
+        set_up(path, *again)
+    config = json.loads((tmp_path / "moved" / "n" / "config.json").read_text())
+    (tmp_path / "moved" / "n" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(
+        ConfigError, match=r"^resume_from_checkpoint: config.json.rms_norm_eps was 1e-06 and is 0.5 now"
+    ):
+        set_up(path, *again)
 
 
 def test_generation_adds_adapters_to_their_base(base, tmp_path, finetune):

@@ -197,7 +197,9 @@ def test_resume_goes_on_with_the_same_model(checkpoint, tmp_path, draft_config):
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: weights of the model was '.*' and is '.*' now"):
+    with pytest.raises(
+        ConfigError, match=r"^resume_from_checkpoint: the hash of the model's weights was '.*' and is '.*' now"
+    ):
         resumed(path, "epoch_0")
 
 
