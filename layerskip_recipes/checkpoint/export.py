@@ -24,10 +24,10 @@ from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_dr
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.paths import check_folder, read_json
 from layerskip_recipes.config.schema import check
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.draft import weights_hash
-from layerskip_recipes.model.hf_folder import copy_without_code
-from layerskip_recipes.model.run_folder import sync
+from layerskip_recipes.model.hf_folder import without_code
+from layerskip_recipes.model.run_folder import flush
 
 # Llama keeps torchtune's tokenizer in original/; transformers keeps more templates in additional_chat_templates/.
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "additional_chat_templates/*")
@@ -84,8 +84,7 @@ def export(checkpoint: str, out: str, exit_layer: int | None = None, draft: int 
             (folder / "custom_generate").mkdir()
             for name in ("generate.py", "requirements.txt"):
                 shutil.copy(DECODING_LOOP / name, folder / "custom_generate")
-        for file in folder.rglob("*"):
-            sync(file)
+        flush(folder)
         folder.rename(target)
     return target
 
@@ -156,7 +155,10 @@ def _copy_files(source: Path, target: Path) -> None:
         if file.is_file() and file.name != INDEX and not file.name.startswith("adapter_"):
             place = target / file.relative_to(source)
             place.parent.mkdir(exist_ok=True)
-            copy_without_code(file, place)
+            try:
+                place.write_bytes(without_code(file.name, file.read_bytes()))
+            except ValueError as e:
+                raise ConfigError(f"export: {str(source)!r} holds no readable {file.name} ({first_line(e)})") from e
 
 
 def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:

@@ -76,7 +76,7 @@ class LayerSkipFinetune:
         self.lock = RunLock(self.output_dir)
         with self.lock.released_after_errors():
             if is_rank_zero() and not cfg.resume_from_checkpoint:
-                check_checkpoint_files(cfg, writes=cfg.checkpoint_bytes)
+                check_checkpoint_files(cfg, writes=True)
                 check_earlier_runs(self.output_dir, cfg.keep_last_n_checkpoints)
             self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
@@ -112,6 +112,7 @@ class LayerSkipFinetune:
             if cfg.seed not in (None, self.seed):
                 log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run keeps its seed, {self.seed}")
         self.step = state["step"] if state else 0
+        self.checkpoints.check_room(cfg.checkpoint_bytes, self.step, self.total_steps, self.data.steps_per_epoch)
 
         # Model, optimizer and profiler.
         self.log = RunLog(cfg)
@@ -192,6 +193,14 @@ class LayerSkipFinetune:
 
     def train(self) -> None:
         """Run all epochs, with validation and checkpoints in between."""
+        try:
+            self._train()
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
+            if is_rank_zero():
+                log.info(f"Stopped after step {self.step} of {self.total_steps}. {self.checkpoints.where_to_resume()}")
+            raise
+
+    def _train(self) -> None:
         cfg, per_epoch = self.cfg, self.data.steps_per_epoch
         if self.step >= self.total_steps:
             log.info(f"All {self.step} steps are done; for more, set epochs higher.")

@@ -107,7 +107,7 @@ def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune, monkeypat
     assert sgd.checkpoint_bytes == 4 * count
     assert adapters.checkpoint_bytes == 3 * 4 * count and whole.checkpoint_bytes == 3 * 4 * count + 4 * merged
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(ConfigError, match=r"output_dir: .* has 0\.0 GiB left, and a checkpoint takes 0\.0 GiB"):
+    with pytest.raises(ConfigError, match=r"output_dir: .* has 0 MiB left, and this run needs 1 MiB for 1 more"):
         set_up(path)
 
 
