@@ -141,8 +141,10 @@ def test_a_run_does_not_begin_where_it_writes(stopped):
     section = "_component_: torchtune.training.FullModelHFCheckpointer, model_type: LLAMA3_2"
     files = f"checkpoint_dir: {out}/epoch_0, checkpoint_files: [model-00001-of-00001.safetensors]"
     before = written(stopped.parent)
-    with pytest.raises(ValueError, match=r"^output_dir: '.*' lies in .*checkpoint_dir, or holds it.*output_dir=.*_2$"):
-        LayerSkipFinetune(load_config(str(stopped), [f"checkpointer={{{section}, {files}}}"]))
+    for own in (out, out / "epoch_0", out / "epoch_0" / "new"):  # what is suggested lies outside of the run
+        overrides = [f"checkpointer={{{section}, {files}}}", f"output_dir={own}"]
+        with pytest.raises(ValueError, match=rf"^output_dir: '.*' lies in .*checkpoint_dir, or.*output_dir={out}_2$"):
+            LayerSkipFinetune(load_config(str(stopped), overrides))
     assert written(stopped.parent) == before
 
 
