@@ -105,6 +105,8 @@ def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune, monkeypat
     merged = sum(value.numel() for value in whole.meta_model.parameters())
     sgd = FinetuneConfig.load(load_config(path, ["optimizer=torch.optim.SGD", "save_adapter_weights_only=true"]))
     assert sgd.checkpoint_bytes == 4 * count
+    eight = ["optimizer=torchao.optim.AdamW8bit", "save_adapter_weights_only=true"]
+    assert FinetuneConfig.load(load_config(path, eight)).checkpoint_bytes == (4 + 2) * count
     assert adapters.checkpoint_bytes == 3 * 4 * count and whole.checkpoint_bytes == 3 * 4 * count + 4 * merged
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match=r"output_dir: .* has 0 MiB left, and this run needs 1 MiB for 1 more"):
