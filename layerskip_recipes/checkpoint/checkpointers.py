@@ -24,6 +24,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, adapter_file, adapter_names
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.run_folder import WRITTEN
 
 log = utils.get_logger("INFO")
 CHECKPOINTERS = (
@@ -142,17 +143,9 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
             raise ConfigError(f"checkpointer.hf_config.{key}: {given!r} does not fit the model, which has {value}")
 
 
-def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
-    """Check that the weights exist and that output_dir is safe and has room for a checkpoint of `writes` bytes."""
-    section, output_dir = cfg.checkpointer, Path(cfg.output_dir or "").resolve()
-    # Check that the disk has room for a checkpoint.
-    if writes:
-        free = shutil.disk_usage(next(path for path in (output_dir, *output_dir.parents) if path.exists())).free
-        if free < writes:
-            raise ConfigError(
-                f"output_dir: {cfg.output_dir!r} has {free / 2**30:.1f} GiB left, and a checkpoint takes "
-                f"{writes / 2**30:.1f} GiB. Allowed: a folder on a disk with more room"
-            )
+def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
+    """Check that the weights exist and, if the run `writes` checkpoints, that these damage none of them."""
+    section = cfg.checkpointer
     # Check the files to read.
     folder = weights_folder(section)
     if folder is None:
@@ -175,10 +168,12 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: int = 0) -> None:
             "or the model section without LoRA, and checkpointer.adapter_checkpoint=null"
         )
     # Check that writing damages no input.
-    if writes and (output_dir.is_relative_to(folder.resolve()) or output_dir == folder.resolve().parent):
+    output_dir, folder = Path(cfg.output_dir or "").resolve(), folder.resolve()
+    if writes and (output_dir.is_relative_to(folder) or output_dir == folder.parent):
+        whole = folder.parent if output_dir == folder.parent or (folder / WRITTEN).exists() else folder  # run or model
         raise ConfigError(
             f"output_dir: {cfg.output_dir!r} lies in checkpointer.checkpoint_dir, or holds it, and this run's "
-            f"checkpoints may replace its files; for example output_dir={str(cfg.output_dir).rstrip('/')}_2"
+            f"checkpoints may replace its files; for example output_dir={whole}_2"
         )
 
 
@@ -213,7 +208,7 @@ def scratch_checkpointer(
     checkpointer = training.FullModelHFCheckpointer(
         checkpoint_dir=scratch.name, checkpoint_files=[], model_type=model_type, output_dir=output_dir
     )
-    checkpointer.scratch = scratch  # keeps the folder alive: the checkpointer copies files from it
+    checkpointer.scratch = scratch  # keeps the folder alive until these files have been read
     return checkpointer
 
 

@@ -28,13 +28,13 @@ from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.paths import check_folder, read_json
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.distributed.loading import make_position_tables
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import copy_without_code
-from layerskip_recipes.model.run_folder import sync
+from layerskip_recipes.model.hf_folder import without_code
+from layerskip_recipes.model.run_folder import flush
 
 log = utils.get_logger("INFO")
 
@@ -107,8 +107,7 @@ def export(
             (folder / "custom_generate").mkdir()
             for name in ("generate.py", "requirements.txt"):
                 shutil.copy(DECODING_LOOP / name, folder / "custom_generate")
-        for file in folder.rglob("*"):
-            sync(file)
+        flush(folder)
         folder.rename(target)
     return target
 
@@ -218,7 +217,10 @@ def _copy_files(source: Path, target: Path) -> None:
         if file.is_file() and file.name != INDEX and not file.name.startswith("adapter_"):
             place = target / file.relative_to(source)
             place.parent.mkdir(exist_ok=True)
-            copy_without_code(file, place)
+            try:
+                place.write_bytes(without_code(file.name, file.read_bytes()))
+            except ValueError as e:
+                raise ConfigError(f"export: {str(source)!r} holds no readable {file.name} ({first_line(e)})") from e
 
 
 def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:

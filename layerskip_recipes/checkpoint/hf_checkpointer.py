@@ -6,6 +6,8 @@ transformers can open a written folder: it has weights, config, generation confi
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torchtune import training
 
-from layerskip_recipes.checkpoint.hf_names import from_files, hf_name, place_in_files, to_files
+from layerskip_recipes.checkpoint.hf_names import JOINED, from_files, hf_name, place_in_files, to_files
+from layerskip_recipes.checkpoint.side_files import SideFiles
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
-from layerskip_recipes.model.hf_config import HFConfig, read_hf_config
+from layerskip_recipes.model.hf_config import HFConfig, parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import copy_without_code, model_folder
+from layerskip_recipes.model.hf_folder import model_folder, without_code
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -46,9 +49,23 @@ class HFCheckpointer:
     def __init__(
         self, path: str, output_dir: str | None = None, shard_size: str = "5GB", adapter_checkpoint: str | None = None
     ) -> None:
-        self.path, self._checkpoint_dir = path, model_folder(path)  # the second is torchtune's name
-        self.config: HFConfig = read_hf_config(self._checkpoint_dir)
+        self._checkpoint_dir = model_folder(path)  # torchtune's name
+        self._raw_config = read_json(self._checkpoint_dir / "config.json", "checkpointer.path")
+        self.config: HFConfig = parse_hf_config(self._raw_config, str(self._checkpoint_dir / "config.json"))
+        is_local = Path(path).expanduser().exists()  # otherwise a name on the hub
+        self._base = str(self._checkpoint_dir.resolve()) if is_local else path
+        self._joined: dict[str, torch.Tensor] = {}
         self.output_dir, self.shard_size = None if output_dir is None else Path(output_dir), shard_size
+
+    @cached_property
+    def side_files(self) -> SideFiles:
+        """The files to copy into checkpoints. A training reads them at its start."""
+        files = [file for pattern in OTHER_FILES for file in self._checkpoint_dir.glob(pattern)]
+        found = SideFiles(self._checkpoint_dir, (file for file in files if file.name not in OWN_FILES))
+        for name, content in found.content.items():
+            with suppress(ValueError):  # a damaged file that no training needs
+                found.content[name] = without_code(name.name, content)
+        return found
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The weights with torchtune's names, in the files' dtype, as views of the mapped files."""
@@ -61,6 +78,8 @@ class HFCheckpointer:
         tensors = {name: value for name, value in tensors.items() if not name.endswith(unused)}
         where = f"checkpointer.path: the weights in {str(self._checkpoint_dir)!r} do not fit its config.json, it"
         check_tensors(to_files(parameters, self.config), tensors, where)
+        # Adapters of a part of a joined matrix need it when they are saved.
+        self._joined = {name: value for name, value in tensors.items() if name.split(".")[-2] in JOINED}
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
 
     def save_checkpoint(self, contents: Mapping[str, Any], epoch: int = 0, adapter_only: bool = False) -> None:
@@ -72,13 +91,11 @@ class HFCheckpointer:
         if not adapter_only:
             state = contents[training.MODEL_KEY]
             save_torch_state_dict(to_files(state, self.config), folder, max_shard_size=self.shard_size)
-            config = read_json(self._checkpoint_dir / "config.json", "checkpointer.path")
+            config = self._raw_config
             dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             config = {key: config[key] for key in config if key not in ("torch_dtype", "auto_map")} | {"dtype": dtype}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in {path for pattern in OTHER_FILES for path in self._checkpoint_dir.glob(pattern)}:
-            if file.name not in OWN_FILES:
-                copy_without_code(file, folder / file.relative_to(self._checkpoint_dir))
+        self.side_files.write(folder)
         if training.ADAPTER_KEY in contents:
             torch.save(contents[training.ADAPTER_KEY], folder / ADAPTER_FILE)
             self._write_peft(contents, folder)
@@ -100,17 +117,19 @@ class HFCheckpointer:
             tensors[f"{prefix}.lora_A.weight"] = torch.cat([ours[f"{name}.lora_a.weight"] for name in names])
             blocks = [ours[f"{name}.lora_b.weight"] for name in names]
             if parts[0][0] != slice(None):  # zeros in the other rows of a joined matrix
-                num_rows = len(self._matrix(f"{file_name}.weight"))
+                num_rows = len(self._joined[f"{file_name}.weight"])
                 places = [(0, 0, rows.start, num_rows - rows.stop) for rows, _ in parts]
                 blocks = [F.pad(block, place) for block, place in zip(blocks, places, strict=True)]
                 ranks[file_name.rpartition(".")[2]] = len(parts)
             tensors[f"{prefix}.lora_B.weight"] = torch.cat(blocks, dim=1)
             if f"{names[0]}.magnitude" in ours:
-                # Rows without an adapter keep their weights' norm, so DoRA does not change them.
-                norms = torch.linalg.norm(self._matrix(f"{file_name}.weight").float(), dim=1)
-                magnitude = norms.to(ours[f"{names[0]}.magnitude"])
-                for rows, name in parts:
-                    magnitude[rows] = ours[f"{name}.magnitude"]
+                magnitude = ours[f"{names[0]}.magnitude"]
+                if parts[0][0] != slice(None):
+                    # Rows without an adapter keep their weights' norm, so DoRA does not change them.
+                    norms = torch.linalg.norm(self._joined[f"{file_name}.weight"].float(), dim=1)
+                    magnitude = norms.to(magnitude)
+                    for rows, name in parts:
+                        magnitude[rows] = ours[f"{name}.magnitude"]
                 tensors[f"{prefix}.lora_magnitude_vector"] = magnitude
         for name, value in biases.items():
             module = hf_name(name.removesuffix(".bias"), self.config)
@@ -120,18 +139,13 @@ class HFCheckpointer:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = dict(described)
         config["target_modules"] = sorted({name.rpartition(".")[2] for name in whole})
-        is_local = Path(self.path).expanduser().exists()  # otherwise a name on the hub
-        config["base_model_name_or_path"] = str(self._checkpoint_dir.resolve()) if is_local else self.path
+        config["base_model_name_or_path"] = self._base
         if ranks:
             config["rank_pattern"] = {name: described["r"] * n for name, n in ranks.items()}
             config["alpha_pattern"] = {name: described["lora_alpha"] * n for name, n in ranks.items()}
         if biases:
             config["bias"] = "lora_only"
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    def _matrix(self, file_name: str) -> torch.Tensor:
-        files = map(load_file, weight_files(self._checkpoint_dir))
-        return next(tensors[file_name] for tensors in files if file_name in tensors)
 
 
 hf_checkpointer = HFCheckpointer  # its name in configs

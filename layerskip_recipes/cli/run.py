@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -66,7 +68,17 @@ def run_cli(main: Callable[[], None]) -> None:
     exit_at_once(status)
 
 
+def _end_at_sigterm(*_: Any) -> NoReturn:
+    """Signal handler: end as after an error, so that temporary folders are removed. A second SIGTERM ends at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(128 + signal.SIGTERM)
+
+
 def _run(main: Callable[[], None]) -> None:
+    # One of several processes may wait in a collective, where no handler runs, and torchrun would wait for it.
+    handles = int(os.environ.get("WORLD_SIZE", 1)) == 1 and threading.current_thread() is threading.main_thread()
+    if handles and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end_at_sigterm)
     try:
         main()
         sys.stdout.flush()

@@ -19,13 +19,18 @@ def read_json(file: Path, key: str, default: dict[str, Any] | None = None) -> di
         raise ConfigError(f"{key}: {str(file.parent)!r} holds no readable {file.name} ({first_line(e)})") from e
 
 
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def check_folder(key: str, folder: Path) -> None:
     """Raises a ConfigError if the folder can neither be written to nor created."""
-    path = folder.absolute()
-    existing = next(place for place in (path, *path.parents) if place.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        why = "is write-protected" if existing.is_dir() else "is in the way"
-        raise ConfigError(f"{key}: {str(folder)!r} cannot be written, {str(existing)!r} {why}")
+    found = existing(folder)
+    if not (found.is_dir() and os.access(found, os.W_OK)):
+        why = "is write-protected" if found.is_dir() else "is in the way"
+        raise ConfigError(f"{key}: {str(folder)!r} cannot be written, {str(found)!r} {why}")
 
 
 def check_file(key: str, name: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -54,11 +53,14 @@ def _downloaded(name: str, key: str) -> Path:
         ) from e
 
 
-def copy_without_code(file: Path, place: Path) -> None:
-    """Copy a file of a model folder. A config loses `auto_map`, which names code for transformers to run."""
-    place.parent.mkdir(exist_ok=True)
-    shutil.copy(file, place)
-    if file.name.endswith("config.json"):
-        content = read_json(file, "model folder")
-        if content.pop("auto_map", None) is not None:
-            place.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def without_code(name: str, content: bytes) -> bytes:
+    """A file of a model folder. A config loses `auto_map`, which names code for transformers to run.
+
+    Raises:
+        ValueError: for a config that is no JSON.
+    """
+    if name.endswith("config.json"):
+        config = json.loads(content)
+        if isinstance(config, dict) and config.pop("auto_map", None) is not None:
+            return json.dumps(config, indent=2).encode() + b"\n"
+    return content

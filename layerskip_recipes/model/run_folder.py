@@ -1,7 +1,9 @@
 """The checkpoints in a run's folder: which are complete, which are intact, and which is the newest."""
 
+import errno
 import json
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,13 +19,27 @@ SIZED = (".safetensors", ".pt", ".bin", ".distcp")
 
 
 def mark_complete(checkpoint: Path, time: float) -> None:
-    """Record when a checkpoint was written, and flush all of it to the disk."""
+    """Record when a checkpoint was written, make it readable for others, and flush all of it to the disk."""
     files = [file for file in checkpoint.rglob("*") if file.suffix in SIZED or file.name == ".metadata"]
     sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
     (checkpoint / WRITTEN).write_text(json.dumps({"time": time, "sizes": sizes}))
-    for file in checkpoint.rglob("*"):
-        sync(file)
-    sync(checkpoint)
+    flush(checkpoint)
+
+
+def flush(folder: Path) -> None:
+    """Flush a new folder of files to the disk, and give its files the mode of new files.
+
+    safetensors writes files that only their owner can read.
+    """
+    (folder / ".mode").touch()
+    mode = (folder / ".mode").stat().st_mode
+    (folder / ".mode").unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):  # a file system without modes
+                path.chmod(mode & 0o777)
+        sync(path)
+    sync(folder)
 
 
 def sync(path: Path) -> None:
@@ -31,6 +47,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if not path.is_dir() or e.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise  # some file systems cannot sync folders
     finally:
         os.close(descriptor)
 

@@ -9,8 +9,9 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 from torchtune.modules import TransformerDecoder
@@ -34,10 +37,12 @@ from layerskip_recipes.checkpoint.checkpointers import (
 )
 from layerskip_recipes.checkpoint.drafts import BESIDE, DRAFT, DRAFT_FILE, describe_base, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
+from layerskip_recipes.checkpoint.side_files import SideFiles, files_of_torchtune
 from layerskip_recipes.checkpoint.trained_exits import write_description
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.config.paths import existing
+from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form, move_peft_files
 from layerskip_recipes.model.run_folder import (
     RECIPE_STATE,
@@ -60,6 +65,8 @@ from layerskip_recipes.training.config import FinetuneConfig
 log = get_logger("INFO")
 STAGING = ".incomplete"
 REPLACED = "replaced_"
+KEEP = "keep_last_n_checkpoints"
+FAILED_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")  # in errors of torch.save
 SHARDED = ".metadata"  # only sharded checkpoints have this file
 
 Weights = Mapping[str, torch.Tensor]
@@ -88,7 +95,8 @@ class Checkpoints:
     def __init__(self, cfg: FinetuneConfig, resumed_from: Path | None) -> None:
         self.output_dir = Path(cfg.output_dir)
         self.staging = self.output_dir / STAGING
-        self.keep = cfg.keep_last_n_checkpoints
+        self.keep, self.every = cfg.keep_last_n_checkpoints, cfg.save_every_n_steps
+        self.shards_steps = cfg.enable_async_checkpointing
         self.resumed_from = resumed_from
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
         # A checkpoint contains the model, unless only adapters or a draft are trained. Those have a file of their own.
@@ -135,14 +143,88 @@ class Checkpoints:
             else:
                 warn_of_contradictions(self._checkpointer, model)
                 weights = read_weights(self._checkpointer)
+            if self.draft_file != DRAFT_FILE:
+                self._read_side_files()
         if self.trained_file and self.resumed_from is not None and not self.sharded:
             read = load_file if self.draft_file else partial(torch.load, weights_only=True)
             trained = read(self.resumed_from / self.trained_file) if is_rank_zero() else {}
         return weights, trained
 
+    def _read_side_files(self) -> None:
+        """Read config and tokenizer for the checkpoints now: later their folder may be changed or gone."""
+        checkpointer = self._checkpointer
+        if isinstance(checkpointer, HFCheckpointer):
+            self._side_files = checkpointer.side_files
+            return
+        folder = checkpointer._checkpoint_dir
+        files = (file for file in files_of_torchtune(folder) if folder / DRAFT not in file.parents)
+        self._side_files = SideFiles(folder, files)
+        checkpointer._checkpoint_dir = self.staging / "nothing"  # what torchtune copies files from
+        if (scratch := getattr(checkpointer, "scratch", None)) is not None:
+            scratch.cleanup()
+
     def base(self, weights: Weights | None) -> dict[str, Any]:
         """The draft description's entry about its base model; empty on ranks other than 0."""
         return describe_base(self._section, weights) if weights else {}
+
+    def check_room(self, size: int, step: int, total_steps: int, per_epoch: int) -> None:
+        """Check that the disk has room for all checkpoints of `size` bytes that exist at once from `step` on."""
+        if not is_rank_zero():
+            return
+        free, count = shutil.disk_usage(existing(self.output_dir)).free, self._most_new(step, total_steps, per_epoch)
+        if free < count * size:
+            fewer = f", or fewer checkpoints; for example {KEEP}=1" if count > 2 and self.keep != 1 else ""
+            raise ConfigError(
+                f"output_dir: {str(self.output_dir)!r} has {in_words(free)} left, and this run needs "
+                f"{in_words(count * size)} for {count} more of its checkpoints at once. Allowed: a folder on a disk "
+                f"with more room{fewer}"
+            )
+
+    def _most_new(self, step: int, total_steps: int, per_epoch: int) -> int:
+        """By how many the number of checkpoints will have grown at most; saves and deletes as the run will."""
+        # The checkpoints at each moment, oldest first, and whether they are shards.
+        there = {path.name: (path / SHARDED).exists() for path in complete_checkpoints(self.output_dir)}
+        before = most = len(there)
+        for now in range(step + 1, total_steps + 1):
+            ends_epoch = now % per_epoch == 0
+            if not (ends_epoch or (self.every and now % self.every == 0)):
+                continue
+            most = max(most, len(there) + 1)  # before it replaces one of its name, or the oldest goes
+            name = f"epoch_{now // per_epoch - 1}" if ends_epoch else f"step_{now}"
+            there.pop(name, None)
+            there[name] = self.shards_steps and not ends_epoch
+            models = [name for name, shards in there.items() if not shards]
+            for old in [*there][: -self.keep] if self.keep else ():
+                if old not in models[-1:]:
+                    del there[old]
+        return most - before
+
+    @contextmanager
+    def _removed_after_errors(self, name: str) -> Iterator[None]:
+        """Remove a checkpoint that cannot be written, and explain a full or broken disk."""
+        try:
+            yield
+        except BaseException as e:  # torch's CheckpointException is no Exception
+            if is_rank_zero():
+                restore_set_aside(self.output_dir)
+                shutil.rmtree(self.staging, ignore_errors=True)
+            of_torch = isinstance(e, RuntimeError) and any(words in str(e) for words in FAILED_WRITE)
+            if not (of_torch or isinstance(e, OSError | SafetensorError | CheckpointException)):
+                raise
+            folder = self.output_dir.absolute()
+            disk = next(place for place in (folder, *folder.parents) if place.is_mount())
+            why = "torch.save failed" if of_torch else first_line(e)
+            raise ConfigError(
+                f"output_dir: {name} cannot be written to {str(self.output_dir)!r} ({why}). The disk at "
+                f"{disk} has {in_words(shutil.disk_usage(disk).free)} left. {self.where_to_resume()}"
+            ) from e
+
+    def where_to_resume(self) -> str:
+        """A sentence for the end of a run that is not finished."""
+        newest = complete_checkpoints(self.output_dir)[-1:]
+        if not newest:
+            return f"There is no checkpoint under {str(self.output_dir)!r} yet"
+        return f"The last whole checkpoint is {newest[0]}; go on from it with resume_from_checkpoint=true"
 
     def save(
         self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
@@ -153,7 +235,14 @@ class Checkpoints:
         A draft that is trained beside the model comes as contents[DRAFT] and description[DRAFT].
         """
         self.finish()
-        self._clear()
+        with self._removed_after_errors(name):
+            self._clear()
+            self._write(name, contents, state, description)
+            self._place(name)
+
+    def _write(
+        self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
+    ) -> None:
         model, described = dict(contents), dict(description)
         draft, of_draft = model.pop(DRAFT, None), described.pop(DRAFT, None)
         if self.draft_file == DRAFT_FILE:
@@ -164,7 +253,6 @@ class Checkpoints:
             base = describe_base(_resumed_section(self._section, self.staging / name), model[training.MODEL_KEY])
             write_draft(self.staging / name / DRAFT, draft, of_draft | {"base": base | {"folder": BESIDE}})
         torch.save(dict(state), self.staging / name / RECIPE_STATE)
-        self._place(name)
 
     def _write_model(self, name: str, contents: Mapping[str, Any], description: Mapping[str, Any]) -> None:
         """Let the checkpointer write a model or its adapters."""
@@ -174,18 +262,12 @@ class Checkpoints:
         self._checkpointer.save_checkpoint(contents, epoch=0, **({"adapter_only": True} if only else {}))
         folder = self.staging / "epoch_0"
         folder = folder.rename(self.staging / name)
-        shutil.rmtree(folder / DRAFT, ignore_errors=True)  # torchtune copies that of the starting checkpoint
-        if training.ADAPTER_KEY not in contents:
-            # torchtune copies it from the starting checkpoint, and transformers would look for adapters here.
-            (folder / "adapter_config.json").unlink(missing_ok=True)
-        elif not ours:
+        self._side_files.write(folder)
+        if training.ADAPTER_KEY in contents and not ours:
             correct_peft_form(folder, self._checkpointer._model_type.name, biases)
         if not only:
             move_peft_files(folder)
         write_description(folder, description)
-        # Copy config and tokenizer from this checkpoint next time: the starting folder may be deleted meanwhile.
-        if self._checkpointer._checkpoint_dir.parent == self.output_dir:
-            self._checkpointer._checkpoint_dir = self.output_dir / name
 
     def save_shards(self, name: str, shards: dict[str, Any], state: Mapping[str, Any]) -> None:
         """Start writing every rank's shards. Collective. The checkpoint appears once all of them are written."""
@@ -198,14 +280,16 @@ class Checkpoints:
         if self._in_background:
             written = dcp.async_save(_snapshot(shards), checkpoint_id=str(place), process_group=self._group)
         else:
-            dcp.save(shards, checkpoint_id=str(place), process_group=self._group)
+            with self._removed_after_errors(name):
+                dcp.save(shards, checkpoint_id=str(place), process_group=self._group)
 
         def complete() -> None:
-            if written is not None:
-                written.result()
-            if is_rank_zero():
-                torch.save(dict(state), place / RECIPE_STATE)
-                self._place(name)
+            with self._removed_after_errors(name):
+                if written is not None:
+                    written.result()
+                if is_rank_zero():
+                    torch.save(dict(state), place / RECIPE_STATE)
+                    self._place(name)
 
         self._pending = self._completing.submit(complete)
 
@@ -232,6 +316,11 @@ class Checkpoints:
         if is_rank_zero() and self.staging.is_dir() and not any(self.staging.iterdir()):
             self.staging.rmdir()  # left empty by torchtune's checkpointer, which creates it when built
 
+    @property
+    def writing(self) -> bool:
+        """Whether shards are still being written in the background."""
+        return self._pending is not None and not self._pending.done()
+
     def _clear(self) -> None:
         restore_set_aside(self.output_dir)
         shutil.rmtree(self.staging, ignore_errors=True)
@@ -248,11 +337,10 @@ class Checkpoints:
         os.rename(self.staging / name, place)
         sync(self.output_dir)  # delete nothing before the new checkpoint is on disk
         if self.keep:
-            source = self._checkpointer._checkpoint_dir  # the next save copies config and tokenizer from here
             there = complete_checkpoints(self.output_dir)
-            models = [folder for folder in there if not (folder / ".metadata").exists()]  # others are shards
+            models = [folder for folder in there if not (folder / SHARDED).exists()]  # others are shards
             for old in there[: -self.keep]:
-                if old != source and old not in models[-1:]:
+                if old not in models[-1:]:
                     os.rename(old, self.staging / f"old_{old.name}")  # atomic, unlike deleting a folder
         shutil.rmtree(self.staging, ignore_errors=True)
 
@@ -262,6 +350,11 @@ def _snapshot(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _snapshot(part) for key, part in value.items()}
     return value.detach().clone() if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+
+
+def in_words(size: int) -> str:
+    """A number of bytes as "1.5 GiB" or "3 MiB"."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
 
 
 def restore_set_aside(output_dir: Path) -> None:

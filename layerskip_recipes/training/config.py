@@ -36,7 +36,7 @@ from layerskip_recipes.model.nf4 import check_nf4, packs_weights
 from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.draft.loss import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss, EarlyExitLossSection
-from layerskip_recipes.training.plan import ADAMW, ROUNDING, choose_training
+from layerskip_recipes.training.plan import choose_training
 
 
 def _with_default_component(section: Any) -> Any:
@@ -222,19 +222,29 @@ class FinetuneConfig(RecipeConfig):
         """Whether only a draft is trained."""
         return self.draft is not None and not self.draft.finetune_model
 
+    def _state_bytes(self, weight_itemsize: int) -> int:
+        """Bytes of the optimizer's state for each trained weight: of Adam's averages; of other optimizers none."""
+        name = self.optimizer.path.rpartition(".")[2]
+        if "Adam" not in name:
+            return 0
+        return 2 if "8bit" in name or "Fp8" in name else 1 if "4bit" in name else 2 * weight_itemsize
+
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint: weights, and AdamW's two averages of each trained weight (another optimizer: none)."""
-        copies = 3 if self.optimizer.path in (ADAMW, ROUNDING) else 1
+        """Bytes of a checkpoint: weights, and the optimizer's state of each trained weight."""
+        size, draft_size = self.torch_dtype.itemsize, torch.float32.itemsize
         whole = weight_bytes(self.meta_model, self.torch_dtype)
+        trained = whole + self._state_bytes(size) * whole // size
         if self.draft is not None:
             draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
-            own = copies * torch.float32.itemsize * sum(parameter.numel() for parameter in draft.parameters())
-            return own + (0 if self.freezes_model else copies * whole)
-        adapters = self.torch_dtype.itemsize * sum(p.numel() for p in get_adapter_params(self.meta_model).values())
+            own = sum(parameter.numel() for parameter in draft.parameters())
+            own *= draft_size + self._state_bytes(draft_size)
+            return own + (0 if self.freezes_model else trained)
+        adapters = sum(p.numel() for p in get_adapter_params(self.meta_model).values())
         if not adapters:
-            return copies * whole
-        return copies * adapters + (0 if self.save_adapter_weights_only else whole)
+            return trained
+        adapters *= size + self._state_bytes(size)
+        return adapters + (0 if self.save_adapter_weights_only else whole)
 
     @property
     def checkpoint_every_layers(self) -> int:

@@ -100,7 +100,7 @@ class DraftStatistics:
             "scale_fn": loss.scale_fn,
             "layer_dropout": dict(cfg.layer_dropout) if cfg.layer_dropout else cfg.model.get("layer_dropout"),
             "steps": steps,
-            "base": str(Path(base).absolute()) if base and Path(base).is_dir() else base,
+            "base": Path(base).absolute().name if base and Path(base).is_dir() else base,  # no path: it is published
             "vocabulary": vocabulary,
             "measured": self.measure(model, exits, vocabulary),
         }

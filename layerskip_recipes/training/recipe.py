@@ -49,10 +49,12 @@ from layerskip_recipes.training.draft.loss import DraftLoss
 from layerskip_recipes.training.draft.own_text import OwnText
 from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
+from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, parts_of, reshard
-from layerskip_recipes.training.run_log import LossMeans, RunLog, check_resumable, run_fingerprint
+from layerskip_recipes.training.run_lock import RunLock
+from layerskip_recipes.training.run_log import LossMeans, RunLog
 from layerskip_recipes.training.validation import Validation
 
 log = utils.get_logger("INFO")
@@ -74,16 +76,22 @@ class LayerSkipFinetune:
         self.output_dir = Path(cfg.output_dir)
         if is_rank_zero():
             check_folder("output_dir", self.output_dir)
-            if not cfg.resume_from_checkpoint:
-                check_checkpoint_files(cfg, writes=cfg.checkpoint_bytes)
+        self.lock = RunLock(self.output_dir)
+        with self.lock.released_after_errors():
+            if is_rank_zero() and not cfg.resume_from_checkpoint:
+                check_checkpoint_files(cfg, writes=True)
                 check_earlier_runs(self.output_dir, cfg.keep_last_n_checkpoints)
-        self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
+            self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         # torchtune gives each rank its own seed. For random choices that all ranks share, use rank 0's.
         self.seed = from_rank_zero(training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode))
 
     def setup(self) -> None:
         """Load data, then weights: a mistake in the data costs no loading time."""
+        with self.lock.released_after_errors():
+            self._setup()
+
+    def _setup(self) -> None:
         cfg = self.cfg
         config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.loss: EarlyExitLoss | DraftLoss = cfg.exit_loss
@@ -108,16 +116,12 @@ class LayerSkipFinetune:
             if cfg.seed not in (None, self.seed):
                 log.warning(f"seed: {cfg.seed} changes nothing here: a resumed run keeps its seed, {self.seed}")
         self.step = state["step"] if state else 0
+        self.checkpoints.check_room(cfg.checkpoint_bytes, self.step, self.total_steps, self.data.steps_per_epoch)
 
-        # Model, optimizer and profiler. A draft also needs the weights that it was trained on.
+        # Model, optimizer and profiler.
         self.log = RunLog(cfg)
         self.losses = LossMeans()
-        self._setup_model()
-        if cfg.freezes_model:
-            base = {"weights of the model": from_rank_zero(self.base.get("hash"))}
-            self.fingerprint |= base
-            if state:
-                check_resumable(state["run"], base)
+        self._setup_model(state)
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
         self.optimizers = Optimizers(cfg, self.learner, optimizer, self.total_steps, self.step)
         self._setup_profiler()
@@ -141,9 +145,13 @@ class LayerSkipFinetune:
         self.total_steps = self.data.total_steps
         return tokenizer
 
-    def _setup_model(self) -> None:
+    def _setup_model(self, state: dict[str, Any] | None) -> None:
         cfg = self.cfg
         weights, trained = self.checkpoints.load_weights(cfg.meta_model)
+        base = base_fingerprint(cfg, weights)
+        self.fingerprint |= base
+        if state is not None:
+            check_resumable(state["run"], base)
         if weights is None:
             log.info("No weights given: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
@@ -190,6 +198,14 @@ class LayerSkipFinetune:
 
     def train(self) -> None:
         """Run all epochs, with validation and checkpoints in between."""
+        try:
+            self._train()
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
+            if is_rank_zero():
+                log.info(f"Stopped after step {self.step} of {self.total_steps}. {self.checkpoints.where_to_resume()}")
+            raise
+
+    def _train(self) -> None:
         cfg, per_epoch = self.cfg, self.data.steps_per_epoch
         if self.step >= self.total_steps:
             log.info(f"All {self.step} steps are done; for more, set epochs higher.")
@@ -412,3 +428,5 @@ class LayerSkipFinetune:
 
     def cleanup(self) -> None:
         self.log.close()
+        if not self.checkpoints.writing:  # else the lock goes with the process
+            self.lock.release()

@@ -1,34 +1,20 @@
-"""What a run records about itself: metrics, and the settings that a resumed run must share."""
+"""What a run records about itself: metrics, its config and versions."""
 
 import platform
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torchtune import utils
 
-from layerskip_recipes.checkpoint.checkpointers import weights_folder
-from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.processes import is_rank_zero
-from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 
-log = utils.get_logger("INFO")
-# A resumed run must have the same values for these keys. Other keys may change, such as lr, logging or the number of
-# ranks, and within these sections the memory settings of FREE_SETTINGS.
-SAME_KEYS = {
-    *("model", "dtype", "compute_dtype", "dataset", "collate_fn", "shuffle"),
-    *("layer_dropout", "early_exit_loss", "draft", "loss", "optimizer_in_bwd"),
-}
-FREE_SETTINGS = ("chunk_tokens", "keep_states", "num_output_chunks")
-STEPS = "steps of the run"
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -84,57 +70,3 @@ def versions() -> dict[str, str]:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         found |= {"commit": run.stdout.strip()} if run.returncode == 0 else {}
     return found
-
-
-def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> dict[str, Any]:
-    """The settings and sizes that a resumed run must share."""
-    given = cfg.model_dump(include=SAME_KEYS)
-    if len(cfg.dataset) == 1:
-        given["dataset"] = cfg.dataset[0].section
-    fingerprint = {key: given.get(key) for key in sorted(SAME_KEYS)}
-    if adapter_names(cfg.meta_model) or cfg.freezes_model:  # these only fit the weights that they were trained on
-        fingerprint["checkpointer.checkpoint_dir"] = str(weights_folder(cfg.checkpointer))  # a run's newest checkpoint
-    fingerprint["optimizer._component_"] = cfg.optimizer.path  # another optimizer cannot use its state
-    fingerprint["tokenizer.chat_template"] = cfg.tokenizer.get("chat_template")
-    fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
-    fingerprint["samples in the dataset"] = data.num_samples
-    fingerprint["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
-    if cfg.draft is not None and cfg.draft.own_text:  # which replaces whole micro-batches
-        fingerprint["gradient_accumulation_steps"] = cfg.gradient_accumulation_steps
-    fingerprint["steps in an epoch"] = data.steps_per_epoch
-    fingerprint[STEPS] = data.total_steps
-    return fingerprint
-
-
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted keys whose values differ, with both values; None for a missing one.
-
-    Values are compared as text: a rerun of a logged config reads the string "3" back as the number 3.
-    """
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        if str(before) != str(now):
-            yield key, before, now
-        return
-    none = object()
-    for name in dict.fromkeys([*now, *before]):
-        if name not in FREE_SETTINGS and before.get(name, none) != now.get(name, none):
-            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-
-
-def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises a ConfigError that names the changed settings."""
-    changed = [*_differences({key: before.get(key) for key in now}, now)]
-    for key, noted, value in changed:
-        if key == STEPS:
-            log.warning(
-                f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. This changes what "
-                "depends on the run's length: the gradual curriculum, layer dropout's schedules exp and "
-                "progressive, learning rate schedules"
-            )
-    if mistakes := [
-        f"resume_from_checkpoint: {key} was {noted!r} and is {value!r} now. A resumed run must keep its settings; to "
-        "start anew set resume_from_checkpoint=false and another output_dir"
-        for key, noted, value in changed
-        if key != STEPS
-    ]:
-        raise ConfigError(*mistakes)

@@ -134,7 +134,7 @@ def test_lists_by_layer_are_cut():
 def test_broken_files(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "broken")
     (tmp_path / "broken" / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"^model folder: '.*' holds no readable tokenizer_config\.json"):
+    with pytest.raises(ValueError, match=r"^export: '.*' holds no readable tokenizer_config\.json"):
         export(str(tmp_path / "broken"), str(tmp_path / "out"))
     (tmp_path / "broken" / "config.json").write_text('{"n_layer": 2}')
     with pytest.raises(ValueError, match=r"^export: '.*config\.json' has no num_hidden_layers"):

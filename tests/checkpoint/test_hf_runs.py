@@ -18,6 +18,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.training.config import FinetuneConfig
 
+NO_EXITS = {"layer_dropout": None, "early_exit_loss": None}
 LORA = {"rank": 3, "alpha": 6.0, "attn_modules": ["q_proj", "output_proj"]}
 
 
@@ -59,6 +60,28 @@ def test_a_run_resumes_and_its_checkpoint_opens_in_transformers(base, lora, fine
         torch.testing.assert_close(theirs(tokens).logits, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"draft": {"kind": "copy", "exit_layer": 1}, **NO_EXITS}], ids=["LoRA", "draft"]
+)
+def test_a_run_resumes_with_its_base_elsewhere(changes, base, tmp_path, finetune, monkeypatch):
+    """As from a hub's name on another machine. Another config.json is named."""
+    monkeypatch.chdir(tmp_path)
+    place = shutil.copytree(base, tmp_path / "m")
+    path = finetune(**sections("m", **({} if changes else {"lora": LORA})), **changes)
+    train(path)
+    for there in ("./m", str(tmp_path / "moved" / "n")):
+        if there != "./m":
+            shutil.move(place, there)
+        again = ["resume_from_checkpoint=true", "epochs=2", f"model.path={there}", f"checkpointer.path={there}"]
+        set_up(path, *again)
+    config = json.loads((tmp_path / "moved" / "n" / "config.json").read_text())
+    (tmp_path / "moved" / "n" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(
+        ConfigError, match=r"^resume_from_checkpoint: config.json.rms_norm_eps was 1e-06 and is 0.5 now"
+    ):
+        set_up(path, *again)
+
+
 def test_generation_adds_adapters_to_their_base(base, tmp_path, finetune):
     optimizer = {"_component_": "torch.optim.AdamW", "lr": 0.05}  # so large that tokens change
     train(finetune(**sections(base, lora=LORA), optimizer=optimizer))
@@ -82,9 +105,11 @@ def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune, monkeypat
     merged = sum(value.numel() for value in whole.meta_model.parameters())
     sgd = FinetuneConfig.load(load_config(path, ["optimizer=torch.optim.SGD", "save_adapter_weights_only=true"]))
     assert sgd.checkpoint_bytes == 4 * count
+    eight = ["optimizer=torchao.optim.AdamW8bit", "save_adapter_weights_only=true"]
+    assert FinetuneConfig.load(load_config(path, eight)).checkpoint_bytes == (4 + 2) * count
     assert adapters.checkpoint_bytes == 3 * 4 * count and whole.checkpoint_bytes == 3 * 4 * count + 4 * merged
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(ConfigError, match=r"output_dir: .* has 0\.0 GiB left, and a checkpoint takes 0\.0 GiB"):
+    with pytest.raises(ConfigError, match=r"output_dir: .* has 0 MiB left, and this run needs 1 MiB for 1 more"):
         set_up(path)
 
 

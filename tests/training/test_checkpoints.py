@@ -1,23 +1,30 @@
 """Which checkpoints a run leaves, in which order, and with which files."""
 
+import errno
 import functools
 import itertools
 import os
+import re
+import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers.configs import finetune_config
+from helpers.configs import finetune_config, make_checkpoint, start_section
+from helpers.hf_folders import model_with_tokenizer
 from helpers.resuming import FILES, WEIGHTS, checkpoints
 from helpers.training import VALIDATION, set_up, train
 from torchtune.utils import get_logger
 
+from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.training import checkpoints as run_checkpoints
 from layerskip_recipes.training.checkpoints import Checkpoints
+from layerskip_recipes.training.config import FinetuneConfig
 
 pytestmark = pytest.mark.slow
 
@@ -197,5 +204,119 @@ def test_shards_that_cannot_be_written_end_the_run(finetune, monkeypatch):
         place(self, name)
 
     monkeypatch.setattr(Checkpoints, "_place", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ConfigError, match=r"step_1 cannot be written to .* \(No space left on device\).*no checkpoint"):
         train(finetune(**SHARDS))
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "epochs", "step", "there", "most"),
+    [
+        (None, None, 3, 0, [], 3),
+        (None, 2, 2, 0, [], 6),
+        (None, None, 1, 0, ["epoch_0"], 1),  # replaced once the new one is whole
+        (2, 1, 3, 0, [], 3),
+        (2, 1, 3, 5, ["step_4", "epoch_0"], 1),
+        (1, 1, 3, 14, ["epoch_1"], 1),
+        (5, None, 3, 5, ["epoch_0"], 2),
+        (1, None, 3, 15, ["epoch_2"], 0),
+    ],
+)
+def test_how_many_checkpoints_there_will_be(keep, every, epochs, step, there, most, tmp_path):
+    for name in there:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "written").write_text('{"time": 1, "sizes": {}}')
+    own = object.__new__(Checkpoints)
+    own.output_dir, own.keep, own.every, own.shards_steps = tmp_path, keep, every, False
+    assert own._most_new(step, 5 * epochs, 5) == most
+
+
+def test_room_for_a_third_checkpoint_beside_two(finetune, monkeypatch):
+    """Also when resuming, before a model is loaded."""
+    path = finetune(save_every_n_steps=1, keep_last_n_checkpoints=2, epochs=2)
+    size = FinetuneConfig.load(load_config(str(path))).checkpoint_bytes
+    usage = SimpleNamespace(free=3 * size - 1)
+    monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", lambda place: usage)
+    words = run_checkpoints.in_words
+    message = (
+        rf"^output_dir: .* has {words(usage.free)} left, and this run needs {words(3 * size)} for 3 more of its ch"
+    )
+    with pytest.raises(ConfigError, match=f"{message}.*; for example keep_last_n_checkpoints=1$"):
+        set_up(path)
+    usage.free = 3 * size
+    train(path, "epochs=1")
+    usage.free = size - 1
+    monkeypatch.delattr(Checkpoints, "load_weights")
+    with pytest.raises(ConfigError, match=r"for 1 more of its checkpoints .* with more room$"):
+        set_up(path, "resume_from_checkpoint=true")
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "recipe_state.pt"])
+def test_a_full_disk_is_named_and_emptied(file, tmp_path, finetune, monkeypatch):
+    """Here files have a largest size, for which the system and the libraries have the same kinds of errors."""
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write(self, name, *contents, write=Checkpoints._write):
+        if name == "epoch_1":
+            sizes = {part: (out / "epoch_0" / part).stat().st_size for part in (WEIGHTS, "recipe_state.pt")}
+            most = sizes[WEIGHTS] // 2 if file == WEIGHTS else (sizes[WEIGHTS] + sizes[file]) // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        write(self, name, *contents)
+
+    monkeypatch.setattr(Checkpoints, "_write", write)
+    try:
+        with pytest.raises(ConfigError) as caught:
+            train(finetune(epochs=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = caught.value.args
+    assert re.match(
+        rf"output_dir: epoch_1 cannot be written to '{out}' \(.+\)\. The disk at /.* has .*iB left\. ", line
+    )
+    assert line.endswith(f"The last whole checkpoint is {out}/epoch_0; go on from it with resume_from_checkpoint=true")
+    assert checkpoints(out) == ["epoch_0"] and not (out / ".incomplete").exists()
+
+
+@pytest.mark.parametrize("form", ["torchtune", "hf"])
+def test_odd_and_deleted_files_beside_the_weights(form, tmp_path, finetune, tokenizer_folder, caplog):
+    """They are read at the start, so that nothing stops the run hours later."""
+    if form == "hf":
+        base = model_with_tokenizer("llama", tmp_path / "base", tokenizer_folder)
+        reader, model = "layerskip_recipes.hf_checkpointer", {"_component_": "layerskip_recipes.hf_decoder"}
+        sections = {"model": model | {"path": str(base)}, "checkpointer": {"_component_": reader, "path": str(base)}}
+    else:
+        base = make_checkpoint(tmp_path / "base", tokenizer_folder)
+        sections = {"checkpointer": start_section(base)}
+    (base / "broken.json").symlink_to("nowhere")
+    (base / "list_config.json").write_text("[1]")
+    (base / "bad_config.json").write_text("{")
+    (base / "x.json").mkdir()
+    recipe = set_up(finetune(**sections))
+    assert "broken.json cannot be read" in caplog.text
+    shutil.rmtree(base)
+    recipe.train()
+    recipe.cleanup()
+    files = {path.name for path in (tmp_path / "out" / "epoch_0").iterdir()}
+    assert files >= {"config.json", "tokenizer.json", "list_config.json", "bad_config.json"}
+    assert not files & {"broken.json", "x.json"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
+def test_others_can_read_the_files_if_they_can_read_new_ones(mask, tmp_path, finetune, monkeypatch):
+    before = os.umask(mask)
+    try:
+        train(finetune())
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out" / "epoch_0").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+def test_a_file_system_that_syncs_no_folders(tmp_path, finetune, monkeypatch):
+    def sync(descriptor, sync=os.fsync):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    train(finetune())
+    assert checkpoints(tmp_path / "out") == ["epoch_0"]

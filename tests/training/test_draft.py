@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
 from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.draft.own_text import OwnText
@@ -197,7 +199,9 @@ def test_resume_goes_on_with_the_same_model(checkpoint, tmp_path, draft_config):
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: weights of the model was '.*' and is '.*' now"):
+    with pytest.raises(
+        ConfigError, match=r"^resume_from_checkpoint: the hash of the model's weights was '.*' and is '.*' now"
+    ):
         resumed(path, "epoch_0")
 
 
@@ -327,6 +331,7 @@ def test_kept_states_spare_the_model_further_epochs(kind, tmp_path, draft_config
             "loss.label_smoothing: 0.1 does nothing with draft, ",
         ),
         ("checkpointer.checkpoint_files=[]", "draft: copies layers of a trained model, and this one has no weights"),
+        ("model.num_layers=1", "draft: needs a model of 2 layers or more, and this one has 1. Set draft=null"),
     ],
 )
 def test_mistakes(override, message, draft_config):
@@ -383,3 +388,13 @@ def test_an_adapter_is_the_next_layer_at_first():
     state = sum(h * (h.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() for h in (x, y))
     expected = model.norm(model.layers[1](state))
     torch.testing.assert_close(draft(torch.cat([x, y], -1)), expected)
+
+
+def test_a_draft_is_no_model(checkpoint, tmp_path, draft_config):
+    """Its folder as that of a model: the message names its base."""
+    train(draft_config(checkpointer=start_section(checkpoint)))
+    message = rf"^model_dir: '{tmp_path}/out/epoch_0' holds a trained draft, .*model_dir={checkpoint}, "
+    for cfg, config, own in ((GenerateConfig, "hf/generate", "prompt=x"), (FinetuneConfig, "hf/task", "device=cpu")):
+        overrides = [f"model_dir={tmp_path}/out", own]
+        with pytest.raises(ConfigError, match=message):
+            cfg.load(load_config(config, overrides))

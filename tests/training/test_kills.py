@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,23 @@ def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, fi
     assert len(log_lines(out)) > len(whole)
     assert checkpoints(out) == ["step_15", "epoch_3"] and not (out / ".incomplete").exists()
     assert same_tensors(*(final_weights(folder / "epoch_3") for folder in (tmp_path / "whole", out)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm(kind, status, tmp_path, finetune):
+    """The last line says where to go on, and no temporary files stay."""
+    path, out = finetune(epochs=10000), tmp_path / "out"
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, str(Path(sys.executable).parent / "tune"), "run", "layerskip_finetune", "--config", path]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 120
+        while not (out / "epoch_0").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(kind)
+        said = process.communicate(timeout=120)[1]
+    newest = checkpoints(out)[-1]
+    assert process.returncode == status, said[-3000:]
+    assert f"The last whole checkpoint is {out / newest}; go on from it with resume_from_checkpoint=true" in said
+    assert not [*out.glob(".*")] and not [*(tmp_path / "temporary").glob("*layerskip*")]

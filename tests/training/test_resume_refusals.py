@@ -1,18 +1,21 @@
 """What may change between a run and the run that resumes it, and what is refused with the old and the new value."""
 
 import json
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
 from helpers.configs import HF_CONFIG, finetune_config
 from helpers.resuming import checkpoints, resumed, written
-from helpers.training import losses, set_up, train
+from helpers.training import losses, set_up, text_data, train
 from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.data import chat_template
+from layerskip_recipes.training.fingerprint import check_resumable
 from layerskip_recipes.training.recipe import LayerSkipFinetune
-from layerskip_recipes.training.run_log import check_resumable
 
 
 def test_another_end_is_said(finetune, caplog):
@@ -75,6 +78,40 @@ def test_another_run_is_refused(overrides, key, was, now, stopped, monkeypatch):
     assert written(stopped.parent) == before
 
 
+def test_changed_data_of_equal_length_is_refused(tmp_path, finetune):
+    """The same data may lie elsewhere."""
+    data = text_data(tmp_path / "data" / "texts.json", texts := [f"x{n} = {n}" for n in range(10, 30)])
+    path = finetune(dataset=data)
+    train(path)
+    again = ["resume_from_checkpoint=true", "epochs=2"]
+    text_data(tmp_path / "moved" / "texts.json", texts)
+    set_up(path, *again, f"dataset.data_files={tmp_path}/moved/texts.json")
+    text_data(tmp_path / "data" / "texts.json", [text.replace("x17 = 17", "x17 = 71") for text in texts])
+    message = "^resume_from_checkpoint: the hash of the samples' tokens and labels was '.*' and is '.*' now"
+    with pytest.raises(ValueError, match=message):
+        set_up(path, *again)
+
+
+@pytest.mark.parametrize("date", ["", "{{ strftime_now('%d %B') }}"], ids=["plain", "with today's date"])
+def test_a_changed_chat_template_is_refused(date, tmp_path, finetune, monkeypatch):
+    """Another date in the prompts is no change."""
+    lines = [{"input": f"{n}?", "output": str(n)} for n in range(8)]
+    (tmp_path / "qa.json").write_text(json.dumps(lines))
+    data = {
+        "_component_": "torchtune.datasets.instruct_dataset", "source": "json", "split": "train",
+        "data_files": str(tmp_path / "qa.json"),
+    }  # fmt: skip
+    template = date + "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    path = finetune(dataset=data, max_steps_per_epoch=None)
+    train(path, f"tokenizer.chat_template={json.dumps(template)}")
+    again = ["resume_from_checkpoint=true", "epochs=2"]
+    monkeypatch.setattr(chat_template, "datetime", SimpleNamespace(now=lambda: datetime(2020, 2, 2)))
+    set_up(path, *again, f"tokenizer.chat_template={json.dumps(template)}")
+    changed = template.replace("[", "<")
+    with pytest.raises(ValueError, match="resume_from_checkpoint: the hash of the chat template was"):
+        set_up(path, *again, f"tokenizer.chat_template={json.dumps(changed)}")
+
+
 def test_what_may_change_on_resume(stopped):
     """Logging, saving, clipping, memory, a batch made otherwise of as many samples, and defaults that are spelt out."""
     again = resumed(
@@ -104,8 +141,10 @@ def test_a_run_does_not_begin_where_it_writes(stopped):
     section = "_component_: torchtune.training.FullModelHFCheckpointer, model_type: LLAMA3_2"
     files = f"checkpoint_dir: {out}/epoch_0, checkpoint_files: [model-00001-of-00001.safetensors]"
     before = written(stopped.parent)
-    with pytest.raises(ValueError, match=r"^output_dir: '.*' lies in .*checkpoint_dir, or holds it.*output_dir=.*_2$"):
-        LayerSkipFinetune(load_config(str(stopped), [f"checkpointer={{{section}, {files}}}"]))
+    for own in (out, out / "epoch_0", out / "epoch_0" / "new"):  # what is suggested lies outside of the run
+        overrides = [f"checkpointer={{{section}, {files}}}", f"output_dir={own}"]
+        with pytest.raises(ValueError, match=rf"^output_dir: '.*' lies in .*checkpoint_dir, or.*output_dir={out}_2$"):
+            LayerSkipFinetune(load_config(str(stopped), overrides))
     assert written(stopped.parent) == before
 
 

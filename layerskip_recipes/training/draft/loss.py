@@ -13,6 +13,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.config.schema import Auto, Flag, Fraction, PositiveInt, Section, check
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device, take_rows
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
@@ -51,6 +52,8 @@ class DraftSection(Section):
     def check_against(self, model: TransformerDecoder) -> None:
         """Raises a ConfigError if the draft does not fit the model."""
         depth = len(model.layers)
+        if depth == 1:
+            raise ConfigError("draft: needs a model of 2 layers or more, and this one has 1. Set draft=null")
         exits = Field(ge=1, le=depth - 1, examples=[max(depth // 4, 1)])  # the draft must have something to skip
         check("draft.exit_layer", self.exit_layer, Annotated[int, exits])
 

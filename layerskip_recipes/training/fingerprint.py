@@ -1,0 +1,135 @@
+"""The fingerprint of a run: what a resumed run must share with the run that it continues."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtune import utils
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.adapters import adapter_names
+from layerskip_recipes.model.draft import weights_hash
+from layerskip_recipes.model.hf_config import read_hf_config
+from layerskip_recipes.model.hf_decoder import is_hf_decoder
+from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.processes import from_rank_zero, is_rank_zero
+from layerskip_recipes.training.batches import TrainingData
+from layerskip_recipes.training.config import FinetuneConfig
+
+log = utils.get_logger("INFO")
+# A resumed run must have the same values for these keys. Other keys may change, such as lr, logging or the number of
+# ranks, and within these sections the memory settings of FREE_SETTINGS.
+SAME_KEYS = {
+    *("model", "dtype", "compute_dtype", "dataset", "collate_fn", "shuffle"),
+    *("layer_dropout", "early_exit_loss", "draft", "loss", "optimizer_in_bwd"),
+}
+FREE_SETTINGS = ("chunk_tokens", "keep_states", "num_output_chunks")
+STEPS = "steps of the run"
+MOST_SAMPLES = 512  # whose tokens are hashed
+
+
+def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> dict[str, Any]:
+    """The settings, sizes and content of the data that a resumed run must share. Collective.
+
+    A folder may move, or lie elsewhere on another machine, so the fingerprint has what is in it instead of its path.
+    """
+    fingerprint = dict(sorted(cfg.model_dump(include=SAME_KEYS).items()))
+    datasets = [_with_file_names(part.section) for part in cfg.dataset]
+    fingerprint["dataset"] = datasets[0] if len(datasets) == 1 else datasets
+    if is_hf_decoder(cfg.meta_model):
+        config = read_hf_config(model_folder(cfg.model.builder.get("path")))
+        fingerprint["model"] = _without_path(cfg.model.section)
+        fingerprint["config.json"] = config.model_dump()
+    fingerprint["optimizer._component_"] = cfg.optimizer.path  # another optimizer cannot use its state
+    template = getattr(getattr(tokenizer, "template", None), "source", None) or str(
+        cfg.tokenizer.get("prompt_template")
+    )
+    fingerprint["the hash of the chat template"] = hashlib.sha256(template.encode()).hexdigest()[:16]
+    fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
+    fingerprint["samples in the dataset"] = data.num_samples
+    fingerprint["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
+    if cfg.draft is not None and cfg.draft.own_text:  # which replaces whole micro-batches
+        fingerprint["gradient_accumulation_steps"] = cfg.gradient_accumulation_steps
+    fingerprint["steps in an epoch"] = data.steps_per_epoch
+    fingerprint[STEPS] = data.total_steps
+    hashed = _samples_hash(data, labels_only="strftime_now" in template) if is_rank_zero() else None
+    fingerprint["the hash of the samples' tokens and labels"] = from_rank_zero(hashed)
+    return fingerprint
+
+
+def base_fingerprint(cfg: FinetuneConfig, weights: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+    """The weights that adapters, or a draft for a frozen model, are trained on; empty without these. Collective."""
+    if not (adapter_names(cfg.meta_model) or cfg.freezes_model):
+        return {}
+    return {"the hash of the model's weights": from_rank_zero(weights_hash(weights) if weights else None)}
+
+
+def _samples_hash(data: TrainingData, labels_only: bool) -> str:
+    """A hash of at most MOST_SAMPLES evenly spread samples.
+
+    With `labels_only` it leaves out tokens without a loss: some chat templates write today's date into the prompt.
+    """
+    digest = hashlib.sha256()
+    for i in range(0, data.num_samples, -(-data.num_samples // MOST_SAMPLES)):
+        sample = data.dataset[i]
+        for name in ("labels",) if labels_only else ("tokens", "labels"):
+            values = torch.as_tensor(sample.get(name, [])).tolist()
+            if labels_only:
+                values = [value for value in values if value != CROSS_ENTROPY_IGNORE_IDX]
+            digest.update(f"{name} {values} ".encode())
+    return digest.hexdigest()[:16]
+
+
+def _without_path(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's section without the path of its folder, also in a section `base`."""
+    return {
+        key: _without_path(value) if isinstance(value, Mapping) else value
+        for key, value in section.items()
+        if key != "path"
+    }
+
+
+def _with_file_names(value: Any) -> Any:
+    """A dataset's section with existing paths shortened to their last part."""
+    if isinstance(value, Mapping):
+        return {key: _with_file_names(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_file_names(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).expanduser().exists() else value
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted keys whose values differ, with both values; None for a missing one.
+
+    Values are compared as text: a rerun of a logged config reads the string "3" back as the number 3.
+    """
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        if str(before) != str(now):
+            yield key, before, now
+        return
+    none = object()
+    for name in dict.fromkeys([*now, *before]):
+        if name not in FREE_SETTINGS and before.get(name, none) != now.get(name, none):
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+
+
+def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises a ConfigError that names the changed settings."""
+    changed = [*_differences({key: before.get(key) for key in now}, now)]
+    for key, noted, value in changed:
+        if key == STEPS:
+            log.warning(
+                f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. This changes what "
+                "depends on the run's length: the gradual curriculum, layer dropout's schedules exp and "
+                "progressive, learning rate schedules"
+            )
+    if mistakes := [
+        f"resume_from_checkpoint: {key} was {noted!r} and is {value!r} now. A resumed run must keep its settings; to "
+        "start anew set resume_from_checkpoint=false and another output_dir"
+        for key, noted, value in changed
+        if key != STEPS
+    ]:
+        raise ConfigError(*mistakes)
