@@ -3,46 +3,45 @@
     python examples/generate.py FOLDER
 
 FOLDER is a run of `tune run layerskip_finetune`, such as quickstart after the quickstart's training, a Hugging Face
-folder, or a name on the hub. One prompt is decoded three times: autoregressively, with drafts from an early exit, and
-again with drafts as a stream. The tokens are the same.
+folder, or a name on the hub. One prompt is decoded four times: without drafts, with the settings chosen for the model,
+as a stream of text, and with drafts from an exit as a stream of tokens. The tokens are the same.
 """
 
 import argparse
-import time
 
-import torch
+from layerskip_recipes import Generation, Speculation, generate, load_model, stream
 
-from layerskip_recipes import Generation, Speculation, generate, load_model
-
-PROMPT = "def read_file(path):\n"
+PROMPT = "def read_file(path):"
 NEW_TOKENS = 48
 
 
 def main() -> None:
-    """Load the model and its tokenizer, and decode a prompt in three ways."""
+    """Load the model and its tokenizer, and decode a prompt in four ways."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     args = parser.parse_args()
     model, tokenizer = load_model(args.folder)
-    prompt = torch.tensor(tokenizer.encode(PROMPT, add_bos=True, add_eos=False))
-    exit_layer = max(1, model.num_layers // 8)
+    prompt = tokenizer.prompt(PROMPT)
+
+    # One call from a prompt to tokens.
+    plain = generate(model, prompt, NEW_TOKENS, draft=None)
+    chosen = generate(model, prompt, NEW_TOKENS)
+    speeds = [out.stats.tokens_per_second for out in (plain, chosen)]
+    print("{:.0f} tokens/s without drafts, {:.0f} as chosen".format(*speeds))
+    print(f"same tokens: {plain.tokens.equal(chosen.tokens)}")
+
+    # One call from a question to pieces of text.
+    for text in stream(model, tokenizer, PROMPT, NEW_TOKENS):
+        print(text, end="", flush=True)
+
+    # The decoding loop itself: each round makes some tokens of each row final.
+    speculation = Speculation(exit_layer=max(1, model.num_layers // 8), num_speculations=4)
     stop_tokens = tokenizer.stop_tokens
-
-    # One call from a prompt to tokens. Without exit_layer and num_speculations it decodes autoregressively.
-    began = time.perf_counter()
-    plain = generate(model, prompt, NEW_TOKENS, stop_tokens=stop_tokens)
-    middle = time.perf_counter()
-    drafted = generate(model, prompt, NEW_TOKENS, exit_layer=exit_layer, num_speculations=4, stop_tokens=stop_tokens)
-    ended = time.perf_counter()
-    print(f"autoregressive: {middle - began:.2f} s; drafts from exit {exit_layer}: {ended - middle:.2f} s")
-    print(f"acceptance {drafted.stats.acceptance_rate}; same tokens: {plain.tokens.equal(drafted.tokens)}")
-
-    # The same as an iterator, for streaming: each round makes some tokens of each row final.
-    speculation = Speculation(exit_layer=exit_layer, num_speculations=4)
-    generation = Generation(model, [prompt.tolist()], NEW_TOKENS, speculation=speculation, stop_tokens=stop_tokens)
+    generation = Generation(model, [prompt], NEW_TOKENS, speculation=speculation, stop_tokens=stop_tokens)
     for new in generation:
         print(tokenizer.decode(new[0]), end="", flush=True)
-    print(f"\n{generation.stats.rounds} rounds for {len(generation.generated[0])} tokens")
+    stats, count = generation.stats, len(generation.generated[0])
+    print(f"\n{stats.rounds} rounds for {count} tokens, acceptance {stats.acceptance_rate}")
 
 
 if __name__ == "__main__":

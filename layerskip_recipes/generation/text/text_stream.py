@@ -80,7 +80,13 @@ class TextStream:
         return None
 
     def show(self, last: bool) -> None:
-        """Print the new text. If not `last`, hold back an incomplete character or the start of a stop string."""
+        """Print `new_text`."""
+        erase = PLAIN + ERASE if self.draft_is_shown else ""
+        self.draft_is_shown = False
+        print(erase + self.new_text(last), end="", flush=True)
+
+    def new_text(self, last: bool) -> str:
+        """The text since the last call; if not `last`, without an incomplete character or a stop string's start."""
         text = self.grown
         if last:
             text += self._continue(self.window, self.window_text, self.unread) if self.unread else ""
@@ -89,10 +95,9 @@ class TextStream:
         elif not last:
             held = max((n for s in self.stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
             text = text[: len(text) - held]
-        erase = PLAIN + ERASE if self.draft_is_shown else ""
-        self.draft_is_shown = False
-        print(erase + text[len(self.shown) :], end="", flush=True)
+        new = text[len(self.shown) :]
         self.shown = max(self.shown, text, key=len)
+        return new
 
     def show_draft(self, drafts: Sequence[Sequence[int]]) -> None:
         """Print a draft of row 0 dim on a terminal, until `show` replaces it by the accepted tokens."""

@@ -1,15 +1,19 @@
 """load_model: five lines of Python that load, generate and print, from every kind of folder."""
 
+import logging
 import shutil
 
 import pytest
 import torch
 from helpers.configs import finetune_config
+from helpers.tiny import make_tiny
 from helpers.training import train
 from safetensors.torch import load_file, save_file
 
-from layerskip_recipes import generate, load_model
+from layerskip_recipes import generate, layerskip_decoder, load_model, stream
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation import api
+from layerskip_recipes.generation.drafting import chosen
 
 
 def trained(folder, tokenizer, base, **changes):
@@ -35,37 +39,65 @@ def draft(checkpoint, tmp_path_factory, tokenizer_folder):
 
 
 def generated(model, tokenizer, **settings):
-    prompt = tokenizer.prompt("def read(path):")
-    out = generate(model, prompt, 24, stop_tokens=tokenizer.stop_tokens, **settings)
-    return tokenizer.decode(out.tokens[0]), out.stats
+    out = generate(model, tokenizer.prompt("def read(path):"), 24, **settings)
+    return tokenizer.decode(out.tokens[0]), out
 
 
 def test_five_lines(run):
+    """The text is that of plain decoding, at every temperature, at once or as a stream."""
     model, tokenizer = load_model(str(run))
-    text, stats = generated(model, tokenizer, num_speculations=4)
-    assert text == generated(model, tokenizer)[0]
-    assert stats.drafted > 0 and not model.training
+    for temperature in (0.0, 0.9):
+        settings = {"temperature": temperature, "seed": 3}
+        plain, out = generated(model, tokenizer, draft=None, **settings)
+        assert out.stats.drafted == 0 and out.speedup is None and not model.training
+        text, out = generated(model, tokenizer, num_speculations=4, **settings)
+        assert text == plain and out.stats.drafted > 0 and out.speedup > 0
+        pieces = list(stream(model, tokenizer, "def read(path):", 24, num_speculations=4, **settings))
+        assert plain.endswith("".join(pieces)) and len(pieces) > 2
+        assert pieces == list(stream(model, tokenizer, "def read(path):", 24, num_speculations=4, **settings))
 
 
 def test_which_exit_drafts(run, checkpoint):
-    """The trained one that is nearest to a quarter of the depth; an exit that is given counts first."""
+    """The one that the recipe chooses; an exit that is given counts first."""
     model, tokenizer = load_model(str(run / "epoch_0"))
-    assert model.drafting == {"exit_layer": 2}
-    first, plain = generated(model, tokenizer, num_speculations=4, exit_layer=1), generated(model, tokenizer)
-    assert first[0] == plain[0] and plain[1].drafted == 0
+    first = generated(model, tokenizer, num_speculations=4, exit_layer=1)
+    assert first[0] == generated(model, tokenizer, draft=None)[0]
     untrained, tokenizer = load_model(str(checkpoint))
+    assert generated(untrained, tokenizer)[1].stats.drafted == 0
+    bare = layerskip_decoder(make_tiny())
     with pytest.raises(ConfigError, match="num_speculations: 4 needs exit_layer too"):
-        generated(untrained, tokenizer, num_speculations=4)
+        generate(bare, [1, 2], 4, num_speculations=4)
+    for wrong, message in (({"num_speculations": 0}, "num_speculations: 0"), ({"exit": 3}, "exit")):
+        with pytest.raises((ConfigError, TypeError), match=message):
+            generated(model, tokenizer, **wrong)
+
+
+def test_compiling_is_announced_and_kept(run, monkeypatch, caplog):
+    """Where ten calls gain more than it takes; the first one says so."""
+    model, tokenizer = load_model(str(run))
+    monkeypatch.setattr(chosen, "COMPILE_S", {"cpu": 0.0})
+    compiled = []
+    monkeypatch.setattr(api, "Generation", lambda *args, compile, **kwargs: compiled.append(compile) or stop())
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                generated(model, tokenizer)
+    assert compiled == [True, True] and caplog.text.count("Compiled: ") == 1
+
+
+def stop():
+    raise StopIteration
 
 
 def test_a_trained_draft(checkpoint, draft):
     """Beside its model, or by its own folder, which names the model."""
     plain = generated(*load_model(str(checkpoint)))[0]
     for model, tokenizer in (load_model(str(checkpoint), draft=str(draft)), load_model(str(draft))):
-        assert model.drafting["exit_layer"] == 1 and len(model.drafting["draft_vocabulary"]) <= 60
-        text, stats = generated(model, tokenizer, num_speculations=3)
-        assert text == plain and stats.drafted > 0
+        text, out = generated(model, tokenizer)
+        assert text == plain and out.stats.drafted > 0
         assert not any("join" in name for name in model.state_dict())
+        (built,) = model.decoding_choice.built.values()
+        assert built.exit_layer == 1 and len(built.draft_vocabulary) <= 60
 
 
 def test_a_draft_of_another_model(run, draft):

@@ -1,0 +1,147 @@
+"""load_model: a model, its tokenizer, and the settings with which it decodes fastest on this machine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torchtune import training, utils
+
+from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, own_draft, read_description, read_draft
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
+from layerskip_recipes.config.choices import best_device
+from layerskip_recipes.config.schema import DeviceName, Text, checked_arguments
+from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
+from layerskip_recipes.distributed.loading import make_position_tables
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.chosen import Choice, choose_drafts, compiling_pays
+from layerskip_recipes.generation.drafting.plan import estimated_costs
+from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all
+from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
+from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.model.draft import Draft
+from layerskip_recipes.model.hf_decoder import hf_decoder
+from layerskip_recipes.model.hf_folder import model_folder
+
+log = utils.get_logger("INFO")
+
+CALLS = 10  # expected number of calls in a session, to decide whether compiling pays
+
+
+@checked_arguments()
+def load_model(
+    path: Text,
+    *,
+    draft: Text | None = None,
+    device: DeviceName | None = None,
+    dtype: Literal["fp32", "bf16"] | None = None,
+) -> tuple[LayerSkipDecoder, HFTokenizer]:
+    """Load a model in eval mode, and its tokenizer.
+
+    `generate` then decodes with the settings that `layerskip_generate` would choose, see `DecodingChoice`.
+
+    Args:
+        path: a run of layerskip_finetune (loads its newest checkpoint), a checkpoint, a Hugging Face folder, or a name
+            on the hub. A trained draft also loads the model that it was trained for.
+        draft: a run or a checkpoint with a draft trained for this model; None takes one that was trained beside it.
+        device: such as "cpu" or "cuda:1"; None chooses the best device.
+        dtype: "fp32" or "bf16"; None is fp32 on a CPU and bf16 elsewhere.
+
+    Raises:
+        ConfigError: if the folder holds no model that `hf_decoder` supports, or the draft is another model's.
+
+    Example:
+        >>> model, tokenizer = load_model("out")                                         # doctest: +SKIP
+        >>> out = generate(model, tokenizer.prompt("Why is the sky blue?"), 128)         # doctest: +SKIP
+        >>> print(tokenizer.decode(out.tokens[0]), out.speedup)                          # doctest: +SKIP
+    """
+    folder = model_folder(path)
+    # Load a draft's base model with it.
+    if (folder / DRAFT_FILE).is_file():
+        base = read_description(str(folder), "path").base
+        if base.checkpointer != "HFCheckpointer":
+            raise ConfigError(
+                f"path: {str(folder)!r} is a draft for a model that {base.checkpointer} reads. Allowed: a draft for a "
+                "model of hf_checkpointer. For this draft, use layerskip_generate with self_speculation.draft"
+            )
+        draft, folder = str(folder), model_folder(base.folder)
+    torch_device = torch.device(device or best_device())
+    dtype = dtype or ("fp32" if torch_device.type == "cpu" else "bf16")
+    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+    # Build on the meta device: the weights are initialised only once, by the checkpoint.
+    with training.set_default_dtype(torch_dtype), torch.device("meta"):
+        model = layerskip_decoder(hf_decoder(str(folder)))
+    model.to_empty(device=torch_device)
+    make_position_tables(model, torch_device, torch_dtype)
+    model.load_state_dict(HFCheckpointer(str(folder)).load_checkpoint()[training.MODEL_KEY])
+    model.requires_grad_(False).eval()
+    tokenizer = hf_tokenizer(str(folder))
+    named = None if draft is None else str(model_folder(draft, "draft"))
+    choice = DecodingChoice(folder, named, own_draft(folder, HFCheckpointer), tokenizer.stop_tokens)
+    if drafts := choice.named or choice.beside:
+        choice.trained[drafts] = read_draft(drafts, model, "draft")
+    model.decoding_choice = choice
+    return model, tokenizer
+
+
+@dataclass
+class DecodingChoice:
+    """Chooses how a loaded model decodes: the draft, its length, vocabulary and precision, and whether to compile."""
+
+    folder: Path  # of the model
+    named: str | None  # the folder of the draft that the user named
+    beside: str | None  # the folder of the draft that was trained beside the model
+    stop_tokens: Sequence[int]
+    trained: dict[str, Draft] = field(default_factory=dict)  # by folder
+    built: dict[str, Speculation] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+
+    def choose(
+        self,
+        model: LayerSkipDecoder,
+        prompts: Sequence[Sequence[int]],
+        temperature: float,
+        tokens: int,
+        compile: bool | None,
+        given: Mapping[str, Any],
+    ) -> tuple[bool, Speculation | None]:
+        """Whether to compile (None: if a session of some such calls gains by it), and how to draft.
+
+        `given` has keys of `self_speculation` that the caller set.
+        """
+        section = SelfSpeculation.parse({**given, **({"draft": self.named} if self.named else {})}, "generate")
+        compiled = {c: self._choice(model, section, temperature, len(prompts), c) for c in (False, True)}
+        if compile is None:
+            steps = find_compiled_steps(model)
+            device = model.tok_embeddings.weight.device
+            pays, why = compiling_pays(compiled[False].token_s, compiled[True].token_s, CALLS * tokens, device)
+            compile = pays or (steps is not None and not steps.failed)
+            self._say(why)
+        chosen = compiled[compile]
+        if chosen.why is not None:
+            self._say(chosen.why)
+        if chosen.section is None:
+            return compile, None
+        section = chosen.section.with_vocabulary(model, prompts)
+        if (name := repr(section)) not in self.built:
+            trained = None if section.draft is None else self.trained.get(section.draft)
+            self.built |= build_all({name: section}, model, lambda _: "draft", trained)
+        return compile, self.built[name]
+
+    def _choice(
+        self, model: LayerSkipDecoder, section: SelfSpeculation, temperature: float, rows: int, compiled: bool
+    ) -> Choice:
+        weight = model.tok_embeddings.weight
+        on_cpu = weight.device.type == "cpu"
+        costs = estimated_costs(model, weight.dtype, not on_cpu, compiled, rows)
+        possible: dict[str, Any] = {"int8": compiled and on_cpu, "ends": on_cpu}
+        own = None if section.draft is not None else self.beside
+        asked = "num_speculations" in section.model_fields_set
+        return choose_drafts(section, self.folder, costs, temperature, own=own, asked=asked, **possible)
+
+    def _say(self, what: str) -> None:
+        if what not in self.said:
+            self.said.add(what)
+            log.info(what)
