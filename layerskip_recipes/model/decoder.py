@@ -124,7 +124,8 @@ class LayerSkipDecoder(TransformerDecoder):
             # Build the mask once; Gemma 2 would rebuild it in every layer, on the CPU.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
         layer_inputs = {"mask": mask, "input_pos": input_pos}
-        kept, factors = [None] * self.num_layers, [1.0] * self.num_layers
+        kept: list[torch.Tensor | KeptRows] = [None] * self.num_layers
+        factors = [1.0] * self.num_layers
         if self.training and self.layer_dropout:
             kept, factors = self._draw(h), self.layer_dropout.factors()
         for layer in range(start_layer, exit_layer):

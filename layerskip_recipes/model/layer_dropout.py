@@ -60,8 +60,8 @@ def schedule_scale(step: int, total_steps: int, schedule: Schedule = "constant")
     """S(t) (paper, eq. 4): 1 for "constant"; exp(t ln2 / (T-1)) - 1 for "exp", from 0 at t = 0 to 1 at t = T-1.
 
     "progressive" is 1 - exp(-100 t / T), the schedule of Progressive Layer Dropping (arXiv 2010.13369); it approaches 1
-    quickly. "linear_decay" is 1 - t / (T-1), from 1 to 0: Don't Drop Dropout (arXiv 2609.05275) drops most layers at the
-    start, and ends with the whole model.
+    quickly. "linear_decay" is 1 - t / (T-1), from 1 to 0: Don't Drop Dropout (arXiv 2609.05275) drops most layers in the
+    first step, and none in the last.
 
     Raises:
         ConfigError: if the schedule is unknown.
@@ -84,7 +84,7 @@ class LayerDropoutSection(Section):
     layers: Layers = ":"
     """The layers that may be skipped, such as ":", "0::4" or "8,12,16"."""
     schedule: Schedule = "constant"
-    """S(t), how the probabilities change during the training; `exp` grows from 0 to 1, `linear_decay` falls from 1 to 0."""
+    """S(t), how the probabilities change during the training; `exp` grows from 0 to 1, and `linear_decay` falls to 0."""
     inverted: bool = False
     """Divide what a kept layer adds by the probability that it is kept, as in inverted dropout."""
 
