@@ -60,8 +60,8 @@ def schedule_scale(step: int, total_steps: int, schedule: Schedule = "constant")
     """S(t) (paper, eq. 4): 1 for "constant"; exp(t ln2 / (T-1)) - 1 for "exp", from 0 at t = 0 to 1 at t = T-1.
 
     "progressive" is 1 - exp(-100 t / T), the schedule of Progressive Layer Dropping (arXiv 2010.13369); it approaches 1
-    quickly. "linear_decay" is 1 - t / (T-1), from 1 to 0: Don't Drop Dropout (arXiv 2609.05275) drops most layers in the
-    first step, and none in the last.
+    quickly. "linear_decay" is 1 - t / (T-1), the schedule of Don't Drop Dropout (arXiv 2609.05275): from 1 in the first
+    step to 0 in the last.
 
     Raises:
         ConfigError: if the schedule is unknown.
@@ -84,7 +84,7 @@ class LayerDropoutSection(Section):
     layers: Layers = ":"
     """The layers that may be skipped, such as ":", "0::4" or "8,12,16"."""
     schedule: Schedule = "constant"
-    """S(t), how the probabilities change during the training; `exp` grows from 0 to 1, and `linear_decay` falls to 0."""
+    """S(t), how the probabilities change during the training; `exp` grows from 0 to 1, `linear_decay` falls to 0."""
     inverted: bool = False
     """Divide what a kept layer adds by the probability that it is kept, as in inverted dropout."""
 
@@ -93,8 +93,8 @@ class LayerDropout:
     """Draws the samples that stay in each layer: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
 
     A kept sample gets x_{l+1} = x_l + r f_l(x_l). LayerSkip and torchtune have r = 1: evaluation, which runs every
-    layer, then adds more to the residual stream than training did on average. With `inverted`, r = 1 / (1 - p_{l,t}),
-    so a layer's mean output is that of evaluation, for every rate and schedule (Don't Drop Dropout, arXiv 2609.05275).
+    layer, then adds more to the residual stream than training did on average. With `inverted`, r = 1 / (1 - p_{l,t}), as
+    in Don't Drop Dropout (arXiv 2609.05275): for a given x_l the mean of x_{l+1} is then that of evaluation.
 
     The draw has its own random generator on the CPU: other random numbers do not affect it, and a GPU need not wait.
     Ranks with the same seed and batch size draw the same rows, so they run the same layers. `settings` are the keys of
