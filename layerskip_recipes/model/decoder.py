@@ -125,9 +125,12 @@ class LayerSkipDecoder(TransformerDecoder):
             # Build the mask once; Gemma 2 would rebuild it in every layer, on the CPU.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
         layer_inputs = {"mask": mask, "input_pos": input_pos}
-        kept = self._draw(h) if self.training and self.layer_dropout else [None] * self.num_layers
+        kept: list[torch.Tensor | KeptRows] = [None] * self.num_layers
+        factors = [1.0] * self.num_layers
+        if self.training and self.layer_dropout:
+            kept, factors = self._draw(h), self.layer_dropout.factors()
         for layer in range(start_layer, exit_layer):
-            h = self._run_layer(self.layers[layer], h, kept[layer], layer_inputs)
+            h = self._run_layer(self.layers[layer], h, kept[layer], factors[layer], layer_inputs)
             if on_exit is not None:
                 if layer + 1 == exit_layer:
                     # FSDP hooks the gradients of the model's output and of the layer's output. If both were the same
@@ -189,17 +192,25 @@ class LayerSkipDecoder(TransformerDecoder):
         return kept
 
     def _run_layer(
-        self, layer: nn.Module, h: torch.Tensor, kept: torch.Tensor | KeptRows, layer_inputs: dict
+        self, layer: nn.Module, h: torch.Tensor, kept: torch.Tensor | KeptRows, factor: float, layer_inputs: dict
     ) -> torch.Tensor:
-        """x_{l+1} = x_l + M f_l(x_l) (paper, eq. 1). `kept`: rows [k] on h's device, None for all, [] for none."""
-        if kept is None:
-            return layer(h, **layer_inputs)
-        if not isinstance(kept, torch.Tensor):
+        """x_{l+1} = x_l + r M f_l(x_l) (paper, eq. 1, with r = `factor`).
+
+        `kept`: rows [k] on h's device, None for all, [] for none.
+        """
+        if isinstance(kept, list):
             return h
-        inputs = {name: take_rows(value, kept, h.shape[0]) for name, value in layer_inputs.items()}
-        if isinstance(layer_inputs["mask"], torch.Tensor) and layer_inputs["mask"].dim() == 2:
-            inputs["mask"] = layer_inputs["mask"]  # [s, s], shared by all samples
-        return h.index_copy(0, kept, layer(h.index_select(0, kept), **inputs))
+        if kept is None:
+            x, inputs = h, layer_inputs
+        else:
+            x = h.index_select(0, kept)
+            inputs = {name: take_rows(value, kept, h.shape[0]) for name, value in layer_inputs.items()}
+            if isinstance(layer_inputs["mask"], torch.Tensor) and layer_inputs["mask"].dim() == 2:
+                inputs["mask"] = layer_inputs["mask"]  # [s, s], shared by all samples
+        out = layer(x, **inputs)
+        if factor != 1:
+            out = x.lerp(out, factor)  # x + r (out - x), because layers return x + f(x)
+        return out if kept is None else h.index_copy(0, kept, out)
 
 
 BLOCK_TABLES = [

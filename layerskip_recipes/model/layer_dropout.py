@@ -11,7 +11,7 @@ from layerskip_recipes.config.layer_strings import select_layers
 from layerskip_recipes.config.schema import Fraction, Layers, PositiveInt, Section, checked_arguments
 
 LayerScale = Literal["exp", "uniform", "linear", "log", "sin", "sigmoid", "step"]
-Schedule = Literal["constant", "exp", "progressive"]
+Schedule = Literal["constant", "exp", "progressive", "linear_decay"]
 Probability = Annotated[Fraction, Field(examples=[0.1])]
 
 # D(l) over the relative depth u = l / (L-1) and the number of steps n = L-1.
@@ -60,7 +60,8 @@ def schedule_scale(step: int, total_steps: int, schedule: Schedule = "constant")
     """S(t) (paper, eq. 4): 1 for "constant"; exp(t ln2 / (T-1)) - 1 for "exp", from 0 at t = 0 to 1 at t = T-1.
 
     "progressive" is 1 - exp(-100 t / T), the schedule of Progressive Layer Dropping (arXiv 2010.13369); it approaches 1
-    quickly.
+    quickly. "linear_decay" is 1 - t / (T-1), the schedule of Don't Drop Dropout (arXiv 2609.05275): from 1 in the first
+    step to 0 in the last.
 
     Raises:
         ConfigError: if the schedule is unknown.
@@ -69,7 +70,8 @@ def schedule_scale(step: int, total_steps: int, schedule: Schedule = "constant")
         return 1.0
     if schedule == "progressive":
         return 1 - math.exp(-100 * step / total_steps)
-    return math.exp(min(step, total_steps - 1) * math.log(2) / (total_steps - 1)) - 1
+    done = min(step, total_steps - 1) / (total_steps - 1)
+    return 1 - done if schedule == "linear_decay" else math.exp(done * math.log(2)) - 1
 
 
 class LayerDropoutSection(Section):
@@ -82,11 +84,17 @@ class LayerDropoutSection(Section):
     layers: Layers = ":"
     """The layers that may be skipped, such as ":", "0::4" or "8,12,16"."""
     schedule: Schedule = "constant"
-    """S(t), how the probabilities change during the training; `exp` grows from 0 to 1."""
+    """S(t), how the probabilities change during the training; `exp` grows from 0 to 1, `linear_decay` falls to 0."""
+    inverted: bool = False
+    """Divide what a kept layer adds by the probability that it is kept, as in inverted dropout."""
 
 
 class LayerDropout:
     """Draws the samples that stay in each layer: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
+
+    A kept sample gets x_{l+1} = x_l + r f_l(x_l). LayerSkip and torchtune have r = 1: evaluation, which runs every
+    layer, then adds more to the residual stream than training did on average. With `inverted`, r = 1 / (1 - p_{l,t}),
+    as in Don't Drop Dropout (arXiv 2609.05275): for a given x_l, the mean of x_{l+1} is then that of evaluation.
 
     The draw has its own random generator on the CPU: other random numbers do not affect it, and a GPU need not wait.
     Ranks with the same seed and batch size draw the same rows, so they run the same layers. `settings` are the keys of
@@ -97,6 +105,7 @@ class LayerDropout:
         section = LayerDropoutSection.parse(settings, "layer_dropout")
         self.rates = dropout_rates(num_layers, section.prob, section.layers_scale, section.layers)
         self.schedule: Schedule = section.schedule
+        self.inverted = section.inverted
         self.scale = schedule_scale(0, 1, self.schedule)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -108,6 +117,11 @@ class LayerDropout:
     def max_rate(self) -> float:
         """The largest p_{l,t} of any layer at the current step."""
         return self.scale * max(self.rates)
+
+    def factors(self) -> list[float]:
+        """For each layer the factor r of what it adds to a kept sample; 1 also where no sample is kept."""
+        rates = [self.scale * rate if self.inverted else 0.0 for rate in self.rates]
+        return [1 / (1 - rate) if rate < 1 else 1.0 for rate in rates]
 
     def draw(self, batch_size: int) -> list[KeptRows]:
         """For each layer the kept batch rows in order, or None if it keeps all."""

@@ -123,8 +123,8 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
         if key == STEPS:
             log.warning(
                 f"resume_from_checkpoint: the run ends at step {value} now, before at {noted}. This changes what "
-                "depends on the run's length: the gradual curriculum, layer dropout's schedules exp and "
-                "progressive, learning rate schedules"
+                "depends on the run's length: the gradual curriculum, layer dropout's schedules except constant, "
+                "learning rate schedules"
             )
     if mistakes := [
         f"resume_from_checkpoint: {key} was {noted!r} and is {value!r} now. A resumed run must keep its settings; to "

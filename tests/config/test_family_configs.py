@@ -241,7 +241,8 @@ def test_the_size_of_a_model_from_scratch(name, billions):
 
 
 def test_related_methods():
-    """LITE weighs its exits alike; LayerDrop drops all layers alike; PLD's rate grows linearly to a half."""
+    """LITE weighs its exits alike; LayerDrop drops all layers alike; PLD's rate grows linearly to a half, and that of
+    Don't Drop Dropout to 0.6, both with divided outputs."""
     lite = merged("related/lite_llama2_7B").early_exit_loss
     on = enabled_exits(lite.curriculum, 0, 1, 32, layers=lite.layers)
     assert [layer + 1 for layer in range(32) if on[layer]] == [8, 12, 16, 20, 24, 28, 32]
@@ -252,4 +253,8 @@ def test_related_methods():
     assert set(dropout_rates(32, layerdrop.prob, layerdrop.layers_scale)) == {0.2}
     pld = merged("related/pld_scratch").layer_dropout
     rates = dropout_rates(24, pld.prob, pld.layers_scale)
-    assert rates == pytest.approx([0.5 * layer / 23 for layer in range(24)]) and pld.schedule == "progressive"
+    assert rates == pytest.approx([0.5 * layer / 23 for layer in range(24)])
+    assert pld.schedule == "progressive" and pld.inverted
+    dont_drop = merged("related/dont_drop_dropout")
+    settings = {"prob": 0.6, "layers_scale": "linear", "schedule": "linear_decay", "inverted": True}
+    assert dont_drop.layer_dropout == settings and dont_drop.early_exit_loss is None

@@ -22,7 +22,7 @@ KEYS = {
         tensor_parallel_dim tensor_parallel_plan tokenizer
     """,
     "LayerDropoutSection": """
-        layers layers_scale prob schedule
+        inverted layers layers_scale prob schedule
     """,
     "EarlyExitLossSection": """
         chunk_tokens curriculum interval layers scale scale_fn

@@ -73,11 +73,13 @@ def unembedded(model: Any, h: torch.Tensor) -> torch.Tensor:
     return 30.0 * torch.tanh(model.output(model.norm.rms_norm(h)).float() / 30.0)
 
 
-def walk(model: Any, tokens: torch.Tensor, layers: Any, **inputs: Any) -> torch.Tensor:
-    """g(x) [b, s, v] after the given layers only, written without the decoder's forward."""
+def walk(model: Any, tokens: torch.Tensor, layers: Any, factors: Any = None, **inputs: Any) -> torch.Tensor:
+    """g(x) [b, s, v] after the given layers only, written without the decoder's forward; `factors` of what they add."""
     h = model.tok_embeddings(tokens)
     for layer in layers:
-        h = model.layers[layer](h, **inputs)
+        x, h = h, model.layers[layer](h, **inputs)
+        if factors is not None:
+            h = x + factors[layer] * (h - x)
     return unembedded(model, h)
 
 

@@ -127,7 +127,8 @@ def dropped_rank(folder):
         tokens = some_tokens()[dist.get_rank()]
         loss = EarlyExitLoss(scale=0.5, curriculum=None, chunk_tokens=5)
         for seed in range(DRAWS):
-            model.layer_dropout = LayerDropout(model.num_layers, prob=PROB, layers_scale="uniform", seed=seed)
+            settings = {"prob": PROB, "layers_scale": "uniform", "inverted": seed % 2 == 1}
+            model.layer_dropout = LayerDropout(model.num_layers, seed=seed, **settings)
             model.zero_grad()
             total, _ = loss(model, tokens, shifted(tokens), step=0, total_steps=1)
             total.backward()

@@ -17,6 +17,18 @@ from layerskip_recipes.model.layer_dropout import LayerDropout, dropout_rates, s
 L = 6
 # Half of the samples leave each layer: most draws mix kept and dropped samples.
 HALF = {"prob": 0.5, "layers_scale": "uniform"}
+# (settings, p_l at step 3 of 11, factors of what kept layers add)
+INVERTED = {"prob": 0.9, "layers_scale": "linear", "schedule": "linear_decay", "inverted": True}
+FALLEN = [0.9 * layer / (L - 1) * 0.7 for layer in range(L)]
+DROPOUTS = {"plain": (HALF, None), "inverted": (INVERTED, [1 / (1 - p) for p in FALLEN])}
+each_dropout = pytest.mark.parametrize(("settings", "factors"), DROPOUTS.values(), ids=DROPOUTS)
+
+
+def dropping(base, settings):
+    """A decoder in training, at step 3 of 11."""
+    model = layerskip_decoder(base, layer_dropout=settings).train()
+    model.layer_dropout.set_step(3, 11)
+    return model
 
 
 def random_tokens(batch, length, seed=3):
@@ -111,7 +123,7 @@ def test_chosen_layers_keep_the_rates_they_have_in_the_whole_model():
     ("key", "value"),
     [
         *(("prob", value) for value in (-0.1, 1.01, math.nan, True, "0.1")),
-        *(("layers_scale", "expo"), ("layers", "9"), ("schedule", "linear")),
+        *(("layers_scale", "expo"), ("layers", "9"), ("schedule", "linear"), ("inverted", 1)),
     ],
 )
 def test_wrong_arguments_are_named(key, value):
@@ -129,9 +141,25 @@ def test_schedule_scale():
     for t in (0, 7, 100, 999):
         keeps = (1 - 0.5) * math.exp(-100 / 1000 * t) + 0.5
         assert (1 - 0.5) * schedule_scale(t, 1000, "progressive") == pytest.approx(1 - keeps)
+    # Don't Drop Dropout: 1 - t / (T - 1), all of it in the first step and nothing in the last, or after it.
+    falling = [schedule_scale(t, 11, "linear_decay") for t in (0, 3, 10, 11)]
+    assert falling == pytest.approx([1, 0.7, 0, 0]) and falling[2] == 0
+    assert schedule_scale(0, 1, "linear_decay") == 1
     dropout = LayerDropout(L, prob=0.4, schedule="exp")
     dropout.set_step(5, 11)
     assert dropout.max_rate == pytest.approx(0.4 * (math.sqrt(2) - 1))
+
+
+def test_the_factors_of_inverted_dropout():
+    """1 / (1 - p_{l,t}); 1 where no sample is kept, and in every layer without `inverted`."""
+    dropout = LayerDropout(L, **INVERTED)
+    assert dropout.factors() == pytest.approx([1 / (1 - 0.9 * layer / 5) for layer in range(L)])
+    dropout.set_step(3, 11)
+    assert dropout.factors() == pytest.approx([1 / (1 - p) for p in FALLEN])
+    dropout.set_step(10, 11)
+    assert dropout.factors() == [1] * L
+    assert LayerDropout(L, prob=1, layers_scale="step", inverted=True).factors() == [1] * L
+    assert LayerDropout(L, **HALF).factors() == [1] * L
 
 
 # ---- the draw ----
@@ -184,19 +212,20 @@ def test_each_layer_sees_its_share_of_the_samples(tiny, schedule, step, scale):
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_sample_is_what_it_is_alone_without_its_dropped_layers(any_family):
+@each_dropout
+def test_a_sample_is_what_it_is_alone_without_its_dropped_layers(any_family, settings, factors):
     """Eq. 1 for every sample, with gradients, and the layers see no more rows than they must."""
     batch = 8
     tokens = random_tokens(batch, 7)
     any_family.train()
-    model = layerskip_decoder(any_family, layer_dropout=HALF).train()
+    model = dropping(any_family, settings)
     seen = rows_seen(model)
     run = next_draw(model.layer_dropout, batch)
     logits = model(tokens)
     assert [sum(sizes) for sizes in seen] == [sum(layer in layers for layers in run) for layer in range(L)]
     assert 0 < sum(map(len, run)) < batch * L
 
-    expected = torch.cat([walk(any_family, tokens[row : row + 1], layers) for row, layers in enumerate(run)])
+    expected = torch.cat([walk(any_family, tokens[row : row + 1], layers, factors) for row, layers in enumerate(run)])
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     parameters = list(any_family.parameters())
@@ -208,7 +237,8 @@ def test_a_sample_is_what_it_is_alone_without_its_dropped_layers(any_family):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("length", [9, 8], ids=["s != b", "s == b"])
 @pytest.mark.parametrize("shared", ["nothing", "mask", "positions", "both"])
-def test_masks_and_positions_follow_their_samples(tiny, length, shared):
+@each_dropout
+def test_masks_and_positions_follow_their_samples(tiny, length, shared, settings, factors):
     """Packed batches: each sample has its own documents; what is shared by all samples is not cut."""
     tokens, masks, positions = random_tokens(8, length), [], []
     for first in (1 + row % (length - 1) for row in range(8)):  # the length of the first of two documents
@@ -220,13 +250,13 @@ def test_masks_and_positions_follow_their_samples(tiny, length, shared):
         masks = masks[2:3]
     if shared in ("positions", "both"):
         positions = positions[2]
-    model = layerskip_decoder(tiny, layer_dropout=HALF).train()
+    model = dropping(tiny, settings)
     run = next_draw(model.layer_dropout, 8)
     logits = model(tokens, mask=masks, input_pos=positions)
     masks, positions = masks.expand(8, -1, -1), positions.expand(8, -1)
     for row, layers in enumerate(run):
         own = {"mask": masks[row : row + 1], "input_pos": positions[row : row + 1]}
-        expected = walk(tiny, tokens[row : row + 1], layers, **own)
+        expected = walk(tiny, tokens[row : row + 1], layers, factors, **own)
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -243,28 +273,51 @@ def test_exits_under_dropout_see_the_skipped_samples_too(tiny):
             torch.testing.assert_close(model.unembed(hidden[exit_layer][row : row + 1]), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("float64")
+def test_the_mean_output_of_an_inverted_layer_is_that_of_evaluation(tiny):
+    """(1 - p) x_kept + p x_dropped = x + f(x). Also if the layer keeps the whole batch."""
+    tokens = random_tokens(1, 5)
+    _, evaluated = layerskip_decoder(tiny).hidden_states(tokens, exits=[4])
+    model = layerskip_decoder(tiny, layer_dropout={"prob": 0.5, "layers": 3, "inverted": True}).train()
+    rate = 0.5 * (2 ** (3 / 5) - 1)
+    states = {}
+    while len(states) < 2:
+        (run,) = next_draw(model.layer_dropout, 1)
+        _, hidden = model.hidden_states(tokens, exits=[4])
+        states[3 in run] = hidden[4]
+    mean = (1 - rate) * states[True] + rate * states[False]
+    torch.testing.assert_close(mean, evaluated[4], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
-    ("dropout", "training"),
-    [({"prob": 0.9}, False), ({"prob": 0.0}, True), ({"prob": 0.9, "schedule": "exp"}, True), (None, True)],
-    ids=["eval", "prob 0", "S(0) = 0", "none"],
+    ("dropout", "step", "training"),
+    [
+        (INVERTED, 0, False),
+        ({"prob": 0.0, "inverted": True}, 0, True),
+        ({"prob": 0.9, "schedule": "exp"}, 0, True),
+        (INVERTED, 9, True),
+        (None, 0, True),
+    ],
+    ids=["eval", "prob 0", "S(0) = 0", "S(T - 1) = 0", "none"],
 )
-def test_without_dropout_it_is_the_base_decoder_bit_for_bit(any_family, dropout, training):
+def test_without_dropout_it_is_the_base_decoder_bit_for_bit(any_family, dropout, step, training):
     tokens = random_tokens(4, 6)
     expected = logits_of(any_family, tokens)
     model = layerskip_decoder(any_family, layer_dropout=dropout).train(training)
     if dropout:
-        model.layer_dropout.set_step(0, 10)
+        model.layer_dropout.set_step(step, 10)
     assert torch.equal(model(tokens), expected)
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize("layers_scale", ["exp", "step", "uniform"])
-def test_layers_that_keep_nobody_train_with_and_without_checkpointing(layers_scale):
+def test_layers_that_keep_nobody_train_with_and_without_checkpointing(layers_scale, inverted):
     """prob 1: the last layer (or all) is never run, gets no gradient, and checkpointed gradients are the same."""
-    gradients = []
+    gradients, dropout = [], {"prob": 1, "layers_scale": layers_scale, "inverted": inverted}
     for checkpointing in (False, True):
         base = make_tiny()
-        model = layerskip_decoder(base, layer_dropout={"prob": 1, "layers_scale": layers_scale}).train()
+        model = layerskip_decoder(base, layer_dropout=dropout).train()
         names = [name for name, _ in base.named_parameters()]
         if checkpointing:
             set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})

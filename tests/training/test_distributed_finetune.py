@@ -119,7 +119,7 @@ def config_changes(kind, folder, tokenizer, checkpoint):
     if kind == "untied":
         return scratch(UNTIED | two_heads, "LLAMA2", num_key_value_heads=2, tie_word_embeddings=False) | UNSPLIT
     if kind == "dropped":
-        dropout = {"layer_dropout": {"prob": 0.5}}
+        dropout = {"layer_dropout": {"prob": 0.5, "inverted": True}}
         return scratch(MODEL | two_heads, num_key_value_heads=2) | UNSPLIT | dropout
     if kind == "validated":  # five samples, which no two ranks share evenly, as often as it trains
         held_out = {"dataset_val": texts(folder.parent) | {"split": "train[:5]"}, "run_val_every_n_steps": 1}
@@ -230,7 +230,7 @@ def test_resume_with_other_processes(one, several, name):
 def test_resume_on_as_many_ranks_draws_what_the_run_would_have_drawn(how, tmp_path, finetune):
     """Layer dropout, which all ranks draw alike, and the attention's, which each draws for itself."""
     path = finetune(
-        model=MODEL | {"attn_dropout": 0.3}, dataset=texts(tmp_path), layer_dropout={"prob": 0.5},
+        model=MODEL | {"attn_dropout": 0.3}, dataset=texts(tmp_path), layer_dropout={"prob": 0.5, "inverted": True},
         max_steps_per_epoch=5, save_every_n_steps=2,
     )  # fmt: skip
     train_on_ranks(path, *how)

@@ -74,7 +74,7 @@ def test_what_saves_memory_changes_no_loss(override, tmp_path, finetune):
 @pytest.mark.slow
 def test_compile_changes_no_loss_and_no_gradient(tmp_path, finetune):
     """With dropout, checkpointing and smoothing. The losses after step 1 and the norms follow from the gradients."""
-    override = ["layer_dropout.prob=0.5", "ac_mode=full"]
+    override = ["layer_dropout.prob=0.5", "layer_dropout.inverted=true", "ac_mode=full"]
     override += ["loss=torch.nn.CrossEntropyLoss", "loss.label_smoothing=0.1"]
     path = finetune(max_steps_per_epoch=3, clip_grad_norm=0.5)
     train(path, f"output_dir={tmp_path}/plain", *override)
@@ -115,16 +115,20 @@ def test_the_logged_config_is_one_that_trains(tmp_path, finetune):
     assert train(logged, f"output_dir={tmp_path / 'again'}").step == 2
 
 
-def test_the_dropout_follows_its_schedule_over_the_whole_run(tmp_path, finetune):
-    """Eq. 4: S(t) = exp(t ln 2 / (T - 1)) - 1, with t and T in optimizer steps of all epochs, not in micro-batches."""
+@pytest.mark.parametrize(
+    ("schedule", "scales"),
+    [("exp", [math.exp(t * math.log(2) / 5) - 1 for t in range(6)]), ("linear_decay", [1 - t / 5 for t in range(6)])],
+)
+def test_the_dropout_follows_its_schedule_over_the_whole_run(schedule, scales, tmp_path, finetune):
+    """Eq. 4, with t and T in optimizer steps of all epochs, not in micro-batches."""
     path = finetune(
-        layer_dropout={"prob": 0.8, "schedule": "exp", "layers_scale": "exp"}, epochs=2, max_steps_per_epoch=3,
+        layer_dropout={"prob": 0.8, "schedule": schedule, "inverted": True}, epochs=2, max_steps_per_epoch=3,
         batch_size=1, gradient_accumulation_steps=2,
     )  # fmt: skip
     train(path)
     whole = losses(tmp_path / "out")
     rates = [line["layer_dropout_rate"] for line in whole.values()]
-    assert rates == pytest.approx([0.8 * (math.exp(t * math.log(2) / 5) - 1) for t in range(6)], abs=1e-6)
+    assert rates == pytest.approx([0.8 * scale for scale in scales], abs=1e-6)
     assert losses(resumed(path, "epoch_0")) == {step: whole[step] for step in (4, 5, 6)}
 
 

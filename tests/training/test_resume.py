@@ -24,6 +24,7 @@ RUNS = {
     "packed data, accumulation, gradual": {
         "packed": True, "gradient_accumulation_steps": 2, "clip_grad_norm": 1.0,
         "early_exit_loss": {"scale": 0.5, "curriculum": "gradual"},
+        "layer_dropout": {"prob": 0.5, "schedule": "linear_decay", "inverted": True},
     },
     "8-bit AdamW, rotational": EIGHT_BIT,
     "optimizer in backward": {"optimizer_in_bwd": True},
