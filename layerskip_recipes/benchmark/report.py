@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from layerskip_recipes.benchmark.measuring import Run
-from layerskip_recipes.generation.report import draft_figures, ratio, safe_divide
+from layerskip_recipes.generation.report import answer_ratio, draft_figures, ratio, safe_divide
 from layerskip_recipes.generation.stats import GenerationStats
 
 ACCEPTANCES = (0.5, 0.7, 0.9)  # accept rates to report speed-ups for, with random weights
@@ -47,6 +47,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], same_noise: bool, band
         "tokens_per_second": rate,
         "speedup": speedup,
         "speedup_not_looping": spread([*map(ratio, *both)]),
+        "answer_speedup": spread([*map(answer_ratio, repeats, by_repeat(baseline))]),
         "outputs": sum(len(run.outputs) for run in runs),
         "looping_outputs": sum(run.loops for run in runs),
         "identical": [r.outputs for r in runs] == [r.outputs for r in baseline] if same_noise and runs else None,
@@ -96,6 +97,7 @@ COLUMNS = {
     "method": lambda r: f"{r['name']}, {r['setting']}" if r["setting"] else r["name"],
     "tokens/s": lambda r: show(r["tokens_per_second"], ".1f"),
     "speed-up": lambda r: show(r["speedup"], ".2f"),
+    "whole answers": lambda r: show(r["answer_speedup"], ".2f"),
     "not looping": lambda r: show(r["speedup_not_looping"], ".2f"),
     "loops": lambda r: f"{r['looping_outputs']} of {r['outputs']}",
     "ideal": lambda r: show(r["ideal_speedup"], ".2f"),

@@ -13,6 +13,7 @@ from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.local_shards import is_split
+from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text.text_stream import TextStream
@@ -195,6 +196,7 @@ def prepare(
     if shared and not same_on_all(prompts):
         raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
     rule = None if drafts is None else kept_rule(model, (drafts.settings, len(prompts), compile))
+    keeps_cache = choice is not None and len(prompts) == 1 and common_start(prompts) > 0
     generation = Generation(
         model,
         prompts,
@@ -206,7 +208,10 @@ def prepare(
         compile=bool(compile),
         shared=shared,
         rule=rule,
+        cache=choice.caches.get(drafts is None) if keeps_cache else None,
     )
+    if keeps_cache and generation.context.has_cpp:
+        choice.caches[drafts is None] = generation.cache
     return generation, rule
 
 

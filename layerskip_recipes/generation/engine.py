@@ -19,7 +19,7 @@ from layerskip_recipes.generation.drafting.drafter import RoundStart
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
-from layerskip_recipes.generation.prefill import read_texts
+from layerskip_recipes.generation.prefill import common_length, common_start, read_texts
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler, noise_keys
 from layerskip_recipes.generation.steps import Step, StepContext, choose_token
@@ -138,6 +138,7 @@ class Generation:
         if speculation is not None:
             rule = rule or DraftRule(measure=False)
             self.decoding = DraftedDecoding(self.context, speculation, self.rows.texts, rule)
+        self.common = common_start(self.rows.prompts) if self.context.has_cpp else 0
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.accounts = Accounts(
             self.context, self.rows, self.exit_layer, None if speculation is None else speculation.exit_layer
@@ -208,7 +209,7 @@ class Generation:
         """Run the prompts and choose the first new token of each row."""
         prompts = self.rows.texts  # nothing is generated yet
         held = self.cache.tokens if self.exit_layer <= self.cache.depth else [[] for _ in prompts]
-        reused = min(_common_length(old, new) for old, new in zip(held, prompts, strict=True))
+        reused = min(common_length(old, new) for old, new in zip(held, prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in prompts) - 1)
         # The prefill may be interrupted: until it ends, only the reused tokens count as cached.
         self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in prompts], self.exit_layer
@@ -227,11 +228,13 @@ class Generation:
         if self.keys is not None:
             self.keys[row] = on_device(self.keys_by_prompt[self.rows.in_row[row]], self.context.device)
         self.last = self.last.clone()
-        final = read_texts(self.context, [text], self.exit_layer, rows=[row])
+        reused = self.common
+        final = read_texts(self.context, [text], self.exit_layer, reused, rows=[row])
         self.last[here] = self._first_tokens(final, here)
         self.decoding.replace(row, text, final[0])
         self.stats.first_tokens += 1
-        self.stats.prefill_tokens += len(text)
+        self.stats.prefill_tokens += len(text) - reused
+        self.stats.reused_tokens += reused
         return self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.rows)])
 
     def _first_tokens(self, final: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -277,8 +280,3 @@ class Generation:
         self.stats.tokens += sum(map(len, kept))
         self.decoding.extend(kept)
         return kept
-
-
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts share at their beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

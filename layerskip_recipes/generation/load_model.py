@@ -24,6 +24,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.hf_decoder import hf_decoder
 from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.kv_cache import DecodingCache
 
 log = utils.get_logger("INFO")
 
@@ -97,6 +98,8 @@ class DecodingChoice:
     trained: dict[str, Draft] = field(default_factory=dict)  # by folder
     built: dict[str, Speculation] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    # Caches of single prompts, with drafts or without. The next prompt reuses the beginning that it shares.
+    caches: dict[bool, DecodingCache] = field(default_factory=dict)
 
     def choose(
         self,

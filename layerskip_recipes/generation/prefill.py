@@ -24,6 +24,22 @@ def reads_in_cpp(context: StepContext, tokens: int) -> bool:
     return context.has_cpp and (slow or tokens <= SHORT)
 
 
+def common_start(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts share, such as the header of a chat template. C++ reads them only once.
+
+    0 if torch would read one of the prompts, since its rounding depends on what it reads at once.
+    """
+    if max(map(len, prompts)) > SHORT:
+        return 0
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # in lexicographic order
+    return min(common_length(first, last), min(map(len, prompts)) - 1)
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts share at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def read_texts(
     context: StepContext, texts: Sequence[Sequence[int]], depth: int, reused: int = 0, rows: Sequence[int] | None = None
 ) -> torch.Tensor:

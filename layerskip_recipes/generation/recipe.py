@@ -22,11 +22,13 @@ from layerskip_recipes.generation.drafting.section import SelfSpeculation, check
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import load_sharded_decoder
+from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.report import Totals, make_report, print_report
 from layerskip_recipes.generation.sampling import copies_before
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.kv_cache import DecodingCache
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
 from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.processes import init_processes, is_rank_zero, num_processes, same_on_all
@@ -71,6 +73,9 @@ class LayerSkipGenerate:
         for error in bad:
             log.warning("skipped: %s", error)
         self.batch_size = min(cfg.batch_size, len(self.good) or 1)
+        # The beginning that all prompts share stays in the caches, for plain decoding and for drafts.
+        self.common = common_start([self.prompt_tokens[i] for i in self.good]) if self.good else 0
+        self.caches: dict[bool, DecodingCache] = {}
         # Choose how to draft, and the size of the cache.
         self.compile, self.section = self._choose()
         if self.section is not None:
@@ -230,10 +235,14 @@ class LayerSkipGenerate:
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
-        numbers = [self.numbers[i] for i in batch]
+        numbers, cache = [self.numbers[i] for i in batch], self.caches.pop(plain, None)
+        if cache is not None:
+            cache.keep_first(self.common)
         generation = self._generation(
-            prompts, limit, plain, shown, reserve=self.reserve, rows=self.batch_size, numbers=numbers
+            prompts, limit, plain, shown, reserve=self.reserve, rows=self.batch_size, numbers=numbers, cache=cache
         )
+        if generation.context.has_cpp:
+            self.caches[plain] = generation.cache
 
         answered = set()
 

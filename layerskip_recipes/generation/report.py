@@ -57,6 +57,7 @@ def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> 
         "accept_s": stats.accept_s if stats.drafted else None,
         "compile_s": stats.compile_s,
         "tokens_per_second": per_second,
+        "answer_tokens_per_second": stats.answer_tokens_per_second,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance_rate": stats.acceptance_rate,
@@ -79,6 +80,7 @@ def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> 
         "baseline_decode_s": baseline.stats.decode_s,
         "baseline_tokens": baseline.stats.tokens,
         "speedup": speedup,
+        "answer_speedup": answer_ratio(stats, baseline.stats),
         **draft_figures(stats, baseline.stats, speedup),
         "identical": ours.outputs == baseline.outputs if ours.outputs else None,
     }
@@ -121,6 +123,12 @@ def ratio(a: GenerationStats, b: GenerationStats) -> float | None:
     return fast / slow if fast and slow else None
 
 
+def answer_ratio(a: GenerationStats, b: GenerationStats) -> float | None:
+    """The same for whole answers, prompts included."""
+    fast, slow = a.answer_tokens_per_second, b.answer_tokens_per_second
+    return fast / slow if fast and slow else None
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of the device's allocator; on a CPU the peak resident memory of this process."""
     if device.type == "cuda":
@@ -136,11 +144,12 @@ def print_report(report: dict[str, Any]) -> None:
 
     reused = f"; {report['reused_tokens']} tokens were in the cache" if report["reused_tokens"] else ""
     compiled = f"; compiling {report['compile_s']:.1f} s more" if report["compile_s"] else ""
-    nothing = "- (sampling)" if report["temperature"] else "-"
+    whole = f", {show('answer_speedup')}x" if "answer_speedup" in report else ""
     lines = {
         "tokens": str(report["tokens"]),
         "prefill": f"{show('prefill_s')} s{reused}",
         "decode": f"{show('decode_s')} s, {show('tokens_per_second', '.1f')} tokens/s{compiled}",
+        "whole answers": f"{show('answer_tokens_per_second', '.1f')} tokens/s{whole}",
         "phases": f"draft {show('draft_s')} s, verify {show('verify_s')} s, rest {show('accept_s')} s",
         "acceptance": f"{show('acceptance_rate')} ({report['accepted']} of {report['drafted']}), "
         f"{show('accepted_per_round')} per round",
@@ -152,7 +161,7 @@ def print_report(report: dict[str, Any]) -> None:
         "speed-up": f"{show('speedup')}x",
         "ideal": f"{show('ideal_speedup')}x at a draft cost of {show('draft_cost', '.3f')}; "
         f"engine efficiency {show('engine_efficiency')}",
-        "identical output": {True: "yes", False: "NO", None: nothing}[report.get("identical")],
+        "identical output": {True: "yes", False: "NO", None: "-"}[report.get("identical")],
     }
     # Leave out what does not apply to this run.
     left_out = [] if report["drafted"] else ["phases"]

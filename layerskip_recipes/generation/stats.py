@@ -68,6 +68,12 @@ class GenerationStats:
         return count / self.decode_s if self.decode_s > 0 and count > 0 else None
 
     @property
+    def answer_tokens_per_second(self) -> float | None:
+        """All tokens per second of prefill and decoding."""
+        seconds = self.prefill_s + self.decode_s
+        return self.tokens / seconds if seconds > 0 and self.tokens else None
+
+    @property
     def accept_s(self) -> float:
         """Decoding time outside of draft and verification: bookkeeping on the host, such as stop tokens."""
         return max(self.decode_s - self.draft_s - self.verify_s, 0.0)

@@ -100,6 +100,10 @@ class DecodingCache:
         if weights != self.weights:
             self.tokens, self.weights = [[] for _ in range(self.rows)], weights
 
+    def keep_first(self, count: int) -> None:
+        """Forget all but the first `count` tokens of each row."""
+        self.tokens = [row[:count] for row in self.tokens]
+
     @contextmanager
     def used_by(self, *decoders: LayerSkipDecoder) -> Iterator[None]:
         """Within this context the decoders' attention layers use these caches."""

@@ -257,7 +257,7 @@ def runs(*outputs: tuple[int, list[int], float]) -> list[Run]:
 def test_looping_outputs_count_apart():
     ours = runs((0, STRAIGHT, 1.0), (0, LOOP, 0.5), (1, LOOP, 0.5))
     base = runs((0, STRAIGHT, 2.0), (0, LOOP, 2.0), (1, LOOP, 2.0))
-    row = figures(ours, base, greedy=True, bandwidth=1.0)
+    row = figures(ours, base, same_noise=True, bandwidth=1.0)
     assert row["looping_outputs"] == 2 and row["identical"] is True
     assert row["tokens_per_second"] == {"median": (40 / 1.5 + 40) / 2, "min": 40 / 1.5, "max": 40.0}
     assert row["speedup"] == pytest.approx({"median": (4 / 1.5 + 4) / 2, "min": 4 / 1.5, "max": 4.0})
@@ -265,10 +265,10 @@ def test_looping_outputs_count_apart():
     # Both loop on another prompt, at the same rate; on the third one ours is twice as fast.
     ours = runs((0, LOOP, 0.5), (0, STRAIGHT, 2.0), (0, STRAIGHT, 1.0))
     base = runs((0, STRAIGHT, 0.5), (0, LOOP, 2.0), (0, STRAIGHT, 2.0))
-    row = figures(ours, base, greedy=False, bandwidth=1.0)
+    row = figures(ours, base, same_noise=False, bandwidth=1.0)
     assert row["speedup_not_looping"] == {"median": 2.0, "min": 2.0, "max": 2.0}
-    assert figures(ours[:2], base[:2], greedy=False, bandwidth=1.0)["speedup_not_looping"] is None
-    assert figures([], [], greedy=True, bandwidth=1.0)["identical"] is None  # after Ctrl-C in the warm-up
+    assert figures(ours[:2], base[:2], same_noise=False, bandwidth=1.0)["speedup_not_looping"] is None
+    assert figures([], [], same_noise=True, bandwidth=1.0)["identical"] is None  # after Ctrl-C in the warm-up
 
 
 def test_drafts_that_are_looked_up_cost_no_step():

@@ -265,6 +265,27 @@ def test_compile_is_reported_apart_and_changes_no_token(path, tmp_path):
     assert outputs[0] == outputs[1]
 
 
+@compiles
+@pytest.mark.parametrize("compare", [True, False])
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_beginning_that_prompts_share_is_read_once(size, compare, path, tmp_path):
+    """In C++, by both sides of a comparison alike; the answers are those of prompts that are read whole."""
+    prompts = ["def main(argument):", "def make(value):", "def map_all(items, function):", "def main(argument):"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    given = [f"prompt_file={tmp_path / 'prompts.jsonl'}", f"batch_size={size}", "temperature=0.7", "seed=1"]
+    answers = []
+    for flag in ("false", "true"):
+        out = tmp_path / f"{flag}.jsonl"
+        overrides = [f"compile={flag}", f"output_file={out}", f"benchmark.compare={str(compare).lower()}"]
+        recipe, report = run(path, *given, *overrides)
+        answers.append([json.loads(line)["text"] for line in out.read_text().splitlines()])
+        assert report.get("identical", True) is True
+        read_before = 0 if compare else size  # a comparison warms up with the first batch
+        assert report["reused_tokens"] == (recipe.common * (4 - read_before) if flag == "true" else 0)
+        assert recipe.common == len(recipe.tokenizer.encode("def ma", add_eos=False))
+    assert answers[0] == answers[1] and answers[1][0] != answers[1][3]
+
+
 def test_tune_run_prints_only_text_and_report_on_stdout(path, tmp_path):
     run_ = run_tune("run", "layerskip_generate", "--config", str(path), "benchmark.compare=true", cwd=tmp_path)
     assert run_.returncode == 0, run_.stderr[-2000:]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.compiled import has_compiler
 from helpers.configs import finetune_config
 from helpers.tiny import make_tiny
 from helpers.training import train
@@ -83,6 +84,18 @@ def test_compiling_is_announced_and_kept(run, monkeypatch, caplog):
             with pytest.raises(StopIteration):
                 generated(model, tokenizer)
     assert compiled == [True, True] and caplog.text.count("Compiled: ") == 1
+
+
+@has_compiler
+@pytest.mark.slow
+def test_a_later_prompt_reuses_what_it_shares_with_the_one_before(run):
+    model, tokenizer = load_model(str(run))
+    prompts = [tokenizer.prompt(text) for text in ("def read(path):", "def reader(path):")]
+    for draft in ("auto", None):
+        plain = [generate(model, prompt, 12, draft=None, compile=False).tokens for prompt in prompts]
+        outs = [generate(model, prompt, 12, draft=draft, compile=True) for prompt in prompts]
+        assert all(torch.equal(out.tokens, tokens) for out, tokens in zip(outs, plain, strict=True))
+        assert 0 < outs[1].stats.reused_tokens < len(prompts[1])
 
 
 def stop():

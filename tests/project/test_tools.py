@@ -41,7 +41,9 @@ def test_training_cost_compares_ours_with_torchtunes(monkeypatch, capsys):
 
 SPEED = {"median": 2.0, "min": 1.5, "max": 2.5}
 ROW = {
-    **dict.fromkeys(("setting", "ideal_speedup", "engine_efficiency", "speedup_not_looping", "identical")),
+    **dict.fromkeys(
+        ("setting", "ideal_speedup", "engine_efficiency", "speedup_not_looping", "identical", "answer_speedup")
+    ),
     **{"temperature": 0.0, "kind": "variant", "name": "exit3_draft5", "tokens_per_second": SPEED, "speedup": SPEED},
     **{"looping_outputs": 0, "outputs": 8, "acceptance_rate": 0.75, "tokens_per_round": 3.5, "predicted_speedup": 1.9},
 }
