@@ -206,6 +206,7 @@ class LayerSkipGenerate:
             # Warm-up: the first steps of a process allocate, tune and compile.
             for plain in (True, False):
                 self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
+            self.rule = DraftRule()  # which measures warm rounds only
             if self.interrupted:
                 raise KeyboardInterrupt
         path = self.cfg.output_file if self.shows else None
@@ -317,13 +318,14 @@ class LayerSkipGenerate:
             if question == NEW:
                 history.clear()
                 continue
+            tokens: list[int] = []
             try:
                 tokens = self._tokens_of(history, question)
                 # Shorter answers at the end of the model's context.
                 limit = max(1, min(self.max_new_tokens, context - len(tokens)))
                 check_prompt_lengths(self.model, [len(tokens)], limit)
             except ValueError as e:
-                is_full = len(self._tokens_of([], question)) < context <= len(tokens) if history else False
+                is_full = len(tokens) >= context > len(self._tokens_of([], question)) if tokens and history else False
                 full = f"the conversation is full. {NEW} starts another one; " if is_full else ""
                 log.warning("%sthe question is left out: %s", full, e)
                 continue

@@ -50,8 +50,8 @@ def small_layers(model):
 def test_tokens_per_round_of_exits_and_vocabularies(temperature):
     """By hand: sum min(p, q) at each position, and the rounds that follow from it."""
     model, longest = small_layers(make_tiny()), 4
-    prompts, rng = [[1, 2, 3], [5, 6, 7, 8]], torch.Generator().manual_seed(0)
-    outputs = [generate(model, p, 12, temperature=temperature, rng=rng).tokens[0, len(p) :].tolist() for p in prompts]
+    prompts = [[1, 2, 3], [5, 6, 7, 8]]
+    outputs = [generate(model, p, 12, temperature=temperature, seed=0).tokens[0, len(p) :].tolist() for p in prompts]
     outputs[1] = outputs[1][:3]  # a text that ends early
     some = list(range(0, VOCAB, 2))
     texts = list(zip(prompts, outputs, strict=True))

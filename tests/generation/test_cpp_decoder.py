@@ -455,7 +455,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
     if precision == "fp32" and part != "quantised":
         assert drafts[0] == drafts[1] and torchs.generated == ours.generated
     if precision == "fp32":
-        sampler = Sampler(0.8, rng=torch.Generator().manual_seed(3))
+        sampler = Sampler(0.8, seed=3)
         assert run(model, PROMPTS, 9, speculation=speculation, rows=2, sampler=sampler).stats.drafted > 0
 
 

@@ -39,7 +39,7 @@ def test_rows_are_what_they_are_alone(family, variant):
     stop_tokens = [alone[0][4], alone[2][9]]
     expected = [until(tokens, stop_tokens) for tokens in alone]
     assert len(set(map(len, expected))) > 1
-    arguments = {"sampler": Sampler(repetition_penalty=penalty), "stop_tokens": stop_tokens, "choice": AlwaysLookUp()}
+    arguments = {"sampler": Sampler(repetition_penalty=penalty), "stop_tokens": stop_tokens, "rule": AlwaysLookUp()}
     arguments["speculation"] = speculation_of(variant, model) if variant else None
     singles = [run(model, [prompt], 18, **arguments) for prompt in PROMPTS]
     assert [generation.generated for generation in singles] == [[tokens] for tokens in expected]

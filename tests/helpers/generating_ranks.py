@@ -24,10 +24,11 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.cli.run import run_cli
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.schema import check
-from layerskip_recipes.generation import parallel
+from layerskip_recipes.generation import api, parallel
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.config import GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 
 CPU = torch.device("cpu")
@@ -134,7 +135,8 @@ def decode_rank(folder):
             result[f"{family}/halved"] = [n for n, p in local.items() if p.numel() == full[n].numel() / 2]
     for how, mode in (("draft_whole", "speculative"), ("all_sharded", "autoregressive")):
         model = split("llama3", *SPLITS[how])
-        with CountedCollectives() as counted, gathers_before_drafts(counted) as before_drafts:
+        always = mock.patch.object(api, "kept_rule", lambda *_: DraftRule(measure=False))
+        with always, CountedCollectives() as counted, gathers_before_drafts(counted) as before_drafts:
             out = run(model, PROMPTS[0], **MODES[mode])
         result[f"count/{mode}"] = [dict(counted.counts), out.stats.rounds, out.stats.tokens, before_drafts]
     # As torchtune's set_seed without a seed leaves them: each rank draws numbers of its own.
