@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerskip_recipes.config.components import parameter_names
-from layerskip_recipes.config.names import find_config, is_torchtunes
+from layerskip_recipes.config.names import find_config, torchtune_configs
 from layerskip_recipes.errors import ConfigError, first_line
 
 # Keys that hold paths.
@@ -52,10 +52,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     An override is "dotted.key=value", or "~key" to remove a key. Text for a component's key sets its `_component_`.
     torchtune's own training configs get LayerSkip's default sections.
     """
-    path = find_config(name)
-    cfg = _load_chain(path, ())
-    if is_torchtunes(path) and "optimizer" in cfg:
-        cfg = _with_layerskip(cfg, path, trains_draft=any(re.match("draft[.=]", override) for override in overrides))
+    file = find_config(name)
+    cfg = _load_chain(file, ())
+    if "optimizer" in cfg and file in torchtune_configs().values():
+        cfg = _with_layerskip(cfg, file, trains_draft=any(re.match("draft[.=]", override) for override in overrides))
     later: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -111,8 +111,9 @@ def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return reduce(lambda merged, later: _merge(_without_other_datasets(merged, later), later), contents)
 
 
-def _with_layerskip(cfg: dict[str, Any], path: Path, trains_draft: bool) -> dict[str, Any]:
-    """A training config of torchtune with LayerSkip's sections, and without what does not work well with them."""
+def _with_layerskip(cfg: dict[str, Any], file: Path, trains_draft: bool) -> dict[str, Any]:
+    """torchtune's training config with LayerSkip's sections, an optimizer that moves bf16 weights without bitsandbytes,
+    and Hugging Face's format."""
     from torchtune.utils import get_logger  # slow, and other configs do not need it
 
     optimizer, checkpointer = (str(cfg.get(key, {}).get("_component_")) for key in ("optimizer", "checkpointer"))
@@ -125,7 +126,7 @@ def _with_layerskip(cfg: dict[str, Any], path: Path, trains_draft: bool) -> dict
         bases.append("_llama3_8B_checkpoint")
     contents = [_load_chain(find_config(base), ()) for base in bases]
     added = ", ".join(f"{key}={value}" for content in contents for key, value in content.items())
-    get_logger("INFO").info(f"Added to torchtune's {path.parent.name}/{path.stem}, or replaced in it: {added}.")
+    get_logger("INFO").info(f"Added to torchtune's {file.parent.name}/{file.stem}, or replaced in it: {added}.")
     return reduce(_merge, contents, cfg)
 
 

@@ -18,25 +18,16 @@ def our_configs() -> dict[str, Path]:
     return {path.relative_to(CONFIG_DIR).with_suffix("").as_posix(): path for path in paths}
 
 
-def _torchtune_folder() -> Path:
-    torchtune = find_spec("torchtune")
-    assert torchtune is not None and torchtune.origin is not None
-    return Path(torchtune.origin).parent.resolve()
-
-
 def torchtune_configs() -> dict[str, Path]:
     """torchtune's built-in configs by name. Some registered files are missing from its wheel."""
-    package = _torchtune_folder()
+    torchtune = find_spec("torchtune")
+    assert torchtune is not None and torchtune.origin is not None
+    package = Path(torchtune.origin).parent.resolve()
     # Running the registry takes a millisecond; importing torchtune takes seconds.
     recipes = runpy.run_path(str(package / "_recipe_registry.py"))["get_all_recipes"]()
     root = package.parent / "recipes" / "configs"
     paths = {c.name: root / c.file_path for recipe in recipes for c in recipe.configs}
     return {name: path for name, path in paths.items() if path.is_file()}
-
-
-def is_torchtunes(path: Path) -> bool:
-    """Whether a file is one of torchtune's own configs. `tune run` passes their names as absolute paths."""
-    return path.resolve().is_relative_to(_torchtune_folder().parent / "recipes" / "configs")
 
 
 def find_config(name: str, relative_to: Path | None = None, key: str = "config") -> Path:
