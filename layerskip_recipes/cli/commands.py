@@ -22,7 +22,7 @@ def list_configs() -> None:
     for name, path in ours.items():
         recipe = next((word for word in path.read_text(encoding="utf-8").split() if word in RECIPES), "")
         print(f"  {name:<{width}}  {recipe}".rstrip())
-    print("torchtune configs (for extends: and --config)")
+    print("torchtune configs (for extends; to those that train, --config NAME adds LayerSkip's sections)")
     for name in sorted(torchtune_configs()):
         print(f"  {name}")
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from layerskip_recipes.config.components import parameter_names
-from layerskip_recipes.config.names import find_config
+from layerskip_recipes.config.names import find_config, torchtune_configs
 from layerskip_recipes.errors import ConfigError, first_line
 
 # Keys that hold paths.
@@ -50,8 +50,12 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The config with `extends` and overrides merged, ~/ in paths expanded, and interpolations unresolved.
 
     An override is "dotted.key=value", or "~key" to remove a key. Text for a component's key sets its `_component_`.
+    torchtune's own training configs get LayerSkip's default sections.
     """
-    cfg = _load_chain(find_config(name), ())
+    file = find_config(name)
+    cfg = _load_chain(file, ())
+    if "optimizer" in cfg and file in torchtune_configs().values():
+        cfg = _with_layerskip(cfg, file, trains_draft=any(re.match("draft[.=]", override) for override in overrides))
     later: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -105,6 +109,25 @@ def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     ]
     contents = [*(_load_chain(file, (*seen, path)) for file in files), own]
     return reduce(lambda merged, later: _merge(_without_other_datasets(merged, later), later), contents)
+
+
+def _with_layerskip(cfg: dict[str, Any], file: Path, trains_draft: bool) -> dict[str, Any]:
+    """torchtune's training config with LayerSkip's sections, an optimizer that moves bf16 weights without bitsandbytes,
+    and Hugging Face's format."""
+    from torchtune.utils import get_logger  # slow, and other configs do not need it
+
+    optimizer, checkpointer = (str(cfg.get(key, {}).get("_component_")) for key in ("optimizer", "checkpointer"))
+    bases = [] if trains_draft else ["_layerskip"]
+    if optimizer.startswith("bitsandbytes."):
+        bases.append("_adamw_8bit")
+    elif optimizer == "torch.optim.AdamW" and "lora_attn_modules" not in cfg.get("model", {}):
+        bases.append("_adamw")
+    if checkpointer.endswith(".FullModelMetaCheckpointer"):
+        bases.append("_llama3_8B_checkpoint")
+    contents = [_load_chain(find_config(base), ()) for base in bases]
+    added = ", ".join(f"{key}={value}" for content in contents for key, value in content.items())
+    get_logger("INFO").info(f"Added to torchtune's {file.parent.name}/{file.stem}, or replaced in it: {added}.")
+    return reduce(_merge, contents, cfg)
 
 
 def _without_other_datasets(base: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def torchtune_configs() -> dict[str, Path]:
     """torchtune's built-in configs by name. Some registered files are missing from its wheel."""
     torchtune = find_spec("torchtune")
     assert torchtune is not None and torchtune.origin is not None
-    package = Path(torchtune.origin).parent
+    package = Path(torchtune.origin).parent.resolve()
     # Running the registry takes a millisecond; importing torchtune takes seconds.
     recipes = runpy.run_path(str(package / "_recipe_registry.py"))["get_all_recipes"]()
     root = package.parent / "recipes" / "configs"
@@ -43,6 +43,13 @@ def find_config(name: str, relative_to: Path | None = None, key: str = "config")
     known = torchtune_configs() | our_configs()
     if name in known:
         return known[name]
+    theirs = name.removesuffix("_layerskip")
+    if theirs in known:
+        bases = f"[{theirs}, _layerskip{'' if 'lora' in theirs else ', _adamw'}]"
+        raise ConfigError(
+            f"{key}: {name!r} was removed. layerskip_finetune adds LayerSkip's sections to --config {theirs}; in a "
+            f"file, write extends: {bases}"
+        )
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise ConfigError(
         f"{key}: {name!r} is neither a file nor a config name."

@@ -113,8 +113,8 @@ class EarlyExitLossSection(Section):
     """Which exits have a loss at a step. `rotational`: every `interval`-th layer, moving by one layer at each step.
     `gradual`: from the last layer down, reaching all layers after half of the steps. null: all layers at each step. The
     last layer always has a loss."""
-    interval: Interval = 8
-    """R of the rotational curriculum."""
+    interval: Annotated[Interval, Auto()] = 8
+    """R of the rotational curriculum; null: 8, or half of the layers in models of more than 32."""
     layers: Annotated[Layers, Auto()] = ":"
     """The layers that may have a loss, such as ":", "0::4" or "8,12,16"; null: all of them with a curriculum, otherwise
     the layer at a seventh of the depth."""

@@ -1,6 +1,5 @@
 """From a config's name to a merged config: lookup, `extends`, overrides, and torchtune's own configs."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torchtune._recipe_registry import get_all_recipes
 
 from layerskip_recipes.cli.configs import validate
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
+from layerskip_recipes.config.names import torchtune_configs
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
@@ -44,6 +43,8 @@ def test_a_path_is_found_from_any_folder(name, base, tmp_path, monkeypatch):
     [
         ("quickstart/finetun", "'quickstart/finetun' .*Nearest: .*quickstart/finetune[,.]"),
         ("Quickstart/Generate", "'Quickstart/Generate' .*Nearest: .*quickstart/generate[,.]"),
+        ("llama3/8B_lora_layerskip", r".* --config llama3/8B_lora; .* extends: \[llama3/8B_lora, _layerskip\]$"),
+        ("llama3_2/3B_full_layerskip", r".* extends: \[llama3_2/3B_full, _layerskip, _adamw\]$"),
         ("llama3_2/1B_full_single_devce", ".*Nearest: .*llama3_2/1B_full_single_device[,.]"),
         ("/nonexistent/mine.yaml", ".*layerskip ls"),
         ("", ".*layerskip ls"),
@@ -261,30 +262,6 @@ def refusal(name: str, *overrides: str) -> str | None:
         assert OmegaConf.select(config, key) is not None, f"names no key of the config: {e}"
         return key
     return None
-
-
-def has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def finetune_configs() -> list[str]:
-    """Those that are not the base of one of ours, which test_family_configs.py validates, or that need bitsandbytes."""
-    kinds = ("full_finetune_single_device", "full_finetune_distributed")
-    names = of_recipes(*kinds, "lora_finetune_single_device", "lora_finetune_distributed")
-    ours = our_configs()
-    return [n for n in names if f"{n}_layerskip" not in ours or "bitsandbytes" in find_config(n).read_text()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", finetune_configs())
-def test_torchtunes_finetune_configs_validate(name):
-    """With nothing of theirs changed; without their weights, their GPUs, or bitsandbytes."""
-    key = refusal(name, "layer_dropout.prob=0.1", "early_exit_loss.scale=0.2")
-    if "vision" in name:
-        assert key.startswith("model" if has("torchvision") else ("tokenizer._component_", "model._component_"))
-    else:
-        needs = "bitsandbytes" in load_config(name).optimizer._component_
-        assert key == ("optimizer._component_" if needs and not has("bitsandbytes") else None)
 
 
 @pytest.mark.parametrize("name", of_recipes("generate"))
