@@ -80,9 +80,10 @@ def test_later_keys_win_along_a_chain_and_the_command_line_over_all(base):
 
 def test_interpolations_follow_what_is_merged_later(base):
     """The base's log folder hangs on its output_dir; the extending file and the command line move it."""
-    path = extend(base, output_dir="/moved", mine=3, batch_size="${mine}")
+    moved = str(Path(base).parent / "moved")
+    path = extend(base, output_dir=moved, mine=3, batch_size="${mine}")
     config = load_config(path, ["epochs=${batch_size}"])
-    assert (config.metric_logger.log_dir, config.batch_size, config.epochs) == ("/moved/logs", 3, 3)
+    assert (config.metric_logger.log_dir, config.batch_size, config.epochs) == (f"{moved}/logs", 3, 3)
     assert load_config(path, ["output_dir=/again"]).metric_logger.log_dir == "/again/logs"
     LayerSkipFinetune(load_config(path))  # a variable of the user's own is no unknown key
 
