@@ -41,6 +41,10 @@ Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value
 Layers = Annotated[str | int | Sequence[int], Field(examples=[":"])]  # see layer_strings.py
 
 
+# Removed keys, and what their error messages say.
+REMOVED = {"draft_quantizer": "replaced by draft_int8, since no other quantizer paid. Write draft_int8=true"}
+
+
 class Auto:
     """Annotation: the value may be null, and the recipe then chooses it (see choices.py)."""
 
@@ -186,7 +190,8 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tupl
             annotation, field = fields[part].annotation, fields[part]
         elif details["type"] == "extra_forbidden":
             key = _dotted(key, part)
-            return key, [f"{key}: unknown key. {nearest(str(part), fields)}"]
+            removed = REMOVED.get(part)
+            return key, [f"{key}: {removed or f'unknown key. {nearest(str(part), fields)}'}"]
         else:
             break
         key = _dotted(key, part)

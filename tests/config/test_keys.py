@@ -37,7 +37,7 @@ KEYS = {
         temperature tensor_parallel_dim tensor_parallel_plan tokenizer top_k top_p
     """,
     "SelfSpeculation": """
-        draft draft_quantizer draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
+        draft draft_int8 draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
     """,
     "Comparison": """
         compare

@@ -308,4 +308,4 @@ def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     names = ("exit_layer", "num_speculations", "min_confidence", "prompt_lookup", "draft_vocabulary")
     assert [getattr(ours, name) for name in names] == [getattr(command, name) for name in names]
     int8 = any("Int8" in type(parameter).__name__ for parameter in ours.drafter.parameters())
-    assert int8 == (command.draft_quantizer is not None) == compile
+    assert int8 == command.draft_int8 == compile
