@@ -28,7 +28,7 @@ KEYS = {
         chunk_tokens curriculum interval layers scale scale_fn
     """,
     "DraftSection": """
-        chunk_tokens exit_layer finetune_model keep_states kind own_text own_text_temperature vocabulary
+        chunk_tokens exit_layer finetune_model kind vocabulary
     """,
     "GenerateConfig": """
         batch_size benchmark checkpointer compile data_dir device dtype exit_layer float32_matmul_precision log_level

@@ -275,8 +275,6 @@ def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("draft.own_text=0.5", "draft.own_text: 0.5 needs a frozen model. Set draft.own_text=0 or "),
-        ("draft.keep_states=true", "draft.keep_states: True needs a frozen model. Set draft.keep_states=false or "),
         ("early_exit_loss={scale: 0.1}", "early_exit_loss: does not go with draft. Set "),
         ("checkpointer.checkpoint_files=[]", "draft: copies layers of a trained model, and this one has no weights"),
     ],
