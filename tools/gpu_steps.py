@@ -256,13 +256,12 @@ def count_launches(place: Place, recipe: LayerSkipBenchmark, methods: Mapping[st
 def decode(place: Place, shape: str) -> None:
     """Batch size 1: plain decoding, several drafts and transformers, at three prompt lengths."""
     depth, some = place.shape(shape)["num_hidden_layers"], 64 if place.tiny else 4096
-    int8 = {"draft_quantizer": {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}}
     early = {"exit_layer": depth // 8, "num_speculations": 6}
     variants = {
         f"exit {depth // 4}, 4 drafts": {"exit_layer": depth // 4, "num_speculations": 4},
         f"exit {depth // 8}, 6 drafts": early,
         f"exit {depth // 8}, 6 drafts of {some} tokens": early | {"draft_vocabulary": some},
-        f"exit {depth // 8}, 6 int8 drafts of {some} tokens": early | {"draft_vocabulary": some} | int8,
+        f"exit {depth // 8}, 6 int8 drafts of {some} tokens": early | {"draft_vocabulary": some, "draft_int8": True},
     }
     lengths = (16, 40) if place.tiny else (512, 2048, 8192)
     recipe = make_benchmark(place, shape, max(lengths), 1, variants)

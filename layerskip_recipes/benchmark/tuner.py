@@ -32,7 +32,7 @@ from layerskip_recipes.config.names import find_config, our_configs, torchtune_c
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8, LOOKUP
+from layerskip_recipes.generation.drafting.chosen import CHOSEN, LOOKUP
 from layerskip_recipes.generation.drafting.plan import (
     Costs,
     Prediction,
@@ -202,7 +202,7 @@ class Tuner:
     def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:
         way, num_tokens = prediction.way, prediction.way.vocabulary
         keys: dict[str, Any] = {"num_speculations": prediction.num_speculations, "prompt_lookup": lookup}
-        keys["draft_quantizer"] = INT8 if way.int8 else None
+        keys["draft_int8"] = way.int8
         keys["min_confidence"] = MIN_CONFIDENCE if way.ends else 0.0
         if way.own_layers is not None:
             assert self.cfg.tuned_draft is not None

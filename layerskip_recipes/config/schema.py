@@ -39,6 +39,14 @@ DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda|mps|xpu)(:\d+)?$", exampl
 # null means false, as in torchtune
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
 Layers = Annotated[str | int | Sequence[int], Field(examples=[":"])]  # see layer_strings.py
+_OWN_TEXT = "removed. Generate text with the model first, and train on that file: see docs/training.md"
+# What the error messages of removed keys say.
+REMOVED = {
+    "draft_quantizer": "replaced by draft_int8, since no other quantizer paid. Write draft_int8=true",
+    "own_text": _OWN_TEXT,
+    "own_text_temperature": _OWN_TEXT,
+    "keep_states": "removed. Leave it out: each epoch runs the model again",
+}
 
 
 class Auto:
@@ -186,7 +194,8 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tupl
             annotation, field = fields[part].annotation, fields[part]
         elif details["type"] == "extra_forbidden":
             key = _dotted(key, part)
-            return key, [f"{key}: unknown key. {nearest(str(part), fields)}"]
+            removed = REMOVED.get(part)
+            return key, [f"{key}: {removed or f'unknown key. {nearest(str(part), fields)}'}"]
         else:
             break
         key = _dotted(key, part)

@@ -52,7 +52,7 @@ def qa_dataset(
     Args:
         tokenizer: the model's.
         path: a .jsonl or .jsonl.gz file.
-        question: the field of a line that holds the question.
+        question: the field of a line that holds the question as text, or as {"user": text, "system": text}.
         answer: the field that holds the answer.
         count: read only this number of lines. None: all.
 
@@ -61,15 +61,17 @@ def qa_dataset(
     """
     examples = []
     for number, line in read_json_lines(path, "path").items():
-        for field in (question, answer):
-            text = line.get(field)
-            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text) or not (text or field == answer):
-                given = f"{field} is {text!r:.60}" if field in line else f"no field {field}, but {', '.join(line)}"
+        asked = line.get(question)
+        is_chat = isinstance(asked, dict) and {"user"} <= asked.keys() <= {"user", "system"}
+        turns = asked if is_chat else {"user": asked}
+        for name, text in [*((question, text) for text in turns.values()), (answer, line.get(answer))]:
+            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text) or not (text or name == answer):
+                given = f"{name} is {line[name]!r:.60}" if name in line else f"no field {name}, but {', '.join(line)}"
                 raise ConfigError(
                     f"path: {path!r} line {number}: {given}. Allowed: a question and an answer as text in UTF-8, for "
                     f'example {{"{question}": "wake me at 7", "{answer}": "alarm 07:00"}}'
                 )
-        examples.append({"prompt": {"user": line[question]}, "response": line[answer]})
+        examples.append({"prompt": turns, "response": line[answer]})
     if not examples:
         raise ConfigError(f"path: {path!r} holds no lines. Give a file with a JSON object on each line")
     return ReplyDataset(tokenizer, examples[:count])

@@ -99,7 +99,7 @@ class EvalConfig(RecipeConfig):
         if self.quantizer is not None and self.self_speculation is not None and self.self_speculation.draft is not None:
             yield (
                 "self_speculation.draft: it was trained for unquantised weights, and layerskip_eval quantises them "
-                "before reading the draft. Set quantizer=null; draft_quantizer quantises the draft"
+                "before reading the draft. Set quantizer=null; draft_int8=true quantises the draft"
             )
         if self.compare and self.self_speculation is not None and self.self_speculation.draft is not None:
             yield "self_speculation.draft: it was trained for one checkpoint. Set compare=null"

@@ -340,9 +340,6 @@ class FinetuneConfig(RecipeConfig):
             if getattr(self, key) is not None:
                 yield f"{key}: does not go with draft. Set {key}=null"
         trains = self.draft.finetune_model
-        for key, off in (("own_text", "0"), ("keep_states", "false")):
-            if trains and (value := getattr(self.draft, key)):
-                yield f"draft.{key}: {value} needs a frozen model. Set draft.{key}={off} or draft.finetune_model=false"
         if not trains and (smoothing := getattr(self.loss.build(), "label_smoothing", 0)):
             yield f"loss.label_smoothing: {smoothing} does nothing with draft, which learns no labels. Set it to 0"
         if getattr(self.meta_model, "layer_dropout", None) is not None:

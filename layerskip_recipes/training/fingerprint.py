@@ -26,7 +26,7 @@ SAME_KEYS = {
     *("model", "dtype", "compute_dtype", "dataset", "collate_fn", "shuffle"),
     *("layer_dropout", "early_exit_loss", "draft", "loss", "optimizer_in_bwd"),
 }
-FREE_SETTINGS = ("chunk_tokens", "keep_states", "num_output_chunks")
+FREE_SETTINGS = ("chunk_tokens", "num_output_chunks")
 STEPS = "steps of the run"
 MOST_SAMPLES = 512  # whose tokens are hashed
 
@@ -51,8 +51,6 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
     fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
     fingerprint["samples in the dataset"] = data.num_samples
     fingerprint["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
-    if cfg.draft is not None and cfg.draft.own_text:  # which replaces whole micro-batches
-        fingerprint["gradient_accumulation_steps"] = cfg.gradient_accumulation_steps
     fingerprint["steps in an epoch"] = data.steps_per_epoch
     fingerprint[STEPS] = data.total_steps
     hashed = _samples_hash(data, labels_only="strftime_now" in template) if is_rank_zero() else None

@@ -82,12 +82,9 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
         "ranks. Allowed: 1; for example data_parallel_replicate_dim=1": replicate > 1 and packs_weights(cfg.model),
         "fsdp_cpu_offload: True needs device=cuda and several processes to shard over (besides those of "
         "tensor_parallel_dim); fsdp_cpu_offload=false": cfg.fsdp_cpu_offload and (left == 1 or cfg.device == "cpu"),
-        "draft.own_text: does not go with fsdp_cpu_offload, as generation needs the weights on the device. Set "
-        "draft.own_text=0 or fsdp_cpu_offload=false": draft and draft.own_text and cfg.fsdp_cpu_offload,
     }
     if processes > 1:
         mistakes |= {
-            "draft.keep_states: True works with one process. Set draft.keep_states=false": draft and draft.keep_states,
             "optimizer_in_bwd: True works with one process if draft.kind is adapter, whose layers run twice in a step. "
             "Set optimizer_in_bwd=false": draft and draft.kind == "adapter" and cfg.optimizer_in_bwd,
             f"optimizer: {cfg.optimizer.path} works with one process: torch cannot gather its 8- or 4-bit state for a "

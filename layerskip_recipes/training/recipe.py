@@ -44,9 +44,7 @@ from layerskip_recipes.training.checkpoints import (
     restore_random_state,
 )
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss
-from layerskip_recipes.training.draft.own_text import OwnText
 from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
@@ -138,7 +136,6 @@ class LayerSkipFinetune:
         limit_samples([*cfg.dataset, *(cfg.dataset_val or [])], tokenizer, cfg.meta_model)
         self.data = TrainingData(cfg, tokenizer, self.device, self.mesh, self.seed)
         self.cfg = cfg = self.data.cfg
-        self.stop_tokens = list(getattr(tokenizer, "stop_tokens", []))
         self.validation = Validation(cfg, tokenizer, self.device, self.mesh)
         num_tokens = cfg.meta_model.tok_embeddings.num_embeddings
         self.draft_statistics = DraftStatistics(self.validation, self.data, self.mesh, self.device, num_tokens)
@@ -155,7 +152,6 @@ class LayerSkipFinetune:
         if weights is None:
             log.info("No weights given: training from scratch.")
         self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
-        self.own_text: OwnText | None = None
         self.base: dict[str, Any] = {}  # "base" of the draft's layerskip.json; empty unless the model is frozen
         self.learner: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
@@ -167,11 +163,7 @@ class LayerSkipFinetune:
                 self.learner = nn.ModuleDict({"model": self.model, "draft": self.draft})
             if cfg.draft.vocabulary is not None:
                 self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
-            kept = KeptStates(self.output_dir) if cfg.draft.keep_states else None
-            self.loss = DraftLoss(cfg.draft, self.draft, kept, model_loss)
-            if cfg.draft.own_text:
-                resumes = self.checkpoints.resumed_from is not None
-                self.own_text = OwnText(cfg.draft, self.data, self.stop_tokens, self.output_dir, resumes)
+            self.loss = DraftLoss(cfg.draft, self.draft, model_loss)
         self.model.layer_dropout = dropout = cfg.build_layer_dropout() or self.model.layer_dropout
         if dropout is not None:
             if "seed" not in (cfg.model.get("layer_dropout") or ()):  # an argument of `layerskip_decoder`
@@ -277,11 +269,8 @@ class LayerSkipFinetune:
         now: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps}
         if self.cfg.early_exit_loss is not None:
             now["head_rows"] = self.draft_statistics.label_rows()
-        for part in range(self.cfg.gradient_accumulation_steps):
+        for _ in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
-            if self.own_text is not None:
-                number = self.step % self.data.steps_per_epoch * self.cfg.gradient_accumulation_steps + part
-                batch = self.own_text.batch(number, self.model) or batch
             count, loss, exits = self._forward(batch, now)
             # An optimizer in backward steps at once, so weight its only micro-batch by this rank's share of the labels
             # times the number of ranks: FSDP averages gradients over ranks.
@@ -350,8 +339,7 @@ class LayerSkipFinetune:
         return labels > 0
 
     def _samples(self) -> str:
-        own = "" if self.own_text is None else ", or in the model's own text that replaced some of them"
-        return f"samples {self.data.samples(self.step)} of the dataset{own}"
+        return f"samples {self.data.samples(self.step)} of the dataset"
 
     def _validate(self) -> None:
         if self.validation.on:

@@ -64,7 +64,7 @@ def test_whatever_a_config_says_of_drafts():
     """Batches, sampling, draft vocabulary, int8; look-ups only choose between such rounds. Files go to report_dir."""
     drafts = {
         "draft_vocabulary": 64,
-        "draft_quantizer._component_": "torchao.quantization.Int8WeightOnlyConfig",
+        "draft_int8": "true",
         "num_speculations": 2,
     }
     settings = [f"self_speculation.{key}={value}" for key, value in drafts.items()]

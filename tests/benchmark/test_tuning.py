@@ -28,7 +28,7 @@ from layerskip_recipes.benchmark.tuner import (
 )
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import CHOSEN, INT8
+from layerskip_recipes.generation.drafting.chosen import CHOSEN
 from layerskip_recipes.generation.drafting.plan import Costs, Round, StepCost, Way, ranked
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all
 from layerskip_recipes.generation.stats import GenerationStats
@@ -132,7 +132,7 @@ def tuning_config(folder, checkpoint, extends, **changes):
     return BenchmarkConfig.load(load_config(str(benchmark_config(folder, checkpoint, **settings))))
 
 
-CHOICE = SelfSpeculation(exit_layer=3, num_speculations=5, draft_vocabulary=64, draft_quantizer=INT8)
+CHOICE = SelfSpeculation(exit_layer=3, num_speculations=5, draft_vocabulary=64, draft_int8=True)
 
 
 @pytest.mark.parametrize("best", [CHOICE, SelfSpeculation(exit_layer=1, num_speculations=2), None])
@@ -144,7 +144,7 @@ def test_the_config_has_what_differs_from_the_users(best, tmp_path, tokenizer_fo
         "compile": True,
         "top_p": 0.5,
         "repetition_penalty": 1.5,
-        "quantizer": dict(INT8.section),
+        "quantizer": {"_component_": "torchao.quantization.Int8WeightOnlyConfig"},
     }
     generate_config(tmp_path, checkpoint, **theirs, self_speculation={"exit_layer": 2, "prompt_lookup": 3})
     monkeypatch.chdir(tmp_path)  # a relative path
@@ -260,7 +260,7 @@ def test_drafts_with_the_same_weights_share_them():
     """Only one int8 copy for all lengths of an exit."""
     model = make_model()
     sections = {
-        f"{exit_layer}_{length}": SelfSpeculation(exit_layer=exit_layer, num_speculations=length, draft_quantizer=INT8)
+        f"{exit_layer}_{length}": SelfSpeculation(exit_layer=exit_layer, num_speculations=length, draft_int8=True)
         for exit_layer in (1, 2)
         for length in (2, 4)
     }

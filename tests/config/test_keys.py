@@ -28,7 +28,7 @@ KEYS = {
         chunk_tokens curriculum interval layers scale scale_fn
     """,
     "DraftSection": """
-        chunk_tokens exit_layer finetune_model keep_states kind own_text own_text_temperature vocabulary
+        chunk_tokens exit_layer finetune_model kind vocabulary
     """,
     "GenerateConfig": """
         batch_size benchmark checkpointer compile data_dir device dtype exit_layer float32_matmul_precision log_level
@@ -37,7 +37,7 @@ KEYS = {
         temperature tensor_parallel_dim tensor_parallel_plan tokenizer top_k top_p
     """,
     "SelfSpeculation": """
-        draft draft_quantizer draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
+        draft draft_int8 draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
     """,
     "Comparison": """
         compare

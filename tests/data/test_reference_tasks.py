@@ -176,6 +176,9 @@ def test_questions_and_answers_of_any_text():
     assert qa_dataset(None, other, question="q", answer="a", count=2).examples == [
         {"prompt": {"user": f"question {i}?"}, "response": f"answer {i}"} for i in (1, 2)
     ]
+    asked = {"user": "who?", "system": "Be brief."}
+    chat = write_lines("answers.jsonl", [{"index": 0, "prompt": asked, "text": "me", "tokens": 1}])
+    assert qa_dataset(None, chat, "prompt", "text").examples == [{"prompt": asked, "response": "me"}]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +188,8 @@ def test_questions_and_answers_of_any_text():
         ('{"input": "a", "output": 7}', "line 3: output is 7."),
         ('{"input": "a", "output": ["b"]}', "line 3: output is ['b']."),
         ('{"input": "", "output": "b"}', "line 3: input is ''."),
+        ('{"input": {"user": ""}, "output": "b"}', "line 3: input is {'user': ''}."),
+        ('{"input": {"usr": "a"}, "output": "b"}', "line 3: input is {'usr': 'a'}."),
         ('{"question": "a", "answer": "b"}', "line 3: no field input, but question, answer."),
         ('{"input": "a", "output": "\\ud800"}', "line 3: output is '\\ud800'."),
         ('["a", "b"]', 'line 3: \'["a", "b"]\' is no JSON object'),

@@ -13,7 +13,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.generation.drafting.chosen import INT8, choose_drafts, compiling_pays
+from layerskip_recipes.generation.drafting.chosen import choose_drafts, compiling_pays
 from layerskip_recipes.generation.drafting.plan import Way, estimated_costs, measured_rounds
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
@@ -92,7 +92,7 @@ def test_the_choice_is_the_best_of_all(tmp_path, precisions):
     found = choose(described(tmp_path, exits), int8=1 in precisions)
     assert (found.section.exit_layer, found.section.num_speculations) == (e, d)
     assert found.section.draft_vocabulary == (None if name == "all" else list(range(10, 10 + int(name))))
-    assert found.section.draft_quantizer == (INT8 if itemsize == 1 else None)
+    assert found.section.draft_int8 == (itemsize == 1)
     assert found.speedup == pytest.approx(speedup, rel=1e-6) and speedup > 1.8
     assert f"exit {e}, " in found.why and f"{d} drafted tokens" in found.why and f"{speedup:.2f}x" in found.why
 
@@ -191,8 +191,8 @@ def test_the_whole_model_as_the_exit(tmp_path):
     folder = described(tmp_path, {6: TASK})
     found = choose(folder, given={"exit_layer": 30, "prompt_lookup": 2})
     assert found.section == SelfSpeculation(exit_layer=30, prompt_lookup=2) and found.why is None
-    found = choose(folder, given={"exit_layer": 30, "draft_quantizer": INT8})
-    assert found.section.draft_quantizer == INT8 and found.section.prompt_lookup is None
+    found = choose(folder, given={"exit_layer": 30, "draft_int8": True})
+    assert found.section.draft_int8 and found.section.prompt_lookup is None
 
 
 def test_a_trained_exit_that_nobody_measured(tmp_path):
@@ -210,8 +210,8 @@ def test_a_trained_exit_that_nobody_measured(tmp_path):
         {"draft_vocabulary": None},
         {"draft_vocabulary": 600},
         {"draft_vocabulary": [5, 6, 7]},
-        {"draft_quantizer": None},
-        {"exit_layer": 12, "num_speculations": 3, "draft_vocabulary": None, "draft_quantizer": None},
+        {"draft_int8": False},
+        {"exit_layer": 12, "num_speculations": 3, "draft_vocabulary": None, "draft_int8": False},
     ],
 )
 def test_keys_that_are_given_stay(tmp_path, given):
@@ -225,7 +225,7 @@ def test_keys_that_are_given_stay(tmp_path, given):
 
 def test_a_head_that_cannot_be_cut(tmp_path):
     found = choose(described(tmp_path, {6: TASK}), plain_head=False, int8=False).section
-    assert found.draft_vocabulary is None and found.draft_quantizer is None
+    assert found.draft_vocabulary is None and not found.draft_int8
 
 
 @pytest.mark.parametrize(("kind", "exit_layer", "layers"), [("copy", 3, 3), ("adapter", 6, 1)])
@@ -253,7 +253,7 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
         return greedy[d - 1] * plain / (d * (own + below) + plain * (1 + share * d) + 2e-4)
 
     best = max(range(1, 9), key=speedup)
-    chosen = {"num_speculations": best, "draft_quantizer": INT8, "prompt_lookup": 3}
+    chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 3}
     assert found.section == SelfSpeculation(draft=str(tmp_path), **chosen)
     assert found.speedup == pytest.approx(speedup(best), rel=1e-4)
 
@@ -299,7 +299,7 @@ def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder, caplog):
     recipe, report = run("benchmark.compare=true")
     assert recipe.section.exit_layer == 1 and recipe.section.num_speculations > 3 and not recipe.compile
     assert report["exit_layer"] == 1 and report["drafted"] > 0 and report["identical"] is True
-    assert recipe.section.draft_quantizer is None  # eager
+    assert not recipe.section.draft_int8  # eager
     assert run("batch_size=8")[0].section == recipe.section  # one prompt makes no batch
     recipe, report = run("self_speculation.num_speculations=2")
     assert report["num_speculations"] == 2 and report["exit_layer"] == 1

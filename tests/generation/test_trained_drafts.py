@@ -170,18 +170,18 @@ def generated(path, *overrides):
 @pytest.mark.parametrize(
     ("kind", "dtype", "of_draft", "of_model"),
     [
-        ("copy", "fp32", None, None),
-        ("copy", "fp32", INT8, INT8),
-        ("adapter", "fp32", INT8, None),
-        ("adapter", "bf16", None, None),
-        ("adapter", "fp32", None, INT8),
-        ("adapter", "fp32", INT8, INT8),
+        ("copy", "fp32", False, None),
+        ("copy", "fp32", True, INT8),
+        ("adapter", "fp32", True, None),
+        ("adapter", "bf16", False, None),
+        ("adapter", "fp32", False, INT8),
+        ("adapter", "fp32", True, INT8),
     ],
     ids=["copy", "copy, int8", "adapter, int8 draft", "adapter, bf16", "adapter, int8 model", "adapter, int8"],
 )
 def test_a_folder_drafts(kind, dtype, of_draft, of_model, folders, tmp_path):
     """The text is the one without drafts; the report has the draft's exit."""
-    section = {"draft": str(folders / kind), "num_speculations": 3, "draft_quantizer": of_draft}
+    section = {"draft": str(folders / kind), "num_speculations": 3, "draft_int8": of_draft}
     changes = {"self_speculation": section, "quantizer": of_model, "dtype": dtype, "benchmark": {"compare": True}}
     report = generated(generate_config(tmp_path, folders / "base", **changes))
     assert report["exit_layer"] == 2 and report["num_speculations"] == 3
@@ -210,8 +210,8 @@ def test_the_memory_that_a_draft_takes(kind, folders, tmp_path):
     layers = sum(p.numel() for p in model.layers[:own].parameters())
     for changes, expected in (
         ({}, 4 * layers),
-        ({"draft_quantizer": INT8}, 5 * layers + head),
-        ({"draft_quantizer": INT8, "draft_vocabulary": [3, 5]}, 5 * layers + 4 * 2 * 32),
+        ({"draft_int8": True}, 5 * layers + head),
+        ({"draft_int8": True, "draft_vocabulary": [3, 5]}, 5 * layers + 4 * 2 * 32),
     ):
         section = SelfSpeculation(**{"draft": str(folders / kind), "num_speculations": 2, **changes})
         section = section.with_vocabulary(model, [])
@@ -303,6 +303,6 @@ def test_a_draft_of_some_tokens_needs_rows_of_the_head(folders, tmp_path):
         some = SelfSpeculation(draft=str((tmp_path if name == "draft" else folders) / name), num_speculations=2)
         with pytest.raises(ConfigError, match=r"^self_speculation\.draft: does not go with tensor parallelism, "):
             some.check_against(untied, parallel=2)
-    own = SelfSpeculation(exit_layer=1, draft_quantizer=int8)
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_quantizer: has no effect with quantizer"):
+    own = SelfSpeculation(exit_layer=1, draft_int8=True)
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_int8: True has no effect with quantizer"):
         own.check_against(SimpleNamespace(output=untied, check_exit=lambda *_: None), quantizer=int8)

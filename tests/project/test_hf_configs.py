@@ -88,10 +88,14 @@ def test_an_untrained_model_is_decoded_without_drafts(models):
 
 
 def test_a_draft_for_a_model_that_stays_as_it_is(models, tmp_path, caplog):
-    """Trained on data and on the model's own text; a generation says what the model says without it."""
+    """Trained on answers that the model wrote first; a generation says what the model says without it."""
     model = [f"model_dir={models['qwen3']}", "device=cpu"]
-    train("hf/draft", *model, f"output_dir={tmp_path}", *TRAINING, "draft.own_text=0.5")
-    assert (tmp_path / "own_text.jsonl").is_file()
+    asked, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": {"user": f"say {i}"}}) + "\n" for i in range(8)))
+    files = [f"prompt_file={asked}", f"output_file={answers}"]
+    generated(*model, *files, "batch_size=8", "temperature=0.7", "seed=1")
+    dataset = f"_component_: layerskip_recipes.tasks.qa_dataset, path: {answers}, question: prompt, answer: text"
+    train("hf/draft", *model, f"output_dir={tmp_path}", *TRAINING, f"dataset={{{dataset}}}")
     draft = [f"self_speculation.draft={tmp_path}/epoch_0", "self_speculation.num_speculations=3"]
     report = generated(*model, "benchmark.compare=true", *draft)
     assert "without drafts" not in caplog.text

@@ -100,6 +100,7 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     (folder / "my_data").mkdir()
     for name in ("train", "test"):
         (folder / "my_data" / f"{name}.jsonl").write_text('{"input": "wake me", "output": "07:00"}\n' * 8)
+    (folder / "prompts.jsonl").write_text('{"prompt": {"user": "wake me"}}\n' * 4)
     for name in ("qa/benchmark", "benchmark", "benchmark_8b"):
         (folder / name).mkdir()
         (folder / name / "tuned.yaml").write_text(f"{FIRST_LINE}a test\nextends: hf/generate\nmodel_dir: {model}\n")
@@ -224,8 +225,9 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "model.lora.quantize_base": False,  # the tiny model's matrices are too small for 4 bits
         }
         changes |= {key: value for key, value in smaller.items() if OmegaConf.select(cfg, key) is not None}
-        if cfg.get("data_dir") is not None:  # the workplace has its files
-            del changes["dataset"], changes["dataset_val"]
+        of_command = OmegaConf.select(cfg, "dataset.path") == "answers.jsonl"  # written by the command before
+        if cfg.get("data_dir") is not None or of_command:  # the workplace has its files
+            changes.pop("dataset"), changes.pop("dataset_val", None)
         return changes | (
             {"output_dir": str(folder / "trained_draft")}
             if cfg.get("draft") is not None and not cfg.draft.get("finetune_model")

@@ -3,13 +3,12 @@
 import json
 import shutil
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.configs import MODEL, start_section
-from helpers.resuming import keep_only, resumed, same_tensors
+from helpers.resuming import resumed, same_tensors
 from helpers.speculation import run
 from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, losses, read_log, train
@@ -25,13 +24,8 @@ from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
 from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
-from layerskip_recipes.training.draft.own_text import OwnText
-from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.model_setup import fresh_draft
-from layerskip_recipes.training.parallel import Mesh
-from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 SECTIONS = {
     "copy": {"kind": "copy", "exit_layer": 2},
@@ -205,122 +199,6 @@ def test_resume_goes_on_with_the_same_model(checkpoint, tmp_path, draft_config):
         resumed(path, "epoch_0")
 
 
-def test_own_text_fits_the_model_and_the_memory(tmp_path, tokenizer_folder, monkeypatch):
-    """Texts begin with at most half of a sample, and are written a few at a time where memory is short."""
-    model = make_tiny()
-    texts = [
-        {"tokens": [*range(1, 21)], "labels": [-100] * 16 + [17, 18, 19, 20]},
-        {"tokens": [3] * 8, "labels": [3] * 8},
-    ]
-    data = SimpleNamespace(dataset=texts, num_samples=2, batch_size=2, seed=1, mesh=Mesh())
-    written = []
-    for name, memory in {"much": 2**40, "little": 1}.items():
-        monkeypatch.setattr(
-            "layerskip_recipes.training.draft.own_text.free_memory", lambda device, memory=memory: memory
-        )
-        section = DraftSection(exit_layer=1, own_text=1.0, own_text_temperature=0.0)
-        own = OwnText(section, data, [], tmp_path / name, resumes=False)
-        own.batch(0, layerskip_decoder(model))
-        written.append(own.texts)
-    assert {(text["prompt"], len(text["tokens"])) for text in own.texts} == {(10, 20), (2, 12)}
-    assert written[0] == written[1]
-
-
-def test_own_text_leaves_compiled_layers_alone(tmp_path):
-    """Its growing masks would exhaust dynamo's recompilations, and training would then run eagerly."""
-    model, compiled = layerskip_decoder(make_tiny()), []
-    for layer in model.layers:
-        layer.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
-    data = SimpleNamespace(
-        dataset=[{"tokens": [3] * 8, "labels": [3] * 8}], num_samples=1, batch_size=2, seed=1, mesh=Mesh()
-    )
-    section = DraftSection(exit_layer=1, own_text=1.0)
-    OwnText(section, data, [], tmp_path, resumes=False).batch(0, model)
-    assert not compiled
-    model(torch.tensor([[1, 2, 3]]))
-    assert compiled
-
-
-def test_own_text_is_the_models_and_kept(tmp_path, draft_config):
-    """Every second batch is greedy text of the model after a quarter of a sample; a resumed run reads it again."""
-    section = SECTIONS["copy"] | {"own_text": 0.5, "own_text_temperature": 0.0}
-    path = draft_config(draft=section, epochs=2, save_every_n_steps=1)
-    recipe, out = train(path), tmp_path / "out"
-    lines = [json.loads(line) for line in (out / "own_text.jsonl").read_text().splitlines()]
-    assert len(lines) == 64
-    for line in lines[:2]:
-        tokens, prompt = line["tokens"], line["prompt"]
-        assert prompt == len(tokens) // 4
-        with torch.no_grad():
-            said = recipe.model(torch.tensor([tokens]))[0].argmax(-1).tolist()
-        assert tokens[prompt:] == said[prompt - 1 : -1]
-    batch = recipe.own_text.batch(1, recipe.model)
-    assert batch["tokens"].tolist() == [line["tokens"] for line in lines[:2]]
-    assert [row.index(next(t for t in row if t != -100)) for row in batch["labels"].tolist()] == [16, 16]
-    assert recipe.own_text.batch(0, recipe.model) is None
-
-    whole = losses(out)
-    again = keep_only(out, "epoch_0", tmp_path / "again")
-    (again / "own_text.jsonl").write_text((out / "own_text.jsonl").read_text()[:-9])  # as of a killed run
-    train(path, f"output_dir={again}", "resume_from_checkpoint=true")
-    assert losses(again) == {step: whole[step] for step in (3, 4)}
-
-    # It replaces whole micro-batches, so they must be as large as before.
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps was 1 and is 2 now"):
-        train(path, "resume_from_checkpoint=true", "batch_size=1", "gradient_accumulation_steps=2")
-
-
-def test_states_are_kept_by_text(tmp_path):
-    """In bf16, and 0 behind the last counted label. Other batches and other padding find the same rows again."""
-    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 9], [1, 2, 3, 4]])
-    counted = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
-    packs = {"input_pos": torch.tensor([[0, 1, 0, 1]] * 3), "mask": "of the packs"}
-    kept, calls = KeptStates(tmp_path / "new"), []
-
-    def compute(rows):
-        calls.append(rows)
-        x = torch.stack([torch.stack([tokens[row] + i / 7 for i in range(4)], -1) for row in rows])
-        return x, -x
-
-    x, last = kept.states(tokens, counted, compute, packs)
-    exact = torch.stack([tokens + i / 7 for i in range(4)], -1)
-    there = torch.arange(4)[None, :, None] < torch.tensor([3, 2, 0])[:, None, None]
-    torch.testing.assert_close(x, torch.where(there, exact, 0.0), rtol=2**-8, atol=0)
-    torch.testing.assert_close(last, -x, rtol=0, atol=0)
-    order = [1, 2, 0]
-    wide, more, places = (F.pad(values[order], (0, 2)) for values in (tokens, counted, packs["input_pos"]))
-    again, _ = kept.states(wide, more, compute, packs | {"input_pos": places})
-    assert calls == [[0, 1, 2]] and torch.equal(again[:, :4], x[order])
-    kept.states(tokens, counted, compute, packs | {"input_pos": torch.arange(4).expand(3, 4)})
-    assert calls[1:] == [[0]]  # as one text, its tokens have other states
-    with pytest.raises(ConfigError, match=r"^draft\.keep_states: True knows texts by tokens and positions"):
-        kept.states(tokens, counted, compute, {"mask": "of somebody's own"})
-
-
-@pytest.mark.parametrize("kind", SECTIONS)
-def test_kept_states_spare_the_model_further_epochs(kind, tmp_path, draft_config, monkeypatch):
-    """Later epochs run the draft only, and a resumed run computes the states anew. Losses differ by rounding."""
-    path = draft_config(draft=SECTIONS[kind] | {"own_text": 0.5}, epochs=3, shuffle=True)
-    train(path)
-    plain = losses(tmp_path / "out")
-    kept = tmp_path / "kept"
-    rows = []
-    monkeypatch.setattr(DraftStatistics, "measure", lambda *a, **k: None)  # which runs the model too
-    forward = Draft.teacher_states
-    monkeypatch.setattr(Draft, "teacher_states", lambda *a, **k: rows.append(len(a[2])) or forward(*a, **k))
-    recipe = train(path, f"output_dir={kept}", "draft.keep_states=true")
-    assert sum(rows) == len(recipe.loss.kept.places) <= recipe.data.num_samples + 2
-    assert {step: pytest.approx(value, rel=2e-2) for step, value in losses(kept).items()} == plain
-    names = [{file.name for file in folder.iterdir() if file.is_file()} for folder in (kept, tmp_path / "out")]
-    assert names[0] == names[1]
-    again = keep_only(kept, "epoch_1", tmp_path / "again")
-    (again / "own_text.jsonl").write_text((kept / "own_text.jsonl").read_text())
-    train(path, f"output_dir={again}", "draft.keep_states=true", "resume_from_checkpoint=true")
-    whole = losses(kept)
-    assert losses(again) == {step: pytest.approx(whole[step], rel=1e-4) for step in losses(again)}
-    assert len(losses(again)) == len(whole) // 3
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -331,6 +209,8 @@ def test_kept_states_spare_the_model_further_epochs(kind, tmp_path, draft_config
             "loss.label_smoothing: 0.1 does nothing with draft, ",
         ),
         ("checkpointer.checkpoint_files=[]", "draft: copies layers of a trained model, and this one has no weights"),
+        ("draft.keep_states=true", "draft.keep_states: removed. Leave it out"),
+        ("draft.own_text=0.25", "draft.own_text: removed. Generate text with the model first, and train on that file"),
         ("model.num_layers=1", "draft: needs a model of 2 layers or more, and this one has 1. Set draft=null"),
     ],
 )
@@ -344,20 +224,6 @@ def test_the_models_own_layer_dropout_is_refused_too(draft_config):
     model = {"_component_": "layerskip_recipes.layerskip_decoder", "base": MODEL, "layer_dropout": {"prob": 0.1}}
     with pytest.raises(ConfigError, match=r"^model\.layer_dropout: does not go with draft. "):
         train(draft_config(model=model))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["draft.keep_states=true"], "draft.keep_states: True works with one process. Set "),
-        (["draft.own_text=0.5", "fsdp_cpu_offload=true"], "draft.own_text: does not go with fsdp_cpu_offload, "),
-    ],
-)
-def test_settings_that_do_not_go_with_several_processes(overrides, message, draft_config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
-    with pytest.raises(ConfigError) as e:
-        LayerSkipFinetune(load_config(str(draft_config()), overrides))
-    assert message in str(e.value)
 
 
 def test_a_draft_is_found_beside_newer_shards(tmp_path):

@@ -275,8 +275,6 @@ def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("draft.own_text=0.5", "draft.own_text: 0.5 needs a frozen model. Set draft.own_text=0 or "),
-        ("draft.keep_states=true", "draft.keep_states: True needs a frozen model. Set draft.keep_states=false or "),
         ("early_exit_loss={scale: 0.1}", "early_exit_loss: does not go with draft. Set "),
         ("checkpointer.checkpoint_files=[]", "draft: copies layers of a trained model, and this one has no weights"),
     ],
@@ -308,4 +306,4 @@ def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     names = ("exit_layer", "num_speculations", "min_confidence", "prompt_lookup", "draft_vocabulary")
     assert [getattr(ours, name) for name in names] == [getattr(command, name) for name in names]
     int8 = any("Int8" in type(parameter).__name__ for parameter in ours.drafter.parameters())
-    assert int8 == (command.draft_quantizer is not None) == compile
+    assert int8 == command.draft_int8 == compile

@@ -54,9 +54,8 @@ class Choice:
         return self.step_s / max(self.speedup, 1.0)
 
 
-CHOSEN = ("exit_layer", "num_speculations", "min_confidence", "draft_vocabulary", "draft_quantizer", "prompt_lookup")
+CHOSEN = ("exit_layer", "num_speculations", "min_confidence", "draft_vocabulary", "draft_int8", "prompt_lookup")
 LOOKUP = 3  # tokens of prompt look-up
-INT8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"})
 COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # compile time of a first run
 
 
@@ -156,8 +155,8 @@ def choose_drafts(
         endings = [section.min_confidence > 0]
     rates = rates_of(ways, temperature, endings)
     precisions = [False, True] if int8 else [False]
-    if "draft_quantizer" in given:
-        precisions = [section.draft_quantizer is not None]
+    if "draft_int8" in given:
+        precisions = [section.draft_int8]
     lengths = [section.num_speculations] if "num_speculations" in given else None
     best = ranked(with_int8(rates, precisions), costs, lengths)[0]
 
@@ -183,7 +182,7 @@ def _without_exit(section: SelfSpeculation, why: str, costs: Costs) -> Choice:
     """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
     if section.prompt_lookup is None:
         return Choice(None, f"No drafts: {why}", costs.plain)
-    alone = {"exit_layer": costs.num_layers, "draft": None, "draft_vocabulary": None, "draft_quantizer": None}
+    alone = {"exit_layer": costs.num_layers, "draft": None, "draft_vocabulary": None, "draft_int8": False}
     said = f"Drafts: look-ups of the last {section.prompt_lookup} tokens alone, because {why}"
     return Choice(section.model_copy(update=alone), said, costs.plain)
 
@@ -206,7 +205,7 @@ def with_choice(
         "num_speculations": best.num_speculations,
         "min_confidence": MIN_CONFIDENCE if best.way.ends else 0.0,
         "draft_vocabulary": vocabulary[: best.way.vocabulary] if vocabulary else None,
-        "draft_quantizer": INT8 if best.way.int8 else None,
+        "draft_int8": best.way.int8,
         "prompt_lookup": lookup,
     }
     if section.draft is not None:  # its folder has exit and vocabulary

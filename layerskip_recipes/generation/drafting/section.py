@@ -12,8 +12,8 @@ from torchtune.modules import TiedLinear
 
 from layerskip_recipes.checkpoint.drafts import read_description, read_draft
 from layerskip_recipes.checkpoint.weights import linear_head, quantise, quantised_bytes
-from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.schema import PositiveInt, Section, Text
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.generation.drafting.speculation import (
@@ -55,9 +55,9 @@ class SelfSpeculation(Section):
     prompt_lookup: PromptLookup | None = None
     """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, where that is faster. Where
     the recipe chooses an exit or a draft for one prompt at a time, a missing key means 3."""
-    draft_quantizer: Annotated[Component, Takes()] | None = None
-    """Quantises the layers and the head that draft (for a trained draft, its own layers). Verification stays in full
-    precision."""
+    draft_int8: Flag = False
+    """Draft with int8 copies of the layers and the head (for a trained draft, of its own layers). Verification stays
+    in full precision. Where the recipe chooses, a missing key means true if that should be faster."""
 
     def check_against(
         self,
@@ -79,10 +79,10 @@ class SelfSpeculation(Section):
             model.check_exit(self.exit_layer, f"{key}.exit_layer")
         if isinstance(self.draft_vocabulary, list):
             check_draft_vocabulary(self.draft_vocabulary, model, f"{key}.draft_vocabulary")
-        if quantizer is not None and self.draft_quantizer is not None and self.draft is None:
+        if quantizer is not None and self.draft_int8 and self.draft is None:
             raise ConfigError(
-                f"{key}.draft_quantizer: has no effect with quantizer, which also packs the layers that draft. "
-                "Set one of them null; for example quantizer=null"
+                f"{key}.draft_int8: True has no effect with quantizer, which also packs the layers that draft. "
+                f"Set quantizer=null or {key}.draft_int8=false"
             )
         if self.draft is not None and parallel > 1:
             raise ConfigError(
@@ -126,7 +126,7 @@ class SelfSpeculation(Section):
 
     def only_looks_up(self, num_layers: int) -> bool:
         """Whether look-ups draft alone, as the exit is the whole model."""
-        own = self.draft is not None or self.draft_quantizer is not None
+        own = self.draft is not None or self.draft_int8
         return self.prompt_lookup is not None and self.exit_layer == num_layers and not own
 
     def own_layers(self) -> int:
@@ -134,12 +134,12 @@ class SelfSpeculation(Section):
         return 0 if self.draft is None else read_description(self.draft, "self_speculation.draft").num_layers
 
     def own_weights(self, model: LayerSkipDecoder, dtype: torch.dtype) -> int:
-        """Bytes of the draft's own weights (upper bound if quantised: one byte each), after `with_vocabulary`."""
+        """Bytes of the draft's own weights, after `with_vocabulary`; int8 copies are one byte for each weight."""
         layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
         rows = len(self.draft_vocabulary) if isinstance(self.draft_vocabulary, list) else 0
         count = self.own_layers() * layer + rows * model.tok_embeddings.embedding_dim
         quantised = 0
-        if self.draft_quantizer is not None:
+        if self.draft_int8:
             quantised = (self.own_layers() or self.exit_layer or 0) * layer
             quantised += 0 if rows else model.tok_embeddings.weight.numel()
         return count * dtype.itemsize + quantised
@@ -161,9 +161,10 @@ class SelfSpeculation(Section):
             layers = drafter.own_layers
         if self.draft_vocabulary is not None:
             head = DraftHead(drafter or model, self.draft_vocabulary)
-        if self.draft_quantizer is not None:
-            head = None if head is None else quantise(head, self.draft_quantizer)
-            drafter = quantised_drafter(drafter or model, layers, self.draft_quantizer, head is None)
+        if self.draft_int8:
+            int8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, f"{key}.draft_int8")
+            head = None if head is None else quantise(head, int8)
+            drafter = quantised_drafter(drafter or model, layers, int8, head is None)
         return Speculation(
             self.exit_layer,
             self.num_speculations,
@@ -188,7 +189,7 @@ def build_all(
     built: dict[Any, Speculation] = {}
     result: dict[str, Speculation] = {}
     for name, section in sections.items():
-        weights = (section.draft, section.exit_layer, str(section.draft_vocabulary), repr(section.draft_quantizer))
+        weights = (section.draft, section.exit_layer, str(section.draft_vocabulary), section.draft_int8)
         if weights not in built:
             built[weights] = section.build(model, key_of(name), trained)
         own = {key: getattr(section, key) for key in ("num_speculations", "prompt_lookup", "min_confidence")}

@@ -1,1 +1,1 @@
-"""Training a draft: its loss, and text that the model writes for it."""
+"""Training a draft: its section and its loss."""

@@ -9,16 +9,14 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import nn
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.config.schema import Auto, Flag, Fraction, PositiveInt, Section, check
+from layerskip_recipes.config.schema import Auto, Flag, PositiveInt, Section, check
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device, take_rows
+from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
 from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, compiled, exit_losses, token_loss_
-from layerskip_recipes.training.draft.kept_states import KeptStates
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 
@@ -38,14 +36,6 @@ class DraftSection(Section):
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
     """The draft chooses among this many tokens, the most frequent ones of the data; null: among all. A smaller
     vocabulary trains and drafts faster if the head is a large part of the model."""
-    own_text: Fraction = 0.0
-    """Share of the micro-batches that contain text by the model itself. It is generated 64 texts at a time, kept in
-    own_text.jsonl in `output_dir`, and reused in each epoch."""
-    own_text_temperature: Annotated[float, Field(ge=0, examples=[1.0])] = 1.0
-    """Temperature of the model's own text; 0 is greedy."""
-    keep_states: Flag = False
-    """Run the model once per text and keep its states for later epochs, which then run the draft alone. The states are
-    in bf16 in a file in `output_dir`, 4 x embed_dim bytes per token, deleted when the run ends."""
     chunk_tokens: ChunkTokens = None
     """At most this many tokens have logits at a time; null: 2048 on a GPU, 512 elsewhere."""
 
@@ -69,14 +59,8 @@ class DraftLoss:
     of a model that is finetuned as well; without it the model is frozen.
     """
 
-    def __init__(
-        self,
-        section: DraftSection,
-        draft: Draft,
-        kept: KeptStates | None = None,
-        model_loss: EarlyExitLoss | None = None,
-    ) -> None:
-        self.section, self.draft, self.kept, self.model_loss = section, draft, kept, model_loss
+    def __init__(self, section: DraftSection, draft: Draft, model_loss: EarlyExitLoss | None = None) -> None:
+        self.section, self.draft, self.model_loss = section, draft, model_loss
         self.chunk_loss: ChunkLoss = token_loss_
 
     def compile(self) -> None:
@@ -99,11 +83,6 @@ class DraftLoss:
 
         labels [b, s] are already shifted; `counted` [n] indexes labels.flatten().
         """
-
-        def states_of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            chosen = on_device(rows, tokens.device)
-            return self.draft.teacher_states(model, tokens[chosen], **take_rows(inputs, chosen, len(tokens)))
-
         # The model's states, and the draft's states computed from them.
         total_of_model: torch.Tensor | float = 0.0
         by_exit: dict[int, torch.Tensor] = {}
@@ -113,10 +92,8 @@ class DraftLoss:
             now: dict[str, Any] = {"step": step, "total_steps": total_steps, "counted": counted}
             total_of_model, by_exit = self.model_loss(model, tokens, labels, on_exit=keep, **now, **inputs)
             x, last = kept[self.draft.start], kept[model.num_layers]
-        elif self.kept is None:
-            x, last = self.draft.teacher_states(model, tokens, **inputs)
         else:
-            x, last = self.kept.states(tokens, labels != CROSS_ENTROPY_IGNORE_IDX, states_of, inputs)
+            x, last = self.draft.teacher_states(model, tokens, **inputs)
         states = self.draft.states(x, last, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # the states are already normed
