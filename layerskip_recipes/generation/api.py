@@ -17,6 +17,7 @@ from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text.text_stream import TextStream
+from layerskip_recipes.model.decoder import as_layerskip_decoder
 from layerskip_recipes.processes import same_on_all
 
 
@@ -69,10 +70,11 @@ def generate(
         stop_tokens: a row ends with the first of these tokens; None: with the tokenizer's of a model from `load_model`.
         pad_id: fills the output; at the start of a row of [b, s] it is padding.
         seed: decides sampled tokens, together with the model, the prompt and the sampling settings. How tokens are
-            drafted, and the batch, do not matter. None: a seed drawn from torch's global generator.
-        compile: compile the steps; None: for a model from `load_model`, if ten such calls gain more time than
-            compiling takes. On a GPU the model keeps the graphs for later calls. Greedy decoding, each set of
-            filters and each value of top_k need graphs of their own.
+            drafted, and the other prompts, do not matter; equal prompts get different samples. None: a seed drawn from
+            torch's global generator.
+        compile: compile the steps; None: for a model from `load_model` whose drafts are chosen, if ten such calls gain
+            more time than compiling takes. On a GPU the model keeps the graphs for later calls. Greedy decoding, each
+            set of filters and each value of top_k need graphs of their own.
         **speculation: draft_vocabulary, prompt_lookup, min_confidence, drafter, as in `Speculation`.
 
     Returns:
@@ -143,7 +145,7 @@ def stream(
     Args:
         model, tokenizer: from `load_model`.
         prompt: a question, see `tokenizer.prompt`.
-        **settings: see `generate`.
+        **settings: see `generate`; without `pad_id`.
 
     Example:
         >>> for text in stream(model, tokenizer, "Why is the sky blue?"):  # doctest: +SKIP
@@ -155,7 +157,8 @@ def stream(
     sampler = Sampler(temperature, seed=seed, **filters)
     tokens = tokenizer.prompt(prompt)
     generation, _ = prepare(model, [tokens], max_generated_tokens, sampler=sampler, **settings)
-    text = TextStream(tokenizer, sorted(generation.rows.stop_tokens))
+    goes_on = () if tokenizer.has_chat_template else tokens
+    text = TextStream(tokenizer, sorted(generation.rows.stop_tokens), prompt=goes_on)
     for (new,) in generation:
         text.extend(new)
         if piece := text.new_text(last=generation.finished[0]):
@@ -178,16 +181,23 @@ def prepare(
     """A generation that has not started, and its rule of when to draft; see `generate`."""
     # How to draft: as the caller says, else as chosen for a model from `load_model`.
     choice, drafts = getattr(model, "decoding_choice", None), None
-    if speculation or num_speculations is not None:
-        drafts = Speculation(exit_layer or 1, num_speculations or 1, **speculation)  # checks them
+    given = dict(speculation) if num_speculations is None else speculation | {"num_speculations": num_speculations}
+    if given and draft is None:
+        name = next(iter(given))
+        raise ConfigError(f"{name}: is for drafts, and draft=None decodes without. Leave one of them out")
+    if given:
+        exit_and_length = (1 if number is None else number for number in (exit_layer, num_speculations))
+        drafts = Speculation(*exit_and_length, **speculation)  # checks them
     if choice is None or exit_layer is not None or "drafter" in speculation:
         _needs_both(exit_layer, num_speculations, speculation)
+        if drafts is not None:
+            drafts.check(as_layerskip_decoder(model))
     else:
-        given = dict(speculation) if num_speculations is None else speculation | {"num_speculations": num_speculations}
-        if given.get("draft_vocabulary") is not None:
-            given["draft_vocabulary"] = [int(token) for token in given["draft_vocabulary"]]
+        vocabulary = given.get("draft_vocabulary")
+        if vocabulary is not None and not isinstance(vocabulary, int):
+            given["draft_vocabulary"] = [int(token) for token in vocabulary]
         arguments = (prompts, sampler.temperature, max_generated_tokens, compile)
-        compile, drafts = choice.choose(model, *arguments, given if draft is not None else {})
+        compile, drafts = choice.choose(model, *arguments, given)
         drafts = drafts if draft is not None else None
     if stop_tokens is None:
         stop_tokens = () if choice is None else choice.stop_tokens
@@ -195,8 +205,12 @@ def prepare(
     shared = is_split(model)
     if shared and not same_on_all(prompts):
         raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
-    rule = None if drafts is None else kept_rule(model, (drafts.settings, len(prompts), compile))
-    keeps_cache = choice is not None and len(prompts) == 1 and common_start(prompts) > 0
+    rule = None
+    if drafts is not None:
+        longest = min(drafts.num_speculations, max_generated_tokens - 2)
+        rule = kept_rule(model, (drafts.settings, longest, len(prompts), compile))
+    # C++ computes the same keys and values however the prompts are split, so later prompts can reuse them.
+    keeps_cache = choice is not None and compile and len(prompts) == 1 and common_start(prompts) > 0
     generation = Generation(
         model,
         prompts,
@@ -210,8 +224,9 @@ def prepare(
         rule=rule,
         cache=choice.caches.get(drafts is None) if keeps_cache else None,
     )
-    if keeps_cache and generation.context.has_cpp:
-        choice.caches[drafts is None] = generation.cache
+    if choice is not None:
+        kept = {drafts is None: generation.cache} if keeps_cache and generation.context.has_cpp else {}
+        choice.caches = choice.caches | kept if kept else {}
     return generation, rule
 
 

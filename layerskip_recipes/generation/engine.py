@@ -15,7 +15,7 @@ from torchtune.modules import TransformerDecoder
 from layerskip_recipes.generation.accounts import Accounts
 from layerskip_recipes.generation.draft_head import draft_head_of
 from layerskip_recipes.generation.drafting.decoding import DraftedDecoding, PlainDecoding
-from layerskip_recipes.generation.drafting.drafter import RoundStart
+from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundStart
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
@@ -118,7 +118,7 @@ class Generation:
         if speculation is not None and speculation.drafter is not None:
             draft_model = as_layerskip_decoder(speculation.drafter)
         own = len(draft_model.own_layers)
-        if cache is None or (cache.rows, cache.draft_layers) != (len(self.rows), own) or cache.max_len < size(needed):
+        if cache is None or not cache.fits(self.model, len(self.rows), own, size(needed)):
             make = compiled.cache if compiled else DecodingCache
             cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), own)
         self.cache = cache
@@ -268,8 +268,9 @@ class Generation:
         outcomes = outcome.tolist()
         kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
         self.accounts.count(draft, now, room, [count for count, *_ in outcomes], kept)
-        # Learn how fast the round was, unless a limit may have cut it. The first round of a short output counts.
-        if now.room > min(self.decoding.longest, self.rows.limit - 2):
+        # Learn how fast the round was, unless a limit may have cut it. The first draft of a short output counts.
+        whole = draft.length > 0 or draft.strategy == PLAIN
+        if whole and now.room > min(self.decoding.longest, self.rows.limit - 2):
             tokens = sum(map(len, kept)) / finished.count(False)
             self.decoding.learn(draft.strategy, tokens, self.accounts.round_s)
         return kept

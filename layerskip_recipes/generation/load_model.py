@@ -96,7 +96,7 @@ class DecodingChoice:
     beside: str | None  # the folder of the draft that was trained beside the model
     stop_tokens: Sequence[int]
     trained: dict[str, Draft] = field(default_factory=dict)  # by folder
-    built: dict[str, Speculation] = field(default_factory=dict)
+    built: dict[Any, Speculation] = field(default_factory=dict)  # by the weights that draft
     said: set[str] = field(default_factory=set)
     # Caches of single prompts, with drafts or without. The next prompt reuses the beginning that it shares.
     caches: dict[bool, DecodingCache] = field(default_factory=dict)
@@ -128,10 +128,8 @@ class DecodingChoice:
         if chosen.section is None:
             return compile, None
         section = chosen.section.with_vocabulary(model, prompts)
-        if (name := repr(section)) not in self.built:
-            trained = None if section.draft is None else self.trained.get(section.draft)
-            self.built |= build_all({name: section}, model, lambda _: "draft", trained)
-        return compile, self.built[name]
+        trained = None if section.draft is None else self.trained.get(section.draft)
+        return compile, build_all({"": section}, model, lambda _: "draft", trained, self.built)[""]
 
     def _choice(
         self, model: LayerSkipDecoder, section: SelfSpeculation, temperature: float, rows: int, compiled: bool

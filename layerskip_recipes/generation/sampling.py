@@ -83,7 +83,8 @@ def noise_keys(seed: int, prompts: Sequence[Sequence[int]], numbers: Sequence[in
     numbers = copies_before(prompts) if numbers is None else numbers
     keys = []
     for prompt, number in zip(prompts, numbers, strict=True):
-        digest = hashlib.blake2b(repr((seed, number, list(prompt))).encode(), digest_size=8).digest()
+        text = repr((seed, number, [int(token) for token in prompt]))
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         keys.append([int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")])
     return keys
 

@@ -100,6 +100,12 @@ class DecodingCache:
         if weights != self.weights:
             self.tokens, self.weights = [[] for _ in range(self.rows)], weights
 
+    def fits(self, model: LayerSkipDecoder, rows: int, draft_layers: int, slots: int) -> bool:
+        """Whether it can serve these rows, draft layers and slots in the model's dtype and on its device."""
+        weight, kept = model.tok_embeddings.weight, self.layers[0].k
+        same = kept is None or (kept.dtype, kept.device) == (weight.dtype, weight.device)
+        return same and (self.rows, self.draft_layers) == (rows, draft_layers) and self.max_len >= slots
+
     def keep_first(self, count: int) -> None:
         """Forget all but the first `count` tokens of each row."""
         self.tokens = [row[:count] for row in self.tokens]

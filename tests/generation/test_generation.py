@@ -14,7 +14,7 @@ from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.drafting.rule import DraftRule
+from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
@@ -130,6 +130,16 @@ def test_a_row_is_stopped_on_request(arguments):
     prompts = [(*prompt, *tokens, 9) for prompt, tokens in zip(prompts, expected, strict=True)]
     again = Generation(model, prompts, 4, cache=generation.cache)
     assert list(again)[-1] and again.generated == [greedy("llama3_2", prompt, 4) for prompt in prompts]
+
+
+def test_rounds_without_room_for_a_draft_teach_nothing():
+    """Calls for two tokens say nothing of drafts: their only round has no draft."""
+    model, rule = model_of("llama3_2"), DraftRule()
+    for _ in range(6):
+        list(Generation(model, [PROMPT], 2, speculation=Speculation(3, 6), rule=rule))
+    assert not rule.seconds["chain"] and not rule.recent
+    one, same, other = (kept_rule(model, ("settings", longest)) for longest in (1, 1, 2))
+    assert one is same is not other
 
 
 def test_short_outputs_are_drafted_too():

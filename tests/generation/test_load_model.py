@@ -1,4 +1,4 @@
-"""load_model: five lines of Python that load, generate and print, from every kind of folder."""
+"""load_model: a few lines of Python that load, generate and print, from every kind of folder."""
 
 import logging
 import shutil
@@ -68,7 +68,14 @@ def test_which_exit_drafts(run, checkpoint):
     bare = layerskip_decoder(make_tiny())
     with pytest.raises(ConfigError, match="num_speculations: 4 needs exit_layer too"):
         generate(bare, [1, 2], 4, num_speculations=4)
-    for wrong, message in (({"num_speculations": 0}, "num_speculations: 0"), ({"exit": 3}, "exit")):
+    vocabulary = {"exit_layer": 2, "num_speculations": 2, "draft_vocabulary": 5}
+    wrongs = [
+        ({"num_speculations": 0}, "num_speculations: 0"),
+        ({"exit": 3}, "exit"),
+        (vocabulary, "draft_vocabulary: "),
+    ]
+    wrongs += [({"num_speculations": 3, "draft": None}, "num_speculations: is for drafts")]
+    for wrong, message in wrongs:
         with pytest.raises((ConfigError, TypeError), match=message):
             generated(model, tokenizer, **wrong)
 
@@ -96,6 +103,12 @@ def test_a_later_prompt_reuses_what_it_shares_with_the_one_before(run):
         outs = [generate(model, prompt, 12, draft=draft, compile=True) for prompt in prompts]
         assert all(torch.equal(out.tokens, tokens) for out, tokens in zip(outs, plain, strict=True))
         assert 0 < outs[1].stats.reused_tokens < len(prompts[1])
+    # What torch has read is not reused, since it rounds differently; nor are numbers of another dtype.
+    generate(model, prompts[0], 12, draft=None, compile=False)
+    assert generate(model, prompts[0], 12, draft=None, compile=True).stats.reused_tokens == 0
+    model.to(torch.bfloat16)
+    for compile in (True, False):
+        assert generate(model, prompts[0], 12, draft=None, compile=compile).stats.reused_tokens == 0
 
 
 def stop():
@@ -109,6 +122,7 @@ def test_a_trained_draft(checkpoint, draft):
         text, out = generated(model, tokenizer)
         assert text == plain and out.stats.drafted > 0
         assert not any("join" in name for name in model.state_dict())
+        generated(model, tokenizer, num_speculations=2)  # with the same weights
         (built,) = model.decoding_choice.built.values()
         assert built.exit_layer == 1 and len(built.draft_vocabulary) <= 60
 

@@ -60,9 +60,9 @@ class ChainDrafter(Drafter):
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         context, count = self.context, now.draft_length(self.context, self.longest)
-        self.drafted = True
         if count == 0:
             return DraftedTokens(CHAIN, now.last[:, None])
+        self.drafted = True
         self._catch_up(now)
         slots = now.slots(context, count)
         running = torch.tensor([float(not done) for done in now.finished])  # the confidence of empty drafts

@@ -181,12 +181,13 @@ def build_all(
     model: LayerSkipDecoder,
     key_of: Callable[[str], str],
     trained: Draft | None = None,
+    built: dict[Any, Speculation] | None = None,
 ) -> dict[str, Speculation]:
     """Build speculations for a loaded model, by name. Those that draft with the same weights share them.
 
-    `trained`: the draft of the sections, if it has been read.
+    `trained`: the draft of the sections, if it has been read. `built`: of earlier calls, which share weights too.
     """
-    built: dict[Any, Speculation] = {}
+    built = {} if built is None else built
     result: dict[str, Speculation] = {}
     for name, section in sections.items():
         weights = (section.draft, section.exit_layer, str(section.draft_vocabulary), section.draft_int8)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
+from weakref import ref
 
 import torch
 from pydantic import Field
@@ -54,7 +55,8 @@ class Speculation:
     def settings(self) -> tuple:
         """What the speed of a round depends on."""
         size = None if self.draft_vocabulary is None else len(self.draft_vocabulary)
-        return self.exit_layer, self.num_speculations, size, self.prompt_lookup, self.min_confidence, id(self.drafter)
+        drafter = None if self.drafter is None else ref(self.drafter)
+        return self.exit_layer, self.num_speculations, size, self.prompt_lookup, self.min_confidence, drafter
 
     def check(self, model: LayerSkipDecoder) -> None:
         """Raise a ConfigError for settings that do not fit the model."""

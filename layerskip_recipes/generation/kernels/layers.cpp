@@ -275,7 +275,7 @@ struct Layers : torch::CustomClassHolder {
       const at::Tensor at = start.unsqueeze(1).add(i);
       hidden.push_back(run(x, at, rows, end, 0, exit_layer));
       at::Tensor scores = head->logits(hidden.back());
-      if (keys) scores = scores.div_(temperature);
+      if (keys) scores = scores.sub_(scores.amax(-1, true)).div_(temperature);
       if (least > 0) confident = confident.mul(scores.softmax(-1).amax(-1).squeeze(1));
       const at::Tensor place =
           (keys ? choose_tokens(scores, *keys, at.add(1), vocabulary) : scores.argmax(-1)).squeeze(1);
