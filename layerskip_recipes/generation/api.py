@@ -186,8 +186,8 @@ def prepare(
         name = next(iter(given))
         raise ConfigError(f"{name}: is for drafts, and draft=None decodes without. Leave one of them out")
     if given:
-        exit_and_length = (1 if number is None else number for number in (exit_layer, num_speculations))
-        drafts = Speculation(*exit_and_length, **speculation)  # checks them
+        one, longest = (1 if number is None else number for number in (exit_layer, num_speculations))
+        drafts = Speculation(one, longest, **speculation)  # checks them
     if choice is None or exit_layer is not None or "drafter" in speculation:
         _needs_both(exit_layer, num_speculations, speculation)
         if drafts is not None:
