@@ -29,8 +29,9 @@ class DraftRule:
 
     A round costs its seconds divided by those of a plain step, as measured in the first rounds. Drafts have an account
     in plain steps: each round adds its tokens and takes its cost. If the account could not pay for a round that accepts
-    nothing, rounds are plain, except for a new try after 128 of them, after 256 more and so on. So in 128 tokens a useless
-    draft loses two rounds or 3.5 plain steps, about 4%, and in a longer text less. A good one saves up for harder text.
+    nothing, rounds are plain, except for a new try after 128 of them, after 256 more and so on. So in 128 tokens a
+    useless draft loses two rounds or 3.5 plain steps, about 4%, and in a longer text less. A good one saves up for
+    harder text.
 
     Pass one object to several generations to keep what was learned. `measure=False`: every round costs one plain step,
     so there is a draft in each round that can have one.
