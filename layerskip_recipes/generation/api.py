@@ -197,8 +197,7 @@ def prepare(
         if vocabulary is not None and not isinstance(vocabulary, int):
             given["draft_vocabulary"] = [int(token) for token in vocabulary]
         arguments = (prompts, sampler.temperature, max_generated_tokens, compile)
-        compile, drafts = choice.choose(model, *arguments, given)
-        drafts = drafts if draft is not None else None
+        compile, drafts = choice.choose(model, *arguments, None if draft is None else given)
     if stop_tokens is None:
         stop_tokens = () if choice is None else choice.stop_tokens
     # Ranks that share a model need the same prompts. Other ranks are independent.

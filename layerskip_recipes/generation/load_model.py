@@ -108,13 +108,16 @@ class DecodingChoice:
         temperature: float,
         tokens: int,
         compile: bool | None,
-        given: Mapping[str, Any],
+        given: Mapping[str, Any] | None,
     ) -> tuple[bool, Speculation | None]:
         """Whether to compile (None: if a session of some such calls gains by it), and how to draft.
 
-        `given` has keys of `self_speculation` that the caller set.
+        `given` has keys of `self_speculation` that the caller set; None decodes without drafts.
         """
-        section = SelfSpeculation.parse({**given, **({"draft": self.named} if self.named else {})}, "generate")
+        section = None
+        if given is not None:
+            named = {} if self.named is None else {"draft": self.named}
+            section = SelfSpeculation.parse({**given, **named}, "generate")
         compiled = {c: self._choice(model, section, temperature, len(prompts), c) for c in (False, True)}
         if compile is None:
             steps = find_compiled_steps(model)
@@ -132,14 +135,14 @@ class DecodingChoice:
         return compile, build_all({"": section}, model, lambda _: "draft", trained, self.built)[""]
 
     def _choice(
-        self, model: LayerSkipDecoder, section: SelfSpeculation, temperature: float, rows: int, compiled: bool
+        self, model: LayerSkipDecoder, section: SelfSpeculation | None, temperature: float, rows: int, compiled: bool
     ) -> Choice:
         weight = model.tok_embeddings.weight
         on_cpu = weight.device.type == "cpu"
         costs = estimated_costs(model, weight.dtype, not on_cpu, compiled, rows)
         possible: dict[str, Any] = {"int8": compiled and on_cpu, "ends": on_cpu}
-        own = None if section.draft is not None else self.beside
-        asked = "num_speculations" in section.model_fields_set
+        own = None if section is None or section.draft is not None else self.beside
+        asked = section is not None and "num_speculations" in section.model_fields_set
         return choose_drafts(section, self.folder, costs, temperature, own=own, asked=asked, **possible)
 
     def _say(self, what: str) -> None:

@@ -160,14 +160,14 @@ def test_tokens_are_those_of_transformers(make_folder, kind, name, turns):
     assert tokenizer.pad_id == reference.pad_token_id and tokenizer.eos_id == reference.eos_token_id
 
 
-@pytest.mark.parametrize("inputs", [False, True], ids=["replies", "inputs too"])
-@pytest.mark.parametrize(
-    ("name", "end"), [("chatml", "<|im_end|>"), ("qwen3", "<|im_end|>"), ("strict", "</s>"), ("moving", "</s>")]
-)
+ENDS = {"chatml": "<|im_end|>", "qwen3": "<|im_end|>", "strict": "</s>", "moving": "</s>"}
+# With the loss on inputs too, nothing marks the beginning of a reply in "moving".
+LABELLED = [(name, end, inputs) for name, end in ENDS.items() for inputs in (False, True)[: 1 + (name != "moving")]]
+
+
+@pytest.mark.parametrize(("name", "end", "inputs"), LABELLED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_generated_labels_have_no_header_and_nothing_after_the_end(make_folder, kind, name, end, inputs):
-    if inputs and name == "moving":
-        pytest.skip("nothing marks the beginning of a reply")
     folder = make_folder(kind, (TEMPLATES | FAMILIES)[name], adds_bos=True)
     tokenizer = hf_tokenizer(folder, max_seq_len=200)
     turns = [*QUESTION, ("user", "What is it?"), ("assistant", "four")]

@@ -51,6 +51,7 @@ def test_five_lines(run):
         settings = {"temperature": temperature, "seed": 3}
         plain, out = generated(model, tokenizer, draft=None, **settings)
         assert out.stats.drafted == 0 and out.speedup is None and not model.training
+        assert temperature or not model.decoding_choice.built  # no draft is built that nobody wants
         text, out = generated(model, tokenizer, num_speculations=4, **settings)
         assert text == plain and out.stats.drafted > 0 and out.speedup > 0
         pieces = list(stream(model, tokenizer, "def read(path):", 24, num_speculations=4, **settings))
