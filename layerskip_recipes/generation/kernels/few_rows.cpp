@@ -37,9 +37,15 @@ using Totals = std::array<Vector, (COUNT + GROUP - 1) / GROUP * GROUP>;
 constexpr int WIDE = 32768;  // bytes of x that stay in the L1 cache while weights stream past
 constexpr int PIECE = 4096;  // bytes of a row of x per pass where x is wider
 constexpr double SLOWEST = 4e9;  // bytes read, and products, per second on the slowest machine
-constexpr int FEWEST_ALONE = 128, MOST_ALONE = 65536;  // single-threaded calls after a late one
+constexpr int FEWEST_ALONE = 16, MOST_ALONE = 65536;  // single-threaded calls after a late one
 constexpr int AHEAD = 8192;  // prefetch distance in each row of W, in bytes
 constexpr int IN_ORDER = 16384;  // a tile of W of at most this many bytes is prefetched row after row, this far ahead
+// Whether a single row of x takes W row by row: AMD's own prefetcher follows one place best, and ours slows it down.
+#if defined(__x86_64__)
+const bool ROW_BY_ROW = __builtin_cpu_is("amd");
+#else
+constexpr bool ROW_BY_ROW = false;
+#endif
 
 // f(0), .., f(N - 1) with constants: the compiler keeps arrays in registers only if all their indices are constants.
 template <typename F, int... i>
@@ -160,7 +166,7 @@ template <int COUNT, int first = 0, typename Vectors>
 
 // total += x w^T over `count` columns of M rows of x (stride `step`) and N rows of w (stride k), as LANES partial sums.
 // `ahead` is the prefetch distance in bytes; prefetching `in_order`, row after row, streams faster than N places in turn.
-template <int M, int N, typename X, typename W>
+template <int M, int N, bool prefetches = true, typename X, typename W>
 [[gnu::always_inline]] inline void add(
     const X* x, const W* w, int64_t count, int64_t k, int64_t step, int64_t ahead, bool in_order,
     Totals<M * N>& total) {
@@ -193,7 +199,7 @@ template <int M, int N, typename X, typename W>
   const int64_t of_line = in_order ? N : 1, of_row = in_order ? LINE : k;
   int64_t i = 0;
   for (; i + LINE <= count; i += LINE) {
-    for (int n = 0; n < N; n++) fetch(w + of_line * i + of_row * n, ahead);
+    for (int n = 0; n < (prefetches ? N : 0); n++) fetch(w + of_line * i + of_row * n, ahead);
 #pragma GCC unroll 4
     for (int j = 0; j < LINE; j += PAIRS ? 2 * LANES : LANES) multiply(i + j, std::false_type());
   }
@@ -224,20 +230,18 @@ template <int M, int N>
   for (int m = 0; m < M; m++) std::copy_n(out + m * N, N, y + m * stride);
 }
 
-// M rows of x by N rows of w, of width k, a multiple of LANES. A single row of x takes four rows of w at a time: memory
-// streams slower from 16 places at once.
-template <int M, int N, typename X, typename W>
+// M rows of x by N rows of w, of width k, a multiple of LANES, AT_ONCE rows of w at a time.
+template <int M, int N, int AT_ONCE, bool prefetches = true, typename X, typename W>
 void tile(const X* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
-  constexpr int AT_ONCE = M == 1 ? std::min(4, N) : N;
   const bool in_order = AT_ONCE * k * static_cast<int64_t>(sizeof(W)) <= IN_ORDER;
   Totals<M * N> total = zeros<M * N>();
   if constexpr (AT_ONCE == N)
-    add<M, N>(x, w, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, total);
+    add<M, N, prefetches>(x, w, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, total);
   else
     unrolled<N / AT_ONCE>([&](auto group) INLINE {
       constexpr int n = group * AT_ONCE;
       Totals<M * AT_ONCE> part = zeros<M * AT_ONCE>();
-      add<M, AT_ONCE>(x, w + n * k, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, part);
+      add<M, AT_ONCE, prefetches>(x, w + n * k, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, part);
       unrolled<M * AT_ONCE>([&](auto i) INLINE { total[n + i] = part[i]; });
     });
   write<M, N>(total, y, stride);
@@ -265,8 +269,13 @@ void block(int64_t rows, const X* x, const W* w, float* y, int64_t k, int64_t co
       }
     for (; n < tiles * N; n += N) write<M, N>(totals[n / N], y + n, stride);
   }
-  for (; n + N <= columns; n += N) tile<M, N>(x, w + n * k, y + n, k, step, stride);
-  for (; n < columns; n++) tile<M, 1>(x, w + n * k, y + n, k, step, stride);
+  // A single row of x takes few rows of w at a time: memory streams slower from 16 places at once. Of int8, converting
+  // takes longer than reading.
+  if (M == 1 && ROW_BY_ROW && !std::is_same_v<W, int8_t>)
+    for (; n + N <= columns; n += N) tile<M, N, 1, false>(x, w + n * k, y + n, k, step, stride);
+  else
+    for (; n + N <= columns; n += N) tile<M, N, M == 1 ? std::min(4, N) : N>(x, w + n * k, y + n, k, step, stride);
+  for (; n < columns; n++) tile<M, 1, 1>(x, w + n * k, y + n, k, step, stride);
 }
 
 // f(first, end) for parts of [0, n) of at least `grain`, on all threads. A thread whose core runs another program may
