@@ -15,6 +15,7 @@ from layerskip_recipes.benchmark.tuner import write_config
 from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.training.early_exit import EarlyExitLoss
@@ -143,6 +144,10 @@ def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
     write_config(tmp_path / "tuned.yaml", cfg, cfg.tuned_draft, "fast")
     tuned = GenerateConfig.load(load_config("tuned.yaml", ["prompt=x"]))
     assert (tuned.model_dir, tuned.self_speculation.draft) == (f"{tmp_path}/qa", f"{tmp_path}/qa/epoch_0")
+    evaluation = LayerSkipEval(load_config("qa/eval", ["data_dir=my_data", "device=cpu"]))
+    evaluation.setup()
+    evaluation.evaluate()
+    assert Path("qa/exits.json").is_file()
     drafter = json.loads((export("qa", "exported", draft=0) / "config.json").read_text())
     assert drafter["num_hidden_layers"] == 1
 
