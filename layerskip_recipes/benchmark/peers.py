@@ -24,6 +24,7 @@ from layerskip_recipes.errors import first_line
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.hf_folder import holds_adapters
 
 log = utils.get_logger("INFO")
 
@@ -286,7 +287,8 @@ def check_same_model(package: str, checkpointer: Component, quantised: bool = Fa
     if checkpointer.get("adapter_checkpoint") is not None:
         raise ValueError("it would run the base without checkpointer.adapter_checkpoint")
     folder = weights_folder(checkpointer)
-    if package == "transformers" and folder and (folder / "adapter_config.json").is_file():
+    beside = folder is not None and (folder / "adapter_config.json").is_file() and not holds_adapters(folder)
+    if package == "transformers" and beside:
         raise ValueError(
             f"it would add the adapters in {folder} to weights that contain them; `layerskip export` removes them"
         )

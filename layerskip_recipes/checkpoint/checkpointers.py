@@ -23,7 +23,7 @@ from layerskip_recipes.config.schema import PositiveInt, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, adapter_file, adapter_names
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
-from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.hf_folder import base_folder, model_folder, named_folder
 from layerskip_recipes.model.run_folder import WRITTEN
 
 log = utils.get_logger("INFO")
@@ -50,9 +50,9 @@ def starts_from_scratch(section: Component) -> bool:
 
 
 def weights_folder(section: Component) -> Path | None:
-    """The folder with the weights; None for a model from scratch."""
+    """The folder with the weights or with PEFT's adapters; None for a model from scratch."""
     if reads_hf_folder(section):
-        return model_folder(section.get("path"))
+        return model_folder(section.get("path"), weights=True)
     folder = section.get("checkpoint_dir")
     if folder is None:
         if checkpoint_files(section):
@@ -66,9 +66,11 @@ def weights_folder(section: Component) -> Path | None:
 
 
 def described_folder(section: Component) -> Path | None:
-    """The folder that may have a layerskip.json: that of the adapters, or else of the weights."""
+    """The folder that may have a layerskip.json: that of the adapters, of a draft, or else of the weights."""
     adapters = section.get("adapter_checkpoint")
-    return weights_folder(section) if adapters is None else adapter_file(str(adapters)).parent
+    if adapters is not None:
+        return adapter_file(str(adapters)).parent
+    return named_folder(section.get("path")) if reads_hf_folder(section) else weights_folder(section)
 
 
 def checkpoint_files(section: Component) -> list[str]:
@@ -151,7 +153,8 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
     if folder is None:
         return
     if reads_hf_folder(section):
-        weight_files(folder)
+        weight_files(base_folder(folder, weights=True))
+        hf_checkpointer(section.get("path"))  # checks adapters
     else:
         names = checkpoint_files(section) + (["config.json"] if section.path.endswith("HFCheckpointer") else [])
         missing = [name for name in names if not (folder / name).is_file()]

@@ -99,11 +99,12 @@ def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: 
 
 
 def own_draft(model: Path | None, reader: Any = None) -> str | None:
-    """The folder of the draft that was trained beside the model of a folder, if any; None too if the `reader`, a
-    checkpointer class, does not read the model as in training."""
-    if model is None or not (model / DRAFT / DRAFT_FILE).is_file():
+    """The folder of the draft that was trained beside the model of a folder, if any, or the folder itself if it is a
+    draft's; None too if the `reader`, a checkpointer class, does not read the model as in training."""
+    found = [] if model is None else [place for place in (model, model / DRAFT) if (place / DRAFT_FILE).is_file()]
+    if not found:
         return None
-    folder = str(model / DRAFT)
+    folder = str(found[0])
     same = reader is None or _name_of(reader) == read_description(folder, DRAFT).base.checkpointer
     return folder if same else None
 

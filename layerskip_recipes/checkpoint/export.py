@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torchtune import training, utils
 
 from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, own_draft, read_description
-from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, readable, weight_files
+from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, HFCheckpointer, readable, weight_files
 from layerskip_recipes.checkpoint.hf_names import from_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
@@ -33,7 +33,7 @@ from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import without_code
+from layerskip_recipes.model.hf_folder import holds_adapters, named_folder, without_code
 from layerskip_recipes.model.run_folder import flush
 
 log = utils.get_logger("INFO")
@@ -58,16 +58,22 @@ def export(
     """Write a Hugging Face folder `out`, which must not exist yet, and return it.
 
     Args:
-        checkpoint: a Hugging Face folder with safetensors, such as `epoch_N`, or a trained draft of kind copy.
+        checkpoint: as `path` of `load_model`: a Hugging Face folder with safetensors, adapters, or a trained draft of
+            kind copy.
         exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`; None writes neither.
         draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.
         vocabulary: the only tokens that this draft may propose; None: all.
 
     0 is the trained exit, which layerskip.json names, or the draft that was trained beside the model.
     """
-    source, target = Path(checkpoint), Path(out)
+    source, target = named_folder(checkpoint, "export", weights=True), Path(out)
     if (source / DRAFT_FILE).exists():
-        return _export_trained(checkpoint, out, exit_layer, draft)
+        return _export_trained(str(source), out, exit_layer, draft)
+    if holds_adapters(source):
+        with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
+            adapted = HFCheckpointer(str(source), scratch)
+            adapted.save_checkpoint(adapted.load_checkpoint())
+            return export(str(Path(scratch) / "epoch_0"), out, exit_layer, draft, vocabulary)
     if draft == 0 and exit_layer is None and (own := own_draft(source)):
         return _export_trained(own, out, exit_layer, draft)
     # Check the arguments and the checkpoint.

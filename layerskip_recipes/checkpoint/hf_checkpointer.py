@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torchtune import training
 
 from layerskip_recipes.checkpoint.hf_names import JOINED, from_files, hf_name, place_in_files, to_files
+from layerskip_recipes.checkpoint.peft_adapters import PeftAdapters
 from layerskip_recipes.checkpoint.side_files import SideFiles
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
 from layerskip_recipes.config.paths import read_json
@@ -26,13 +27,13 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
 from layerskip_recipes.model.hf_config import HFConfig, parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import model_folder, without_code
+from layerskip_recipes.model.hf_folder import base_folder, model_folder, without_code
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 # Copied, except OWN_FILES.
 OTHER_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "LICENSE*")
-OWN_FILES = (INDEX, "adapter_config.json", DESCRIPTION, "config.json")
+OWN_FILES = (INDEX, "adapter_config.json", DESCRIPTION, "config.json", "trainer_state.json")
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")  # buffers in old checkpoints
 
 
@@ -40,7 +41,7 @@ class HFCheckpointer:
     """A checkpointer of a Hugging Face folder, for models of `hf_decoder`; usable as a `_component_` in YAML.
 
     Args:
-        path: as for `hf_decoder`.
+        path: as for `hf_decoder`. LoRA in a folder of PEFT's adapters is merged into the weights of its base model.
         output_dir: folder for checkpoints; not needed to read.
         shard_size: maximum size of a written file, such as "5GB".
         adapter_checkpoint: a checkpoint of a LoRA training; the recipe reads its adapters for generation.
@@ -49,9 +50,13 @@ class HFCheckpointer:
     def __init__(
         self, path: str, output_dir: str | None = None, shard_size: str = "5GB", adapter_checkpoint: str | None = None
     ) -> None:
-        self._checkpoint_dir = model_folder(path)  # torchtune's name
-        self._raw_config = read_json(self._checkpoint_dir / "config.json", "checkpointer.path")
-        self.config: HFConfig = parse_hf_config(self._raw_config, str(self._checkpoint_dir / "config.json"))
+        self._checkpoint_dir = model_folder(path, weights=True)  # torchtune's name
+        self._base_dir = base_folder(self._checkpoint_dir, weights=True)
+        self._raw_config = read_json(self._base_dir / "config.json", "checkpointer.path")
+        self.config: HFConfig = parse_hf_config(self._raw_config, str(self._base_dir / "config.json"))
+        self._merged = (
+            PeftAdapters(self._checkpoint_dir, self.config) if self._base_dir != self._checkpoint_dir else None
+        )
         is_local = Path(path).expanduser().exists()  # otherwise a name on the hub
         self._base = str(self._checkpoint_dir.resolve()) if is_local else path
         self._joined: dict[str, torch.Tensor] = {}
@@ -60,8 +65,12 @@ class HFCheckpointer:
     @cached_property
     def side_files(self) -> SideFiles:
         """The files to copy into checkpoints. A training reads them at its start."""
-        files = [file for pattern in OTHER_FILES for file in self._checkpoint_dir.glob(pattern)]
-        found = SideFiles(self._checkpoint_dir, (file for file in files if file.name not in OWN_FILES))
+        has_tokenizer = (self._checkpoint_dir / "tokenizer.json").is_file()
+        folder = self._checkpoint_dir if has_tokenizer else self._base_dir
+        files = [file for pattern in OTHER_FILES for file in folder.glob(pattern)]
+        found = SideFiles(folder, (file for file in files if file.name not in OWN_FILES))
+        if folder != self._base_dir:  # what PEFT does not save beside adapters
+            found.content |= SideFiles(self._base_dir, self._base_dir.glob("generation_config.json")).content
         for name, content in found.content.items():
             with suppress(ValueError):  # a damaged file that no training needs
                 found.content[name] = without_code(name.name, content)
@@ -70,15 +79,17 @@ class HFCheckpointer:
     def load_checkpoint(self) -> dict[str, Any]:
         """The weights with torchtune's names, in the files' dtype, as views of the mapped files."""
         tensors: dict[str, torch.Tensor] = {}
-        for file in weight_files(self._checkpoint_dir):
+        for file in weight_files(self._base_dir):
             tensors |= load_file(file)
         with torch.device("meta"):
             parameters = build_decoder(self.config, max_seq_len=1).state_dict()
         unused = (*NOT_WEIGHTS, "lm_head.weight") if self.config.tie_word_embeddings else NOT_WEIGHTS
         tensors = {name: value for name, value in tensors.items() if not name.endswith(unused)}
-        where = f"checkpointer.path: the weights in {str(self._checkpoint_dir)!r} do not fit its config.json, it"
+        where = f"checkpointer.path: the weights in {str(self._base_dir)!r} do not fit its config.json, it"
         check_tensors(to_files(parameters, self.config), tensors, where)
         # Adapters of a part of a joined matrix need it when they are saved.
+        if self._merged is not None:
+            tensors = self._merged.merge(tensors)
         self._joined = {name: value for name, value in tensors.items() if name.split(".")[-2] in JOINED}
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
 

@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     out = commands.add_parser(
         "export", help="export a checkpoint for transformers, or its first layers as a draft model"
     )
-    out.add_argument("checkpoint", help="a Hugging Face folder such as epoch_0, or a trained draft of kind copy")
+    out.add_argument("checkpoint", help="a model's folder, a run, LoRA adapters, or a trained draft of kind copy")
     out.add_argument("folder", help="the output folder, which must not exist")
     exit_help = "the exit for transformers' assistant_early_exit; without E, the trained exit"
     draft_help = "export the first E layers with norm and head; without E, up to the trained exit, or a trained draft"

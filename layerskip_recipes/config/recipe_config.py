@@ -43,7 +43,8 @@ class RecipeConfig(Section):
     GPU if it fits."""
     model_dir: Annotated[Text, Field(examples=["~/models/Qwen3-0.6B"])] | None = None
     """The model of the configs `hf/*`: a Hugging Face folder, an output folder of `layerskip_finetune` (its newest
-    checkpoint), or a name on the Hugging Face Hub. Other keys refer to it."""
+    checkpoint; for a draft, also its model), a folder of PEFT's LoRA adapters, which are merged into their base model,
+    or a name on the Hugging Face Hub. Other keys refer to it."""
     data_dir: Annotated[Text, Field(examples=["my_data"])] | None = None
     """The data of the configs `qa/*`: a folder with `train.jsonl` and `test.jsonl`. Other keys refer to it."""
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None

@@ -98,12 +98,12 @@ def cnn_dm_language_modeling(
 def jsonl(
     path: Annotated[Text, Field(examples=["questions.jsonl"])],
     prompt: Template = "{prompt}",
-    response: Template = "{response}",
+    response: Template | None = "{response}",
     n_shot: ZeroOrMore = 0,
     count: Count | None = None,
     chat: bool = False,
 ) -> Examples:
-    """Any task from a JSONL file; for the other arguments see `task`."""
+    """Any task from a JSONL file; for the other arguments see `task`. `response` is None for questions alone."""
     return _few_shot(_read_lines(path, "prompts.path"), prompt, response, n_shot, count, chat)
 
 
@@ -111,7 +111,7 @@ def jsonl(
 
 
 def _few_shot(
-    rows: Iterable[Row], prompt: str, response: str, n_shot: int, count: int | None, chat: bool = False
+    rows: Iterable[Row], prompt: str, response: str | None, n_shot: int, count: int | None, chat: bool = False
 ) -> Examples:
     rows = list(rows if count is None else islice(rows, n_shot + count))
     if len(rows) <= n_shot:
@@ -119,8 +119,8 @@ def _few_shot(
             f"prompts.n_shot: {n_shot} examples and a prompt need {n_shot + 1} rows, but only {len(rows)} fit. "
             "Allowed: fewer examples, or a larger file"
         )
-    filled = [(_fill(prompt, row), _fill(response, row)) for row in rows]
-    examples = "".join(f"{question}{answer}\n\n" for question, answer in filled[:n_shot])
+    filled = [(_fill(prompt, row), None if response is None else _fill(response, row)) for row in rows]
+    examples = "".join(f"{question}{answer or ''}\n\n" for question, answer in filled[:n_shot])
     prompts = ((examples + question, answer) for question, answer in filled[n_shot:])
     return [{"prompt": {"user": text} if chat else text, "response": answer} for text, answer in prompts]
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +17,10 @@ from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
 from layerskip_recipes.data.json_lines import read_json_lines
 from layerskip_recipes.errors import ConfigError
 
+ANSWER_FIRST = (
+    ". To let a model answer first: tune run layerskip_generate --config qa/answers model_dir=MODEL data_dir={folder}, "
+    "and then dataset.path={folder}/answers.jsonl dataset_val=null"
+)
 Example = dict[str, Any]  # {"prompt": text or {"user": text}, "response": text}
 
 
@@ -51,7 +56,7 @@ def qa_dataset(
 
     Args:
         tokenizer: the model's.
-        path: a .jsonl or .jsonl.gz file.
+        path: a .jsonl or .jsonl.gz file, also an `output_file` of layerskip_generate, which has a model's own answers.
         question: the field of a line that holds the question as text, or as {"user": text, "system": text}.
         answer: the field that holds the answer.
         count: read only this number of lines. None: all.
@@ -61,15 +66,18 @@ def qa_dataset(
     """
     examples = []
     for number, line in read_json_lines(path, "path").items():
+        if {"prompt", "text"} <= line.keys() and not {question, answer} & line.keys():  # an output_file
+            line = {question: line["prompt"], answer: line["text"]}
         asked = line.get(question)
         is_chat = isinstance(asked, dict) and {"user"} <= asked.keys() <= {"user", "system"}
         turns = asked if is_chat else {"user": asked}
         for name, text in [*((question, text) for text in turns.values()), (answer, line.get(answer))]:
             if not isinstance(text, str) or re.search("[\ud800-\udfff]", text) or not (text or name == answer):
                 given = f"{name} is {line[name]!r:.60}" if name in line else f"no field {name}, but {', '.join(line)}"
+                advice = ANSWER_FIRST.format(folder=Path(path).parent) if name == answer not in line else ""
                 raise ConfigError(
                     f"path: {path!r} line {number}: {given}. Allowed: a question and an answer as text in UTF-8, for "
-                    f'example {{"{question}": "wake me at 7", "{answer}": "alarm 07:00"}}'
+                    f'example {{"{question}": "wake me at 7", "{answer}": "alarm 07:00"}}{advice}'
                 )
         examples.append({"prompt": turns, "response": line[answer]})
     if not examples:

@@ -25,7 +25,7 @@ from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
 from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Rendered, default_template, reasons
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.hf_folder import base_folder, model_folder
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Inside a special token of a user's text, where it keeps the token from being one. A private character, as `MARK`.
@@ -69,6 +69,9 @@ class HFTokenizer(ModelTokenizer, Transform):
         self._warned = self._told = False
         # Read the folder's files.
         folder = model_folder(path, "tokenizer.path")
+        base = base_folder(folder, "tokenizer.path")
+        if not (folder / "tokenizer.json").is_file():
+            folder = base  # adapters without a tokenizer of their own
         if not (folder / "tokenizer.json").is_file():
             raise ConfigError(
                 f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
@@ -77,7 +80,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         config = read_json(folder / "tokenizer_config.json", "tokenizer.path", {})
         if "added_tokens_decoder" not in config:  # else transformers ignores the map, too
             config |= read_json(folder / "special_tokens_map.json", "tokenizer.path", {})
-        generation_config = read_json(folder / "generation_config.json", "tokenizer.path", {})
+        generation_config = read_json(base / "generation_config.json", "tokenizer.path", {})
         try:
             tokenizer = self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as e:  # tokenizers raises nothing more specific

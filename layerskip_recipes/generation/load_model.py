@@ -8,13 +8,12 @@ from typing import Any, Literal
 import torch
 from torchtune import training, utils
 
-from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, own_draft, read_description, read_draft
+from layerskip_recipes.checkpoint.drafts import own_draft, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.choices import best_device
 from layerskip_recipes.config.schema import DeviceName, Text, checked_arguments
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.chosen import Choice, choose_drafts, compiling_pays
 from layerskip_recipes.generation.drafting.plan import estimated_costs
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all
@@ -23,7 +22,7 @@ from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.hf_decoder import hf_decoder
-from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.hf_folder import named_folder
 from layerskip_recipes.model.kv_cache import DecodingCache
 
 log = utils.get_logger("INFO")
@@ -45,7 +44,8 @@ def load_model(
 
     Args:
         path: a run of layerskip_finetune (loads its newest checkpoint), a checkpoint, a Hugging Face folder, or a name
-            on the hub. A trained draft also loads the model that it was trained for.
+            on the hub. A trained draft also loads the model that it was trained for, and a folder of PEFT's LoRA its
+            base model, into which it is merged.
         draft: a run or a checkpoint with a draft trained for this model; None takes one that was trained beside it.
         device: such as "cpu" or "cuda:1"; None chooses the best device.
         dtype: "fp32" or "bf16"; None is fp32 on a CPU and bf16 elsewhere.
@@ -58,16 +58,7 @@ def load_model(
         >>> out = generate(model, tokenizer.prompt("Why is the sky blue?"), 128)         # doctest: +SKIP
         >>> print(tokenizer.decode(out.tokens[0]), out.speedup)                          # doctest: +SKIP
     """
-    folder = model_folder(path)
-    # Load a draft's base model with it.
-    if (folder / DRAFT_FILE).is_file():
-        base = read_description(str(folder), "path").base
-        if base.checkpointer != "HFCheckpointer":
-            raise ConfigError(
-                f"path: {str(folder)!r} is a draft for a model that {base.checkpointer} reads. Allowed: a draft for a "
-                "model of hf_checkpointer. For this draft, use layerskip_generate with self_speculation.draft"
-            )
-        draft, folder = str(folder), model_folder(base.folder)
+    folder = named_folder(path, weights=True)
     torch_device = torch.device(device or best_device())
     dtype = dtype or ("fp32" if torch_device.type == "cpu" else "bf16")
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
@@ -79,7 +70,7 @@ def load_model(
     model.load_state_dict(HFCheckpointer(str(folder)).load_checkpoint()[training.MODEL_KEY])
     model.requires_grad_(False).eval()
     tokenizer = hf_tokenizer(str(folder))
-    named = None if draft is None else str(model_folder(draft, "draft"))
+    named = None if draft is None else str(named_folder(draft, "draft", weights=True))
     choice = DecodingChoice(folder, named, own_draft(folder, HFCheckpointer), tokenizer.stop_tokens)
     if drafts := choice.named or choice.beside:
         choice.trained[drafts] = read_draft(drafts, model, "draft")
@@ -93,7 +84,7 @@ class DecodingChoice:
 
     folder: Path  # of the model
     named: str | None  # the folder of the draft that the user named
-    beside: str | None  # the folder of the draft that was trained beside the model
+    beside: str | None  # the folder of the draft that was trained beside the model or that was loaded with it
     stop_tokens: Sequence[int]
     trained: dict[str, Draft] = field(default_factory=dict)  # by folder
     built: dict[Any, Speculation] = field(default_factory=dict)  # by the weights that draft

@@ -14,7 +14,6 @@ from pydantic import ConfigDict, Field
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import Fraction, PositiveInt, Section, nearest
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.run_folder import DRAFT_FILE
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -183,12 +182,6 @@ class HFConfig(Section):
 
 def read_hf_config(folder: Path, key: str = "path") -> HFConfig:
     """The config of a Hugging Face folder; `key` is the folder's config key in messages."""
-    if (folder / DRAFT_FILE).is_file() and not (folder / "config.json").is_file():
-        base = (read_json(folder / "layerskip.json", key, {}).get("base") or {}).get("folder", "its base model")
-        raise ConfigError(
-            f"{key}: {str(folder)!r} holds a trained draft, which is no model. Allowed: the model that it drafts for; "
-            f"for example {key}={base}, and for generation self_speculation.draft={folder}"
-        )
     return parse_hf_config(read_json(folder / "config.json", key), str(folder / "config.json"))
 
 

@@ -29,7 +29,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 from layerskip_recipes.config.schema import Fraction, PositiveInt, Section, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_config import HFConfig, Rope, read_hf_config, rotary_width
-from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.hf_folder import base_folder, model_folder
 from layerskip_recipes.model.nf4 import scales_per_block
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -62,7 +62,8 @@ def hf_decoder(path: str, max_seq_len: int | None = None, lora: Mapping[str, Any
     """A decoder for the model in a Hugging Face folder, without its weights; usable as a `_component_` in YAML.
 
     Args:
-        path: a folder with config.json, a run of layerskip_finetune (its newest checkpoint), or a name on the hub.
+        path: a folder with config.json, a run of layerskip_finetune (its newest checkpoint), or a name on the hub. A
+            trained draft or a folder of adapters gives the decoder of its base model.
         max_seq_len: the longest text in tokens; None takes the model's context length.
         lora: the keys of `Lora`; None trains all weights.
 
@@ -72,7 +73,7 @@ def hf_decoder(path: str, max_seq_len: int | None = None, lora: Mapping[str, Any
     Raises:
         ConfigError: if there is no such folder, its model is not supported, or max_seq_len exceeds the model's limit.
     """
-    folder = model_folder(path)
+    folder = base_folder(model_folder(path))
     config = read_hf_config(folder)
     longest, key = config.longest
     check("model.max_seq_len", max_seq_len, Annotated[PositiveInt, Field(examples=[longest])] | None)

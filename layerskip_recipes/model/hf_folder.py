@@ -1,9 +1,11 @@
-"""Finds a model's folder: a path, a run of layerskip_finetune with its checkpoints, or a name on the hub."""
+"""Finds a model's folder: a path or hub name, the newest checkpoint of a run, the base of a draft or of adapters."""
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -12,39 +14,118 @@ from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.run_folder import DRAFT_FILE, newest_intact
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
-DOWNLOADED = ["*.json", "model*.safetensors", "draft/*.safetensors", "*.jinja", "*.model"]
+SMALL = ("*.json", "*.jinja", "*.model")  # all that a config and a tokenizer need
+WEIGHTS = ("model*.safetensors", "draft*.safetensors", "adapter_model.safetensors")
+CONFIG, ADAPTERS = "config.json", "adapter_config.json"
+# Keys of adapter_config.json that have to be off: with them, adapters are more than W + s B A.
+MORE_THAN_LORA = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters"),
+    *("trainable_token_indices", "alora_invocation_tokens", "megatron_config", "monteclora_config", "arrow_config"),
+    "kasa_config",
+)
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base's weights
 
 
-def model_folder(path: str, key: str = "path") -> Path:
-    """The folder of a model: a path, where ~ is allowed, or a name on the hub, which is downloaded.
+def named_folder(path: str, key: str = "path", weights: bool = False) -> Path:
+    """The folder that `path` names: a path, where ~ is allowed, or a name on the hub, which is downloaded.
 
-    For a run of layerskip_finetune it is the newest intact checkpoint with weights; shards only serve to resume. `key`
-    is the path's key in messages.
+    For a run of layerskip_finetune it is the newest intact checkpoint of a model, a draft or adapters; shards only
+    serve to resume. `key` is the path's key in messages. Without `weights`, only the small files are downloaded.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            kinds = ("config.json", DRAFT_FILE, "adapter_config.json")
-            folder = next(filter(None, (newest_intact(folder, needs) for needs in kinds)), folder)
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            base = read_json(folder / "adapter_config.json", key).get("base_model_name_or_path")
-            raise ConfigError(
-                f"{key}: {str(folder)!r} holds adapters only. Allowed: their base model, with the model.lora settings "
-                f"of the training; for example {key}={base} checkpointer.adapter_checkpoint={folder}"
-            )
-        return folder
+        if (folder / CONFIG).is_file():
+            return folder
+        return next(filter(None, (newest_intact(folder, needs) for needs in (CONFIG, DRAFT_FILE, ADAPTERS))), folder)
     if not HUB_NAME.fullmatch(path) or folder.is_absolute():
         raise ConfigError(
             f"{key}: {path!r} is no folder. Allowed: a folder with config.json, the output folder of a finished "
             f"training, or a name on the hub; for example {key}=~/models/Qwen3-0.6B"
         )
-    return _downloaded(path, key)
+    return _downloaded(path, key, (*SMALL, *WEIGHTS) if weights else SMALL)
+
+
+def model_folder(path: str, key: str = "path", weights: bool = False) -> Path:
+    """The folder with a model's weights, or with adapters. A trained draft leads to the model that it drafts for."""
+    folder = named_folder(path, key, weights)
+    if (folder / CONFIG).is_file() or (folder / ADAPTERS).is_file():
+        return folder
+    base = read_json(folder / "layerskip.json", key, {}).get("base")  # it describes a trained draft
+    if not isinstance(base, dict) or not isinstance(base.get("folder"), str):
+        return folder
+    if base.get("checkpointer", "HFCheckpointer") != "HFCheckpointer":
+        raise ConfigError(
+            f"{key}: {str(folder)!r} is a draft for a model that {base['checkpointer']} reads. Allowed: a draft for a "
+            "model of hf_checkpointer. For this draft, use layerskip_generate with self_speculation.draft"
+        )
+    if base["folder"] == "..":
+        return folder.absolute().parent
+    what = f"the model that the draft in {str(folder)!r} was trained for"
+    advice = f"For generation with a model elsewhere: {key}=MODEL self_speculation.draft={folder}"
+    found = _found(base["folder"], what, advice, key, weights)
+    if not ((found / CONFIG).is_file() or (found / ADAPTERS).is_file()):
+        raise ConfigError(f"{key}: {str(found)!r} holds no model, and should hold {what}")
+    return found
+
+
+def base_folder(folder: Path, key: str = "path", weights: bool = False) -> Path:
+    """The folder with config.json for a `model_folder`: itself or, for adapters, that of their base model.
+
+    Some programs write a config.json beside adapters, but no weights. The base lies where the adapters say, or in a
+    folder of that name beside theirs.
+    """
+    if not holds_adapters(folder):
+        return folder
+    described = read_json(folder / ADAPTERS, key)
+    _check_mergeable(described, folder, key)
+    name = described.get("base_model_name_or_path")
+    where = f"base_model_name_or_path in {str(folder / ADAPTERS)!r}"
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{key}: {where} is {name!r}. Allowed: the base model's folder, or its name on the hub")
+    beside = folder.absolute().parent / Path(name).name
+    if not Path(name).expanduser().is_dir() and beside.is_dir():
+        name = str(beside)
+    base = _found(name, where, "Write the base model's folder there", key, weights)
+    if holds_adapters(base):
+        raise ConfigError(f"{key}: {where} names adapters, {str(base)!r}. Allowed: the folder of a whole model")
+    return base
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Whether a folder has PEFT's adapters without a model's weights."""
+    return (folder / ADAPTERS).is_file() and not any(folder.glob("model*.safetensors"))
+
+
+def _check_mergeable(described: Mapping[str, Any], folder: Path, key: str) -> None:
+    """Raise a ConfigError unless the adapters are LoRA that can be merged into the base's weights."""
+    wrong = {name: described[name] for name in MORE_THAN_LORA if described.get(name)}
+    if described.get("init_lora_weights") not in PLAIN_STARTS:
+        wrong["init_lora_weights"] = described["init_lora_weights"]
+    for name, only in (("peft_type", "LORA"), ("bias", "none")):
+        if described.get(name, only) != only:
+            wrong[name] = described[name]
+    if wrong:
+        raise ConfigError(
+            f"{key}: the adapters in {str(folder)!r} cannot be merged while loading, because of "
+            f"{', '.join(f'{name}: {value!r}' for name, value in wrong.items())}. Allowed: LoRA without these; or a "
+            "whole model, which PEFT's merge_and_unload() makes"
+        )
+
+
+def _found(name: str, what: str, advice: str, key: str, weights: bool) -> Path:
+    """The folder that another folder's file names; messages say `what` it is, and give `advice`."""
+    try:
+        return named_folder(name, key, weights)
+    except ConfigError as e:
+        raise ConfigError(
+            f"{key}: {what}, {name!r}, is neither a folder nor a model that can be downloaded. {advice}"
+        ) from e
 
 
 @cache
-def _downloaded(name: str, key: str) -> Path:
+def _downloaded(name: str, key: str, patterns: tuple[str, ...]) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+        return Path(snapshot_download(name, allow_patterns=[*patterns]))
     except (OSError, ValueError) as e:  # the hub's errors are subclasses
         raise ConfigError(
             f"{key}: {name!r} is no local folder, and the download from the hub failed ({first_line(e)}). Allowed: a "

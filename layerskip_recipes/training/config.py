@@ -98,8 +98,8 @@ class FinetuneConfig(RecipeConfig):
 
     optimizer: Annotated[Component, Takes(positional=1)]
     """An optimizer of torch, torchao or bitsandbytes. `lr: null` is 3e-4 for adapters. If all weights are trained, it
-    is 3e-5 at the width of Llama 2 7B, and more for narrower models. If `dtype: null` then becomes bf16,
-    `StochasticAdamW` replaces AdamW."""
+    is 3e-5 at the width of Llama 2 7B, and more for narrower models; if only a `copy` is trained, four times that. If
+    `dtype: null` then becomes bf16 in a training of all weights, `StochasticAdamW` replaces AdamW."""
     optimizer_in_bwd: Flag = False
     """Update each weight as soon as its gradient is computed, so that only one gradient exists at a time."""
     lr_scheduler: Annotated[Component, Takes("num_training_steps", "last_epoch", positional=1)] | None = None

@@ -14,7 +14,7 @@ from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.model.hf_config import read_hf_config
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
-from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.model.hf_folder import base_folder, model_folder
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
@@ -40,7 +40,7 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
     datasets = [_with_file_names(part.section) for part in cfg.dataset]
     fingerprint["dataset"] = datasets[0] if len(datasets) == 1 else datasets
     if is_hf_decoder(cfg.meta_model):
-        config = read_hf_config(model_folder(cfg.model.builder.get("path")))
+        config = read_hf_config(base_folder(model_folder(cfg.model.builder.get("path"))))
         fingerprint["model"] = _without_path(cfg.model.section)
         fingerprint["config.json"] = config.model_dump()
     fingerprint["optimizer._component_"] = cfg.optimizer.path  # another optimizer cannot use its state

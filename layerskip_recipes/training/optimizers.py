@@ -18,10 +18,10 @@ from layerskip_recipes.distributed.loading import suppress_dcp_warnings
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import clean_name, group_by_mesh, parts_of
+from layerskip_recipes.training.plan import DRAFT_RATE
 from layerskip_recipes.training.stochastic_adamw import StochasticAdamW
 
 log = get_logger("INFO")
-DRAFT_RATE = 4  # times the model's learning rate, for a draft that is trained beside it
 ROUNDED_AWAY = 1e-4  # about the distance between neighbouring bf16 numbers near 0.02
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = get_logger("INFO")
 
+DRAFT_RATE = 4  # times the model's learning rate, for a copy of its layers that is trained as a draft
 SAMPLES_PER_STEP = 8  # small steps learn most from a given number of tokens
 LONGEST = {"cpu": 512}  # tokens per sample; on a CPU the limit is time, not memory
 LONGEST_ELSEWHERE = 2048
@@ -73,8 +74,12 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
 
     # Learning rate and exits.
     if "lr" in cfg.optimizer.arguments:
-        width = cfg.meta_model.tok_embeddings.embedding_dim
-        choices.pick("optimizer.lr", lambda: full_learning_rate(width) if memory.all_weights else 3e-4)
+        rate = full_learning_rate(cfg.meta_model.tok_embeddings.embedding_dim)
+        if cfg.draft is not None and cfg.draft.kind == "copy" and cfg.freezes_model:
+            rate *= DRAFT_RATE
+        elif not memory.all_weights:
+            rate = 3e-4
+        choices.pick("optimizer.lr", lambda: rate)
     if cfg.early_exit_loss is not None:
         layer = usual_exit(cfg.num_layers) - 1
         choices.pick("early_exit_loss.layers", lambda: ":" if cfg.early_exit_loss.curriculum else str(layer))

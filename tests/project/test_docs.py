@@ -31,8 +31,9 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor[1:] in anchors(name), f"{page}: {target}{anchor}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and "elsewhere" not in page])
 def test_python_example(page, tokenizer_folder, tmp_path, monkeypatch):
+    """For TRL's see test_finetuned_elsewhere.py."""
     folder = make_checkpoint(tmp_path / "quickstart", tokenizer_folder)  # the README's first commands make it
     (folder / "layerskip.json").write_text('{"exits": [2]}')
     config = json.loads((folder / "config.json").read_text())

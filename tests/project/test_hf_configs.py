@@ -1,14 +1,22 @@
 """The configs hf/* on tiny random models of transformers: train, generate, evaluate, tune; what layerskip.json says."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from helpers.hf_folders import model_with_tokenizer
-from helpers.training import few_texts, train  # noqa: F401
+from helpers.training import few_texts, note_good_draft, train  # noqa: F401
 
+from layerskip_recipes import generate, load_model
+from layerskip_recipes.benchmark.config import BenchmarkConfig
+from layerskip_recipes.benchmark.tuner import write_config
+from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.evaluation.recipe import LayerSkipEval
+from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
@@ -108,13 +116,74 @@ def test_a_draft_beside_the_model(models, tmp_path):
     assert noted(tmp_path / "epoch_0")["exits"] == [8]
     described = noted(tmp_path / "epoch_0" / "draft")
     assert (described["kind"], described["exit_layer"]) == ("copy", 1)
-    described["measured"]["draft"] = {key: [1.0 + 0.95 * d for d in range(1, 9)] for key in ("greedy", "sampled")}
-    (tmp_path / "epoch_0" / "draft" / "layerskip.json").write_text(json.dumps(described))
+    note_good_draft(tmp_path / "epoch_0" / "draft")
     report = generated(f"model_dir={tmp_path}", "benchmark.compare=true", "device=cpu")
     assert report["identical"] is True and report["drafted"] > 0
 
 
-def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_path):
+def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
+    """Two commands, of which the first leaves the model alone. Export, Python and the tuner find the draft as well."""
+    monkeypatch.chdir(tmp_path)
+    data(Path("my_data"), answers=True)
+    before = {file: file.read_bytes() for file in models["llama"].iterdir()}
+    train("qa/draft", f"model_dir={models['llama']}", "data_dir=my_data", "device=cpu")
+    assert before == {file: file.read_bytes() for file in models["llama"].iterdir()}
+    described = noted(Path("qa/epoch_0"))
+    assert (described["kind"], described["exit_layer"], described["steps"]) == ("copy", 1, 2)
+    assert described["measured"]["on"] == "dataset_val"
+    note_good_draft(Path("qa/epoch_0"))
+
+    recipe = LayerSkipGenerate(load_config("qa/generate", ["data_dir=my_data", "max_new_tokens=8", "device=cpu"]))
+    recipe.setup()
+    report = recipe.generate()
+    assert report["identical"] is True and report["drafted"] > 0 and recipe.section.draft == "qa/epoch_0"
+    model, tokenizer = load_model("qa")
+    assert generate(model, tokenizer.prompt("say 1"), 8, compile=False).stats.drafted > 0
+    cfg = BenchmarkConfig.load(load_config("qa/benchmark", ["data_dir=my_data", "device=cpu"]))
+    assert cfg.tuned_draft.draft == "qa/epoch_0"
+    write_config(tmp_path / "tuned.yaml", cfg, cfg.tuned_draft, "fast")
+    tuned = GenerateConfig.load(load_config("tuned.yaml", ["prompt=x"]))
+    assert (tuned.model_dir, tuned.self_speculation.draft) == (f"{tmp_path}/qa", f"{tmp_path}/qa/epoch_0")
+    evaluation = LayerSkipEval(load_config("qa/eval", ["data_dir=my_data", "device=cpu"]))
+    evaluation.setup()
+    evaluation.evaluate()
+    assert Path("qa/exits.json").is_file()
+    drafter = json.loads((export("qa", "exported", draft=0) / "config.json").read_text())
+    assert drafter["num_hidden_layers"] == 1
+
+    Path("moved").mkdir()
+    shutil.copytree("qa/epoch_0", "moved/draft")
+    described["base"]["folder"] = "/nowhere/model"
+    Path("moved/draft/layerskip.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"trained for, '/nowhere/model', is neither .*=MODEL self_speculation.draft"):
+        generated("model_dir=moved/draft", "device=cpu")
+
+
+def data(folder: Path, answers: bool) -> None:
+    """Eight questions for training and for tests."""
+    folder.mkdir()
+    for name in ("train", "test"):
+        lines = ({"input": f"say {i}"} | ({"output": f"<{i}>"} if answers else {}) for i in range(8))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_draft_for_a_finished_model_without_answers(models, tmp_path):
+    """The message has the two commands, with which the model answers first."""
+    data(tmp_path / "my_data", answers=False)
+    given = [f"model_dir={models['llama']}", f"data_dir={tmp_path}/my_data", "device=cpu"]
+    with pytest.raises(ConfigError) as e:
+        train("qa/draft", *given, f"output_dir={tmp_path}/out")
+    first, then = re.search(
+        r"no field output, but input\..*--config (qa/answers) .*, and then (.*)$", str(e.value)
+    ).groups()
+    recipe = LayerSkipGenerate(load_config(first, [*given, "max_new_tokens=8"]))
+    recipe.setup()
+    recipe.generate()
+    train("qa/draft", *given, f"output_dir={tmp_path}/out", *then.split())
+    assert noted(tmp_path / "out" / "epoch_0")["measured"]["on"] == "training"
+
+
+def test_lora_checkpoints_are_models_and_adapters_alone_are_merged(models, tmp_path):
     settings = [f"model_dir={models['llama']}", f"output_dir={tmp_path}", *TRAINING, "max_steps_per_epoch=2"]
     train("hf/lora", *settings)
     note_good_drafts(tmp_path / "epoch_0")
@@ -122,11 +191,11 @@ def test_lora_checkpoints_are_models_and_adapters_alone_are_refused(models, tmp_
     assert generated(f"model_dir={tmp_path}", "device=cpu")["exit_layer"] == 1
     shutil.rmtree(tmp_path / "epoch_0")
     train("hf/lora", *settings, "save_adapter_weights_only=true")
-    with pytest.raises(ValueError, match=f"^model_dir: .*epoch_0' holds adapters only.*model_dir={models['llama']} "):
-        generated(f"model_dir={tmp_path}", "device=cpu")
+    merged = generated(f"model_dir={tmp_path}", "device=cpu")
     base = [f"model_dir={models['llama']}", f"checkpointer.adapter_checkpoint={tmp_path / 'epoch_0'}", "device=cpu"]
     lora = "model.lora={rank: 16, alpha: 32, attn_modules: [q_proj, k_proj, v_proj, output_proj]}"
-    assert generated(*base, lora)["tokens"] == 8
+    report = generated(*base, lora)
+    assert report["tokens"] == 8 and report["exit_layer"] == merged["exit_layer"]
 
 
 def test_each_checkpoint_notes_its_steps_and_the_exits_of_its_layers(models, tmp_path):

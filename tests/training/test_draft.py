@@ -256,10 +256,10 @@ def test_an_adapter_is_the_next_layer_at_first():
     torch.testing.assert_close(draft(torch.cat([x, y], -1)), expected)
 
 
-def test_a_draft_is_no_model(checkpoint, tmp_path, draft_config):
-    """Its folder as that of a model: the message names its base."""
+def test_a_draft_for_a_model_of_another_reader(checkpoint, tmp_path, draft_config):
+    """Its folder does not lead to a model for hf_decoder."""
     train(draft_config(checkpointer=start_section(checkpoint)))
-    message = rf"^model_dir: '{tmp_path}/out/epoch_0' holds a trained draft, .*model_dir={checkpoint}, "
+    message = rf"^model_dir: '{tmp_path}/out/epoch_0' is a draft for a model that FullModelHFCheckpointer reads. "
     for cfg, config, own in ((GenerateConfig, "hf/generate", "prompt=x"), (FinetuneConfig, "hf/task", "device=cpu")):
         overrides = [f"model_dir={tmp_path}/out", own]
         with pytest.raises(ConfigError, match=message):

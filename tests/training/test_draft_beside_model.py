@@ -31,7 +31,7 @@ from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.training.checkpoints import find_checkpoint
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.optimizers import DRAFT_RATE
+from layerskip_recipes.training.plan import DRAFT_RATE
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 KINDS = {"copy": {"kind": "copy", "exit_layer": 2}, "adapter": {"kind": "adapter", "exit_layer": 2, "vocabulary": 200}}

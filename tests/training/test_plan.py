@@ -316,7 +316,7 @@ def adapters_only(folder):
         (lambda folder: folder.rmdir(), "is no folder. Allowed: .*model_dir=~/models/Qwen3-0.6B$"),
         (lambda folder: None, "holds no readable config.json"),
         (lambda folder: folder_of(folder, architectures=["Other"]), "architecture Other is not supported"),
-        (adapters_only, "holds adapters only.*model.lora.*=/models/base checkpointer.adapter_checkpoint=.*epoch_0$"),
+        (adapters_only, "adapter_config.json', '/models/base', is neither a folder nor a model that can be downloaded"),
     ],
 )
 def test_a_wrong_model_is_one_line(prepare, message, tmp_path, layerskip):

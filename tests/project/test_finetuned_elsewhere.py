@@ -1,0 +1,53 @@
+"""docs/finetuned_elsewhere.md with a tiny model: TRL trains it, then it gets a draft and answers with it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.hf_folders import model_with_tokenizer
+from helpers.pages import PAGES, blocks
+from helpers.resuming import same_tensors
+from helpers.training import note_good_draft, train
+
+from layerskip_recipes import load_model
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.recipe import LayerSkipGenerate
+
+PAGE = "docs/finetuned_elsewhere.md"
+TEMPLATE = """{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}\
+{% if add_generation_prompt %}<assistant> {% endif %}"""
+ON_THIS_MACHINE = '"my_model", max_steps=2, use_cpu=True'
+
+
+def test_the_page_is_short():
+    assert len(PAGES[PAGE].read_text(encoding="utf-8").splitlines()) <= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_trl_trains_gets_a_draft(lora, tmp_path, tokenizer_folder, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    base = model_with_tokenizer("qwen3", tmp_path / "base", tokenizer_folder)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    Path("my_data").mkdir()
+    for name in ("train", "test"):
+        lines = [json.dumps({"input": f"say {i}", "output": f"<{i}>"}) + "\n" for i in range(8)]
+        Path(f"my_data/{name}.jsonl").write_text("".join(lines))
+    (code,) = blocks(PAGE, "python")
+    code = code.replace("Qwen/Qwen3-0.6B", str(base)).replace('"my_model"', ON_THIS_MACHINE)
+    if lora:
+        monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # it wants a newer one
+        code = code.replace("train_dataset=", "peft_config=__import__('peft').LoraConfig(), train_dataset=")
+    exec(compile(code, PAGE, "exec"), {})
+    assert Path("my_model/adapter_config.json").exists() == lora
+    trained, _ = load_model("my_model")
+    assert not same_tensors(trained.state_dict(), load_model("base")[0].state_dict())
+
+    train("qa/draft", "model_dir=my_model", "data_dir=my_data", "device=cpu")
+    note_good_draft(Path("qa/epoch_0"))
+    recipe = LayerSkipGenerate(load_config("qa/generate", ["data_dir=my_data", "max_new_tokens=8", "device=cpu"]))
+    recipe.setup()
+    assert same_tensors(trained.state_dict(), recipe.model.state_dict())
+    report = recipe.generate()
+    assert report["identical"] is True and report["drafted"] > 0
