@@ -55,7 +55,7 @@ class DecodingConfig(RecipeConfig):
     """A text ends before the first of these strings. In `layerskip_benchmark`, other libraries decode past them."""
     compile: Flag = False
     """Compile the decoding steps: to C++ on a CPU (needs a C++ compiler), to CUDA graphs on a GPU. The first run takes
-    half a minute longer, on a GPU some minutes; later runs reuse the code from torch's cache. Without this key,
+    half a minute longer, on a GPU some minutes; later runs load the code from torch's cache. Without this key,
     `layerskip_generate` compiles if that should save more time than it takes."""
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model: a torchtune quantizer, or a torchao config such as

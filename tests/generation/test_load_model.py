@@ -86,6 +86,7 @@ def test_compiling_is_announced_and_kept(run, monkeypatch, caplog):
     """Where ten calls gain more than it takes; the first one says so."""
     model, tokenizer = load_model(str(run))
     monkeypatch.setattr(chosen, "COMPILE_S", {"cpu": 0.0})
+    monkeypatch.setattr(chosen, "LOAD_S", 0.0)
     compiled = []
     monkeypatch.setattr(api, "Generation", lambda *args, compile, **kwargs: compiled.append(compile) or stop())
     with caplog.at_level(logging.INFO):

@@ -13,6 +13,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.drafting import chosen
 from layerskip_recipes.generation.drafting.chosen import choose_drafts, compiling_pays
 from layerskip_recipes.generation.drafting.plan import Way, estimated_costs, measured_rounds
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -265,12 +266,17 @@ def test_longer_drafts_than_were_measured_and_more_rows():
     assert costs.round_s(Way(6), 4) / one.plain < eight.round_s(Way(6), 4) / eight.plain
 
 
-def test_compiling_pays_for_long_runs_only():
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_compiling_pays_for_long_runs_only(compiled_before, monkeypatch):
+    """A saving of 8 seconds pays once an earlier process has compiled the C++."""
+    monkeypatch.setattr(chosen, "is_library_compiled", lambda: compiled_before)
     cpu = torch.device("cpu")
     pays, why = compiling_pays(0.05, 0.01, 10_000, cpu)
     assert pays and "5.0x faster" in why and "400 s" in why
+    assert compiling_pays(0.05, 0.01, 200, cpu)[0] is compiled_before
     pays, why = compiling_pays(0.05, 0.01, 100, cpu)
     assert not pays and "save about 4 s" in why and "compile=true" in why
+    assert ("first time" in why) is not compiled_before
 
 
 def test_without_a_compiler_steps_are_not_compiled_and_the_log_says_so(monkeypatch):

@@ -36,6 +36,7 @@ from layerskip_recipes.generation.drafting.plan import (
     with_int8,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.kernels.cpp_decoder import is_library_compiled
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
 
@@ -57,6 +58,7 @@ class Choice:
 CHOSEN = ("exit_layer", "num_speculations", "min_confidence", "draft_vocabulary", "draft_int8", "prompt_lookup")
 LOOKUP = 3  # tokens of prompt look-up
 COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # compile time of a first run
+LOAD_S = 5.0  # to load C++ that an earlier run compiled, and to move weights to huge pages
 
 
 def choose_for(
@@ -253,11 +255,12 @@ def compiling_pays(eager_s: float, compiled_s: float, steps: int, device: torch.
     if not has_compiler(device):
         why = {"cpu": "no C++ compiler was found", "cuda": "triton is not installed"}
         return False, f"Not compiled, and so slower: {why.get(device.type, f'not possible on {device.type}')}"
-    saved, needed = steps * (eager_s - compiled_s), COMPILE_S[device.type]
+    first = device.type != "cpu" or not is_library_compiled()
+    saved, needed = steps * (eager_s - compiled_s), COMPILE_S[device.type] if first else LOAD_S
     faster = f"makes decoding about {eager_s / compiled_s:.1f}x faster"
     if saved > needed:
         return True, f"Compiled: it {faster} here, and saves about {saved:.0f} s. compile=false leaves it out"
     return False, (
-        f"Not compiled: that would save about {saved:.0f} s of at most {steps} tokens, and take about {needed:.0f} s "
-        "the first time. For longer runs set compile=true"
+        f"Not compiled: that would save about {saved:.0f} s of at most {steps} tokens, and take about {needed:.0f} s"
+        f"{' the first time' if first else ''}. For longer runs set compile=true"
     )

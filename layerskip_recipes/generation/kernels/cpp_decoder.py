@@ -5,10 +5,13 @@ In a small model torch's overhead per product is as large as the product. The C+
 token or for seven, and do little else.
 """
 
+import hashlib
+import os
 import platform
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -87,6 +90,19 @@ def load_library() -> None:
         Library.load(source)
     except OSError:  # a cut library is gone now: compile it again
         Library.load(source)
+    _compiled_mark().touch()
+
+
+def is_library_compiled() -> bool:
+    """Whether an earlier process compiled this C++ for this processor, so that it only needs to be loaded."""
+    return _compiled_mark().is_file()
+
+
+def _compiled_mark() -> Path:
+    """An empty file in inductor's cache, or in the folder of its default; to ask inductor would take seconds."""
+    sources = [torch.__version__, _processor(), *(source.read_text() for source in SOURCES)]
+    name = f"layerskip_{os.getuid()}_{hashlib.sha256(''.join(sources).encode()).hexdigest()[:16]}"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(), name)
 
 
 def _processor() -> str:
