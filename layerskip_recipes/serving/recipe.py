@@ -42,6 +42,8 @@ class LayerSkipServe(LayerSkipGenerate):
         super().__init__(source)
         self.name = Path(self.cfg.model_dir or self.cfg.output_dir or self.cfg.given_folder or "model").name
         self.api_key = os.environ.get(KEY)
+        self.context = most_positions(self.cfg.meta_model)[0]
+        self.max_body_bytes = 2**16 + 32 * self.context  # few texts have so many bytes per token
         # Clients are refused until the model is ready, as this socket does not listen yet.
         host, port = self.cfg.host, self.cfg.port
         self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -73,14 +75,15 @@ class LayerSkipServe(LayerSkipGenerate):
 
     def warm_up(self) -> None:
         """Compile, and measure rounds anew once everything is warm."""
-        list(self.answer(CompletionRequest(prompt="?", max_tokens=min(24, self.max_new_tokens)), threading.Event()))
+        short = CompletionRequest.parse({"prompt": "?", "max_tokens": min(24, self.max_new_tokens)})
+        list(self.answer(short, threading.Event()))
         self.rule = DraftRule()
 
     def answer(self, asked: ChatRequest | CompletionRequest, gone: threading.Event) -> Iterator[str | dict[str, Any]]:
         """Pieces of text as they become final, then the finish reason and the usage. Fails once `gone` is set."""
         prompt = self._prompt(asked)
         # Without a wish of the client, the answer is shorter at the end of the model's context.
-        room = most_positions(self.model)[0] - len(prompt)
+        room = self.context - len(prompt)
         limit = asked.max_completion_tokens or asked.max_tokens or max(1, min(self.max_new_tokens, room))
         check_prompt_lengths(self.model, [len(prompt)], limit, "max_tokens")
         sampler = self.cfg.sampler(self.cfg.temperature if asked.temperature is None else asked.temperature, asked.seed)
@@ -93,39 +96,36 @@ class LayerSkipServe(LayerSkipGenerate):
         if cache is not None and not common_start([prompt]):
             cache.keep_first(0)
         generation = self._generation([prompt], limit, sampler=sampler, cache=cache, reserve=reserve)
-        kept = None
-        with closing(iter(generation)) as rounds:
-            while new := self._next(rounds, gone):
-                if (kept := text.extend(new)) is not None:
-                    generation.stop(0, len(generation.generated[0]) - len(new) + kept)
-                if piece := text.new_text(last=generation.finished[0]):
-                    yield piece
         if generation.context.has_cpp:
             self.caches[False] = generation.cache
-        tokens, stats = generation.generated[0], generation.stats
-        ended = kept is not None or (tokens and tokens[-1] in self.stop_tokens)
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
-        usage |= {
-            "total_tokens": sum(usage.values()),
-            "drafted_tokens": stats.drafted,
-            "accepted_tokens": stats.accepted,
-        }
-        usage["prompt_tokens_details"] = {"cached_tokens": stats.reused_tokens}
-        yield {"finish_reason": "stop" if ended else "length", "usage": usage}
-
-    def _next(self, rounds: Iterator[list[list[int]]], gone: threading.Event) -> list[int]:
-        """The tokens of the next round, none after the last one. It ends between two layers if the client leaves, as
-        torch may read a long prompt for seconds."""
 
         def check(*_: Any) -> None:
             if gone.is_set():
                 raise ConnectionAbortedError
 
-        check()
-        with ExitStack() as hooks:
-            for layer in self.model.layers:
+        kept = None
+        with closing(iter(generation)) as rounds, ExitStack() as hooks:  # type: ignore[type-var]
+            for layer in self.model.layers:  # torch may read a long prompt for seconds
                 hooks.callback(layer.register_forward_pre_hook(check).remove)
-            return next(rounds, [[]])[0]
+            for (new,) in rounds:
+                hooks.close()
+                check()
+                if (kept := text.extend(new)) is not None:
+                    generation.stop(0, len(generation.generated[0]) - len(new) + kept)
+                if piece := text.new_text(last=generation.finished[0]):
+                    yield piece
+        tokens, stats = generation.generated[0], generation.stats
+        usage = {
+            **{
+                "prompt_tokens": len(prompt),
+                "completion_tokens": len(tokens),
+                "total_tokens": len(prompt) + len(tokens),
+            },
+            **{"drafted_tokens": stats.drafted, "accepted_tokens": stats.accepted},
+            "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
+        }
+        ended = kept is not None or tokens[-1] in self.stop_tokens
+        yield {"finish_reason": "stop" if ended else "length", "usage": usage}
 
     def _prompt(self, asked: ChatRequest | CompletionRequest) -> list[int]:
         if isinstance(asked, CompletionRequest):

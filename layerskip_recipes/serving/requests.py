@@ -67,22 +67,28 @@ def parse(kind: type[S], body: bytes) -> S:
 def _checked(kind: type[S], content: Any, key: str = "") -> S:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{key or 'body'}: {content!r} is not allowed. Allowed: a JSON object")
-    for name, value in content.items():
-        asks = value is not None and value is not False and value not in ([], {}, NEUTRAL.get(name, []))
+    given = {name: value for name, value in content.items() if value is not None}
+    for name, value in given.items():
+        asks = value is not False and value not in ([], {}, NEUTRAL.get(name, []))
         if asks and name not in (*kind.model_fields, *IGNORED):
             raise ConfigError(f"{key and key + '.'}{name}: is not supported by this server. Leave it out")
-    return kind.parse({k: v for k, v in content.items() if k in kind.model_fields and v is not None}, key)
+    return kind.parse({name: value for name, value in given.items() if name in kind.model_fields}, key)
 
 
 def messages_of(request: ChatRequest) -> list[Message]:
-    """The conversation; parts of text are joined."""
+    """The conversation. A message of several parts joins their texts."""
     messages = []
     for i, given in enumerate(request.messages):
-        message, parts = _checked(ChatMessage, given, key := f"messages[{i}]"), []
-        for j, part in enumerate([] if isinstance(message.content, str) else message.content):
-            if isinstance(part, Mapping) and part.get("type") != "text":
-                raise ConfigError(f"{key}.content[{j}]: {part.get('type')} is not supported. Allowed: type text")
-            parts.append(_checked(TextPart, part, f"{key}.content[{j}]").text)
+        message = _checked(ChatMessage, given, f"messages[{i}]")
+        text = message.content
+        if not isinstance(text, str):
+            text = "\n".join(_text_of(part, f"messages[{i}].content[{j}]") for j, part in enumerate(text))
         role = "system" if message.role == "developer" else message.role
-        messages.append(Message(role=role, content="\n".join(parts) if parts else message.content))
+        messages.append(Message(role=role, content=text))
     return messages
+
+
+def _text_of(part: Any, key: str) -> str:
+    if isinstance(part, Mapping) and part.get("type") != "text":
+        raise ConfigError(f"{key}: type {part.get('type')!r} is not supported by this server. Allowed: text")
+    return _checked(TextPart, part, key).text
