@@ -68,7 +68,10 @@ class Server:
             raise HTTPException(404, f"model: {asked.model!r} is not served. Allowed: {self.recipe.name!r}")
         self._check_room()
         loop, gone, items = asyncio.get_running_loop(), threading.Event(), asyncio.Queue[Any]()
-        put: Any = partial(loop.call_soon_threadsafe, items.put_nowait)
+
+        def put(item: Any) -> None:
+            loop.call_soon_threadsafe(items.put_nowait, item)
+
         decoding = loop.run_in_executor(self.thread, self._decode, asked, gone, put)
         self.pending.add(decoding)
         decoding.add_done_callback(self.pending.discard)
@@ -100,7 +103,7 @@ class Server:
 
     def _check_key(self, request: HTTPRequest) -> None:
         given, key = request.headers.get("authorization", ""), self.recipe.api_key
-        if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        if key and not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
             raise HTTPException(401, f"authorization: needs the key in the server's {KEY}, as Bearer KEY")
 
     def _check_room(self) -> None:
