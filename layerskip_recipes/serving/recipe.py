@@ -115,15 +115,10 @@ class LayerSkipServe(LayerSkipGenerate):
                 if piece := text.new_text(last=generation.finished[0]):
                     yield piece
         tokens, stats = generation.generated[0], generation.stats
-        usage = {
-            **{
-                "prompt_tokens": len(prompt),
-                "completion_tokens": len(tokens),
-                "total_tokens": len(prompt) + len(tokens),
-            },
-            **{"drafted_tokens": stats.drafted, "accepted_tokens": stats.accepted},
-            "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
-        }
+        usage: dict[str, Any] = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
+        usage |= {"total_tokens": len(prompt) + len(tokens)}
+        usage |= {"drafted_tokens": stats.drafted, "accepted_tokens": stats.accepted}
+        usage |= {"prompt_tokens_details": {"cached_tokens": stats.reused_tokens}}
         ended = kept is not None or tokens[-1] in self.stop_tokens
         yield {"finish_reason": "stop" if ended else "length", "usage": usage}
 
@@ -133,6 +128,9 @@ class LayerSkipServe(LayerSkipGenerate):
         messages, system = messages_of(asked), self.cfg.system_prompt
         if system and messages[0].role != "system":
             messages.insert(0, Message(role="system", content=system))
+        # Refuse a very long conversation before the chat template is rendered, which adds more tokens.
+        texts = "".join(message.text_content for message in messages)
+        check_prompt_lengths(self.model, [len(to_tokens(texts, self.tokenizer)) or 1], 1)
         # Clients write the assistant's messages, too: no text of theirs may hold a special token.
         guarded = getattr(self.tokenizer, "guarded", str)
         messages = [Message(role=m.role, content=guarded(m.text_content)) for m in messages]

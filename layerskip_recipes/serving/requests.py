@@ -43,7 +43,7 @@ class CompletionRequest(Request):
 
 
 class ChatRequest(Request):
-    messages: Annotated[list[Any], Field(min_length=1)]
+    messages: Annotated[list[Any], Field(min_length=1, max_length=256)]  # rendering takes time with their square
 
 
 class ChatMessage(Section):

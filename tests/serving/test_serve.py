@@ -184,6 +184,7 @@ def test_consecutive_prompts_reuse_their_beginning(served, client, monkeypatch):
 
 CHAT_ROWS = [
     ({"messages": []}, "messages: [] is not allowed"),
+    ({"messages": USER * 257}, "messages: [{'role'"),
     ({"messages": "hi"}, "messages: 'hi' is not allowed"),
     ({"messages": ["hi"]}, "messages[0]: 'hi' is not allowed"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: 'tool' is not allowed"),
@@ -197,6 +198,7 @@ CHAT_ROWS = [
      "messages[0].tool_calls: is not supported"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "prompt: the tokenizer refuses"),
     ({"messages": [{"role": "user", "content": "("*500}]}, "prompt: its 5"),
+    ({"messages": [{"role": "user", "content": "(" * 200_000}]}, "body: is too large"),
     ({"messages": USER, "tools": [{"type": "function"}]}, "tools: is not supported"),
     ({"messages": USER, "n": 2}, "n: is not supported"),
     ({"messages": USER, "logprobs": True}, "logprobs: is not supported"),
