@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 from helpers.configs import generate_config
 from helpers.generating import run
+from helpers.pages import blocks, commands
 from starlette.testclient import TestClient
 
 from layerskip_recipes.cli import run as command_line
@@ -178,6 +179,13 @@ def test_consecutive_prompts_reuse_their_beginning(served, client, monkeypatch):
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"] - 1
     monkeypatch.setattr(served[0], "caches", {})
     assert complete(client, prompt="def main(a").json()["choices"] == again["choices"]
+
+
+def test_the_requests_of_the_page(client):
+    asked = [words for words in commands(["docs/serving.md"]).values() if words[0] == "curl"]
+    assert len(asked) == 2
+    for _, url, _, body in asked:
+        assert client.post(url.removeprefix("http://localhost:8000"), content=body).status_code == 200
 
 
 # ---- refusals ----
@@ -412,6 +420,11 @@ def test_openai_as_a_client_of_a_process(config, tmp_path):
         assert whole.usage.completion_tokens <= 100 and whole.usage.drafted_tokens >= whole.usage.accepted_tokens
         text = client.completions.create(model=model.id, prompt="secret", stop=["@"]).choices[0].text
         assert isinstance(text, str)
+        (example,) = (block for block in blocks("docs/serving.md", "py") if "openai" in block)
+        for there, here in {"http://localhost:8000/v1": found[1], '"out"': '"tiny"', '"none"': '"sesame"'}.items():
+            assert there in example
+            example = example.replace(there, here)
+        exec(example, {})
         with pytest.raises(openai.BadRequestError, match="n: is not supported"):
             client.chat.completions.create(model=model.id, messages=USER, n=2)
         with pytest.raises(openai.AuthenticationError):
