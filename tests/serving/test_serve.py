@@ -19,6 +19,7 @@ import uvicorn
 from helpers.configs import generate_config
 from helpers.generating import run
 from helpers.pages import blocks, commands
+from helpers.tools import load
 from starlette.testclient import TestClient
 
 from layerskip_recipes.cli import run as command_line
@@ -156,6 +157,13 @@ def test_defaults_are_those_of_the_config(served, client, monkeypatch):
     assert [(s.temperature, s.top_p, s.seed) for s in seen] == [(0.5, 0.9, None), (0.0, None, None)]
 
 
+def test_the_system_prompt_of_the_config_is_for_conversations_without_one(served, client, monkeypatch):
+    monkeypatch.setitem(served[0].cfg.__dict__, "system_prompt", "Be brief")
+    asked = [USER, [{"role": "system", "content": "Be brief"}, *USER]]
+    one, other = (client.post("/v1/chat/completions", json={"messages": messages}).json() for messages in asked)
+    assert one["choices"] == other["choices"] and one["usage"]["prompt_tokens"] == other["usage"]["prompt_tokens"]
+
+
 def test_no_text_of_a_client_writes_a_control_token(served, client, monkeypatch):
     seen, begin = [], served[0]._generation
     monkeypatch.setattr(
@@ -186,6 +194,12 @@ def test_the_requests_of_the_page(client):
     assert len(asked) == 2
     for _, url, _, body in asked:
         assert client.post(url.removeprefix("http://localhost:8000"), content=body).status_code == 200
+
+
+def test_the_tool_that_measures_servers(url):
+    report = load("server_speed").measure(url, ["hi"], clients=2, requests=4, max_tokens=3)
+    assert report["requests_per_minute"] > 0 and 0 < report["first_token_s"] <= report["answer_s"]
+    assert report["tokens_per_second"] > 0
 
 
 # ---- refusals ----
