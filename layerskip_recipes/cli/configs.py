@@ -20,7 +20,7 @@ OWN_KEYS = {
     "layerskip_finetune": ("optimizer", "loss", "metric_logger"),
     "layerskip_benchmark": ("variants", "report_dir", "temperatures", "random_weights", "tune", "peers"),
     "layerskip_eval": ("dataset", "tasks"),
-    "layerskip_serve": ("host", "port", "max_waiting", "max_body_bytes"),
+    "layerskip_serve": ("host", "port", "max_waiting"),
 }
 
 
