@@ -33,8 +33,10 @@ def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:
     tables: dict[type[Section], str] = {}
     parts = ["## All recipes", *_tables(RecipeConfig.model_fields, tables)]
     for name, config in recipes.items():
-        own = {key: field for key, field in config.model_fields.items() if not _is_common(key, field)}
-        parts += [f"## {name}", *_tables(own, tables)]
+        base = next((other for other in recipes if recipes[other] in config.__mro__[1:]), None)
+        common = recipes[base] if base else RecipeConfig
+        own = {key: field for key, field in config.model_fields.items() if not _is_common(key, field, common)}
+        parts += [f"## {name}", *([f"All keys of [{base}](#{base}), and:"] if base else []), *_tables(own, tables)]
         if refused := {key: why for key, why in config.REFUSED.items() if key not in config.model_fields}:
             rows = [[f"`{key}`", why] for key, why in refused.items()]
             parts += ["These keys of other configs are refused unless they are switched off:"]
@@ -42,8 +44,8 @@ def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _is_common(key: str, field: FieldInfo) -> bool:
-    common = RecipeConfig.model_fields.get(key)
+def _is_common(key: str, field: FieldInfo, config: type[RecipeConfig]) -> bool:
+    common = config.model_fields.get(key)
     return common is not None and (_row(key, common) == _row(key, field))
 
 

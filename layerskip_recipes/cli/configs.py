@@ -13,12 +13,14 @@ RECIPES = {
     "layerskip_generate": "generation.config.GenerateConfig",
     "layerskip_eval": "evaluation.config.EvalConfig",
     "layerskip_benchmark": "benchmark.config.BenchmarkConfig",
+    "layerskip_serve": "serving.config.ServeConfig",
 }
 # Keys that only one recipe has. A config without any of them is for layerskip_generate.
 OWN_KEYS = {
     "layerskip_finetune": ("optimizer", "loss", "metric_logger"),
     "layerskip_benchmark": ("variants", "report_dir", "temperatures", "random_weights", "tune", "peers"),
     "layerskip_eval": ("dataset", "tasks"),
+    "layerskip_serve": ("host", "port", "max_waiting"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The entry points of the four recipes for `tune run`."""
+"""The entry points of the five recipes for `tune run`."""
 
 import sys
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from layerskip_recipes.cli.run import build_recipe, run_cli
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.processes import end_processes
+from layerskip_recipes.serving.recipe import LayerSkipServe
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
@@ -48,6 +49,18 @@ def generate() -> None:
     end_processes()
     if recipe.interrupted:
         sys.exit(130)  # what a shell expects after Ctrl-C
+
+
+@run_from_command_line
+def serve() -> None:
+    """Serve a model over HTTP, with the endpoints of OpenAI's API.
+
+    tune run layerskip_serve --config hf/generate model_dir=out
+    tune run layerskip_serve --config my_generate.yaml port=8001
+    """
+    recipe = build_recipe(LayerSkipServe, "layerskip_serve", serve.__doc__)
+    recipe.setup()
+    recipe.serve()
 
 
 @run_from_command_line

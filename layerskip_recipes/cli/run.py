@@ -45,7 +45,7 @@ def build_recipe(recipe: "Callable[[DictConfig], Any]", name: str, description: 
         built = recipe(source)
     except ConfigError as e:
         fits = recipe_of(source)
-        if fits == name:
+        if fits == name or (fits, name) == ("layerskip_generate", "layerskip_serve"):
             raise
         raise ConfigError(*e.args, f"config: {args.config} looks like one for `tune run {fits}`") from e
     if chosen := ", ".join(f"{key}={value}" for key, value in built.cfg.chosen.items()):

@@ -191,8 +191,11 @@ class HFTokenizer(ModelTokenizer, Transform):
 
     def _guarded(self, message: Message) -> str:
         """A message's text, with a guard inside the special tokens of all texts that the model does not write."""
-        text = message.text_content
-        if message.role == "assistant" or not self.special_tokens:
+        return message.text_content if message.role == "assistant" else self.guarded(message.text_content)
+
+    def guarded(self, text: str) -> str:
+        """A text whose special tokens are only text in a chat template, like those of users."""
+        if not self.special_tokens:
             return text
         return self.template.special_pattern.sub(lambda found: found[0][:1] + GUARD + found[0][1:], text)
 

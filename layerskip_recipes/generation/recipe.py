@@ -24,7 +24,7 @@ from layerskip_recipes.generation.kernels.compiling import cache_length, find_co
 from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.report import Totals, make_report, print_report
-from layerskip_recipes.generation.sampling import copies_before
+from layerskip_recipes.generation.sampling import Sampler, copies_before
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -42,8 +42,10 @@ TURNS = 10  # expected number of turns in a conversation, to decide whether comp
 class LayerSkipGenerate:
     """Generates from each prompt and reports speed and acceptance. Mistakes are found before any weight is loaded."""
 
+    config_class, turns = GenerateConfig, TURNS
+
     def __init__(self, source: DictConfig) -> None:
-        self.cfg = cfg = GenerateConfig.load(source)
+        self.cfg = cfg = self.config_class.load(source)
         log.setLevel(cfg.log_level)
         self.device, self.dtype = prepare_device(cfg), cfg.torch_dtype
         self.max_new_tokens = cfg.max_new_tokens
@@ -83,7 +85,7 @@ class LayerSkipGenerate:
             if self.interactive and isinstance(self.section.draft_vocabulary, int):
                 raise ConfigError(
                     f"self_speculation.draft_vocabulary: {self.section.draft_vocabulary} tokens are counted in the "
-                    "prompts, and prompt=interactive has none yet. Set self_speculation.draft_vocabulary=null"
+                    "prompts, and a conversation has none yet. Set self_speculation.draft_vocabulary=null"
                 )
             self.section = self.section.with_vocabulary(model, tokens)
         if not self.interactive:
@@ -128,7 +130,7 @@ class LayerSkipGenerate:
             for c in (False, True)
         }
         if "compile" not in cfg.model_fields_set and num_processes() == 1:
-            batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
+            batches = self.turns if self.interactive else -(-len(self.good) // self.batch_size)
             steps = batches * self.max_new_tokens * (2 if self.compare else 1)
             compiled, why = compiling_pays(choices[False].token_s, choices[True].token_s, steps, self.device)
             log.info(why)
@@ -272,6 +274,7 @@ class LayerSkipGenerate:
         limit: int,
         plain: bool = False,
         shown: TextStream | None = None,
+        sampler: Sampler | None = None,
         **kwargs: Any,
     ) -> Generation:
         dim_drafts = shown is not None and self.cfg.stream == "draft" and sys.stdout.isatty()
@@ -281,7 +284,7 @@ class LayerSkipGenerate:
             limit,
             exit_layer=None if plain else self.exit_layer,
             speculation=None if plain else self.speculation,
-            sampler=self.cfg.sampler(self.cfg.temperature, self.seed),
+            sampler=sampler or self.cfg.sampler(self.cfg.temperature, self.seed),
             stop_tokens=self.stop_tokens,
             compile=self.compile,
             shared=num_processes() > 1,
@@ -312,8 +315,6 @@ class LayerSkipGenerate:
         """Answer questions from standard input; the cache keeps the conversation."""
         history: list[Message] = []
         cache, context = None, most_positions(self.model)[0]
-        # The model also verifies drafts that reach beyond an answer's limit.
-        verified = 1 if self.section is None else self.section.num_speculations + 1
         for turn, question in enumerate(_questions()):
             if question == NEW:
                 history.clear()
@@ -330,9 +331,8 @@ class LayerSkipGenerate:
                 log.warning("%sthe question is left out: %s", full, e)
                 continue
             answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
-            # Twice what this turn needs: a new cache would have to read the conversation anew.
-            slots = min(max(1024, 2 * (len(tokens) + limit)), context) + verified
-            generation = self._generation([tokens], limit, shown=answer, cache=cache, reserve=slots)
+            reserve = self._reserve(len(tokens) + limit)
+            generation = self._generation([tokens], limit, shown=answer, cache=cache, reserve=reserve)
             try:
                 follow(generation, [answer], answer if self.cfg.stream else None)
             except KeyboardInterrupt:
@@ -344,6 +344,12 @@ class LayerSkipGenerate:
             history.append(Message(role="user", content=question))
             history.append(Message(role="assistant", content=answer.text(generation.generated[0])))
             ours.add([turn], generation)
+
+    def _reserve(self, needed: int) -> int:
+        """Slots of a new cache: twice what this turn needs, as a new cache would have to read the conversation anew."""
+        # The model also verifies drafts that reach beyond an answer's limit.
+        verified = 1 if self.section is None else self.section.num_speculations + 1
+        return min(max(1024, 2 * needed), most_positions(self.model)[0]) + verified
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
         """System prompt, conversation and question as tokens; a ConfigError if the chat template refuses them."""

@@ -32,7 +32,7 @@ def installed(tmp_path_factory) -> Path:
 def test_the_wheel_has_entry_modules_and_all_configs(installed):
     (record,) = installed.glob("layerskip_recipes-*.dist-info/RECORD")
     names = {row[0] for row in csv.reader(record.read_text().splitlines())}
-    assert {f"layerskip_{recipe}.py" for recipe in ("finetune", "generate", "eval", "benchmark")} <= names
+    assert {f"layerskip_{recipe}.py" for recipe in ("finetune", "generate", "eval", "benchmark", "serve")} <= names
     configs = {p.relative_to(ROOT / "recipes").as_posix() for p in (ROOT / "recipes" / "configs").rglob("*.yaml")}
     assert {f"layerskip_recipes/{name}" for name in configs} <= names
     assert {"layerskip_recipes/py.typed", "layerskip_recipes/custom_generate/requirements.txt"} <= names

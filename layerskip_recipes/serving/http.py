@@ -1,0 +1,190 @@
+"""HTTP for `layerskip_serve`: routes, the queue, streaming, errors. One thread decodes one request at a time."""
+
+import asyncio
+import hmac
+import json
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from torchtune import utils
+
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.serving.recipe import KEY, LayerSkipServe
+from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, Request, parse
+
+log = utils.get_logger("INFO")
+
+BODY_S = 60  # the longest time that a client may take to send its body
+LINE = 400  # the longest error message, in characters
+
+
+def make_app(recipe: LayerSkipServe) -> Starlette:
+    """The application; compiles first."""
+    server = Server(recipe)
+    routes = [
+        Route("/v1/chat/completions", partial(server.answer, ChatRequest), methods=["POST"]),
+        Route("/v1/completions", partial(server.answer, CompletionRequest), methods=["POST"]),
+        *(Route("/v1/models", server.models), Route("/health", server.health)),
+    ]
+    kinds = (HTTPException, ConfigError, ClientDisconnect, asyncio.TimeoutError)
+    return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, _refuse))
+
+
+class Server:
+    """The thread that decodes, and the requests that wait for it."""
+
+    def __init__(self, recipe: LayerSkipServe) -> None:
+        self.recipe, self.started, self.pending = recipe, int(time.time()), set[asyncio.Future]()
+        # torch's current device is the thread's own.
+        self.thread = ThreadPoolExecutor(1, initializer=recipe.cfg.find_device)
+        self.thread.submit(recipe.warm_up).result()
+
+    async def health(self, _: HTTPRequest) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: HTTPRequest) -> Response:
+        self._check_key(request)
+        model = {"id": self.recipe.name, "object": "model", "created": self.started, "owned_by": "layerskip"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def answer(self, kind: type[Request], request: HTTPRequest) -> ASGIApp:
+        """The response, which waits for all earlier ones."""
+        self._check_key(request)
+        self._check_room()
+        asked = parse(kind, await asyncio.wait_for(self._body(request), BODY_S))
+        if asked.model not in (None, self.recipe.name):
+            raise HTTPException(404, f"model: {asked.model!r} is not served. Allowed: {self.recipe.name!r}")
+        self._check_room()
+        loop, gone, items = asyncio.get_running_loop(), threading.Event(), asyncio.Queue[Any]()
+
+        def put(item: Any) -> None:
+            loop.call_soon_threadsafe(items.put_nowait, item)
+
+        decoding = loop.run_in_executor(self.thread, self._decode, asked, gone, put)
+        self.pending.add(decoding)
+        decoding.add_done_callback(self.pending.discard)
+
+        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+            responding = asyncio.ensure_future(_respond(asked, self.recipe.name, items, scope, receive, send))
+            leaving = asyncio.ensure_future(receive())  # the body is read, so the next message is a disconnect
+            try:
+                await asyncio.wait({responding, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if responding.done():
+                    responding.result()
+            finally:  # a client that has left frees the model, or its place in the queue
+                gone.set()
+                for task in (decoding, responding, leaving):
+                    task.cancel()
+
+        return respond
+
+    def _decode(self, asked: Any, gone: threading.Event, put: Callable[[Any], Any]) -> None:
+        """In the thread that decodes: `put` pieces of text, and then a dict or an exception."""
+        try:
+            for item in self.recipe.answer(asked, gone):
+                put(item)
+        except (ConfigError, ConnectionAbortedError) as e:
+            put(e)
+        except Exception as e:
+            log.error("a request failed: %s", type(e).__name__)  # its message may have the text of the request
+            put(HTTPException(500, "the server failed to answer this request"))
+
+    def _check_key(self, request: HTTPRequest) -> None:
+        given, key = request.headers.get("authorization", ""), self.recipe.api_key
+        if key and not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
+            raise HTTPException(401, f"authorization: needs the key in the server's {KEY}, as Bearer KEY")
+
+    def _check_room(self) -> None:
+        if len(self.pending) > (most := self.recipe.cfg.max_waiting):
+            line = f"max_waiting: {most} requests wait already. Try again later"
+            raise HTTPException(503, line, {"retry-after": "2"})
+
+    async def _body(self, request: HTTPRequest) -> bytes:
+        body, most = bytearray(), self.recipe.max_body_bytes
+        async for piece in request.stream():
+            body += piece
+            if len(body) > most:
+                raise ConfigError(f"body: is too large for the model's context. Allowed: up to {most} bytes")
+        return bytes(body)
+
+
+async def _respond(
+    asked: Request, model: str, items: asyncio.Queue, scope: Scope, receive: Receive, send: Send
+) -> None:
+    item = await items.get()  # a prompt that is refused has its own status, in a stream as well
+    is_chat = isinstance(asked, ChatRequest)
+    kind = "chat.completion" if is_chat else "text_completion"
+    head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
+    head |= {"object": f"{kind}.chunk" if is_chat and asked.stream else kind, "model": model}
+    if asked.stream and not isinstance(item, Exception):
+        events, headers = _events(asked, is_chat, head, item, items), {"cache-control": "no-cache"}
+        response = StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return await response.stream_response(send)
+    text = ""
+    while isinstance(item, str):
+        text, item = text + item, await items.get()
+    if isinstance(item, Exception):
+        raise item
+    content = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    whole = head | _choice(content, item["finish_reason"]) | {"usage": item["usage"]}
+    await JSONResponse(whole)(scope, receive, send)
+
+
+async def _events(asked: Request, is_chat: bool, head: dict, item: Any, items: asyncio.Queue) -> AsyncIterator[str]:
+    """Server-sent events, from the first item on."""
+    with_usage = asked.stream_options.include_usage
+    head = head | ({"usage": None} if with_usage else {})
+    if is_chat:
+        yield _event(head | _choice({"delta": {"role": "assistant", "content": ""}}))
+    while isinstance(item, str):
+        yield _event(head | _choice({"delta": {"content": item}} if is_chat else {"text": item}))
+        item = await items.get()
+    if isinstance(item, Exception):
+        yield _event(_error(500, str(item)))
+    else:
+        yield _event(head | _choice({"delta": {}} if is_chat else {"text": ""}, item["finish_reason"]))
+        if with_usage:
+            yield _event(head | {"choices": [], "usage": item["usage"]})
+    yield "data: [DONE]\n\n"
+
+
+def _choice(content: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}]}
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+async def _refuse(request: HTTPRequest, e: Exception) -> Response:
+    status, line, headers = 400, "; ".join(map(str, e.args)), None
+    if isinstance(e, asyncio.TimeoutError):
+        status, line = 408, f"body: did not arrive within {BODY_S} seconds"
+    elif isinstance(e, HTTPException):
+        status, line, headers = e.status_code, e.detail, e.headers
+        if status in (404, 405) and not line.startswith("model"):
+            line = f"path: {request.method} {request.url.path} is not supported by this server"
+    return JSONResponse(_error(status, line), status, headers)
+
+
+def _error(status: int, line: str) -> dict[str, Any]:
+    """OpenAI's form of an error, in one line."""
+    line = " ".join(line.encode(errors="backslashreplace").decode().split())
+    if len(line) > LINE:
+        line = f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
+    key, colon, _ = line.partition(":")
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    code = {401: "invalid_api_key", 404: "not_found", 503: "server_overloaded"}.get(status)
+    return {"error": {"message": line, "type": kind, "param": key if colon else None, "code": code}}

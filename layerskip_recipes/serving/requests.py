@@ -1,0 +1,94 @@
+"""Requests in OpenAI's form. Each mistake, and each field that is not supported, is refused in one line by name."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
+from torchtune.data import Message
+
+from layerskip_recipes.config.recipe_config import Seed
+from layerskip_recipes.config.schema import PositiveInt, Section, Text
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.sampling import Temperature, TopP
+
+S = TypeVar("S", bound=Section)
+
+# Fields that change nothing here, and the values with which other fields ask for nothing.
+IGNORED = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
+NEUTRAL = {
+    **{"n": 1, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "parallel_tool_calls": True},
+    **{"response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "none"},
+}
+
+
+class StreamOptions(Section):
+    include_usage: bool = False
+
+
+class Request(Section):
+    model: Text | None = None
+    max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] = Field([], examples=["END"])
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+
+class CompletionRequest(Request):
+    prompt: Text
+
+
+class ChatRequest(Request):
+    messages: Annotated[list[Any], Field(min_length=1, max_length=256)]  # rendering takes time with their square
+
+
+class ChatMessage(Section):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Any]
+
+
+class TextPart(Section):
+    type: Literal["text"]
+    text: str
+
+
+def parse(kind: type[S], body: bytes) -> S:
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"body: no JSON ({e})") from e
+    return _checked(kind, content)
+
+
+def _checked(kind: type[S], content: Any, key: str = "") -> S:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{key or 'body'}: {content!r} is not allowed. Allowed: a JSON object")
+    given = {name: value for name, value in content.items() if value is not None}
+    for name, value in given.items():
+        asks = value is not False and value not in ([], {}, NEUTRAL.get(name, []))
+        if asks and name not in (*kind.model_fields, *IGNORED):
+            raise ConfigError(f"{key and key + '.'}{name}: is not supported by this server. Leave it out")
+    return kind.parse({name: value for name, value in given.items() if name in kind.model_fields}, key)
+
+
+def messages_of(request: ChatRequest) -> list[Message]:
+    """The conversation. A message of several parts joins their texts."""
+    messages = []
+    for i, given in enumerate(request.messages):
+        message = _checked(ChatMessage, given, f"messages[{i}]")
+        text = message.content
+        if not isinstance(text, str):
+            text = "\n".join(_text_of(part, f"messages[{i}].content[{j}]") for j, part in enumerate(text))
+        role = "system" if message.role == "developer" else message.role
+        messages.append(Message(role=role, content=text))
+    return messages
+
+
+def _text_of(part: Any, key: str) -> str:
+    if isinstance(part, Mapping) and part.get("type") != "text":
+        raise ConfigError(f"{key}: type {part.get('type')!r} is not supported by this server. Allowed: text")
+    return _checked(TextPart, part, key).text
