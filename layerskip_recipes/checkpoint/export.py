@@ -1,7 +1,8 @@
 """`layerskip export`: write a checkpoint for transformers or a serving engine.
 
-It writes the whole model with its exit and a decoding loop for transformers, or a separate draft model: the first E
-layers, or a trained copy of them, with the final norm and the head.
+It writes the whole model with a decoding loop for transformers, which drafts with an exit or with the trained copy
+beside the model. Or it writes a separate draft model: the first E layers, or the trained copy of them, with the final
+norm and the head.
 """
 
 import json
@@ -9,7 +10,8 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from pydantic import Field
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchtune import training, utils
 
-from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, own_draft, read_description
+from layerskip_recipes.checkpoint.drafts import DRAFT, DRAFT_FILE, DraftDescription, own_draft, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, readable, weight_files
 from layerskip_recipes.checkpoint.hf_names import from_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
@@ -31,6 +33,7 @@ from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
+from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
 from layerskip_recipes.model.hf_folder import without_code
@@ -43,6 +46,7 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 # The decoding loop for transformers and its requirements; this package never imports it.
 DECODING_LOOP = Path(__file__).parents[1] / "custom_generate"
+NUM_SPECULATIONS = 8  # the longest draft of a trained copy, which ends at low confidence
 PROBE = (16, 64)  # texts and tokens that show the hidden states of a draft
 SHARED = 0.1  # the least cosine between a hidden state and the direction that all share
 BELOW = 50.0  # nats between the mean logit of a draft vocabulary and other tokens' logits, or more
@@ -59,11 +63,12 @@ def export(
 
     Args:
         checkpoint: a Hugging Face folder with safetensors, such as `epoch_N`, or a trained draft of kind copy.
-        exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`; None writes neither.
+        exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`.
         draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.
         vocabulary: the only tokens that this draft may propose; None: all.
 
-    0 is the trained exit, which layerskip.json names, or the draft that was trained beside the model.
+    0 is the trained exit, which layerskip.json names, or the draft that was trained beside the model. Without an exit,
+    a copy that was trained beside the model is written to `draft`, and the decoding loop drafts with it.
     """
     source, target = Path(checkpoint), Path(out)
     if (source / DRAFT_FILE).exists():
@@ -103,7 +108,9 @@ def export(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict(tensors, folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
-        if exit_layer is not None:  # the decoding loop needs an exit
+        if exit_layer is None and draft is None and (own := own_draft(source)):
+            _write_own_draft(own, folder / DRAFT)
+        if exit_layer is not None or (folder / DRAFT).exists():  # the decoding loop needs a draft
             (folder / "custom_generate").mkdir()
             for name in ("generate.py", "requirements.txt"):
                 shutil.copy(DECODING_LOOP / name, folder / "custom_generate")
@@ -131,7 +138,6 @@ def _trained_exit(source: Path, layers: int) -> int:
 def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | None) -> Path:
     """Export a trained draft of kind copy as a model of its own."""
     described = read_description(folder, "export")
-    base, layers = described.base, described.num_layers
     if described.kind != "copy":
         raise ConfigError(
             f"export: {folder!r} holds an adapter, which reads the model's hidden states; no other program can run it. "
@@ -140,6 +146,14 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
     if exit_layer is not None or draft not in (0, described.exit_layer):
         key, given = ("--exit-layer", exit_layer) if exit_layer is not None else ("--draft", draft)
         raise ConfigError(f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft without a number")
+    with _as_model(folder, described) as model:
+        return export(model, out, draft=described.num_layers, vocabulary=described.vocabulary)
+
+
+@contextmanager
+def _as_model(folder: str, described: DraftDescription) -> Iterator[str]:
+    """A trained copy as a temporary checkpoint, with the embedding and head of its base."""
+    base = described.base
     with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
         checkpointer = base.build_checkpointer(scratch)
         weights = read_weights(checkpointer)
@@ -149,7 +163,23 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
         kept |= load_file(readable(Path(folder) / DRAFT_FILE, "export"))
         checkpointer._weight_map = defaultdict(lambda: "0001")  # torchtune looks up the file of each key
         checkpointer.save_checkpoint({training.MODEL_KEY: kept}, epoch=0)
-        return export(str(Path(scratch) / "epoch_0"), out, draft=layers, vocabulary=described.vocabulary)
+        yield str(Path(scratch) / "epoch_0")
+
+
+def _write_own_draft(own: str, folder: Path) -> None:
+    """Write the layers and norm of the copy beside a model, and how to draft with them, for the decoding loop."""
+    described = read_description(own, "export")
+    if described.kind != "copy":
+        log.info("export: %r holds an adapter, with which only this package drafts, so it is left out", own)
+        return
+    folder.mkdir()
+    with _as_model(own, described) as model:
+        tensors = _read_layers(weight_files(Path(model), "export"), described.num_layers)
+        kept = {name: t for name, t in tensors.items() if LAYER.search(name) or name == "model.norm.weight"}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    settings: dict[str, Any] = {"num_layers": described.num_layers, "vocabulary": described.vocabulary}
+    settings |= {"num_speculations": NUM_SPECULATIONS, "min_confidence": MIN_CONFIDENCE}
+    (folder / "draft.json").write_text(json.dumps(settings) + "\n")
 
 
 @torch.no_grad()
