@@ -47,6 +47,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 # The decoding loop for transformers and its requirements; this package never imports it.
 DECODING_LOOP = Path(__file__).parents[1] / "custom_generate"
 NUM_SPECULATIONS = 8  # the longest draft of a trained copy, which ends at low confidence
+CONVERTER = "convert_hf_to_gguf.py"
 PROBE = (16, 64)  # texts and tokens that show the hidden states of a draft
 SHARED = 0.1  # the least cosine between a hidden state and the direction that all share
 BELOW = 50.0  # nats between the mean logit of a draft vocabulary and other tokens' logits, or more
@@ -117,6 +118,29 @@ def export(
         flush(folder)
         folder.rename(target)
     return target
+
+
+def how_to_run(checkpoint: str, out: Path, exit_layer: int | None = None, draft: int | None = None) -> str:
+    """The commands that decode with what `export` wrote to `out` with these arguments."""
+    if draft is not None:
+        trained = Path(checkpoint) / DRAFT_FILE
+        model = read_description(checkpoint, "export").base.folder if trained.exists() else checkpoint
+        settings = {"model": str(out), "num_speculative_tokens": NUM_SPECULATIONS, "method": "draft_model"}
+        return f"""With llama.cpp ({CONVERTER} is in its repository):
+  python {CONVERTER} {model} --outtype bf16 --outfile model.gguf
+  python {CONVERTER} {out} --outtype q8_0 --outfile draft.gguf
+  llama-server -m model.gguf -md draft.gguf --spec-type draft-simple \\
+    --spec-draft-n-max {NUM_SPECULATIONS} --spec-draft-p-min {MIN_CONFIDENCE}
+With vLLM:
+  python -m vllm.entrypoints.openai.api_server --model {model} \\
+    --speculative-config '{json.dumps(settings)}'"""
+    if not (out / DECODING_LOOP.name).exists():
+        return ""
+    return f"""In transformers:
+  model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)
+  model.generate(**inputs, max_new_tokens=128)
+A draft model for llama.cpp and vLLM:
+  layerskip export {checkpoint} {out}_draft --draft {exit_layer or ""}""".rstrip()
 
 
 def _trained_exit(source: Path, layers: int) -> int:

@@ -15,7 +15,7 @@ the caches. Greedy decoding gives the tokens of plain greedy decoding. Sampling 
 
 import copy
 import json
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -84,7 +84,7 @@ def generate(
 
     early_exit, stop_strings = take("assistant_early_exit"), take("stop_strings")
     exit_layer = early_exit if exit_layer is None else exit_layer
-    draft = Copy(original) if exit_layer is None else Exit(original, exit_layer)
+    draft = copy_draft(original) if exit_layer is None else exit_draft(original, exit_layer)
     draft.num_speculations = draft.num_speculations if num_speculations is None else num_speculations
     draft.min_confidence = draft.min_confidence if min_confidence is None else min_confidence
     require(draft.num_speculations >= 1, f"num_speculations: {num_speculations} must be 1 or more")
@@ -128,21 +128,26 @@ class Part:
 
 
 class Draft:
-    """Drafts tokens one by one, and verifies them with the model. All hidden states are [b, s, d]."""
+    """Layers that draft token by token, and the layers of the model that verify the drafts in one pass.
+
+    `shared`: the layers are the model's first ones. Then the other layers go on from their hidden states, in the same
+    cache. Otherwise the whole model verifies, and the layers have a cache of their own.
+    """
 
     num_speculations, min_confidence = 6, 0.0
-    vocabulary: torch.Tensor | None = None  # the tokens that it drafts; None: all
+    vocabulary: torch.Tensor | None = None  # the tokens that are drafted; None: all
+    OUTSIDE = -1e4  # the logit of all other tokens; finite, since a processor may allow only these
 
-    def __init__(self, model: Any, layers: Any) -> None:
-        self.model, self.layers, self.norm = model, layers, model.model.norm
+    def __init__(self, model: Any, layers: Any, norm: Any, shared: bool) -> None:
+        self.model, self.layers, self.norm, self.shared = model, layers, norm, shared
         self.embed, self.head = model.model.embed_tokens, model.lm_head
 
     def cost(self) -> float:
         """Weights read for a drafted token divided by weights read for a token of the whole model."""
-        sizes = [sum(weight.numel() for weight in part.parameters()) for part in (self.layers, self.model.model.layers)]
-        head = self.head.weight
-        rows = len(head) if self.vocabulary is None else len(self.vocabulary)
-        return (sizes[0] + rows * head.shape[1]) / (sizes[1] + head.numel())
+        own, all_layers = (sum(w.numel() for w in part.parameters()) for part in (self.layers, self.model.model.layers))
+        head = self.head.weight.numel()
+        share = 1 if self.vocabulary is None else len(self.vocabulary) / self.model.config.vocab_size
+        return (own + share * head) / (all_layers + head)
 
     def rows_cost(self, batch: int) -> float:
         """Extra cost of a step with several tokens, divided by the cost of a step with one token.
@@ -151,115 +156,95 @@ class Draft:
         """
         return 0.5 if batch == 1 and self.head.weight.device.type == "cpu" else 0.0
 
-    def logits(self, hidden: torch.Tensor, norm: Any) -> torch.Tensor:
-        """Logits [b, s, v] in fp32."""
-        return self._capped(self.head(norm(hidden)))
-
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
-
-
-class Exit(Draft):
-    """Drafts with the model's first layers. The others go on from their hidden states, and use the same cache."""
-
-    def __init__(self, model: Any, exit_layer: int) -> None:
-        super().__init__(model, model.model.layers[:exit_layer])
-        exits = range(1, model.config.num_hidden_layers)
-        require(exit_layer in exits, f"exit_layer: {exit_layer} is not one of 1 to {exits.stop - 1}")
-
     def begin(self, cache: DynamicCache, unknown: int) -> None:
-        """Begin texts; the tokens of the first `unknown` columns of the model's cache are not known."""
-        exit_layer, self.states = len(self.layers), list[torch.Tensor]()
-        self.below = Part(self.model, self.layers, 0, cache)
-        self.above = Part(self.model, self.model.model.layers[exit_layer:], exit_layer, cache)
-
-    def unread(self, columns: int) -> int:
-        """How many of the last tokens the draft has not read; `columns` have been read by the model, all but one."""
-        return 1
-
-    def next_logits(self, tokens: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Read tokens [b, u], and return the logits [b, 1, v] of the next token."""
-        self.states.append(self.below.run(self.embed(tokens), padding, positions))
-        return self.logits(self.states[-1], self.norm)
-
-    def verify(self, tokens: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The model's logits [b, n + 1, v] for the last token of the text and n drafts."""
-        last = self.below.run(self.embed(tokens[:, -1:]), padding, positions[:, -1:])
-        hidden = self.above.run(torch.cat([*self.states, last], 1), padding, positions)
-        self.states = []
-        return self.logits(hidden, self.norm)
-
-    def keep(self, shifts: torch.Tensor, columns: int) -> None:
-        """Move the rows to the right by `shifts` [b], and keep `columns` of them in all."""
-        keep_columns(self.below.cache, shifts, columns)
-
-
-class Copy(Draft):
-    """Drafts with a trained copy of the model's first layers, which has its own norm, cache and vocabulary."""
-
-    OUTSIDE = -1e4  # the logit of tokens outside of the vocabulary; finite, since processors may exclude all others
-    _read: ClassVar[WeakKeyDictionary[Any, tuple[Any, Any]]] = WeakKeyDictionary()  # what `read` returned, by model
-
-    def __init__(self, model: Any) -> None:
-        if model not in self._read:
-            self._read[model] = self.read(model)
-        described, part = self._read[model]
-        weight = model.lm_head.weight
-        part.to(weight.device, weight.dtype)
-        super().__init__(model, part.layers)
-        self.norm = part.norm
-        self.num_speculations, self.min_confidence = described["num_speculations"], described["min_confidence"]
-        if described["vocabulary"] is not None:
-            self.vocabulary = torch.tensor(described["vocabulary"], device=self.head.weight.device)
-            self.rows = self.head.weight[self.vocabulary]
-
-    @staticmethod
-    def read(model: Any) -> tuple[Any, Any]:
-        """The description, and the layers and norm, that are beside the model's files."""
-        try:
-            settings, weights = (cached_file(model.name_or_path, f"draft/{name}") for name in DRAFT_FILES)
-        except OSError as e:
-            raise ValueError(
-                f"LayerSkip: no exit, and no draft in {model.name_or_path!r}. Give exit_layer=, or "
-                "assistant_early_exit in generation_config.json"
-            ) from e
-        with open(settings, encoding="utf-8") as file:
-            described = json.load(file)
-        part = torch.nn.Module()
-        with torch.device("meta"):
-            layers = enumerate(model.model.layers[: described["num_layers"]])
-            part.layers = torch.nn.ModuleList(type(layer)(model.config, number) for number, layer in layers)
-            part.norm = copy.deepcopy(model.model.norm)
-        tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(weights).items()}
-        part.load_state_dict(tensors, assign=True)
-        return described, part.requires_grad_(False).eval()
-
-    def begin(self, cache: DynamicCache, unknown: int) -> None:
-        own = DynamicCache(config=self.model.config)
-        own.layers = own.layers[: len(self.layers)]
-        own.activate_past_recording()
+        """Begin texts with the model's cache; the draft cannot read the tokens of its first `unknown` columns."""
+        first, own, self.unknown = len(self.layers), cache, 0
+        if not self.shared:
+            first, own, self.unknown = 0, DynamicCache(config=self.model.config), unknown
+            own.layers = own.layers[: len(self.layers)]
+            own.activate_past_recording()
         self.own = Part(self.model, self.layers, 0, own)
-        self.whole = Part(self.model, self.model.model.layers, 0, cache)
-        self.unknown = unknown
+        self.rest = Part(self.model, self.model.model.layers[first:], first, cache)
+        self.states: list[torch.Tensor] = []  # of this round's drafts
+        self.rows = None if self.vocabulary is None else self.head.weight[self.vocabulary]
 
     def unread(self, columns: int) -> int:
-        return columns + 1 - self.unknown - self.own.cache.get_seq_length()
+        """How many of the first `columns` tokens the layers have not read."""
+        return columns - self.unknown - self.own.cache.get_seq_length()
 
     def next_logits(self, tokens: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden = self.own.run(self.embed(tokens), padding[:, self.unknown :], positions)[:, -1:]
+        """Read tokens [b, s], and return the next token's logits [b, 1, v]."""
+        self.states.append(self.own.run(self.embed(tokens), padding[:, self.unknown :], positions)[:, -1:])
+        hidden = self.norm(self.states[-1])
         if self.vocabulary is None:
-            return self.logits(hidden, self.norm)
-        logits = self._capped(linear(self.norm(hidden), self.rows))
+            return self.capped(self.head(hidden))
+        logits = self.capped(linear(hidden, self.rows))
         everything = logits.new_full((*logits.shape[:2], len(self.head.weight)), self.OUTSIDE)
         return everything.index_copy_(2, self.vocabulary, logits)
 
     def verify(self, tokens: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self.logits(self.whole.run(self.embed(tokens), padding, positions), self.model.model.norm)
+        """The model's logits [b, n + 1, v] at the last token of the text and n drafts."""
+        if self.shared:
+            last = self.own.run(self.embed(tokens[:, -1:]), padding, positions[:, -1:])
+            hidden = torch.cat([*self.states, last], 1)
+        else:
+            hidden = self.embed(tokens)
+        self.states = []
+        return self.capped(self.head(self.model.model.norm(self.rest.run(hidden, padding, positions))))
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
 
     def keep(self, shifts: torch.Tensor, columns: int) -> None:
-        keep_columns(self.whole.cache, shifts, columns)
-        keep_columns(self.own.cache, shifts, columns - self.unknown)
+        """Move each row to the right by `shifts` [b], and keep the first `columns` of the caches."""
+        keep_columns(self.rest.cache, shifts, columns)
+        if not self.shared:
+            keep_columns(self.own.cache, shifts, columns - self.unknown)
+
+
+def exit_draft(model: Any, exit_layer: int) -> Draft:
+    """Drafts with the model's first layers."""
+    exits = range(1, model.config.num_hidden_layers)
+    require(exit_layer in exits, f"exit_layer: {exit_layer} is not one of 1 to {exits.stop - 1}")
+    return Draft(model, model.model.layers[:exit_layer], model.model.norm, shared=True)
+
+
+COPIES: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()  # what `read_copy` returned, by model
+
+
+def copy_draft(model: Any) -> Draft:
+    """Drafts with a trained copy of the first layers, which the folder `draft` beside the model's files holds."""
+    if model not in COPIES:
+        COPIES[model] = read_copy(model)
+    described, part = COPIES[model]
+    part.to(model.lm_head.weight.device, model.lm_head.weight.dtype)
+    draft = Draft(model, part.layers, part.norm, shared=False)
+    draft.num_speculations, draft.min_confidence = described["num_speculations"], described["min_confidence"]
+    if described["vocabulary"] is not None:
+        draft.vocabulary = torch.tensor(described["vocabulary"], device=draft.head.weight.device)
+    return draft
+
+
+def read_copy(model: Any) -> tuple[Any, Any]:
+    """The description of the copy, and its layers and norm."""
+    try:
+        settings, weights = (cached_file(model.name_or_path, f"draft/{name}") for name in DRAFT_FILES)
+    except OSError as e:
+        raise ValueError(
+            f"LayerSkip: no exit, and no draft in {model.name_or_path!r}. Give exit_layer=, or assistant_early_exit in "
+            "generation_config.json"
+        ) from e
+    with open(settings, encoding="utf-8") as file:
+        described = json.load(file)
+    part = torch.nn.Module()
+    with torch.device("meta"):
+        layers = enumerate(model.model.layers[: described["num_layers"]])
+        part.layers = torch.nn.ModuleList(type(layer)(model.config, number) for number, layer in layers)
+        part.norm = copy.deepcopy(model.model.norm)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(weights).items()}
+    part.load_state_dict(tensors, assign=True)
+    return described, part.requires_grad_(False).eval()
 
 
 class Rows:
@@ -414,7 +399,7 @@ def shift_right(columns: torch.Tensor, shifts: torch.Tensor, dim: int) -> torch.
 def decode(
     model: Any,
     input_ids: torch.Tensor,
-    draft: Exit | Copy,
+    draft: Draft,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
@@ -469,7 +454,7 @@ def decode(
 
         # 2. Draft token by token, until it is unlikely that the model accepts all of them.
         drafts, draft_probs, confidence = [], [], torch.ones(batch, device=pending.device)
-        new = rows.last(draft.unread(columns)) if most else pending
+        new = rows.last(draft.unread(columns + 1)) if most else pending
         for i in range(most):
             at = position + i + 1 + torch.arange(1 - new.shape[1], 1, device=position.device)
             logits = draft.next_logits(new, padding[:, : columns + i + 1], at.clamp(0, last_position))

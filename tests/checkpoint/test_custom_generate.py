@@ -45,7 +45,7 @@ def tiny(family="llama", vocab_size=64, **settings):
         weight.data += 0.02 * torch.randn_like(weight)
     vocabulary = [token for token in range(vocab_size) if token % 6]
     described = {"vocabulary": vocabulary, "num_speculations": 4, "min_confidence": 0.0}
-    loop.Copy._read[model] = described, part.requires_grad_(False)
+    loop.COPIES[model] = described, part.requires_grad_(False)
     return model
 
 
