@@ -125,7 +125,7 @@ def how_to_run(checkpoint: str, out: Path, exit_layer: int | None = None, draft:
     if draft is not None:
         trained = Path(checkpoint) / DRAFT_FILE
         model = read_description(checkpoint, "export").base.folder if trained.exists() else checkpoint
-        settings = {"model": str(out), "num_speculative_tokens": NUM_SPECULATIONS, "method": "draft_model"}
+        settings = {"model": str(out), "num_speculative_tokens": 4, "method": "draft_model"}  # always all of them
         return f"""With llama.cpp ({CONVERTER} is in its repository):
   python {CONVERTER} {model} --outtype bf16 --outfile model.gguf
   python {CONVERTER} {out} --outtype q8_0 --outfile draft.gguf
