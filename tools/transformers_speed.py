@@ -78,7 +78,7 @@ def main() -> None:
     loop.DraftLength.learn = count
 
     def own_drafting(holder: Any, schedule: dict[str, Any], **kwargs: Any) -> torch.Tensor:
-        # transformers takes the length of drafts from the settings of the model that drafts, and the rest from the call.
+        # transformers reads the length of drafts in the settings of the model that drafts, and the rest in the call.
         vars(holder.generation_config).update(schedule)
         tokens = model.generate(**kwargs)
         vars(holder.generation_config).update(dict.fromkeys(schedule))
@@ -123,7 +123,7 @@ def main() -> None:
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
     print(f"{args.folder}: {versions}, {args.dtype}, temperature {args.temperature}, {args.repeats} repeats")
     print(
-        f"{torch.get_num_threads()} threads, {len(prompts)} prompts, {args.batch} at a time, up to {args.new} new tokens"
+        f"{torch.get_num_threads()} threads, {len(prompts)} prompts, {args.batch} at a time, at most {args.new} tokens"
     )
     print("| method | tokens/s, clock | processor | speed-up, clock | processor | best | accepted | texts of plain |")
     print("|---|---|---|---|---|---|---|---|")
