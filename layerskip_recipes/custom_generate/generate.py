@@ -166,7 +166,7 @@ class Draft:
         self.own = Part(self.model, self.layers, 0, own)
         self.rest = Part(self.model, self.model.model.layers[first:], first, cache)
         self.states: list[torch.Tensor] = []  # of this round's drafts
-        self.rows = None if self.vocabulary is None else self.head.weight[self.vocabulary]
+        self.rows: Any = None if self.vocabulary is None else self.head.weight[self.vocabulary]  # of the head
 
     def unread(self, columns: int) -> int:
         """How many of the first `columns` tokens the layers have not read."""
