@@ -122,7 +122,7 @@ class RecipeConfig(Section):
         for needed, keys in self.REQUIRES.items():
             for key in keys if getattr(self, needed) is None else ():
                 value = getattr(self, key)
-                if key in self.model_fields_set and value is not None and value is not False:
+                if key in self.model_fields_set - self._chosen.keys() and value is not None and value is not False:
                     yield f"{key}: {value!r} needs {needed}. Set that, or {key}=null"
 
     @property
@@ -137,7 +137,7 @@ class RecipeConfig(Section):
         cfg._chosen, cfg._asked = self._chosen | choices.chosen, self._asked + choices.asked
         cfg._source = copy.deepcopy(self._source)
         for key, value in choices.chosen.items():
-            OmegaConf.update(cfg._source, key, value.section if isinstance(value, Component) else value, merge=False)
+            OmegaConf.update(cfg._source, key, _as_yaml(value), merge=False)
         return cfg
 
     def choose(self, choices: Choices) -> None:
@@ -217,6 +217,12 @@ def _by_the_users_key(mistake: str, source: DictConfig) -> str:
         raw = raw.get(name) if isinstance(raw, dict) else None
     read = re.fullmatch(r"\$\{(\w+)\}", raw) if isinstance(raw, str) else None
     return re.sub(rf"(?<![\w.]){re.escape(key)}\b", read[1], mistake) if read and read[1] in source else mistake
+
+
+def _as_yaml(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _as_yaml(part) for name, part in value.items()}
+    return value.section if isinstance(value, Component) else value.given if isinstance(value, Section) else value
 
 
 def _is_off(value: Any) -> bool:

@@ -87,6 +87,11 @@ class Section(BaseModel):
         except ValidationError as e:
             raise ConfigError(*_mistakes(e, cls, content, key)) from e
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that are not `auto`."""
+        return {name: value for name, value in self if not (isinstance(value, str) and value == AUTO)}
+
     def __repr__(self) -> str:
         return repr({name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set})
 
