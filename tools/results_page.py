@@ -80,7 +80,8 @@ def speed(report: Report) -> list[str]:
     lines = [_measured_on(report)]
     lines += [f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()]
     drafts = ("acceptance", "tokens/round", "ideal", "efficiency")
-    shown = ("method", "tokens/s", "speed-up", "not looping", "loops", *drafts, "identical")
+    answers = ("answers, tokens/s", "speed-up of answers")
+    shown = ("method", *answers, "tokens/s", "speed-up", "not looping", "loops", *drafts, "identical")
     for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
         of_temperature = [row for row in report["results"] if row["temperature"] == temperature]
         rows = [[COLUMNS[column](row) for column in shown] for row in of_temperature]

@@ -47,6 +47,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], same_noise: bool, band
         "tokens_per_second": rate,
         "speedup": speedup,
         "speedup_not_looping": spread([*map(ratio, *both)]),
+        "answer_tokens_per_second": spread([s.answer_tokens_per_second for s in repeats]),
         "answer_speedup": spread([*map(answer_ratio, repeats, by_repeat(baseline))]),
         "outputs": sum(len(run.outputs) for run in runs),
         "looping_outputs": sum(run.loops for run in runs),
@@ -95,9 +96,10 @@ def show(value: dict[str, float] | float | None, form: str, factor: float = 1.0)
 
 COLUMNS = {
     "method": lambda r: f"{r['name']}, {r['setting']}" if r["setting"] else r["name"],
+    "answers, tokens/s": lambda r: show(r["answer_tokens_per_second"], ".1f"),
+    "speed-up of answers": lambda r: show(r["answer_speedup"], ".2f"),
     "tokens/s": lambda r: show(r["tokens_per_second"], ".1f"),
     "speed-up": lambda r: show(r["speedup"], ".2f"),
-    "whole answers": lambda r: show(r["answer_speedup"], ".2f"),
     "not looping": lambda r: show(r["speedup_not_looping"], ".2f"),
     "loops": lambda r: f"{r['looping_outputs']} of {r['outputs']}",
     "ideal": lambda r: show(r["ideal_speedup"], ".2f"),
@@ -156,17 +158,19 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw bars of tokens per second with their range over the repeats, with a panel for each temperature."""
-    figure, panels = _panels(results, lambda n: (5 * n + 2, 1.2 + 0.4 * len(results) / n), sharey=True)
+    """Draw bars of tokens per second, with a panel for each temperature: of whole answers, with their range over the
+    repeats, and in light colours of decoding alone."""
+    figure, panels = _panels(results, lambda n: (5 * n + 2, 1.5 + 0.4 * len(results) / n), sharey=True)
     colours = {"baseline": "tab:gray", "variant": "tab:blue", "peer": "tab:orange"}
     for temperature, panel in panels.items():
         rows = [r for r in results if r["temperature"] == temperature and r["tokens_per_second"]]
-        rates = [row["tokens_per_second"] for row in rows]
-        medians = [rate["median"] for rate in rates]
-        reach = [[r["median"] - r["min"] for r in rates], [r["max"] - r["median"] for r in rates]]
         names, colour = [row["name"] for row in rows], [colours[row["kind"]] for row in rows]
+        answers = [row["answer_tokens_per_second"] for row in rows]
+        medians = [rate["median"] for rate in answers]
+        reach = [[r["median"] - r["min"] for r in answers], [r["max"] - r["median"] for r in answers]]
+        panel.barh(names, [row["tokens_per_second"]["median"] for row in rows], color=colour, alpha=0.35)
         panel.barh(names, medians, xerr=reach, color=colour, capsize=3)
-        panel.set_xlabel("tokens per second")
+        panel.set_xlabel("tokens per second: whole answers; light: decoding alone")
         panel.grid(alpha=0.3, axis="x")
     next(iter(panels.values())).invert_yaxis()
     figure.suptitle(title)

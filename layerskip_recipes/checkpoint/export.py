@@ -1,7 +1,8 @@
 """`layerskip export`: write a checkpoint for transformers or a serving engine.
 
-It writes the whole model with its exit and a decoding loop for transformers, or a separate draft model: the first E
-layers, or a trained copy of them, with the final norm and the head.
+It writes the whole model with a decoding loop for transformers, which drafts with an exit or with the trained copy
+beside the model. Or it writes a separate draft model: the first E layers, or the trained copy of them, with the final
+norm and the head.
 """
 
 import json
@@ -9,7 +10,8 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from pydantic import Field
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchtune import training, utils
 
-from layerskip_recipes.checkpoint.drafts import DRAFT_FILE, own_draft, read_description
+from layerskip_recipes.checkpoint.drafts import DRAFT, DRAFT_FILE, DraftDescription, own_draft, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, HFCheckpointer, readable, weight_files
 from layerskip_recipes.checkpoint.hf_names import from_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
@@ -31,9 +33,10 @@ from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
+from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import holds_adapters, named_folder, without_code
+from layerskip_recipes.model.hf_folder import holds_adapters, model_folder, named_folder, without_code
 from layerskip_recipes.model.run_folder import flush
 
 log = utils.get_logger("INFO")
@@ -43,6 +46,8 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "original/tokenizer.model", "
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # in Hugging Face's names
 # The decoding loop for transformers and its requirements; this package never imports it.
 DECODING_LOOP = Path(__file__).parents[1] / "custom_generate"
+NUM_SPECULATIONS = 8  # the longest draft of a trained copy, which ends at low confidence
+CONVERTER = "convert_hf_to_gguf.py"
 PROBE = (16, 64)  # texts and tokens that show the hidden states of a draft
 SHARED = 0.1  # the least cosine between a hidden state and the direction that all share
 BELOW = 50.0  # nats between the mean logit of a draft vocabulary and other tokens' logits, or more
@@ -54,28 +59,32 @@ def export(
     exit_layer: int | None = None,
     draft: int | None = None,
     vocabulary: Sequence[int] | None = None,
+    own: str | None = None,
 ) -> Path:
     """Write a Hugging Face folder `out`, which must not exist yet, and return it.
 
     Args:
         checkpoint: as `path` of `load_model`: a Hugging Face folder with safetensors, adapters, or a trained draft of
             kind copy.
-        exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`; None writes neither.
+        exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`.
         draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.
         vocabulary: the only tokens that this draft may propose; None: all.
+        own: the folder of the model's trained draft; None: the one beside it.
 
-    0 is the trained exit, which layerskip.json names, or the draft that was trained beside the model.
+    0 is the trained exit, which layerskip.json names, or the draft that was trained beside the model. Without an exit,
+    a copy that was trained beside the model is written to `draft`, and the decoding loop drafts with it.
     """
     source, target = named_folder(checkpoint, "export", weights=True), Path(out)
-    if (source / DRAFT_FILE).exists():
-        return _export_trained(str(source), out, exit_layer, draft)
+    own = own or own_draft(source)
+    if own and ((draft == 0 and exit_layer is None) or (own == str(source) and (exit_layer, draft) != (None, None))):
+        return _export_trained(own, out, exit_layer, draft)
+    if own == str(source):
+        source = model_folder(own, "export", weights=True)
     if holds_adapters(source):
         with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
             adapted = HFCheckpointer(str(source), scratch)
             adapted.save_checkpoint(adapted.load_checkpoint())
-            return export(str(Path(scratch) / "epoch_0"), out, exit_layer, draft, vocabulary)
-    if draft == 0 and exit_layer is None and (own := own_draft(source)):
-        return _export_trained(own, out, exit_layer, draft)
+            return export(str(Path(scratch) / "epoch_0"), out, exit_layer, draft, vocabulary, own)
     # Check the arguments and the checkpoint.
     config = read_json(source / "config.json", "export")
     config.pop("auto_map", None)
@@ -109,13 +118,38 @@ def export(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict(tensors, folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
-        if exit_layer is not None:  # the decoding loop needs an exit
+        if own and exit_layer is None and draft is None:
+            _write_own_draft(own, folder / DRAFT)
+        if exit_layer is not None or (folder / DRAFT).exists():  # the decoding loop needs a draft
             (folder / "custom_generate").mkdir()
             for name in ("generate.py", "requirements.txt"):
                 shutil.copy(DECODING_LOOP / name, folder / "custom_generate")
         flush(folder)
         folder.rename(target)
     return target
+
+
+def how_to_run(checkpoint: str, out: Path, exit_layer: int | None = None, draft: int | None = None) -> str:
+    """The commands that decode with what `export` wrote to `out` with these arguments."""
+    if draft is not None:
+        named = named_folder(checkpoint, "export")
+        model = read_description(str(named), "export").base.folder if (named / DRAFT_FILE).exists() else checkpoint
+        settings = {"model": str(out), "num_speculative_tokens": 4, "method": "draft_model"}  # always all of them
+        return f"""With llama.cpp ({CONVERTER} is in its repository):
+  python {CONVERTER} {model} --outtype bf16 --outfile model.gguf
+  python {CONVERTER} {out} --outtype q8_0 --outfile draft.gguf
+  llama-server -m model.gguf -md draft.gguf --spec-type draft-simple \\
+    --spec-draft-n-max {NUM_SPECULATIONS} --spec-draft-p-min {MIN_CONFIDENCE}
+With vLLM:
+  python -m vllm.entrypoints.openai.api_server --model {model} \\
+    --speculative-config '{json.dumps(settings)}'"""
+    if not (out / DECODING_LOOP.name).exists():
+        return ""
+    return f"""In transformers:
+  model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)
+  model.generate(**inputs, max_new_tokens=128)
+A draft model for llama.cpp and vLLM:
+  layerskip export {checkpoint} {out}_draft --draft {exit_layer or ""}""".rstrip()
 
 
 def _trained_exit(source: Path, layers: int) -> int:
@@ -137,7 +171,6 @@ def _trained_exit(source: Path, layers: int) -> int:
 def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | None) -> Path:
     """Export a trained draft of kind copy as a model of its own."""
     described = read_description(folder, "export")
-    base, layers = described.base, described.num_layers
     if described.kind != "copy":
         raise ConfigError(
             f"export: {folder!r} holds an adapter, which reads the model's hidden states; no other program can run it. "
@@ -146,6 +179,14 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
     if exit_layer is not None or draft not in (0, described.exit_layer):
         key, given = ("--exit-layer", exit_layer) if exit_layer is not None else ("--draft", draft)
         raise ConfigError(f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft without a number")
+    with _as_model(folder, described) as model:
+        return export(model, out, draft=described.num_layers, vocabulary=described.vocabulary)
+
+
+@contextmanager
+def _as_model(folder: str, described: DraftDescription) -> Iterator[str]:
+    """A trained copy as a temporary checkpoint, with the embedding and head of its base."""
+    base = described.base
     with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
         checkpointer = base.build_checkpointer(scratch)
         weights = read_weights(checkpointer)
@@ -155,7 +196,23 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
         kept |= load_file(readable(Path(folder) / DRAFT_FILE, "export"))
         checkpointer._weight_map = defaultdict(lambda: "0001")  # torchtune looks up the file of each key
         checkpointer.save_checkpoint({training.MODEL_KEY: kept}, epoch=0)
-        return export(str(Path(scratch) / "epoch_0"), out, draft=layers, vocabulary=described.vocabulary)
+        yield str(Path(scratch) / "epoch_0")
+
+
+def _write_own_draft(own: str, folder: Path) -> None:
+    """Write the layers and norm of the copy beside a model, and how to draft with them, for the decoding loop."""
+    described = read_description(own, "export")
+    if described.kind != "copy":
+        log.info("export: %r holds an adapter, with which only this package drafts, so it is left out", own)
+        return
+    folder.mkdir()
+    with _as_model(own, described) as model:
+        tensors = _read_layers(weight_files(Path(model), "export"), described.num_layers)
+        kept = {name: t for name, t in tensors.items() if LAYER.search(name) or name == "model.norm.weight"}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    settings: dict[str, Any] = {"num_layers": described.num_layers, "vocabulary": described.vocabulary}
+    settings |= {"num_speculations": NUM_SPECULATIONS, "min_confidence": MIN_CONFIDENCE}
+    (folder / "draft.json").write_text(json.dumps(settings) + "\n")
 
 
 @torch.no_grad()

@@ -57,9 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     cat.add_argument("--resolved", action="store_true", help="check it, and print what `auto` means here")
     schema = commands.add_parser("schema", help="print the JSON schema of a recipe's config, for editors")
     schema.add_argument("recipe", choices=[name.removeprefix("layerskip_") for name in sorted(RECIPES)])
-    out = commands.add_parser(
-        "export", help="export a checkpoint for transformers, or its first layers as a draft model"
-    )
+    out = commands.add_parser("export", help="export a checkpoint for transformers, or its draft as a model of its own")
     out.add_argument("checkpoint", help="a model's folder, a run, LoRA adapters, or a trained draft of kind copy")
     out.add_argument("folder", help="the output folder, which must not exist")
     exit_help = "the exit for transformers' assistant_early_exit; without E, the trained exit"
@@ -93,9 +91,11 @@ def _run(args: argparse.Namespace) -> None:
 
         print(json.dumps(json_schema(config_class(f"layerskip_{args.recipe}")), indent=2))
     elif args.command == "export":
-        from layerskip_recipes.checkpoint.export import export
+        from layerskip_recipes.checkpoint.export import export, how_to_run
 
-        print(f"Exported to {export(args.checkpoint, args.folder, args.exit_layer, args.draft)}")
+        which = {"exit_layer": args.exit_layer, "draft": args.draft}
+        out = export(args.checkpoint, args.folder, **which)
+        print(f"Exported to {out}\n{how_to_run(args.checkpoint, out, **which)}".rstrip())
     else:
         from layerskip_recipes.config.loading import load_config
 

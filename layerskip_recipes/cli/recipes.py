@@ -59,7 +59,6 @@ def serve() -> None:
     tune run layerskip_serve --config my_generate.yaml port=8001
     """
     recipe = build_recipe(LayerSkipServe, "layerskip_serve", serve.__doc__)
-    recipe.setup()
     recipe.serve()
 
 

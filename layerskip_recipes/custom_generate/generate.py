@@ -1,21 +1,26 @@
-"""LayerSkip's self-speculative decoding for transformers; it needs only torch and transformers.
+"""LayerSkip's speculative decoding for transformers; it needs only torch and transformers.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(**inputs, max_new_tokens=128)
 
     model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True, exit_layer=6)  # a model loaded elsewhere
 
-`layerskip export` copies this file to FOLDER/custom_generate/generate.py. In each round, the layers below the exit
-draft a few tokens. The layers above the exit then verify all drafts in one pass, from the hidden states at the exit.
-Both parts share one cache; rejected drafts are removed from it. Greedy decoding gives the tokens of plain greedy
-decoding. Sampling has the distribution of plain sampling (speculative sampling, arXiv 2211.17192).
+`layerskip export` copies this file to FOLDER/custom_generate/generate.py. In each round, a few tokens are drafted, and
+one pass of the model verifies them. There are two kinds of drafts. With an early exit, the first layers of the model
+draft, and the layers above the exit verify from the hidden states at the exit; both share one cache. A trained copy of
+the first layers (FOLDER/draft) has a cache of its own, and often a small vocabulary. Rejected drafts are removed from
+the caches. Greedy decoding gives the tokens of plain greedy decoding. Sampling has the distribution of plain sampling
+(speculative sampling, arXiv 2211.17192).
 """
 
 import copy
+import json
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch.nn.functional import pad
+from safetensors.torch import load_file
+from torch.nn.functional import linear, pad
 from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
@@ -23,8 +28,10 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import cached_file
 
 MODEL_TYPES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+DRAFT_FILES = ("draft.json", "model.safetensors")  # in the folder `draft`
 MODES = ("greedy_search", "sample")
 # Logits processors that keep a state between calls. This loop calls processors for drafts and again to verify them.
 WITH_STATE: dict[type, str] = {
@@ -39,7 +46,8 @@ def generate(
     *,
     model: Any,
     exit_layer: int | None = None,
-    num_speculations: int = 6,
+    num_speculations: int | None = None,
+    min_confidence: float | None = None,
     **kwargs: Any,
 ) -> Any:
     """`model.generate` with LayerSkip as its decoding loop.
@@ -48,17 +56,23 @@ def generate(
         inputs: left-padded prompts [b, s].
         generation_config: transformers' settings; they must ask for greedy decoding or sampling.
         model: a causal language model of one of MODEL_TYPES.
-        exit_layer: E: the first E layers draft. None: `assistant_early_exit` of the settings.
-        num_speculations: maximum number of tokens drafted per round; a low acceptance rate reduces the number.
+        exit_layer: E: the first E layers draft. None: `assistant_early_exit` of the settings, or else the trained copy
+            in the folder `draft` beside the model's files.
+        num_speculations: maximum number of tokens drafted per round; a low acceptance rate reduces the number. None:
+            the copy's own setting, or 6 for an exit.
+        min_confidence: a draft ends where the product of its tokens' probabilities falls below this. None: the copy's
+            own setting, or 0 for an exit.
         **kwargs: further arguments of `model.generate`. Your own logits processors must not keep a state: they are
             called for drafts, and again to verify them.
 
     Returns:
         The result of `model.generate`. For several prompts the returned dictionary has no cache.
     """
+    kind, supported = model.config.model_type, ", ".join(MODEL_TYPES)
+    require(kind in MODEL_TYPES, f"LayerSkip: cannot run {kind} in part. Allowed: {supported}")
     # `model.generate` must not see the exit and the stop strings. A shallow copy of the model shares the weights, but
     # has its own settings.
-    model, generation_config = copy.copy(model), copy.deepcopy(generation_config)
+    original, model, generation_config = model, copy.copy(model), copy.deepcopy(generation_config)
     model.generation_config = copy.deepcopy(model.generation_config)
     configs = [config for config in (generation_config, model.generation_config) if config is not None]
 
@@ -69,9 +83,12 @@ def generate(
         return next((value for value in values if value is not None), None)
 
     early_exit, stop_strings = take("assistant_early_exit"), take("stop_strings")
-    layers = PartialModel(model, early_exit if exit_layer is None else exit_layer)
-    require(num_speculations >= 1, f"num_speculations: {num_speculations} must be 1 or more")
-    require(kwargs.get("assistant_model") is None, "assistant_model: LayerSkip drafts with the model itself")
+    exit_layer = early_exit if exit_layer is None else exit_layer
+    draft = copy_draft(original) if exit_layer is None else exit_draft(original, exit_layer)
+    draft.num_speculations = draft.num_speculations if num_speculations is None else num_speculations
+    draft.min_confidence = draft.min_confidence if min_confidence is None else min_confidence
+    require(draft.num_speculations >= 1, f"num_speculations: {num_speculations} must be 1 or more")
+    require(kwargs.get("assistant_model") is None, "assistant_model: LayerSkip has its own drafts")
     if stop_strings is not None:  # `model.generate` drops the tokenizer if `custom_generate` is a function
         require(kwargs.get("tokenizer") is not None, "stop_strings: needs the model's tokenizer as tokenizer=")
         criteria = kwargs.get("stopping_criteria") or []
@@ -79,7 +96,7 @@ def generate(
         kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
 
     def decoding_loop(model: Any, input_ids: torch.Tensor, **settings: Any) -> Any:
-        return decode(model, input_ids, layers, num_speculations, **settings | {"streamer": kwargs.get("streamer")})
+        return decode(model, input_ids, draft, **settings | {"streamer": kwargs.get("streamer")})
 
     return type(model).generate(model, inputs, generation_config, **kwargs | {"custom_generate": decoding_loop})
 
@@ -89,26 +106,48 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-class PartialModel:
-    """A transformers model whose layers below and above the exit run separately."""
+class Part:
+    """Successive layers of a model, or a copy of them, which run on their own over a cache."""
 
-    def __init__(self, model: Any, exit_layer: int | None) -> None:
-        config, supported = model.config, ", ".join(MODEL_TYPES)
-        known = config.model_type in MODEL_TYPES
-        require(known, f"LayerSkip: cannot run {config.model_type} in part. Allowed: {supported}")
-        if exit_layer is None:
-            raise ValueError("LayerSkip: no exit. Give exit_layer=, or assistant_early_exit in generation_config.json")
-        exits = range(1, config.num_hidden_layers)
-        require(exit_layer in exits, f"exit_layer: {exit_layer} is not one of 1 to {exits.stop - 1}")
-        self.decoder, self.head, self.config = model.model, model.lm_head, config
-        self.kinds = getattr(config, "layer_types", None) or []
-        self.below, self.above = range(exit_layer), range(exit_layer, config.num_hidden_layers)
+    def __init__(self, model: Any, layers: Any, first: int, cache: DynamicCache) -> None:
+        self.config, self.rotary = model.config, model.model.rotary_emb
+        self.kinds = getattr(self.config, "layer_types", None) or []
+        self.layers, self.first, self.cache = layers, first, cache
+        # A mask is sized by the first cache layer of its kind. The other layers may have read more or fewer tokens.
+        self.sizes = copy.copy(cache)
+        self.sizes.layers = [*cache.layers[first:], *cache.layers[:first]]
 
-    def draft_cost(self) -> float:
+    def run(self, hidden: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [b, s, d] after the layers, at positions [b, s]; padding [b, columns] ends at the last one."""
+        masks = create_masks_for_generate(self.config, hidden, padding, self.sizes, positions)
+        settings = {"position_ids": positions, "position_embeddings": self.rotary(hidden, positions)}
+        for number, layer in enumerate(self.layers, self.first):
+            mask = masks[self.kinds[number]] if isinstance(masks, dict) else masks
+            hidden = layer(hidden, attention_mask=mask, cache=self.cache, use_cache=True, **settings)
+        return hidden
+
+
+class Draft:
+    """Layers that draft token by token, and the layers of the model that verify the drafts in one pass.
+
+    `shared`: the layers are the model's first ones. Then the other layers go on from their hidden states, in the same
+    cache. Otherwise the whole model verifies, and the layers have a cache of their own.
+    """
+
+    num_speculations, min_confidence = 6, 0.0
+    vocabulary: torch.Tensor | None = None  # the tokens that are drafted; None: all
+    OUTSIDE = -1e4  # the logit of all other tokens; finite, since a processor may allow only these
+
+    def __init__(self, model: Any, layers: Any, norm: Any, shared: bool) -> None:
+        self.model, self.layers, self.norm, self.shared = model, layers, norm, shared
+        self.embed, self.head = model.model.embed_tokens, model.lm_head
+
+    def cost(self) -> float:
         """Weights read for a drafted token divided by weights read for a token of the whole model."""
-        sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in self.decoder.layers]
+        own, all_layers = (sum(w.numel() for w in part.parameters()) for part in (self.layers, self.model.model.layers))
         head = self.head.weight.numel()
-        return (sum(sizes[index] for index in self.below) + head) / (sum(sizes) + head)
+        share = 1 if self.vocabulary is None else len(self.vocabulary) / self.model.config.vocab_size
+        return (own + share * head) / (all_layers + head)
 
     def rows_cost(self, batch: int) -> float:
         """Extra cost of a step with several tokens, divided by the cost of a step with one token.
@@ -117,18 +156,95 @@ class PartialModel:
         """
         return 0.5 if batch == 1 and self.head.weight.device.type == "cpu" else 0.0
 
-    def run(self, layers: range, hidden: torch.Tensor, masks: Any, **settings: Any) -> torch.Tensor:
-        """Hidden states [b, s, d] after `layers`; `masks` is one attention mask, or a mask for each kind of layer."""
-        for index in layers:
-            mask = masks[self.kinds[index]] if isinstance(masks, dict) else masks
-            hidden = self.decoder.layers[index](hidden, attention_mask=mask, use_cache=True, **settings)
-        return hidden
+    def begin(self, cache: DynamicCache, unknown: int) -> None:
+        """Begin texts with the model's cache; the draft cannot read the tokens of its first `unknown` columns."""
+        first, own, self.unknown = len(self.layers), cache, 0
+        if not self.shared:
+            first, own, self.unknown = 0, DynamicCache(config=self.model.config), unknown
+            own.layers = own.layers[: len(self.layers)]
+            own.activate_past_recording()
+        self.own = Part(self.model, self.layers, 0, own)
+        self.rest = Part(self.model, self.model.model.layers[first:], first, cache)
+        self.states: list[torch.Tensor] = []  # of this round's drafts
+        self.rows: Any = None if self.vocabulary is None else self.head.weight[self.vocabulary]  # of the head
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [b, s, v] in fp32 for hidden states [b, s, d] after any layer."""
-        logits = self.head(self.decoder.norm(hidden))
-        cap = getattr(self.config, "final_logit_softcapping", None)
+    def unread(self, columns: int) -> int:
+        """How many of the first `columns` tokens the layers have not read."""
+        return columns - self.unknown - self.own.cache.get_seq_length()
+
+    def next_logits(self, tokens: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Read tokens [b, s], and return the next token's logits [b, 1, v]."""
+        self.states.append(self.own.run(self.embed(tokens), padding[:, self.unknown :], positions)[:, -1:])
+        hidden = self.norm(self.states[-1])
+        if self.vocabulary is None:
+            return self.capped(self.head(hidden))
+        logits = self.capped(linear(hidden, self.rows))
+        everything = logits.new_full((*logits.shape[:2], len(self.head.weight)), self.OUTSIDE)
+        return everything.index_copy_(2, self.vocabulary, logits)
+
+    def verify(self, tokens: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The model's logits [b, n + 1, v] at the last token of the text and n drafts."""
+        if self.shared:
+            last = self.own.run(self.embed(tokens[:, -1:]), padding, positions[:, -1:])
+            hidden = torch.cat([*self.states, last], 1)
+        else:
+            hidden = self.embed(tokens)
+        self.states = []
+        return self.capped(self.head(self.model.model.norm(self.rest.run(hidden, padding, positions))))
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
         return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
+
+    def keep(self, shifts: torch.Tensor, columns: int) -> None:
+        """Move each row to the right by `shifts` [b], and keep the first `columns` of the caches."""
+        keep_columns(self.rest.cache, shifts, columns)
+        if not self.shared:
+            keep_columns(self.own.cache, shifts, columns - self.unknown)
+
+
+def exit_draft(model: Any, exit_layer: int) -> Draft:
+    """Drafts with the model's first layers."""
+    exits = range(1, model.config.num_hidden_layers)
+    require(exit_layer in exits, f"exit_layer: {exit_layer} is not one of 1 to {exits.stop - 1}")
+    return Draft(model, model.model.layers[:exit_layer], model.model.norm, shared=True)
+
+
+COPIES: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()  # what `read_copy` returned, by model
+
+
+def copy_draft(model: Any) -> Draft:
+    """Drafts with a trained copy of the first layers, which the folder `draft` beside the model's files holds."""
+    if model not in COPIES:
+        COPIES[model] = read_copy(model)
+    described, part = COPIES[model]
+    part.to(model.lm_head.weight.device, model.lm_head.weight.dtype)
+    draft = Draft(model, part.layers, part.norm, shared=False)
+    draft.num_speculations, draft.min_confidence = described["num_speculations"], described["min_confidence"]
+    if described["vocabulary"] is not None:
+        draft.vocabulary = torch.tensor(described["vocabulary"], device=draft.head.weight.device)
+    return draft
+
+
+def read_copy(model: Any) -> tuple[Any, Any]:
+    """The description of the copy, and its layers and norm."""
+    try:
+        settings, weights = (cached_file(model.name_or_path, f"draft/{name}") for name in DRAFT_FILES)
+    except OSError as e:
+        raise ValueError(
+            f"LayerSkip: no exit, and no draft in {model.name_or_path!r}. Give exit_layer=, or assistant_early_exit in "
+            "generation_config.json"
+        ) from e
+    with open(settings, encoding="utf-8") as file:
+        described = json.load(file)
+    part = torch.nn.Module()
+    with torch.device("meta"):
+        layers = enumerate(model.model.layers[: described["num_layers"]])
+        part.layers = torch.nn.ModuleList(type(layer)(model.config, number) for number, layer in layers)
+        part.norm = copy.deepcopy(model.model.norm)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(weights).items()}
+    part.load_state_dict(tensors, assign=True)
+    return described, part.requires_grad_(False).eval()
 
 
 class Rows:
@@ -143,6 +259,11 @@ class Rows:
         self.active = list(range(len(prompts)))  # rows that have not stopped
         self.pad_id, self.processors, self.criteria = pad_id, processors, criteria
         self.streamer, self.streamed = streamer, prompts.shape[1]
+
+    def last(self, count: int) -> torch.Tensor:
+        """The last tokens [b, count] of each row; rows that have stopped may repeat their first one."""
+        at = torch.tensor(self.lengths)[:, None] - count + torch.arange(count)
+        return self.tokens.gather(1, at.clamp(min=0).to(self.tokens.device))
 
     def draft(self, drafts: torch.Tensor, number: int) -> None:
         """Store draft [b, 1] number `number`: processors of later positions read it."""
@@ -258,6 +379,15 @@ def verify(
     return accepted, torch.multinomial(rest, 1)
 
 
+def keep_columns(cache: DynamicCache, shifts: torch.Tensor, columns: int) -> None:
+    """Move each row's columns to the right by `shifts` [b], and keep the first `columns`."""
+    if cache.get_seq_length():
+        if shifts.any():
+            for layer in cache.layers:
+                layer.keys, layer.values = (shift_right(x, shifts, dim=2) for x in (layer.keys, layer.values))
+        cache.crop(min(columns - cache.get_seq_length(), 0))
+
+
 def shift_right(columns: torch.Tensor, shifts: torch.Tensor, dim: int) -> torch.Tensor:
     """Move each row's columns to the right along `dim`; columns past the end are dropped."""
     size = columns.shape[dim]
@@ -269,8 +399,7 @@ def shift_right(columns: torch.Tensor, shifts: torch.Tensor, dim: int) -> torch.
 def decode(
     model: Any,
     input_ids: torch.Tensor,
-    layers: PartialModel,
-    num_speculations: int,
+    draft: Draft,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
@@ -290,14 +419,14 @@ def decode(
         require(not asked_for, f"LayerSkip: {output} is not supported. Allowed: {output}=False")
     batch, prompt_length = input_ids.shape
     longest, pad_id = stopping_criteria.max_length, generation_config._pad_token_tensor
-    pad_id, width = 0 if pad_id is None else int(pad_id), longest + num_speculations + 1
+    pad_id, width = 0 if pad_id is None else int(pad_id), longest + draft.num_speculations + 1
     rope = getattr(model.config, "rope_parameters", None) or {}
     kind, switch = rope.get("rope_type"), rope.get("original_max_position_embeddings")
     switch = switch or model.config.max_position_embeddings
     changes = switch < longest and (kind == "dynamic" or (kind == "longrope" and prompt_length <= switch))
     require(not changes, f"LayerSkip: {kind} positions change after {switch} tokens. Allowed: max_length={switch}")
     rows = Rows(input_ids, width, pad_id, logits_processor, stopping_criteria, streamer)
-    length = DraftLength(num_speculations, layers.draft_cost(), layers.rows_cost(batch))
+    length = DraftLength(draft.num_speculations, draft.cost(), draft.rows_cost(batch))
 
     # 1. Run the whole model over the prompts and choose the first token.
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -307,6 +436,9 @@ def decode(
     require(usable, f"LayerSkip: needs a DynamicCache on the model's device, not {type(cache).__name__}")
     cache.activate_past_recording()  # lets layers with a sliding window drop rejected drafts
     prompt_columns = cache.get_seq_length()
+    unknown = prompt_columns - prompt_length  # tokens that are only in the cache or in `inputs_embeds`
+    last_position = longest + unknown - 1
+    draft.begin(cache, unknown)
     if padding is None:
         padding = torch.ones(batch, prompt_columns, dtype=torch.long, device=input_ids.device)
     position = model_kwargs["position_ids"][:, -1:].expand(batch, 1)  # of the last token in the cache
@@ -315,55 +447,53 @@ def decode(
     rows.append(pending, [1] * batch)
 
     while rows.active:
-        drafted = min(length.next(), longest - min(rows.lengths[row] for row in rows.active) - 1)
+        most = min(length.next(), longest - min(rows.lengths[row] for row in rows.active) - 1)
         columns = cache.get_seq_length()
-        padding = pad(padding, (0, drafted + 1), value=1)
-        embedded = layers.decoder.embed_tokens(pending)
-        # Only rows that have stopped, and drafts that will be cut, go beyond the limit. Dynamic positions must not.
-        position_ids = position + 1 + torch.arange(drafted + 1, device=position.device)  # [b, drafted + 1]
-        position_ids = position_ids.clamp(max=longest - 1)
-        rotary = layers.decoder.rotary_emb(embedded, position_ids)
-        places = embedded.expand(-1, drafted + 1, -1)
-        masks = create_masks_for_generate(layers.config, places, padding, cache, position_ids)
+        padding = pad(padding, (0, most + 1), value=1)
+        steps = torch.arange(1, most + 2, device=position.device)
 
-        # 2. Draft token by token with the layers below the exit; the last draft runs through them too.
-        exits, drafts, draft_probs = [], [], []
-        for i in range(drafted + 1):
-            at, seen = slice(i, i + 1), padding[:, : columns + i + 1]
-            settings = {"position_ids": position_ids[:, at], "position_embeddings": tuple(x[:, at] for x in rotary)}
-            mask = create_masks_for_generate(layers.config, embedded, seen, cache, position_ids[:, at])
-            exits.append(layers.run(layers.below, embedded, mask, cache=cache, **settings))
-            if i < drafted:
-                draft, probs = choose(rows.process(layers.logits(exits[-1]), i), do_sample)
-                rows.draft(draft, i)
-                drafts.append(draft)
-                draft_probs.append(probs)
-                embedded = layers.decoder.embed_tokens(draft)
+        # 2. Draft token by token, until it is unlikely that the model accepts all of them.
+        drafts, draft_probs, confidence = [], [], torch.ones(batch, device=pending.device)
+        new = rows.last(draft.unread(columns + 1)) if most else pending
+        for i in range(most):
+            at = position + i + 1 + torch.arange(1 - new.shape[1], 1, device=position.device)
+            logits = draft.next_logits(new, padding[:, : columns + i + 1], at.clamp(0, last_position))
+            scores = rows.process(logits, i)
+            new, probs = choose(scores, do_sample)
+            rows.draft(new, i)
+            drafts.append(new)
+            draft_probs.append(probs)
+            if draft.min_confidence:
+                confidence = confidence * scores.softmax(-1).amax(-1)[:, 0]
+                if confidence[rows.active].max() < draft.min_confidence:
+                    break
 
-        # 3. Verify all drafts at once with the layers above the exit, from the hidden states at the exit.
-        settings = {"position_ids": position_ids, "position_embeddings": rotary}
-        hidden = layers.run(layers.above, torch.cat(exits, 1), masks, cache=cache, **settings)
-        new = torch.cat([*drafts, pending], 1)  # the last column is a placeholder for the next token
-        scores = rows.process(layers.logits(hidden), 0)
-        accepted, pending = verify(scores, new[:, :drafted], draft_probs, do_sample)
+        # 3. Verify all drafts at once. Only rows that have stopped, and drafts that will be cut, go beyond the limit.
+        # Dynamic positions must not.
+        drafted = len(drafts)
+        new = torch.cat([pending, *drafts], 1)
+        padding = padding[:, : columns + drafted + 1]
+        logits = draft.verify(new, padding, (position + steps[: drafted + 1]).clamp(max=last_position))
+        accepted, pending = verify(rows.process(logits, 0), new[:, 1:], draft_probs, do_sample)
         counts = accepted.tolist()
         length.learn([counts[row] for row in rows.active], drafted)
 
-        # 4. Remove rejected drafts from the cache. Rows stay right-aligned: a row with fewer accepted drafts than the
+        # 4. Remove rejected drafts from the caches. Rows stay right-aligned: a row with fewer accepted drafts than the
         # best row moves to the right, and gets padding at the left.
         best = max(counts[row] for row in rows.active)
         shifts = (best - accepted).clamp(min=0)
         if any(counts[row] < best for row in rows.active):
-            for layer in cache.layers:
-                layer.keys, layer.values = (shift_right(x, shifts, dim=2) for x in (layer.keys, layer.values))
             is_text = torch.arange(padding.shape[1], device=padding.device) >= shifts[:, None]
             padding = shift_right(padding, shifts, dim=1) * is_text
+        else:
+            shifts = torch.zeros_like(shifts)  # rows that have stopped stay as they are
         position = position + accepted[:, None] + 1
         old_length = rows.lengths[0]
-        rows.append(new.scatter(1, accepted[:, None], pending), [count + 1 for count in counts])
+        new = torch.cat([new[:, 1:], pending], 1).scatter(1, accepted[:, None], pending)
+        rows.append(new, [count + 1 for count in counts])
         if batch == 1:  # after a stop among the drafts the cache lacks the last token, as in plain decoding
             best = rows.lengths[0] - old_length - 1
-        cache.crop(best - drafted)
+        draft.keep(shifts, columns + best + 1)
         padding = padding[:, : columns + best + 1]
 
     if streamer is not None:

@@ -65,6 +65,7 @@ def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> 
         "rounds_by_kind": dict(stats.rounds_by_kind),
         "accepted_per_round": safe_divide(stats.accepted, stats.row_rounds) if stats.drafted else None,
         "accepted_histogram": stats.accepted_histogram,
+        "acceptance_by_position": stats.acceptance_by_position,
         "looping_outputs": sum(map(is_looping, ours.outputs.values())),
         "bytes_per_token": stats.bytes_per_token,
         "memory_bandwidth": bandwidth,
@@ -153,6 +154,7 @@ def print_report(report: dict[str, Any]) -> None:
         "phases": f"draft {show('draft_s')} s, verify {show('verify_s')} s, rest {show('accept_s')} s",
         "acceptance": f"{show('acceptance_rate')} ({report['accepted']} of {report['drafted']}), "
         f"{show('accepted_per_round')} per round",
+        "by position": " ".join(f"{rate:.2f}" for rate in report["acceptance_by_position"]),
         "rounds": ", ".join(f"{count} {kind}" for kind, count in report["rounds_by_kind"].items()),
         "looping outputs": f"{report['looping_outputs']} of {report['prompts']}",
         "memory": f"peak {show('peak_memory_bytes', '.0f', 1e-6)} MB; {show('bytes_per_token', '.1f', 1e-6)} MB read "
@@ -164,7 +166,7 @@ def print_report(report: dict[str, Any]) -> None:
         "identical output": {True: "yes", False: "NO", None: "-"}[report.get("identical")],
     }
     # Leave out what does not apply to this run.
-    left_out = [] if report["drafted"] else ["phases"]
+    left_out = [] if report["drafted"] else ["phases", "by position"]
     left_out += [] if len(report["rounds_by_kind"]) > 1 else ["rounds"]
     left_out += [] if report.get("ideal_speedup") else ["ideal"]
     left_out += [] if "speedup" in report else ["autoregressive", "speed-up", "identical output"]

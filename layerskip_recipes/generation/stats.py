@@ -43,6 +43,7 @@ class GenerationStats:
     weight_bytes: int = 0  # read by the decoding steps
     cache_bytes: int = 0
     rounds_accepting: Counter = field(default_factory=Counter)  # [k]: row rounds with k accepted tokens
+    rounds_drafting: Counter = field(default_factory=Counter)  # [k]: row rounds with k drafted tokens
     rounds_by_kind: Counter = field(default_factory=Counter)  # "chain", "lookup", "plain"; empty without speculation
 
     @property
@@ -60,6 +61,15 @@ class GenerationStats:
     def accepted_histogram(self) -> list[int]:
         """[k]: row rounds with k accepted tokens."""
         return [self.rounds_accepting[k] for k in range(max(+self.rounds_accepting, default=-1) + 1)]
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """[i]: of the drafts that have a token number i + 1, the share in which it was accepted."""
+        longest = max(+self.rounds_drafting, default=0)
+        reach = [
+            (_at_least(i, self.rounds_accepting), _at_least(i, self.rounds_drafting)) for i in range(1, longest + 1)
+        ]
+        return [accepted / drafted for accepted, drafted in reach]
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -88,9 +98,14 @@ class GenerationStats:
         self.drafted += times * drafted
         self.accepted += times * accepted
         self.rounds_accepting[accepted] += times
+        self.rounds_drafting[drafted] += times
 
     def __add__(self, other: "GenerationStats") -> "GenerationStats":
         return GenerationStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+def _at_least(least: int, rounds: Counter) -> int:
+    return sum(count for tokens, count in rounds.items() if tokens >= least)
 
 
 def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) -> bool:

@@ -160,52 +160,60 @@ class _Draft:
 
 
 class _Sums:
-    """Sums over all batches.
-
-    `exits` [E, 5]: loss, correct tokens, samples with all tokens correct, samples, labels. `drafts` [D, 2, 1 + 3 d],
-    greedy and sampled: acceptance of the first drafted token; rounds for drafts of 1 to d tokens; rounds and drafted
-    tokens for drafts that end at low confidence. `tokens`: written in rounds.
-    """
+    """Sums over all batches, by name; for each exit, or each draft of 1 to d tokens, greedy and sampled."""
 
     def __init__(
         self, exits: Sequence[int], drafts: Sequence[_Draft], num_speculations: int, device: torch.device
     ) -> None:
         self.of_exits, self.of_drafts, self.num_speculations = exits, drafts, num_speculations
+        shapes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(("loss", "labels", "right"), (len(exits),)),
+            **dict.fromkeys(("samples", "exact"), (len(exits),)),  # exact: all labels of a sample are right
+            "accepted": (len(drafts), 2),  # first drafted tokens, over the generated labels
+            "rounds": (len(drafts), 2, num_speculations),
+            # Of drafts that end at low confidence: rounds, and drafted tokens.
+            **dict.fromkeys(("ended_rounds", "ended_drafted"), (len(drafts), 2, num_speculations)),
+            "tokens": (1,),  # written in rounds
+        }
         widest = torch.float32 if device.type == "mps" else torch.float64
-        self.exits = torch.zeros(len(exits), 5, dtype=widest, device=device)
-        self.drafts = torch.zeros(len(drafts), 2, 1 + 3 * num_speculations, dtype=widest, device=device)
-        self.tokens = torch.zeros(1, dtype=widest, device=device)
+        self.by_name = {name: torch.zeros(shape, dtype=widest, device=device) for name, shape in shapes.items()}
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        self.by_name[name] += values.to(self.by_name[name])
 
     def quality(self, add_up: Callable[[torch.Tensor], torch.Tensor], last: int, key: str) -> dict[int, ExitQuality]:
         """The quality of each exit, over all processes."""
         # Sum over processes.
-        parts = [self.exits, self.drafts, self.tokens]
+        parts = self.by_name.values()
         all_sums = add_up(torch.cat([part.flatten() for part in parts])).cpu().split([part.numel() for part in parts])
-        exits, drafts, [tokens] = (sums.view_as(part) for sums, part in zip(all_sums, parts, strict=True))
+        sums = {name: total.view_as(self.by_name[name]) for name, total in zip(self.by_name, all_sums, strict=True)}
         # The last layer always agrees with itself, so its sum counts the generated labels.
-        generated = drafts[[draft.exit_layer for draft in self.of_drafts].index(last), 0, 0].item()
-        if not exits[0, 4] > 0:
+        generated = sums["accepted"][[draft.exit_layer for draft in self.of_drafts].index(last), 0].item()
+        if not sums["labels"][0] > 0:
             raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
-        shares, found = drafts[:, :, 0] / max(generated, 1), drafts[:, :, 1:].unflatten(-1, (3, -1)).unbind(2)
-        rates, ended = (tokens / found[0]).tolist(), torch.stack([tokens / found[1], found[2] / found[1]], -1).tolist()
+        loss, accuracy = ((sums[name] / sums["labels"]).tolist() for name in ("loss", "right"))
+        exact, shares = sums["exact"] / sums["samples"], sums["accepted"] / max(generated, 1)
+        rates, ended_rates = (sums["tokens"] / sums[name] for name in ("rounds", "ended_rounds"))
+        ended = torch.stack([ended_rates, sums["ended_drafted"] / sums["ended_rounds"]], -1).tolist()
         kinds = ("greedy", "sampled")
         quality = {}
-        for e, (loss, right, exact, samples, count) in zip(self.of_exits, exits.tolist(), strict=True):
+        for index, e in enumerate(self.of_exits):
             own = {draft.name: i for i, draft in enumerate(self.of_drafts) if draft.exit_layer == e}
             agreement, overlap = shares[own[ALL]].tolist()
             quality[e] = ExitQuality(
-                labels=round(count),
+                labels=round(sums["labels"][index].item()),
                 generated=round(generated),
-                loss=loss / count,
-                accuracy=right / count,
-                exact_match=exact / samples,
+                loss=loss[index],
+                accuracy=accuracy[index],
+                exact_match=exact[index].item(),
                 agreement=agreement,
                 overlap=min(overlap, 1.0),
-                accepted_length=rates[own[ALL]][0][-1] - 1 if tokens else None,
+                accepted_length=rates[own[ALL], 0, -1].item() - 1 if sums["tokens"] else None,
                 tokens_per_round={
-                    name: dict(zip(kinds, rates[i], strict=True)) | {"ended": dict(zip(kinds, ended[i], strict=True))}
+                    name: dict(zip(kinds, rates[i].tolist(), strict=True))
+                    | {"ended": dict(zip(kinds, ended[i], strict=True))}
                     for name, i in own.items()
-                    if tokens
+                    if sums["tokens"]
                 },
             )
         return quality
@@ -244,7 +252,7 @@ class _Batch:
                     for later, x in enumerate(self.states[e]):
                         logits = final if e == last else head(x[part].to(computing))
                         if not later:
-                            self.sums.exits[index, 0] += F.cross_entropy(logits, labels, reduction="sum")
+                            self.sums.by_name["loss"][index] += F.cross_entropy(logits, labels, reduction="sum")
                             right[index, part] = logits.argmax(-1) == labels
                         for number, draft in by_exit[e]:
                             z = logits[:, draft.ids]
@@ -253,24 +261,25 @@ class _Batch:
                             drafted[later:, number, 0, part] = (draft.best(z) == top).float()
                             drafted[later:, number, 1, part] = torch.minimum(p[:, draft.ids], q).sum(-1)
                             drafted[later:, number, 2, part] = q.amax(-1)
-        # Counts over samples.
-        self.sums.exits[:, 1] += right.sum(-1)
-        self.sums.exits[:, 4] += len(self.labels)
-        has_labels = self.counts.any(-1)
-        for index, flags in enumerate(right):
-            wrong = self._by_position(~flags).any(-1)
-            self.sums.exits[index, 2] += (has_labels & ~wrong).sum()
-            self.sums.exits[index, 3] += has_labels.sum()
+        # Counts of labels, and of samples with labels.
+        sums, has_labels = self.sums, self.counts.any(-1)
+        wrong = self._by_position(~right).any(-1)
+        sums.add("labels", torch.full((len(right),), len(self.labels)))
+        sums.add("right", right.sum(-1))
+        sums.add("samples", has_labels.sum().expand(len(right)))
+        sums.add("exact", (has_labels & ~wrong).sum(-1))
         # Rounds: many small operations, so on the CPU. The first token of a text comes from its prefill.
         text = (self.generated & F.pad(self.generated[:, :-1], (1, 0))).cpu()
         both = self._by_position(drafted).cpu()
         first, later = both[:, :, :2]
         # Drafts of a fixed length, as if the draft were always sure, and drafts that end.
         sure, sure_later = (torch.stack([torch.ones_like(x), x]) for x in both[:, :, 2:])
-        rounds, counts = expected_rounds(first, later, text, self.sums.num_speculations, (sure, sure_later))
-        self.sums.drafts[:, :, 0] += (drafted[0, :, :2] * self.generated.flatten()[self.rows]).sum(-1)
-        self.sums.drafts[:, :, 1:] += torch.cat([*rounds, counts[1]], -1).sum(-2).to(self.sums.drafts)
-        self.sums.tokens += text.sum()
+        rounds, counts = expected_rounds(first, later, text, sums.num_speculations, (sure, sure_later))
+        sums.add("accepted", (drafted[0, :, :2] * self.generated.flatten()[self.rows]).sum(-1))
+        sums.add("rounds", rounds[0].sum(-2))
+        sums.add("ended_rounds", rounds[1].sum(-2))
+        sums.add("ended_drafted", counts[1].sum(-2))
+        sums.add("tokens", text.sum())
 
     def _by_position(self, values: torch.Tensor) -> torch.Tensor:
         """[.., labels] -> [.., b, s], zero where no label counts."""

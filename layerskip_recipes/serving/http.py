@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import math
 import threading
 import time
 import uuid
@@ -27,11 +28,12 @@ from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, R
 log = utils.get_logger("INFO")
 
 BODY_S = 60  # the longest time that a client may take to send its body
+EVENT_S = 0.05  # the shortest time between two events of a stream
 LINE = 400  # the longest error message, in characters
 
 
 def make_app(recipe: LayerSkipServe) -> Starlette:
-    """The application; compiles first."""
+    """The application; loads and compiles the model first."""
     server = Server(recipe)
     routes = [
         Route("/v1/chat/completions", partial(server.answer, ChatRequest), methods=["POST"]),
@@ -47,9 +49,11 @@ class Server:
 
     def __init__(self, recipe: LayerSkipServe) -> None:
         self.recipe, self.started, self.pending = recipe, int(time.time()), set[asyncio.Future]()
-        # torch's current device is the thread's own.
+        # All of torch's work is in one thread. Another one would have OpenMP threads of its own, and with more threads
+        # than processors they all sleep between matrix products. torch's current device is the thread's own, too.
         self.thread = ThreadPoolExecutor(1, initializer=recipe.cfg.find_device)
-        self.thread.submit(recipe.warm_up).result()
+        for step in (recipe.setup, recipe.warm_up):
+            self.thread.submit(step).result()
 
     async def health(self, _: HTTPRequest) -> Response:
         return JSONResponse({"status": "ok"})
@@ -92,9 +96,19 @@ class Server:
 
     def _decode(self, asked: Any, gone: threading.Event, put: Callable[[Any], Any]) -> None:
         """In the thread that decodes: `put` pieces of text, and then a dict or an exception."""
+        text, due = "", 0.0 if asked.stream else math.inf
         try:
             for item in self.recipe.answer(asked, gone):
-                put(item)
+                if isinstance(item, str):
+                    text += item
+                    if time.monotonic() < due:
+                        continue
+                # Together: each event takes time from the threads that decode.
+                if text:
+                    put(text)
+                    text, due = "", time.monotonic() + EVENT_S
+                if not isinstance(item, str):
+                    put(item)
         except (ConfigError, ConnectionAbortedError) as e:
             put(e)
         except Exception as e:

@@ -1,8 +1,5 @@
-"""Statistics of label tokens and drafts.
-
-layerskip.json gets frequent label tokens and measured acceptance, which help to choose a draft. Early exits get the
-rows of the head that they train.
-"""
+"""The content of layerskip.json: the trained exits or the draft, frequent label tokens and measured acceptance. They
+help to choose a draft."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +15,7 @@ from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.processes import from_every_rank
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.parallel import Mesh
+from layerskip_recipes.training.label_counts import LabelCounts
 from layerskip_recipes.training.validation import Validation, quality_in_training
 
 # Each process stops measuring after this many samples or tokens.
@@ -26,45 +23,11 @@ ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
 
 
 class DraftStatistics:
-    """Counts label tokens, and measures acceptance when a checkpoint is saved: on the validation data, or else on the
+    """Describes what a checkpoint can draft with, and measures its acceptance: on the validation data, or else on the
     first training batches."""
 
-    def __init__(
-        self, validation: Validation, data: TrainingData, mesh: Mesh, device: torch.device, num_tokens: int
-    ) -> None:
-        self.validation, self.data, self.mesh = validation, data, mesh
-        # Counts are exact below 2^53. mps has no float64.
-        exact = torch.float64 if device.type != "mps" else torch.float32
-        self.counts = torch.zeros(num_tokens, dtype=exact, device=device)  # in this process, since the start or resume
-        self.before = torch.zeros_like(self.counts)  # in all processes, before the resume
-
-    def see(self, label_tokens: torch.Tensor) -> None:
-        """Count the labels of a micro-batch, [n], on the device."""
-        self.counts.index_add_(0, label_tokens, self.counts.new_ones(1).expand(len(label_tokens)))
-
-    def label_rows(self) -> torch.Tensor:
-        """[v], 1 for each token that was a label in an earlier step, else 0. Collective.
-
-        Early exits change only these rows of the head. At first an exit gives some probability to every token, and Adam
-        would move the embeddings of tokens that the data does not have as fast as the others.
-        """
-        return (self._label_counts() > 0).float()
-
-    def _label_counts(self) -> torch.Tensor:
-        """The counts over all processes since the first step, [v] on the device. Collective."""
-        return self.mesh.sum(self.counts.clone()) + self.before
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The counts over all processes. Collective."""
-        return {"label_counts": self._label_counts().cpu().round().long()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.before = state["label_counts"].to(self.counts)
-
-    def vocabulary(self) -> list[int]:
-        """The label tokens so far, the most frequent first. Collective."""
-        counts, tokens = self.state_dict()["label_counts"].sort(descending=True, stable=True)
-        return tokens[counts > 0][:MOST_TOKENS].tolist()
+    def __init__(self, validation: Validation, data: TrainingData, labels: LabelCounts) -> None:
+        self.validation, self.data, self.labels = validation, data, labels
 
     def describe(
         self,
@@ -90,7 +53,7 @@ class DraftStatistics:
     def _describe_exits(
         self, cfg: FinetuneConfig, model: LayerSkipDecoder, exits: Sequence[int], steps: int
     ) -> dict[str, Any]:
-        loss, base, vocabulary = cfg.exit_loss, cfg.given_folder, self.vocabulary()
+        loss, base, vocabulary = cfg.exit_loss, cfg.given_folder, self.labels.vocabulary(MOST_TOKENS)
         return {
             "num_layers": cfg.num_layers,
             "exits": exits,
@@ -117,15 +80,15 @@ class DraftStatistics:
         count = min(from_every_rank(len(batches)))  # all ranks take part in each forward pass
         if not count:
             return None
-        sizes = [n for n in DRAFT_VOCABULARIES if n < len(self.counts) and n < 2 * len(vocabulary)]
+        sizes = [n for n in DRAFT_VOCABULARIES if n < self.labels.num_tokens and n < 2 * len(vocabulary)]
         options: dict[str, Any] = {} if draft is not None else {"vocabulary": vocabulary, "sizes": sizes}
         try:
             quality = quality_in_training(
                 model,
                 batches[:count],
                 [*early, model.num_layers],
-                self.counts.device,
-                self.mesh,
+                self.labels.device,
+                self.labels.mesh,
                 draft=draft,
                 num_speculations=LONGEST_DRAFT,
                 generated=self.validation.replies.generated,

@@ -49,6 +49,7 @@ from layerskip_recipes.training.draft.loss import DraftLoss
 from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
+from layerskip_recipes.training.label_counts import LabelCounts
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, parts_of, reshard
@@ -143,7 +144,7 @@ class LayerSkipFinetune:
         self.cfg = cfg = self.data.cfg
         self.validation = Validation(cfg, tokenizer, self.device, self.mesh)
         num_tokens = cfg.meta_model.tok_embeddings.num_embeddings
-        self.draft_statistics = DraftStatistics(self.validation, self.data, self.mesh, self.device, num_tokens)
+        self.labels = LabelCounts(self.mesh, self.device, num_tokens)
         self.total_steps = self.data.total_steps
         return tokenizer
 
@@ -273,7 +274,7 @@ class LayerSkipFinetune:
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
         now: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps}
         if self.cfg.early_exit_loss is not None:
-            now["head_rows"] = self.draft_statistics.label_rows()
+            now["head_rows"] = self.labels.head_rows()
         for _ in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
             count, loss, exits = self._forward(batch, now)
@@ -308,7 +309,7 @@ class LayerSkipFinetune:
         batch |= {"labels": labels, "counted": counted}
         utils.batch_to_device(batch, self.device)
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
-        self.draft_statistics.see(labels.flatten()[batch["counted"]])
+        self.labels.see(labels.flatten()[batch["counted"]])
         with self.offloading, self._computing():
             loss, exits = self.loss(self.model, tokens, labels, **now, **batch)
         return len(counted), loss, exits
@@ -388,7 +389,8 @@ class LayerSkipFinetune:
         """The content of layerskip.json. Collective."""
         with self._computing():
             steps = (self.step, self.total_steps)
-            return self.draft_statistics.describe(self.cfg, self.model, self.draft, self.base, *steps)
+            statistics = DraftStatistics(self.validation, self.data, self.labels)
+            return statistics.describe(self.cfg, self.model, self.draft, self.base, *steps)
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the trained weights, to write or to fill in place."""
@@ -404,7 +406,7 @@ class LayerSkipFinetune:
             "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
             training.RNG_KEY: random_states(self.device),
             "loss_at_start": self.validation.loss_at_start,
-            "draft_statistics": self.draft_statistics.state_dict(),
+            "draft_statistics": self.labels.state_dict(),
             "losses": self.losses.state_dict(),
         }
 
@@ -416,7 +418,7 @@ class LayerSkipFinetune:
         if self.model.layer_dropout and state["layer_dropout"]:
             self.model.layer_dropout.load_state_dict(state["layer_dropout"])
         self.validation.loss_at_start = state["loss_at_start"]
-        self.draft_statistics.load_state_dict(state["draft_statistics"])
+        self.labels.load_state_dict(state["draft_statistics"])
         self.losses.load_state_dict(state["losses"], self.device)
         restore_random_state(state[training.RNG_KEY], self.device)
 

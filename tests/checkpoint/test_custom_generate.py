@@ -38,6 +38,14 @@ def tiny(family="llama", vocab_size=64, **settings):
         if weight.dim() > 1:
             weak = any(f"layers.{layer}." in name for layer in (1, 2, 3))
             torch.nn.init.normal_(weight, std=0.22 if weak else 0.4)
+    # A copy of the first layers, a little different, that drafts five of six tokens.
+    part = torch.nn.Module()
+    part.layers, part.norm = copy.deepcopy(model.model.layers[:2]), copy.deepcopy(model.model.norm)
+    for weight in part.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    vocabulary = [token for token in range(vocab_size) if token % 6]
+    described = {"vocabulary": vocabulary, "num_speculations": 4, "min_confidence": 0.0}
+    loop.COPIES[model] = described, part.requires_grad_(False)
     return model
 
 
@@ -70,46 +78,63 @@ class Streamer:
         self.ended = True
 
 
-def both(model, inputs, exit_layer=2, num_speculations=4, **settings):
-    """What plain decoding and LayerSkip return; no exit in the settings, so that plain decoding is plain."""
+EXITS = pytest.mark.parametrize("exit_layer", [2, None], ids=["exit", "copy"])
+
+
+def both(model, inputs, exit_layer=2, num_speculations=4, min_confidence=None, **settings):
+    """What plain decoding and LayerSkip return; no exit in the settings, so that plain decoding is plain.
+
+    `exit_layer=None`: drafts from the model's copy.
+    """
     settings = {"max_new_tokens": NEW, "do_sample": False} | settings
     plain = model.generate(**inputs, **settings)
-    exits = {"exit_layer": exit_layer, "num_speculations": num_speculations}
+    exits = {"exit_layer": exit_layer, "num_speculations": num_speculations, "min_confidence": min_confidence}
     return plain, loop.generate(model=model, **inputs, **exits, **settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_plain_decoding(family, fixed_length):
     assert tuple(FAMILIES) == loop.MODEL_TYPES
-    for rows, exit_layer, num_speculations in ((1, 1, 5), (1, 3, 1), (3, 2, 1), (3, 3, 5)):
+    for rows, exit_layer, num_speculations in ((1, 1, 5), (1, 3, 1), (3, 2, 1), (3, 3, 5), (1, None, 5), (3, None, 5)):
         plain, ours = both(tiny(family), prompts(rows), exit_layer, num_speculations)
         assert torch.equal(ours, plain), (rows, exit_layer, num_speculations)
     accepted, drafted = (sum(x) for x in zip(*((sum(a), d * len(a)) for a, d in fixed_length), strict=True))
     assert 0.1 * drafted < accepted < drafted
 
 
-def test_the_draft_length_changes_no_token():
-    plain, ours = both(tiny(), prompts(), max_new_tokens=80)
+@EXITS
+@pytest.mark.parametrize("min_confidence", [0, 0.3, 0.9])
+def test_the_draft_length_changes_no_token(exit_layer, min_confidence):
+    """Also where the copy reads the tokens of several rounds at once, since it did not draft in them."""
+    plain, ours = both(tiny(), prompts(), exit_layer, max_new_tokens=80, min_confidence=min_confidence)
     assert torch.equal(ours, plain)
 
 
-def test_a_row_gets_the_tokens_that_it_gets_alone(fixed_length):
+def test_a_draft_ends_where_it_is_not_confident(fixed_length):
+    both(tiny(), prompts(1), None, min_confidence=0.5)
+    lengths = [drafted for _, drafted in fixed_length]
+    assert {1} < {*lengths} and sum(a[0] for a, _ in fixed_length) > 0.6 * sum(lengths)
+
+
+@EXITS
+def test_a_row_gets_the_tokens_that_it_gets_alone(exit_layer, fixed_length):
     inputs = prompts()
-    _, batch = both(tiny(), inputs)
+    _, batch = both(tiny(), inputs, exit_layer)
     for row, mask in enumerate(inputs["attention_mask"]):
-        _, alone = both(tiny(), {"input_ids": inputs["input_ids"][row : row + 1, mask == 1]})
+        _, alone = both(tiny(), {"input_ids": inputs["input_ids"][row : row + 1, mask == 1]}, exit_layer)
         end = alone.shape[1] - int(mask.sum())
         assert torch.equal(batch[row, 7 : 7 + end], alone[0, int(mask.sum()) :])
 
 
+@EXITS
 @pytest.mark.parametrize("rows", [1, 3])
-def test_it_stops_where_plain_decoding_stops(rows, fixed_length):
+def test_it_stops_where_plain_decoding_stops(rows, exit_layer, fixed_length):
     plain = tiny().generate(**prompts(rows), max_new_tokens=NEW, do_sample=False)
     for end in plain[-1, [9, 12, 15]].tolist():
-        stopped, ours = both(tiny(), prompts(rows), eos_token_id=end)
+        stopped, ours = both(tiny(), prompts(rows), exit_layer, eos_token_id=end)
         assert torch.equal(ours, stopped)
     for length in (1, 2, 4, 7):
-        stopped, ours = both(tiny(), prompts(rows), max_new_tokens=length)
+        stopped, ours = both(tiny(), prompts(rows), exit_layer, max_new_tokens=length)
         assert ours.shape[1] == 7 + length and torch.equal(ours, stopped)
 
 
@@ -130,6 +155,7 @@ def test_stop_strings(tokenizer_folder, fixed_length):
     assert stopped.shape[1] < plain.shape[1] and torch.equal(ours, stopped)
 
 
+@EXITS
 @pytest.mark.parametrize(
     "settings",
     [
@@ -141,12 +167,13 @@ def test_stop_strings(tokenizer_folder, fixed_length):
         {"sequence_bias": [[[5], 3.0], [[6, 7], 9.0]], "bad_words_ids": [[9], [10, 11]]},
         {"guidance_scale": 1.0, "suppress_tokens": [8, 9, 12]},
         {"prefix_allowed_tokens_fn": lambda row, tokens: list(range(2 + row, 64, 1 + len(tokens) % 3))},
+        {"prefix_allowed_tokens_fn": lambda row, tokens: [6, 12, 18]},  # the copy drafts none of them
         {"stopping_criteria": [Even()], "eos_token_id": 63},
         {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
     ],
 )
-def test_processors_and_criteria_see_the_tokens_before_each_position(settings, fixed_length):
-    plain, ours = both(tiny(), prompts(), **settings)
+def test_processors_and_criteria_see_the_tokens_before_each_position(settings, exit_layer, fixed_length):
+    plain, ours = both(tiny(), prompts(), exit_layer, **settings)
     assert torch.equal(ours, plain)
     without, _ = both(tiny(), prompts())
     assert ours.shape != without.shape or not torch.equal(ours, without)
@@ -165,21 +192,42 @@ def test_a_streamer_gets_each_token_once(rows, fixed_length):
 
 @pytest.mark.parametrize("end", [None, 14])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
-def test_the_cache_in_a_dictionary_goes_on(family, end, fixed_length):
+@EXITS
+def test_the_cache_in_a_dictionary_goes_on(exit_layer, family, end, fixed_length):
     """A conversation goes on from the cache, also after a stop in the middle of a draft, and behind the window."""
     model, inputs = tiny(family), prompts(1)
     settings = {"eos_token_id": None if end is None else int(both(model, inputs)[0][0, end])}
-    plain, ours = both(model, inputs, return_dict_in_generate=True, **settings)
+    plain, ours = both(model, inputs, exit_layer, return_dict_in_generate=True, **settings)
     assert torch.equal(ours.sequences, plain.sequences)
     assert ours.cache.get_seq_length() == plain.cache.get_seq_length() == ours.sequences.shape[1] - 1
     tokens = torch.cat([ours.sequences, torch.tensor([[5, 6]])], 1)
     further = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": NEW}
     expected = model.generate(**further, do_sample=False)
-    assert torch.equal(loop.generate(model=model, **further, exit_layer=2, cache=ours.cache), expected)
+    assert torch.equal(loop.generate(model=model, **further, exit_layer=exit_layer, cache=ours.cache), expected)
+
+
+@EXITS
+def test_prompts_without_their_tokens(exit_layer, fixed_length):
+    """A prompt as embeddings, and a cache with only the tokens that are new."""
+    model, inputs = tiny(), prompts()
+    embedded = {"inputs_embeds": model.model.embed_tokens(inputs["input_ids"])} | {
+        "attention_mask": inputs["attention_mask"]
+    }
+    plain, ours = both(model, embedded, exit_layer)
+    assert torch.equal(ours, plain)
+    begun, _ = (both(model, prompts(1), return_dict_in_generate=True) for _ in range(2))
+    caches = [copy.deepcopy(begun[0].cache) for _ in range(2)]
+    tokens = torch.cat([begun[0].sequences[:, -1:], torch.tensor([[5, 6]])], 1)
+    further = {"input_ids": tokens, "attention_mask": torch.ones(1, caches[0].get_seq_length() + 3).long()}
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    expected = model.generate(**further, **settings, cache=caches[0])
+    ours = loop.generate(model=model, **further, **settings, exit_layer=exit_layer, cache=caches[1])
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8}])
-def test_sampling_has_the_distribution_of_plain_sampling(filters, fixed_length):
+@EXITS
+def test_sampling_has_the_distribution_of_plain_sampling(exit_layer, filters, fixed_length):
     """All texts of three tokens, against their probabilities by the model's logits, filtered with Python lists."""
     v, draws, model = 7, 6000, tiny(vocab_size=7)
     prompt = torch.tensor([[2, 5, 3]])
@@ -191,7 +239,8 @@ def test_sampling_has_the_distribution_of_plain_sampling(filters, fixed_length):
     expected = chances.gather(2, texts[..., None])[..., 0].prod(1)
     torch.manual_seed(0)
     settings = {"do_sample": True, "max_new_tokens": 3, "num_return_sequences": draws, "top_k": 0, "eos_token_id": None}
-    out = loop.generate(prompt, model=model, exit_layer=1, num_speculations=2, **settings | filters)[:, 3:]
+    exits = {"exit_layer": exit_layer and 1, "num_speculations": 2}
+    out = loop.generate(prompt, model=model, **exits, **settings | filters)[:, 3:]
     drawn = (out * torch.tensor([v * v, v, 1])).sum(1)
     assert p_value(drawn, expected) > 1e-3
     accepted = torch.tensor(fixed_length[0][0], dtype=torch.float)
@@ -243,7 +292,6 @@ def test_few_rounds_of_bad_drafts_end_them(draft_cost):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"exit_layer": None}, "no exit. Give exit_layer="),
         ({"exit_layer": 4}, "exit_layer: 4 is not one of 1 to 3"),
         ({"num_speculations": 0}, "num_speculations: 0"),
         ({"num_beams": 2}, "beam_search is not supported"),

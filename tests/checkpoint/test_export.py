@@ -1,7 +1,9 @@
 """`layerskip export`: what it writes opens in transformers and means what it should."""
 
 import json
+import shlex
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from layerskip_recipes import generate
 from layerskip_recipes.checkpoint.drafts import FORMAT
-from layerskip_recipes.checkpoint.export import export, first_layers
+from layerskip_recipes.checkpoint.export import export, first_layers, how_to_run
 from layerskip_recipes.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -125,6 +127,18 @@ def test_without_a_number_the_trained_exit_is_taken(checkpoint, tmp_path):
     assert load(first).config.num_hidden_layers == 2
 
 
+def test_what_to_run_next(checkpoint, tmp_path):
+    model, out = str(checkpoint), tmp_path / "out"
+    assert how_to_run(model, export(model, str(out))) == ""  # nothing to draft with
+    exported = export(model, str(tmp_path / "exit"), exit_layer=2)
+    said = how_to_run(model, exported, exit_layer=2)
+    assert f"from_pretrained({str(exported)!r}, trust" in said and said.endswith(f" {exported}_draft --draft 2")
+    *_, llama, _, vllm = how_to_run(model, tmp_path / "draft", draft=2).replace("\\\n", "").splitlines()
+    assert "-m model.gguf -md draft.gguf" in llama and "--spec-draft-p-min 0.4" in llama
+    *_, base, _, settings = shlex.split(vllm)
+    assert base == model and json.loads(settings)["model"] == str(tmp_path / "draft")
+
+
 def test_lists_by_layer_are_cut():
     """Gemma 2 and Qwen 2 list the kind of each layer; other lists stay."""
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "eos_token_id": [1, 2]}
@@ -217,9 +231,14 @@ def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, finet
     with torch.no_grad():
         expected = recipe.draft.decoder(recipe.model)(TOKENS)
         torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
-    for arguments in ({"draft": 1}, {"draft": None}, {"exit_layer": 2}):
+    for arguments in ({"draft": 1}, {"exit_layer": 2}):
         with pytest.raises(ConfigError, match="a trained draft"):
             export(folder, str(tmp_path / "other"), **arguments)
+    if form == "hf":  # without --draft: the model that it was trained for, and the draft beside it
+        whole = export(folder, str(tmp_path / "whole"))
+        assert load(whole).config.num_hidden_layers == 4
+        kept = load_file(whole / "draft" / "model.safetensors")
+        torch.testing.assert_close(kept["model.norm.weight"], model.model.norm.weight, rtol=0, atol=0)
     weights = load_file(checkpoint / "model.safetensors")
     save_file(weights | {"model.norm.weight": weights["model.norm.weight"] + 1}, checkpoint / "model.safetensors")
     with pytest.raises(ConfigError, match="whose weights have changed since"):
@@ -260,7 +279,9 @@ def with_shared_direction(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False], ids=["a shared direction", "none"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_an_exported_draft_proposes_tokens_of_its_vocabulary_only(family, shared, tmp_path, finetune, caplog):
+def test_an_exported_draft_proposes_tokens_of_its_vocabulary_only(
+    family, shared, tmp_path, finetune, caplog, monkeypatch
+):
     """By transformers' assisted generation, which accepts as many of them as our engine; also if sampled, where hidden
     states share a direction."""
     base = tmp_path / "base"
@@ -322,6 +343,22 @@ def test_an_exported_draft_proposes_tokens_of_its_vocabulary_only(family, shared
             torch.manual_seed(0)
             model.generate(prompt, attention_mask=mask, assistant_model=draft, do_sample=True)
     assert proposed and {*proposed} <= {*vocabulary}
+
+    # The model itself, exported without options, drafts with the same copy in our decoding loop.
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    out = export(str(folder), str(tmp_path / "exported"))
+    whole = load(out, trust_remote_code=True)
+    whole.generation_config = model.generation_config
+    loop = sys.modules[whole.generate.func.__module__]
+    learned, learn = [], loop.DraftLength.learn
+    monkeypatch.setattr(loop.DraftLength, "next", lambda self: self.limit)
+    monkeypatch.setattr(loop.DraftLength, "learn", lambda self, *a: (learned.append((a[0][0], a[1])), learn(self, *a)))
+    settings = {"attention_mask": mask, "do_sample": False, "num_speculations": 4, "min_confidence": 0}
+    assert whole.generate(prompt, **settings).equal(plain)
+    accepted, drafted = (sum(x) for x in zip(*learned, strict=True))
+    assert accepted / drafted == pytest.approx(ours.stats.acceptance_rate, abs=0.1)
+    assert {file.name for file in (out / "draft").iterdir()} == {"draft.json", "model.safetensors"}
 
 
 def test_an_adapter_is_no_model_of_its_own(tmp_path):

@@ -76,6 +76,9 @@ def test_rounds_and_acceptance(exit_layer, d, count):
     assert total.draft_steps == sum(drafted) and total.rounds_by_kind == {"chain": len(rounds)}
     assert total.acceptance_rate == sum(accepted) / sum(drafted)
     assert total.accepted_histogram == [accepted.count(k) for k in range(1 + max(accepted))]
+    # Among the drafts with a token number i + 1, those in which it was accepted.
+    by_position = [[a > i for n, a in zip(drafted, accepted, strict=True) if n > i] for i in range(max(drafted))]
+    assert total.acceptance_by_position == [sum(flags) / len(flags) for flags in by_position]
     assert (total.prefill_tokens, total.reused_tokens, total.first_tokens) == (sum(map(len, PROMPTS)), 0, len(PROMPTS))
     assert total.tokens == count * len(PROMPTS) and total.tokens_per_second > 0
 
@@ -91,7 +94,7 @@ def test_statistics_of_a_batch_are_those_of_its_rows(stop):
     alone = [run(model_of("llama3_2"), [prompt], **arguments).stats for prompt in prompts]
     assert len({stats.rounds for stats in alone}) > 1
     total = sum(alone[1:], alone[0])
-    for name in ("tokens", "first_tokens", "drafted", "accepted", "accepted_histogram"):
+    for name in ("tokens", "first_tokens", "drafted", "accepted", "accepted_histogram", "acceptance_by_position"):
         assert getattr(together, name) == getattr(total, name)
     assert together.rounds == max(stats.rounds for stats in alone)
 
@@ -155,6 +158,7 @@ def test_statistics_add_up():
     assert (both.reused_tokens, both.prefill_tokens, both.compile_s, both.draft_steps) == (2, 6, 2.0, 4)
     assert (both.drafted, both.accepted, both.rounds_by_kind) == (9, 3, {"chain": 1, "lookup": 2})
     assert both.accepted_histogram == [1, 1, 1]
+    assert both.acceptance_by_position == [2 / 3, 1 / 3, 0, 0]  # accepted: 1 of 3, 2 of 2 and 0 of 4
     assert both.bytes_per_token == 17 / 5
     assert a.rounds == 3 and a.drafted == 5  # neither changes
     assert GenerationStats().bytes_per_token is None

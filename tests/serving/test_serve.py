@@ -50,7 +50,6 @@ def config(tmp_path_factory, checkpoint) -> Path:
 def served(config):
     """The recipe and its app."""
     made = LayerSkipServe(load_config(str(config), [TEMPLATE, "port=0", f"max_waiting={MAX_WAITING}"]))
-    made.setup()
     app = http.make_app(made)
     made.rule = DraftRule(measure=False)  # drafts in each round
     yield made, app
