@@ -50,16 +50,20 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
                 f"{key}: the name is taken. Allowed: any except {', '.join([BASELINE, *PEERS])}; {EXAMPLE}"
             )
         section = {} if section == AUTO else section
-        kind: type[SelfSpeculation | EarlyExitVariant] = SelfSpeculation
-        if isinstance(section, Mapping):
-            section = dict(section)
-            kind = EarlyExitVariant if "early_exit" in section else kind
-            if section.get("draft", AUTO) not in (None, AUTO):
-                section = PLAIN | {"draft_vocabulary": AUTO} | section
-            elif section.get("exit_layer", AUTO) != AUTO:
-                section = PLAIN | section
-        variants[name] = kind.parse(section, key)
+        if isinstance(section, Mapping) and "early_exit" in section:
+            variants[name] = EarlyExitVariant.parse(section, key)
+        else:
+            variants[name] = SelfSpeculation.parse(_with_plain_values(section), key)
     return variants
+
+
+def _with_plain_values(section: Any) -> Any:
+    """With an exit or a draft, missing keys are not `auto`."""
+    if isinstance(section, Mapping) and section.get("draft", AUTO) not in (None, AUTO):
+        return PLAIN | {"draft_vocabulary": AUTO} | dict(section)
+    if isinstance(section, Mapping) and section.get("exit_layer", AUTO) != AUTO:
+        return PLAIN | dict(section)
+    return section
 
 
 class FastestSetting(Section):

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = _parser().parse_intermixed_args()
+    args = _parser().parse_args()
     sys.path.append(os.getcwd())  # as `tune run` does, for components in the working directory
     run_cli(lambda: _run(args))
 

@@ -184,7 +184,7 @@ def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path, checkpoint, exit_layer=2, self_speculation=None)
     cfg = tuning_config(tmp_path, checkpoint, str(user), compile=True)
-    write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(exit_layer=1, num_speculations=2), "because")
+    write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(exit_layer=1, num_speculations=2).settled(), "because")
     written = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
     assert written.compile is True and written.exit_layer is None
     cfg = tuning_config(tmp_path, checkpoint, "quickstart/generate")
@@ -259,7 +259,9 @@ def test_drafts_with_the_same_weights_share_them():
     """Only one int8 copy for all lengths of an exit."""
     model = make_model()
     sections = {
-        f"{exit_layer}_{length}": SelfSpeculation(exit_layer=exit_layer, num_speculations=length, draft_int8=True).settled()
+        f"{exit_layer}_{length}": SelfSpeculation(
+            exit_layer=exit_layer, num_speculations=length, draft_int8=True
+        ).settled()
         for exit_layer in (1, 2)
         for length in (2, 4)
     }

@@ -11,8 +11,8 @@ from helpers.configs import generate_config, make_checkpoint
 from helpers.smollm2 import MODEL
 from torchtune.models.llama3_2._component_builders import llama3_2
 
-from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
+from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting import chosen
 from layerskip_recipes.generation.drafting.chosen import choose_drafts, compiling_pays

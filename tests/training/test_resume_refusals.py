@@ -40,7 +40,13 @@ def stopped(tmp_path_factory, tokenizer_folder) -> Path:
 
 
 DEEPER = ["model.num_layers=5", f"checkpointer.hf_config={json.dumps(HF_CONFIG | {'num_hidden_layers': 5})}"]
-CHOSEN = ("batch_size", "gradient_accumulation_steps", "tokenizer.max_seq_len", "optimizer.lr", "early_exit_loss.interval")
+CHOSEN = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "tokenizer.max_seq_len",
+    "optimizer.lr",
+    "early_exit_loss.interval",
+)
 SAMPLES = "batch_size x gradient_accumulation_steps x data-parallel ranks"
 
 
