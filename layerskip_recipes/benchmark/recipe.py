@@ -74,13 +74,10 @@ class LayerSkipBenchmark:
             self.trained = read_trained_exits(folder, model.num_layers, model.tok_embeddings.num_embeddings)
         self.candidates: dict[str, Candidate] = {}
         chosen = {name: self._choose_settings(name, variant) for name, variant in cfg.compared.items()}
-        if chosen:
-            choices = Choices(cfg)
-            choices.set(
-                "variants" if cfg.variants else "self_speculation",
-                chosen if cfg.variants else next(iter(chosen.values())),
-            )
-            self.cfg = cfg.with_choices(choices)
+        choices = Choices(cfg)
+        for key, value in ({"variants": chosen} if chosen and cfg.variants else chosen).items():
+            choices.set(key, value)
+        self.cfg = cfg.with_choices(choices)
         self.variants = {name: variant for name, variant in chosen.items() if variant is not None}
         longest = max((draft.num_speculations for draft in self._drafts), default=0)
         # The prompts.

@@ -28,8 +28,9 @@ class Choices:
         return found
 
     def set(self, key: str, value: Any) -> Any:
-        self.chosen[key] = value
-        self.cfg = _with_value(self.cfg, key, value)
+        if value != self.value(key):
+            self.chosen[key] = value
+            self.cfg = _with_value(self.cfg, key, value)
         return value
 
     def pick(self, key: str, make: Callable[[], Any]) -> Any:

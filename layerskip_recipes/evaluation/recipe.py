@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.drafting.chosen import Choice, choose_for, with_drafts
+from layerskip_recipes.generation.drafting.chosen import Choice, choose_for
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
@@ -42,7 +43,9 @@ class LayerSkipEval:
             self.device = prepare_device(checkpoint)
         check_one_process()
         self.drafts = {name: self._choose(checkpoint) for name, checkpoint in self.checkpoints.items()}
-        self.cfg = with_drafts(self.cfg, next(iter(self.drafts.values())))
+        choices = Choices(self.cfg)
+        choices.set("self_speculation", next(iter(self.drafts.values())).section)
+        self.cfg = self.cfg.with_choices(choices)
         self.max_new_tokens = self.cfg.max_new_tokens
         self.seed = training.set_seed(seed=self.cfg.seed)
 

@@ -17,7 +17,7 @@ from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import Choice, choose_for, compiling_pays, with_drafts
+from layerskip_recipes.generation.drafting.chosen import Choice, choose_for, compiling_pays
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.section import check_memory
 from layerskip_recipes.generation.engine import Generation
@@ -139,7 +139,8 @@ class LayerSkipGenerate:
         choice = drafts[choices.pick("compile", pays)]
         if choice.why:
             log.info(choice.why)
-        return with_drafts(cfg.with_choices(choices), choice), choice
+        choices.set("self_speculation", choice.section)
+        return cfg.with_choices(choices), choice
 
     def setup(self) -> None:
         """Load the model and the draft."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,7 +20,6 @@ from layerskip_recipes.checkpoint.trained_exits import (
     read_trained_exits,
     usual_exit,
 )
-from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import AUTO
@@ -41,8 +40,6 @@ from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.kernels.cpp_decoder import is_library_compiled
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
-
-ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
 
 
 @dataclass(frozen=True)
@@ -84,14 +81,6 @@ def choose_for(
     own, unusable = _draft_beside(cfg, section, folder, quantizer)
     possible: dict[str, Any] = {"own": own, "unusable": unusable, "plain_head": plain, "int8": int8, "ends": ends}
     return choose_drafts(section, folder, costs, temperature, **possible, key=key)
-
-
-def with_drafts(cfg: ConfigT, choice: Choice) -> ConfigT:
-    """The config with the chosen section `self_speculation`."""
-    choices = Choices(cfg)
-    if choice.section != cfg.self_speculation:
-        choices.set("self_speculation", choice.section)
-    return cfg.with_choices(choices)
 
 
 def _draft_beside(
