@@ -4,18 +4,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.text_metrics import Metric
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, described_folder
 from layerskip_recipes.checkpoint.drafts import own_draft
+from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
-from layerskip_recipes.config.schema import Flag, Picture, PositiveInt, Section, Text
+from layerskip_recipes.config.schema import AUTO, Auto, Flag, Picture, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
-from layerskip_recipes.generation.drafting.section import OptionalSpeculation, SelfSpeculation
+from layerskip_recipes.generation.drafting.chosen import has_compiler
+from layerskip_recipes.generation.drafting.section import PLAIN, OptionalSpeculation, SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 BASELINE = "baseline"
@@ -29,11 +32,8 @@ class EarlyExitVariant(Section):
     """The exit E: each token runs through the first E of the L layers."""
 
 
-Variant = SelfSpeculation | EarlyExitVariant
+Variant = Annotated[SelfSpeculation, Auto()] | EarlyExitVariant
 NEW_TOKENS = 128
-NewTokens = Annotated[
-    int, BeforeValidator(lambda n: NEW_TOKENS if n is None else n), Field(ge=2, examples=[NEW_TOKENS])
-]
 
 
 def _parse_variants(value: Any) -> dict[str, Variant]:
@@ -49,9 +49,21 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
             raise ConfigError(
                 f"{key}: the name is taken. Allowed: any except {', '.join([BASELINE, *PEERS])}; {EXAMPLE}"
             )
-        exits = isinstance(section, Mapping) and "early_exit" in section
-        variants[name] = (EarlyExitVariant if exits else SelfSpeculation).parse(section, key)
+        section = {} if section == AUTO else section
+        if isinstance(section, Mapping) and "early_exit" in section:
+            variants[name] = EarlyExitVariant.parse(section, key)
+        else:
+            variants[name] = SelfSpeculation.parse(_with_plain_values(section), key)
     return variants
+
+
+def _with_plain_values(section: Any) -> Any:
+    """With an exit or a draft, missing keys are not `auto`."""
+    if isinstance(section, Mapping) and section.get("draft", AUTO) not in (None, AUTO):
+        return PLAIN | {"draft_vocabulary": AUTO} | dict(section)
+    if isinstance(section, Mapping) and section.get("exit_layer", AUTO) != AUTO:
+        return PLAIN | dict(section)
+    return section
 
 
 class FastestSetting(Section):
@@ -110,7 +122,9 @@ class BenchmarkConfig(DecodingConfig):
 
     variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
     """Methods to compare with autoregressive decoding: named sections with the keys of `self_speculation`, or
-    `{early_exit: E}` to take every token from exit E. null drops a variant of the extended config."""
+    `{early_exit: E}` to take every token from exit E. auto: as `layerskip_generate` would choose. In a section with an
+    exit or a draft, missing keys have plain values: 6 drafted tokens, and nothing else. null drops a variant of the
+    extended config."""
     self_speculation: OptionalSpeculation = None
     """The only variant if `variants` is missing, so a generation config can be measured unchanged."""
     peers: Annotated[
@@ -124,8 +138,10 @@ class BenchmarkConfig(DecodingConfig):
     """Temperatures to measure, each with its own table. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
     """The only temperature if `temperatures` is missing, so a generation config can be measured unchanged."""
-    max_new_tokens: NewTokens = NEW_TOKENS
-    """The maximum number of new tokens per prompt; null is 128."""
+    max_new_tokens: Annotated[int, Field(ge=2, examples=[NEW_TOKENS]), Auto()] = NEW_TOKENS
+    """The maximum number of new tokens per prompt; auto is 128."""
+    compile: Annotated[Flag, Auto()] = False
+    """Compile the decoding steps, as in `layerskip_generate`; auto: if this machine can."""
     repeats: PositiveInt | None = None
     """How many times each method decodes all prompts. The report has the median and the range. null: as many as
     decode 12 prompts, at most 3."""
@@ -148,6 +164,11 @@ class BenchmarkConfig(DecodingConfig):
     picture: Picture | None = None
     """A bar chart of tokens per second; a heat map with `tune=grid`. With `tune` the file is named tune or grid."""
 
+    def choose(self, choices: Choices) -> None:
+        choices.pick("max_new_tokens", lambda: NEW_TOKENS)
+        super().choose(choices)
+        choices.pick("compile", lambda: has_compiler(torch.device(choices.value("device"))))
+
     @property
     def compared(self) -> dict[str, Variant]:
         """The variants by name; empty with `tune`, which chooses them after loading the model."""
@@ -161,8 +182,8 @@ class BenchmarkConfig(DecodingConfig):
         if not self.tune:
             return None
         given = self.self_speculation or SelfSpeculation()
-        draft = given.draft
-        if given.exit_layer is None and "draft" not in given.model_fields_set:
+        draft = given.settled().draft
+        if given.exit_layer == given.draft == AUTO:
             draft = own_draft(described_folder(self.checkpointer), self.checkpointer.target)
         return None if draft is None else given.model_copy(update={"draft": draft})
 
@@ -198,7 +219,7 @@ class BenchmarkConfig(DecodingConfig):
                 if value := getattr(self, key):
                     yield f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null"
             for name, variant in self.compared.items():
-                if isinstance(variant, SelfSpeculation) and variant.draft is not None:
+                if isinstance(variant, SelfSpeculation) and variant.settled().draft is not None:
                     key = f"{self.key_of(name)}.draft"
                     yield f"{key}: {variant.draft!r} needs its model, and random_weights has none. Set {key}=null"
             return

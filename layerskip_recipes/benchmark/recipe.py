@@ -28,9 +28,10 @@ from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_pat
 from layerskip_recipes.checkpoint.checkpointers import described_folder, prepare_device
 from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
+from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.chosen import choose_for, with_stored_vocabulary
+from layerskip_recipes.generation.drafting.chosen import choose_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all, check_memory
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.report import report_path
@@ -65,17 +66,19 @@ class LayerSkipBenchmark:
         if cfg.tuned_path is not None:
             check_config_path(cfg.tuned_path)
         self.seed = training.set_seed(seed=cfg.seed)
-        # The variants; _choose_settings returns None for one that cannot draft.
+        # The variants; `_choose_settings` returns None for one that cannot draft.
         model = layerskip_decoder(cfg.meta_model)
         folder = None if cfg.random_weights else described_folder(cfg.checkpointer)
         self.trained = None
         if folder is not None:
             self.trained = read_trained_exits(folder, model.num_layers, model.tok_embeddings.num_embeddings)
         self.candidates: dict[str, Candidate] = {}
-        self.variants: dict[str, Variant] = {}
-        for name, variant in cfg.compared.items():
-            if (chosen := self._choose_settings(name, variant)) is not None:
-                self.variants[name] = chosen
+        chosen = {name: self._choose_settings(name, variant) for name, variant in cfg.compared.items()}
+        choices = Choices(cfg)
+        for key, value in ({"variants": chosen} if chosen and cfg.variants else chosen).items():
+            choices.set(key, value)
+        self.cfg = cfg.with_choices(choices)
+        self.variants = {name: variant for name, variant in chosen.items() if variant is not None}
         longest = max((draft.num_speculations for draft in self._drafts), default=0)
         # The prompts.
         self.spare_tokens = longest + 1 if cfg.random_weights else 0
@@ -113,13 +116,9 @@ class LayerSkipBenchmark:
         cfg = self.cfg
         if not isinstance(variant, SelfSpeculation):
             return variant
-        if cfg.random_weights:  # a missing exit is the usual one
+        if cfg.random_weights:
             usual = usual_exit(layerskip_decoder(cfg.meta_model).num_layers)
-            return variant.model_copy(update={"exit_layer": variant.exit_layer or usual})
-        if cfg.variants and variant.draft is not None:
-            return variant
-        if cfg.variants and variant.exit_layer is not None:
-            return with_stored_vocabulary(variant, self.trained)
+            return variant.model_copy(update={"exit_layer": usual} | variant.given).settled()
         choice = choose_for(
             cfg, variant, cfg.all_temperatures[0], cfg.compile, cfg.batch_size, cfg.quantizer, cfg.key_of(name)
         )
@@ -140,7 +139,8 @@ class LayerSkipBenchmark:
         check_references(cfg.metrics or [], self.examples)
         for name, variant in self.variants.items():
             if isinstance(variant, SelfSpeculation):
-                self.variants[name] = variant.with_vocabulary(model, self.prompts, cfg.key_of(name))
+                stored = self.trained.vocabulary if self.trained else None
+                self.variants[name] = variant.with_vocabulary(model, self.prompts, stored, cfg.key_of(name))
 
     def _draw_prompts(self, model: LayerSkipDecoder) -> None:
         """Draw random prompts, and make each variant always draft its full length."""

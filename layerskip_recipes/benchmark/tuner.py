@@ -30,9 +30,10 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.config.paths import check_file
+from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import CHOSEN, LOOKUP
+from layerskip_recipes.generation.drafting.chosen import LOOKUP, prediction_keys
 from layerskip_recipes.generation.drafting.plan import (
     Costs,
     Prediction,
@@ -46,7 +47,7 @@ from layerskip_recipes.generation.drafting.plan import (
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.exit_quality import ALL, MIN_CONFIDENCE, exit_quality
+from layerskip_recipes.model.exit_quality import ALL, exit_quality
 
 GRID_LENGTHS = (1, 2, 3, 4, 6, 8)
 PROBE_TOKENS = 48  # new tokens per prompt in a probe
@@ -200,15 +201,12 @@ class Tuner:
         return {candidate.name: candidate for candidate in candidates}
 
     def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:
-        way, num_tokens = prediction.way, prediction.way.vocabulary
-        keys: dict[str, Any] = {"num_speculations": prediction.num_speculations, "prompt_lookup": lookup}
-        keys["draft_int8"] = way.int8
-        keys["min_confidence"] = MIN_CONFIDENCE if way.ends else 0.0
-        if way.own_layers is not None:
+        num_tokens, keys = prediction.way.vocabulary, prediction_keys(prediction, lookup)
+        if prediction.way.own_layers is not None:
             assert self.cfg.tuned_draft is not None
-            written = self.cfg.tuned_draft.model_copy(update=keys)
+            written = self.cfg.tuned_draft.model_copy(update=keys | {"draft_vocabulary": AUTO})
             return Candidate(written.with_vocabulary(self.model, []), written, prediction)
-        written = SelfSpeculation(exit_layer=way.exit_layer, draft_vocabulary=num_tokens, **keys)
+        written = SelfSpeculation(draft=None, **keys)
         ids = None if num_tokens is None else self.frequent[:num_tokens]
         section = written.model_copy(update={"draft_vocabulary": ids})
         # Generation would count a number of tokens in its own prompts if the checkpoint stores none.
@@ -283,17 +281,12 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
     wanted |= {"exit_layer": None, "quantizer": cfg.quantizer}
     wanted |= {key: getattr(cfg, key) for key in ("model", "checkpointer", "tokenizer")}
     for key, value in wanted.items():
-        # Generation would choose a missing `compile`.
-        if value != getattr(base, key) or (key == "compile" and key not in base.model_fields_set):
+        if value != getattr(base, key):
             content[key] = _as_yaml(value)
     if best is None:
         content["self_speculation"] = None
     else:
-        old = base.self_speculation or SelfSpeculation()
-        # Also write the keys that generation would choose, except the vocabulary of a trained draft.
-        keys = {key for key, value in best if value != getattr(old, key)} | set(CHOSEN)
-        keys -= {"draft_vocabulary"} if best.draft is not None else set()
-        content["self_speculation"] = {key: _as_yaml(value) for key, value in best if key in keys}
+        content["self_speculation"] = dict(best)
         if best.draft is not None:
             draft = Path(best.draft).absolute()
             content["self_speculation"]["draft"] = str(draft)

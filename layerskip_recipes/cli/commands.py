@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from layerskip_recipes.cli.configs import RECIPES, config_class, validate
+from layerskip_recipes.cli.configs import RECIPES, config_class, resolved, validate
 from layerskip_recipes.cli.run import run_cli
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.config.paths import check_folder
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (cat, check):
         command.add_argument("name", help="a config's name or path")
         command.add_argument("overrides", nargs="*", metavar="key=value")
+    cat.add_argument("--resolved", action="store_true", help="check it, and print what `auto` means here")
     schema = commands.add_parser("schema", help="print the JSON schema of a recipe's config, for editors")
     schema.add_argument("recipe", choices=[name.removeprefix("layerskip_") for name in sorted(RECIPES)])
     out = commands.add_parser("export", help="export a checkpoint for transformers, or its draft as a model of its own")
@@ -83,7 +84,8 @@ def _run(args: argparse.Namespace) -> None:
 
         from layerskip_recipes.config.loading import load_config
 
-        print(OmegaConf.to_yaml(load_config(args.name, args.overrides)), end="")
+        source = load_config(args.name, args.overrides)
+        print(OmegaConf.to_yaml(resolved(source) if args.resolved else source, resolve=args.resolved), end="")
     elif args.command == "schema":
         from layerskip_recipes.config.json_schema import json_schema
 

@@ -35,6 +35,16 @@ def recipe_of(source: "DictConfig") -> str:
     return next((recipe for recipe, keys in OWN_KEYS.items() if given.intersection(keys)), "layerskip_generate")
 
 
+def resolved(source: "DictConfig") -> "DictConfig":
+    """A merged config in which `auto` is replaced as its recipe would, without loading weights."""
+    config = config_class(recipe_of(source))
+    if config.__name__ == "FinetuneConfig":
+        return config.load(source).source
+    # The other recipes choose in their constructors, which read the prompts.
+    recipe = import_module(f"{config.__module__.rpartition('.')[0]}.recipe")
+    return getattr(recipe, f"LayerSkip{config.__name__.removesuffix('Config')}")(source).cfg.source
+
+
 def validate(source: "DictConfig") -> str:
     """Check a merged config without loading weights, and return its recipe."""
     recipe = recipe_of(source)

@@ -1,20 +1,25 @@
-"""Config keys that may be null: the recipe chooses their values."""
+"""Config keys that may be `auto`: the recipe chooses their values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from layerskip_recipes.config.components import Component
-from layerskip_recipes.config.schema import Section
+from layerskip_recipes.config.schema import AUTO, Section
 
 
 class Choices:
-    """A config whose null keys a recipe replaces; `chosen` has the new values by dotted key."""
+    """A config whose `auto` keys a recipe replaces; `chosen` has the new values by dotted key.
 
-    def __init__(self, cfg: Section) -> None:
+    `stored` has values that were chosen before, which are taken again. `asked` are all keys that may be `auto`.
+    """
+
+    def __init__(self, cfg: Section, stored: Mapping[str, Any] | None = None) -> None:
         self.cfg: Any = cfg
+        self.stored = dict(stored or {})
         self.chosen: dict[str, Any] = {}
+        self.asked: list[str] = []
 
     def value(self, key: str) -> Any:
         found = self.cfg
@@ -23,14 +28,18 @@ class Choices:
         return found
 
     def set(self, key: str, value: Any) -> Any:
-        self.chosen[key] = value
-        self.cfg = _with_value(self.cfg, key, value)
+        if value != self.value(key):
+            self.chosen[key] = value
+            self.cfg = _with_value(self.cfg, key, value)
         return value
 
     def pick(self, key: str, make: Callable[[], Any]) -> Any:
-        """The value of a key. If it is null, choose `make()`."""
+        """The value of a key. If it is `auto`, take the stored one, or choose `make()`."""
+        self.asked.append(key)
         found = self.value(key)
-        return self.set(key, make()) if found is None else found
+        if isinstance(found, str) and found == AUTO:
+            return self.set(key, self.stored[key] if key in self.stored else make())
+        return found
 
 
 def _with_value(section: Section, key: str, value: Any) -> Section:

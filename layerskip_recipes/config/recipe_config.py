@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from layerskip_recipes.config.choices import Choices, best_device, computes_in_bf16, devices_here
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.schema import Auto, DeviceName, Section, Text, allowed, check
+from layerskip_recipes.config.schema import AUTO, Auto, DeviceName, Section, Text, allowed, check
 from layerskip_recipes.errors import ConfigError, first_line, mistakes_of
 from layerskip_recipes.processes import num_processes
 
@@ -39,7 +39,7 @@ class RecipeConfig(Section):
     tokenizer: Annotated[Component, Takes()]
     """A torchtune tokenizer, or `layerskip_recipes.hf_tokenizer` with the `path` of any Hugging Face folder."""
     dtype: Annotated[Literal["fp32", "bf16"], Auto()]
-    """The dtype of weights and computation. null: bf16 on a GPU, else fp32. Training of all weights also uses fp32 on a
+    """The dtype of weights and computation. auto: bf16 on a GPU, else fp32. Training of all weights also uses fp32 on a
     GPU if it fits."""
     model_dir: Annotated[Text, Field(examples=["~/models/Qwen3-0.6B"])] | None = None
     """The model of the configs `hf/*`: a Hugging Face folder, an output folder of `layerskip_finetune` (its newest
@@ -49,8 +49,8 @@ class RecipeConfig(Section):
     """The data of the configs `qa/*`: a folder with `train.jsonl` and `test.jsonl`. Other keys refer to it."""
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None
     """The folder that training writes to. For other recipes, a variable that other keys refer to."""
-    device: Annotated[DeviceName, Auto()] = None  # type: ignore[assignment]
-    """The device to compute on. null: the best one of this machine."""
+    device: Annotated[DeviceName, Auto()] = AUTO
+    """The device to compute on. auto: the best one of this machine."""
     seed: Seed | None = None
     """The random seed. null: a random one."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -58,17 +58,21 @@ class RecipeConfig(Section):
 
     _source: DictConfig = PrivateAttr()
     _chosen: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _asked: list[str] = PrivateAttr(default_factory=list)
 
     @classmethod
-    def load(cls, source: DictConfig) -> Self:
-        """Check a merged config. The ConfigError lists all mistakes in single keys, or else all conflicts of keys."""
+    def load(cls, source: DictConfig, stored: Mapping[str, Any] | None = None) -> Self:
+        """Check a merged config. The ConfigError lists all mistakes in single keys, or else all conflicts of keys.
+
+        `stored`: see `Choices`.
+        """
         try:
-            return cls._load(source)
+            return cls._load(source, stored)
         except ConfigError as e:  # several checks may report the same mistake
             raise ConfigError(*dict.fromkeys(_by_the_users_key(mistake, source) for mistake in e.args)) from e
 
     @classmethod
-    def _load(cls, source: DictConfig) -> Self:
+    def _load(cls, source: DictConfig, stored: Mapping[str, Any] | None) -> Self:
         # Resolve interpolations. An interpolation of a missing value is missing too, but only that value is reported.
         plain = [key for key in map(str, source) if not OmegaConf.is_interpolation(source, key)]
         if missing := [key for key in plain if OmegaConf.is_missing(source, key)]:
@@ -92,13 +96,15 @@ class RecipeConfig(Section):
             for key in refused
             if not (_is_off(content[key]) or (key.endswith("_dim") and content[key] == 1))
         ]
-        # Check each key, then choose values for the null keys.
+        # Check each key, then choose values for the keys that are `auto`.
         try:
             cfg = cls.parse(kept)
             cfg._source = source
             for key, component in _components(cfg, ""):
                 component.key = key
-            cfg = cfg._with_choices()
+            choices = Choices(cfg, stored)
+            cfg.choose(choices)
+            cfg = cfg.with_choices(choices)
         except ConfigError as e:
             raise ConfigError(*mistakes, *e.args) from e
         # Check the keys together.
@@ -116,7 +122,7 @@ class RecipeConfig(Section):
         for needed, keys in self.REQUIRES.items():
             for key in keys if getattr(self, needed) is None else ():
                 value = getattr(self, key)
-                if key in self.model_fields_set and value is not None and value is not False:
+                if key in self.model_fields_set - self._chosen.keys() and value is not None and value is not False:
                     yield f"{key}: {value!r} needs {needed}. Set that, or {key}=null"
 
     @property
@@ -124,27 +130,32 @@ class RecipeConfig(Section):
         """The merged YAML, for logs."""
         return self._source
 
-    def _with_choices(self) -> Self:
-        """A copy in which the null keys have their chosen values."""
-        choices = Choices(self)
-        self.choose(choices)
+    def with_choices(self, choices: Choices) -> Self:
+        """A copy in which keys have their chosen values, also in its YAML."""
         cfg = choices.cfg
         cfg.__dict__.pop("meta_model", None)  # its dtype may have changed
-        cfg._chosen = choices.chosen
+        cfg._chosen, cfg._asked = self._chosen | choices.chosen, self._asked + choices.asked
         cfg._source = copy.deepcopy(self._source)
         for key, value in choices.chosen.items():
-            OmegaConf.update(cfg._source, key, value.section if isinstance(value, Component) else value, merge=False)
+            OmegaConf.update(cfg._source, key, _as_yaml(value), merge=False)
         return cfg
 
     def choose(self, choices: Choices) -> None:
-        """Choose values for null keys. Each recipe adds its own keys."""
+        """Choose values for keys that are `auto`. Each recipe adds its own keys."""
         device = choices.pick("device", best_device)
         choices.pick("dtype", lambda: "bf16" if computes_in_bf16(device) else "fp32")
+        if "max_seq_len" in self.tokenizer.arguments:
+            choices.pick("tokenizer.max_seq_len", lambda: None)  # only training cuts texts
 
     @property
     def chosen(self) -> dict[str, Any]:
         """The values that the recipe chose, by dotted key."""
         return self._chosen
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values of all keys that may be `auto`, by dotted key."""
+        return {key: Choices(self).value(key) for key in self._asked}
 
     def check_together(self) -> Iterator[str]:
         """Yield a message for each conflict between keys. Each recipe has its own checks."""
@@ -206,6 +217,12 @@ def _by_the_users_key(mistake: str, source: DictConfig) -> str:
         raw = raw.get(name) if isinstance(raw, dict) else None
     read = re.fullmatch(r"\$\{(\w+)\}", raw) if isinstance(raw, str) else None
     return re.sub(rf"(?<![\w.]){re.escape(key)}\b", read[1], mistake) if read and read[1] in source else mistake
+
+
+def _as_yaml(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _as_yaml(part) for name, part in value.items()}
+    return value.section if isinstance(value, Component) else value.given if isinstance(value, Section) else value
 
 
 def _is_off(value: Any) -> bool:

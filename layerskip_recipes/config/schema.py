@@ -19,8 +19,10 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
+    ValidatorFunctionWrapHandler,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
@@ -49,11 +51,20 @@ REMOVED = {
 }
 
 
+AUTO: Any = "auto"
+
+
 class Auto:
-    """Annotation: the value may be null, and the recipe then chooses it (see choices.py)."""
+    """Annotation: the value may be "auto", and the recipe then chooses it (see choices.py)."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.nullable_schema(handler(source))
+        def validate(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+            return AUTO if isinstance(value, str) and value == AUTO else inner(value)
+
+        return core_schema.no_info_wrap_validator_function(validate, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"const": AUTO}, handler(schema)]}
 
 
 class Section(BaseModel):
@@ -76,6 +87,11 @@ class Section(BaseModel):
         except ValidationError as e:
             raise ConfigError(*_mistakes(e, cls, content, key)) from e
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that are not `auto`."""
+        return {name: value for name, value in self if not (isinstance(value, str) and value == AUTO)}
+
     def __repr__(self) -> str:
         return repr({name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set})
 
@@ -85,17 +101,19 @@ class Section(BaseModel):
 
 def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
     """Describe what an annotation allows, and give a valid example. `field` adds its own constraints and examples."""
-    phrases, example, nullable = [], None, False
+    phrases, example, others = [], None, set()
     for kind, rules in alternatives(annotation, [field] if field else []):
         if kind is type(None):
-            nullable = True
+            others.add("null")
             continue
-        nullable = nullable or any(isinstance(rule, Auto) for rule in _flat(rules))
+        if any(isinstance(rule, Auto) for rule in _flat(rules)):
+            others.add(AUTO)
         phrase, valid = _phrase(kind, rules)
         phrases.append(phrase)
         examples = [rule.examples[0] for rule in rules if isinstance(rule, FieldInfo) and rule.examples]
         example = example or str(examples[0] if examples else valid)
-    return " or ".join(dict.fromkeys(phrases)) + (" (or null)" if nullable else ""), example or "null"
+    other = f" (or {' or '.join(sorted(others))})" if others else ""
+    return " or ".join(dict.fromkeys(phrases)) + other, example or "null"
 
 
 def alternatives(annotation: Any, rules: Iterable[Any] = ()) -> Iterator[tuple[Any, list[Any]]]:
@@ -163,6 +181,8 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 def refusal(key: str, value: Any, annotation: Any, field: FieldInfo | None = None) -> str:
     words, example = allowed(annotation, field)
+    if value is None and f"(or {AUTO}" in words:
+        example = AUTO
     return f"{key}: {value!r} is not allowed. Allowed: {words}; for example {key}={example}"
 
 

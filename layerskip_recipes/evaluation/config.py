@@ -8,10 +8,11 @@ from pydantic import AfterValidator, Field
 from typing_extensions import Self
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
+from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.config.schema import Flag, Layers, Picture, PositiveInt, Text
+from layerskip_recipes.config.schema import Auto, Flag, Layers, Picture, PositiveInt, Text
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import GenerateConfig, check_exit_or_drafts
@@ -60,8 +61,8 @@ class EvalConfig(RecipeConfig):
     """Use only the first `max_batches` batches of the dataset; null for all."""
     layers: Layers | None = None
     """The layers to measure as exits, such as "0::4" or "3,7"; null for all. The last exit is always measured."""
-    num_speculations: Annotated[int, Field(ge=1, examples=[6])] | None = None
-    """The draft length for the expected number of accepted tokens per round; null is 6."""
+    num_speculations: Annotated[int, Field(ge=1, examples=[6])] = 6
+    """The draft length for the expected number of accepted tokens per round."""
     picture: Picture | None = None
     """A .png, .pdf or .svg file for a plot of loss and agreement over the exits of every checkpoint."""
 
@@ -82,13 +83,17 @@ class EvalConfig(RecipeConfig):
     """The exit that answers the tasks; null for the last layer."""
     self_speculation: OptionalSpeculation = None
     """Decode generation tasks self-speculatively. Greedy answers stay the same; the report has speed and acceptance."""
-    max_new_tokens: Annotated[int, Field(ge=1, examples=[256])] | None = None
-    """The maximum answer length for tasks that set no limit; null is 256."""
+    max_new_tokens: Annotated[int, Field(ge=1, examples=[256]), Auto()] = 256
+    """The maximum answer length for tasks that set no limit; auto is 256."""
 
     compare: Checkpoints | None = None
     """Other checkpoints of the same model: a name for each, with the checkpointer keys to change."""
     report: Annotated[Text, Field(examples=["exits.json"])] | None = None
     """A JSON file for the report. The report is also the last line of the output."""
+
+    def choose(self, choices: Choices) -> None:
+        super().choose(choices)
+        choices.pick("max_new_tokens", lambda: 256)
 
     def check_together(self) -> Iterator[str]:
         if self.dataset is None and self.tasks is None:
@@ -96,12 +101,13 @@ class EvalConfig(RecipeConfig):
                 "dataset: None, and tasks is None, so there is nothing to measure. Allowed: one or both; for example "
                 "dataset={_component_: ...} or tasks=[arc_easy]"
             )
-        if self.quantizer is not None and self.self_speculation is not None and self.self_speculation.draft is not None:
+        draft = self.self_speculation and self.self_speculation.settled().draft
+        if self.quantizer is not None and draft is not None:
             yield (
                 "self_speculation.draft: it was trained for unquantised weights, and layerskip_eval quantises them "
                 "before reading the draft. Set quantizer=null; draft_int8=true quantises the draft"
             )
-        if self.compare and self.self_speculation is not None and self.self_speculation.draft is not None:
+        if self.compare and draft is not None:
             yield "self_speculation.draft: it was trained for one checkpoint. Set compare=null"
         yield from mistakes_of(check_checkpointer, self)
         for name, other in [*self.checkpoints().items()][1:]:  # without its own

@@ -170,12 +170,14 @@ class LayerSkipLM(TemplateLM):
         batch_size: int = 1,
         exit_layer: int | None = None,
         self_speculation: SelfSpeculation | None = None,
+        frequent: Sequence[int] | None = None,
         seed: int = 0,
         max_new_tokens: int = 256,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self._device = model, tokenizer, model.tok_embeddings.weight.device
         self.rows, self.exit_layer, self.self_speculation = batch_size, exit_layer, self_speculation
+        self.frequent = frequent  # tokens, for a draft vocabulary that is a number
         self.built: tuple[SelfSpeculation, Speculation] | None = None
         self.seed, self.max_new_tokens = seed, max_new_tokens
         self.max_length = model.max_seq_len
@@ -298,7 +300,7 @@ class LayerSkipLM(TemplateLM):
         """The text after each prompt, up to a stop token or string, with at most `limit` tokens."""
         # Build the drafts once; only a draft vocabulary that is counted in the prompts differs between tasks.
         if self.self_speculation is not None:
-            section = self.self_speculation.with_vocabulary(self.model, prompts)
+            section = self.self_speculation.with_vocabulary(self.model, prompts, self.frequent)
             if self.built is None or self.built[0] != section:
                 self.built = section, section.build(self.model)
         # Batch prompts of similar length: attention covers as many KV-cache slots as the longest text needs.

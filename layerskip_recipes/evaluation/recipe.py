@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.drafting.chosen import choose_for
+from layerskip_recipes.generation.drafting.chosen import Choice, choose_for
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
@@ -41,8 +42,15 @@ class LayerSkipEval:
         for checkpoint in self.checkpoints.values():
             self.device = prepare_device(checkpoint)
         check_one_process()
-        self.max_new_tokens = self.cfg.max_new_tokens or 256
+        self.drafts = {name: self._choose(checkpoint) for name, checkpoint in self.checkpoints.items()}
+        choices = Choices(self.cfg)
+        choices.set("self_speculation", next(iter(self.drafts.values())).section)
+        self.cfg = self.cfg.with_choices(choices)
+        self.max_new_tokens = self.cfg.max_new_tokens
         self.seed = training.set_seed(seed=self.cfg.seed)
+
+    def _choose(self, cfg: EvalConfig) -> Choice:
+        return choose_for(cfg, cfg.self_speculation, 0.0, False, cfg.batch_size, cfg.quantizer)
 
     def setup(self) -> None:
         """Load the data, then the model. `evaluate` loads the checkpoints in `compare` one after the other."""
@@ -95,7 +103,7 @@ class LayerSkipEval:
         if self.batches is not None:
             measured["exits"] = self._measure_exits(name)
         if self.tasks is not None:
-            choice = choose_for(cfg, cfg.self_speculation, 0.0, False, cfg.batch_size, cfg.quantizer)
+            choice = self.drafts[name]
             if choice.why is not None:
                 log.info(choice.why)
             lm = self.harness.LayerSkipLM(
@@ -104,6 +112,7 @@ class LayerSkipEval:
                 batch_size=cfg.batch_size,
                 exit_layer=cfg.exit_layer,
                 self_speculation=choice.section,
+                frequent=choice.stored,
                 seed=self.seed,
                 max_new_tokens=self.max_new_tokens,
             )
@@ -112,7 +121,7 @@ class LayerSkipEval:
     def _measure_exits(self, name: str) -> dict[int, dict[str, Any]]:
         """The quality by exit; also prints it as a table."""
         cfg, model = self.cfg, self.model
-        draft_length = cfg.num_speculations or 6
+        draft_length = cfg.num_speculations
         exits = select_exits(cfg.layers or ":", model.num_layers, key="layers")
         with tqdm(self.batches, total=self.total, desc=name) as batches:
             limited = islice(batches, self.total)

@@ -12,7 +12,7 @@ from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.config.schema import Auto, Flag, PositiveInt, Section, Text
+from layerskip_recipes.config.schema import AUTO, Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.distributed.tensor_parallel import EXAMPLE_PLAN, check_processes, ranks_per_matrix
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation
@@ -37,7 +37,7 @@ class DecodingConfig(RecipeConfig):
     """A text file (one prompt), a `.jsonl` or `.ndjson` file of `{"prompt": ...}` lines, or `-` for stdin; overrides
     `prompt`."""
     max_new_tokens: Annotated[PositiveInt, Auto(), Field(examples=[128])] = 128
-    """Maximum number of new tokens per prompt; null: 300, capped at half of the model's context length."""
+    """Maximum number of new tokens per prompt; auto: 300, capped at half of the model's context length."""
     batch_size: PositiveInt = 1
     """Number of prompts decoded together, grouped by length; each row accepts its own number of tokens. In
     `layerskip_generate` without a comparison, a row that has finished takes the next prompt."""
@@ -53,10 +53,10 @@ class DecodingConfig(RecipeConfig):
     """Token ids that end a text, in addition to the tokenizer's stop tokens."""
     stop_strings: Annotated[list[Text], Field(examples=["[END]"])] | None = None
     """A text ends before the first of these strings. In `layerskip_benchmark`, other libraries decode past them."""
-    compile: Flag = False
+    compile: Annotated[Flag, Auto()] = AUTO
     """Compile the decoding steps: to C++ on a CPU (needs a C++ compiler), to CUDA graphs on a GPU. The first run takes
-    half a minute longer, on a GPU some minutes; later runs load the code from torch's cache. Without this key,
-    `layerskip_generate` compiles if that should save more time than it takes."""
+    half a minute longer, on a GPU some minutes; later runs load the code from torch's cache. auto: if
+    that should save more time than it takes."""
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model: a torchtune quantizer, or a torchao config such as
     `torchao.quantization.Int8WeightOnlyConfig`."""
@@ -89,7 +89,7 @@ class GenerateConfig(DecodingConfig):
     """A torchtune generation config and `self_speculation`."""
 
     self_speculation: OptionalSpeculation = None
-    """The draft; null decodes autoregressively on the same engine."""
+    """The draft; auto: all its keys; null decodes autoregressively on the same engine."""
     exit_layer: int | None = None
     """Take every token from this exit without verification: faster, but the output differs from the full model's."""
     temperature: Temperature = 0.0
@@ -162,14 +162,15 @@ class GenerateConfig(DecodingConfig):
         parallel = check_processes(model, self.tensor_parallel_dim, self.tensor_parallel_plan)
         if num_processes() == 1:
             return
-        if self.compile and parallel < num_processes():
+        if self.compile is True and parallel < num_processes():
             yield (
                 f"compile: True needs one process (there are {num_processes()}), or tensor parallelism over all of "
                 f"them. Set compile=false, or tensor_parallel_dim=null tensor_parallel_plan={EXAMPLE_PLAN}"
             )
         single_process_keys = {
             "quantizer": self.quantizer,
-            "self_speculation.draft_int8": (self.self_speculation and self.self_speculation.draft_int8) or None,
+            "self_speculation.draft_int8": (self.self_speculation and self.self_speculation.settled().draft_int8)
+            or None,
             "prompt": INTERACTIVE if self.is_conversation else None,
             "prompt_file": "-" if self.prompt_file == "-" else None,
         }

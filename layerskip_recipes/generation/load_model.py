@@ -11,7 +11,7 @@ from torchtune import training, utils
 from layerskip_recipes.checkpoint.drafts import own_draft, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.choices import best_device
-from layerskip_recipes.config.schema import DeviceName, Text, checked_arguments
+from layerskip_recipes.config.schema import AUTO, DeviceName, Text, checked_arguments
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.generation.drafting.chosen import Choice, choose_drafts, compiling_pays
@@ -121,7 +121,7 @@ class DecodingChoice:
             self._say(chosen.why)
         if chosen.section is None:
             return compile, None
-        section = chosen.section.with_vocabulary(model, prompts)
+        section = chosen.section.with_vocabulary(model, prompts, chosen.stored)
         trained = None if section.draft is None else self.trained.get(section.draft)
         return compile, build_all({"": section}, model, lambda _: "draft", trained, self.built)[""]
 
@@ -132,8 +132,8 @@ class DecodingChoice:
         on_cpu = weight.device.type == "cpu"
         costs = estimated_costs(model, weight.dtype, not on_cpu, compiled, rows)
         possible: dict[str, Any] = {"int8": compiled and on_cpu, "ends": on_cpu}
-        own = None if section is None or section.draft is not None else self.beside
-        asked = section is not None and "num_speculations" in section.model_fields_set
+        own = self.beside if section is not None and section.draft == AUTO else None
+        asked = section is not None and section.num_speculations != AUTO
         return choose_drafts(section, self.folder, costs, temperature, own=own, asked=asked, **possible)
 
     def _say(self, what: str) -> None:

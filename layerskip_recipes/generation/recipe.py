@@ -13,12 +13,13 @@ from torchtune.data import Message
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
+from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import choose_for, compiling_pays
+from layerskip_recipes.generation.drafting.chosen import Choice, choose_for, compiling_pays
 from layerskip_recipes.generation.drafting.rule import DraftRule
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_memory
+from layerskip_recipes.generation.drafting.section import check_memory
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.parallel import load_sharded_decoder
@@ -79,15 +80,11 @@ class LayerSkipGenerate:
         self.common = common_start([self.prompt_tokens[i] for i in self.good]) if self.good else 0
         self.caches: dict[bool, DecodingCache] = {}
         # Choose how to draft, and the size of the cache.
-        self.compile, self.section = self._choose()
+        self.cfg, choice = self._choose()
+        cfg, self.compile, self.section = self.cfg, bool(self.cfg.compile), choice.section
         if self.section is not None:
             tokens = [self.prompt_tokens[i] for i in self.good]
-            if self.interactive and isinstance(self.section.draft_vocabulary, int):
-                raise ConfigError(
-                    f"self_speculation.draft_vocabulary: {self.section.draft_vocabulary} tokens are counted in the "
-                    "prompts, and a conversation has none yet. Set self_speculation.draft_vocabulary=null"
-                )
-            self.section = self.section.with_vocabulary(model, tokens)
+            self.section = self.section.with_vocabulary(model, tokens, choice.stored)
         if not self.interactive:
             rows = self.batch_size
             if self.device.type == "cuda" and self.compile and self.compare:
@@ -122,21 +119,28 @@ class LayerSkipGenerate:
         self.seed = training.set_seed(seed=cfg.seed)
         self.shows = is_rank_zero()
 
-    def _choose(self) -> tuple[bool, SelfSpeculation | None]:
-        """Whether to compile and how to draft, chosen if the config does not say."""
-        cfg, compiled = self.cfg, self.cfg.compile
-        choices = {
+    def _choose(self) -> tuple[GenerateConfig, Choice]:
+        """The config with the choices of whether to compile and how to draft."""
+        cfg, choices = self.cfg, Choices(self.cfg)
+        drafts = {
             c: choose_for(cfg, cfg.self_speculation, cfg.temperature, c, self.batch_size, cfg.quantizer)
             for c in (False, True)
         }
-        if "compile" not in cfg.model_fields_set and num_processes() == 1:
+
+        def pays() -> bool:
+            if num_processes() > 1:
+                return False
             batches = self.turns if self.interactive else -(-len(self.good) // self.batch_size)
             steps = batches * self.max_new_tokens * (2 if self.compare else 1)
-            compiled, why = compiling_pays(choices[False].token_s, choices[True].token_s, steps, self.device)
+            compiled, why = compiling_pays(drafts[False].token_s, drafts[True].token_s, steps, self.device)
             log.info(why)
-        if choices[compiled].why:
-            log.info(choices[compiled].why)
-        return compiled, choices[compiled].section
+            return compiled
+
+        choice = drafts[choices.pick("compile", pays)]
+        if choice.why:
+            log.info(choice.why)
+        choices.set("self_speculation", choice.section)
+        return cfg.with_choices(choices), choice
 
     def setup(self) -> None:
         """Load the model and the draft."""
@@ -176,6 +180,8 @@ class LayerSkipGenerate:
             what = f"{len(ours.outputs)} of {len(self.prompts)} prompts"
             log.warning("interrupted: the report covers %s", "the answers so far" if self.interactive else what)
         report = {
+            "self_speculation": self.cfg.self_speculation and self.cfg.self_speculation.given,
+            "compile": self.compile,
             "exit_layer": self.exit_layer if self.section is None else self.section.exit_layer,
             "num_speculations": None if self.section is None else self.section.num_speculations,
             "temperature": self.cfg.temperature,

@@ -1,8 +1,8 @@
 """ServeConfig: the keys of `layerskip_serve`."""
 
 import copy
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
@@ -29,13 +29,13 @@ class ServeConfig(GenerateConfig):
     """The most requests that wait while one is answered. Further ones get status 503."""
 
     @classmethod
-    def load(cls, source: DictConfig) -> Self:
+    def load(cls, source: DictConfig, stored: Mapping[str, Any] | None = None) -> Self:
         source = copy.deepcopy(source)
         # data_dir has the prompts of the configs qa/*.
         for key in (*IGNORED, *["data_dir"] * OmegaConf.is_missing(source, "data_dir")):
             source.pop(key, None)
         source["prompt"] = INTERACTIVE  # as in a conversation, the questions come later
-        return super().load(source)
+        return super().load(source, stored)
 
     def _check_processes(self, model: LayerSkipDecoder) -> Iterator[str]:
         if (count := num_processes()) > 1:

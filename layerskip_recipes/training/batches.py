@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
+from layerskip_recipes.config.choices import Choices
 from layerskip_recipes.data.datasets import load_data
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.limits import check_length
@@ -28,7 +29,10 @@ def _with_fitting_batch(cfg: FinetuneConfig, samples: int) -> FinetuneConfig:
     if (size, times) == (cfg.batch_size, cfg.gradient_accumulation_steps):
         return cfg
     log.info(f"batch_size: {size}, gradient_accumulation_steps: {times}, because there are few samples")
-    return cfg.model_copy(update={"batch_size": size, "gradient_accumulation_steps": times})
+    choices = Choices(cfg)
+    choices.set("batch_size", size)
+    choices.set("gradient_accumulation_steps", times)
+    return cfg.with_choices(choices)
 
 
 class TrainingData:

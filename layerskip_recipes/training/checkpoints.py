@@ -388,6 +388,13 @@ def find_checkpoint(output_dir: Path) -> Path:
     return from_rank_zero(found)
 
 
+def stored_choices(checkpoint: Path) -> dict[str, Any]:
+    """The stopped run's values of keys that may be `auto`, except for those that change no result."""
+    state = torch.load(checkpoint / RECIPE_STATE, map_location="cpu", weights_only=True, mmap=True)
+    left = ("device", "enable_activation_checkpointing", "gradient_accumulation_steps")
+    return {key: value for key, value in state.get("chosen", {}).items() if key not in left}
+
+
 def check_earlier_runs(output_dir: Path, keep: int | None) -> None:
     """Refuse a fresh run that would delete an earlier run's checkpoints because it only keeps `keep` of them."""
     there = ", ".join(folder.name for folder in complete_checkpoints(output_dir))

@@ -84,22 +84,22 @@ class FinetuneConfig(RecipeConfig):
     shuffle: bool = True
     """Shuffle the samples anew in each epoch."""
     batch_size: Annotated[PositiveInt, Auto()] = 1
-    """Samples per micro-batch and process; null: as many as fit into memory, at most 8."""
+    """Samples per micro-batch and process; auto: as many as fit into memory, at most 8."""
     compute_dtype: Annotated[Literal["fp32", "bf16"], Auto()] = "fp32"
-    """With `dtype: fp32`, `bf16` multiplies in bf16 (null: if the GPU or CPU has instructions for it). Weights,
+    """With `dtype: fp32`, `bf16` multiplies in bf16 (auto: if the GPU or CPU has instructions for it). Weights,
     gradients and optimizer state stay in fp32; with AdamW they take 16 bytes per weight. `dtype: bf16` takes 8 bytes
     but loses small steps: near 0.02, bf16 numbers lie 1.2e-4 apart, so a step of 2e-5 does not move a weight."""
     gradient_accumulation_steps: Annotated[PositiveInt, Auto()] = 1
-    """Micro-batches per optimizer step; null: enough for 8 samples."""
+    """Micro-batches per optimizer step; auto: enough for 8 samples."""
     epochs: PositiveInt = 1
     """Passes over the dataset."""
     max_steps_per_epoch: Count = None
     """At most this many optimizer steps per epoch."""
 
     optimizer: Annotated[Component, Takes(positional=1)]
-    """An optimizer of torch, torchao or bitsandbytes. `lr: null` is 3e-4 for adapters. If all weights are trained, it
+    """An optimizer of torch, torchao or bitsandbytes. `lr: auto` is 3e-4 for adapters. If all weights are trained, it
     is 3e-5 at the width of Llama 2 7B, and more for narrower models; if only a `copy` is trained, four times that. If
-    `dtype: null` then becomes bf16 in a training of all weights, `StochasticAdamW` replaces AdamW."""
+    `dtype: auto` then becomes bf16 in a training of all weights, `StochasticAdamW` replaces AdamW."""
     optimizer_in_bwd: Flag = False
     """Update each weight as soon as its gradient is computed, so that only one gradient exists at a time."""
     lr_scheduler: Annotated[Component, Takes("num_training_steps", "last_epoch", positional=1)] | None = None
@@ -111,7 +111,7 @@ class FinetuneConfig(RecipeConfig):
     """Compile the layers and the loss; a GPU always compiles the loss."""
 
     enable_activation_checkpointing: Annotated[bool, Auto()] = False
-    """Recompute every layer's activations in the backward pass; null: if a sample does not fit otherwise."""
+    """Recompute every layer's activations in the backward pass; auto: if a sample does not fit otherwise."""
     ac_mode: Literal["full", "selective"] | None = None
     """`full` checkpoints every layer, `selective` every `ac_option`-th layer."""
     ac_option: Annotated[int, Field(ge=1, examples=[2])] | None = None

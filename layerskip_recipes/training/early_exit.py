@@ -114,9 +114,9 @@ class EarlyExitLossSection(Section):
     `gradual`: from the last layer down, reaching all layers after half of the steps. null: all layers at each step. The
     last layer always has a loss."""
     interval: Annotated[Interval, Auto()] = 8
-    """R of the rotational curriculum; null: 8, or half of the layers in models of more than 32."""
+    """R of the rotational curriculum; auto: 8, or half of the layers in models of more than 32."""
     layers: Annotated[Layers, Auto()] = ":"
-    """The layers that may have a loss, such as ":", "0::4" or "8,12,16"; null: all of them with a curriculum, otherwise
+    """The layers that may have a loss, such as ":", "0::4" or "8,12,16"; auto: all of them with a curriculum, otherwise
     the layer at a seventh of the depth."""
     scale_fn: ScaleFn = "layerskip"
     """How an exit's weight depends on its layer l; `layerskip` is the paper's sum 0 + 1 + ... + l."""

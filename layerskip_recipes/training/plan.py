@@ -1,10 +1,10 @@
-"""Chooses the null keys of a training config from the model and the machine. The configs `hf/*` leave all of them null.
+"""Chooses the `auto` keys of a training config from the model and the machine. In the configs `hf/*` all are `auto`.
 
 Keys with a value are kept, and later choices take them into account.
 """
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torchtune.modules.peft import get_adapter_params
@@ -13,8 +13,9 @@ from torchtune.utils import get_logger
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.config.choices import Choices, best_device, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
-from layerskip_recipes.config.schema import check
-from layerskip_recipes.data.tokenizer import SampleLength, hf_tokenizer
+from layerskip_recipes.config.schema import Auto, check, refusal
+from layerskip_recipes.data.tokenizer import SampleLength
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 log = get_logger("INFO")
 
 DRAFT_RATE = 4  # times the model's learning rate, for a copy of its layers that is trained as a draft
+PER_STEP = "samples per step"  # noted in a checkpoint beside the chosen values
 SAMPLES_PER_STEP = 8  # small steps learn most from a given number of tokens
 LONGEST = {"cpu": 512}  # tokens per sample; on a CPU the limit is time, not memory
 LONGEST_ELSEWHERE = 2048
@@ -38,7 +40,7 @@ ADAMW, ROUNDING = "torch.optim.AdamW", "layerskip_recipes.training.stochastic_ad
 
 
 def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
-    """Choose the null keys, in an order in which each choice may use the earlier ones."""
+    """Choose the `auto` keys, in an order in which each choice may use the earlier ones."""
     device = choices.pick("device", best_device)
     memory = TrainingMemory(cfg, device)
     bf16 = computes_in_bf16(device)
@@ -52,10 +54,8 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         choices.set("optimizer", Component({"_component_": ROUNDING, **taken}, "optimizer"))
     choices.pick("compute_dtype", lambda: "bf16" if dtype == "fp32" and has_bf16_products(device) else "fp32")
 
-    # The length of a sample, and the batch. For other tokenizers, a null length is torchtune's "never truncate".
-    if cfg.tokenizer.target is hf_tokenizer and "max_seq_len" in cfg.tokenizer.arguments:
-        choices.pick("tokenizer.max_seq_len", lambda: memory.longest_sample(dtype))
-    length = choices.value("tokenizer.max_seq_len")
+    # The length of a sample, and the batch.
+    length = choices.pick("tokenizer.max_seq_len", lambda: memory.longest_sample(dtype))
     check("tokenizer.max_seq_len", length, SampleLength)
     again = choices.pick(
         "enable_activation_checkpointing",
@@ -64,12 +64,15 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
             or (cfg.ac_mode is None and not memory.fits(dtype, length or cfg.meta_model.max_seq_len, recompute=False))
         ),
     )
+    ranks = max(num_processes() // (cfg.tensor_parallel_dim or 1), 1)  # tensor ranks share samples
+    per_step = choices.stored.get(PER_STEP, SAMPLES_PER_STEP)
+    if {PER_STEP, "batch_size"} <= choices.stored.keys():  # of a stopped run, which may have had fewer ranks
+        choices.stored["batch_size"] = max(min(choices.stored["batch_size"], per_step // ranks), 1)
     size = choices.pick("batch_size", lambda: memory.samples(dtype, length or cfg.meta_model.max_seq_len, again))
     if length is not None and {"tokenizer.max_seq_len", "batch_size"} & choices.chosen.keys():
         wanted = memory.wanted_length if "tokenizer.max_seq_len" in choices.chosen else length
         memory.warn_if_little(dtype, wanted, length)
-    at_once = max(size * num_processes() // (cfg.tensor_parallel_dim or 1), 1)  # tensor ranks share samples
-    more = 1 if cfg.optimizer_in_bwd else max(SAMPLES_PER_STEP // at_once, 1)
+    more = 1 if cfg.optimizer_in_bwd else max(per_step // (size * ranks), 1)
     choices.pick("gradient_accumulation_steps", lambda: more)
 
     # Learning rate and exits.
@@ -79,7 +82,8 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
             rate *= DRAFT_RATE
         elif not memory.all_weights:
             rate = 3e-4
-        choices.pick("optimizer.lr", lambda: rate)
+        if choices.pick("optimizer.lr", lambda: rate) is None:
+            raise ConfigError(refusal("optimizer.lr", None, Annotated[float, Auto()]))
     if cfg.early_exit_loss is not None:
         layer = usual_exit(cfg.num_layers) - 1
         choices.pick("early_exit_loss.layers", lambda: ":" if cfg.early_exit_loss.curriculum else str(layer))

@@ -42,6 +42,7 @@ from layerskip_recipes.training.checkpoints import (
     not_finite,
     random_states,
     restore_random_state,
+    stored_choices,
 )
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.loss import DraftLoss
@@ -52,6 +53,7 @@ from layerskip_recipes.training.label_counts import LabelCounts
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, parts_of, reshard
+from layerskip_recipes.training.plan import PER_STEP
 from layerskip_recipes.training.run_lock import RunLock
 from layerskip_recipes.training.run_log import LossMeans, RunLog
 from layerskip_recipes.training.validation import Validation
@@ -67,9 +69,6 @@ class LayerSkipFinetune:
         self.device = cfg.find_device()
         mesh_sizes(cfg)
         init_processes(self.device.type, with_cpu=cfg.fsdp_cpu_offload)
-        source = from_rank_zero(cfg.source)  # each rank may have found another amount of free memory, and chosen by it
-        if not is_rank_zero():
-            self.cfg = cfg = FinetuneConfig.load(source)
         if cfg.fsdp_cpu_offload:
             training.set_torch_num_threads()  # the optimizer runs on the CPU, and torchrun leaves one thread
         self.output_dir = Path(cfg.output_dir)
@@ -81,6 +80,12 @@ class LayerSkipFinetune:
                 check_checkpoint_files(cfg, writes=True)
                 check_earlier_runs(self.output_dir, cfg.keep_last_n_checkpoints)
             self.resumed_from = find_checkpoint(self.output_dir) if cfg.resume_from_checkpoint else None
+            # A resumed run takes the stopped run's choices. All ranks take those of rank 0: each may have found another
+            # amount of free memory, and chosen by it.
+            if self.resumed_from and is_rank_zero():
+                self.cfg = FinetuneConfig.load(source, stored_choices(self.resumed_from))
+            chosen = from_rank_zero(self.cfg.values)
+            self.cfg = cfg = self.cfg if is_rank_zero() else FinetuneConfig.load(source, chosen)
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
         # torchtune gives each rank its own seed. For random choices that all ranks share, use rank 0's.
         self.seed = from_rank_zero(training.set_seed(seed=cfg.seed, debug_mode=cfg.cudnn_deterministic_mode))
@@ -397,6 +402,7 @@ class LayerSkipFinetune:
             "step": self.step,
             training.SEED_KEY: self.seed,
             "run": self.fingerprint,
+            "chosen": self.cfg.values | {PER_STEP: self.data.samples_per_step},
             "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
             training.RNG_KEY: random_states(self.device),
             "loss_at_start": self.validation.loss_at_start,

@@ -28,7 +28,6 @@ from layerskip_recipes.benchmark.tuner import (
 )
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import CHOSEN
 from layerskip_recipes.generation.drafting.plan import Costs, Round, StepCost, Way, ranked
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all
 from layerskip_recipes.generation.stats import GenerationStats
@@ -132,10 +131,10 @@ def tuning_config(folder, checkpoint, extends, **changes):
     return BenchmarkConfig.load(load_config(str(benchmark_config(folder, checkpoint, **settings))))
 
 
-CHOICE = SelfSpeculation(exit_layer=3, num_speculations=5, draft_vocabulary=64, draft_int8=True)
+CHOICE = SelfSpeculation(exit_layer=3, num_speculations=5, draft_vocabulary=64, draft_int8=True).settled()
 
 
-@pytest.mark.parametrize("best", [CHOICE, SelfSpeculation(exit_layer=1, num_speculations=2), None])
+@pytest.mark.parametrize("best", [CHOICE, SelfSpeculation(exit_layer=1, num_speculations=2).settled(), None])
 def test_the_config_has_what_differs_from_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
     """It loads from another folder, keeps the user's keys, and sets what was measured; null where nothing pays."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
@@ -161,7 +160,7 @@ def test_the_config_has_what_differs_from_the_users(best, tmp_path, tokenizer_fo
     text = (tmp_path / "a" / "tuned.yaml").read_text()
     assert "because" in text and "dtype" not in text and "max_new_tokens" not in text
     # Nothing is left for generation to choose.
-    assert best is None or written.self_speculation.model_fields_set.issuperset(CHOSEN)
+    assert best is None or not written.self_speculation.is_open
 
 
 def test_the_config_has_the_checkpoint_that_was_measured(tmp_path, tokenizer_folder):
@@ -185,7 +184,7 @@ def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path, checkpoint, exit_layer=2, self_speculation=None)
     cfg = tuning_config(tmp_path, checkpoint, str(user), compile=True)
-    write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(exit_layer=1, num_speculations=2), "because")
+    write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(exit_layer=1, num_speculations=2).settled(), "because")
     written = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
     assert written.compile is True and written.exit_layer is None
     cfg = tuning_config(tmp_path, checkpoint, "quickstart/generate")
@@ -260,7 +259,9 @@ def test_drafts_with_the_same_weights_share_them():
     """Only one int8 copy for all lengths of an exit."""
     model = make_model()
     sections = {
-        f"{exit_layer}_{length}": SelfSpeculation(exit_layer=exit_layer, num_speculations=length, draft_int8=True)
+        f"{exit_layer}_{length}": SelfSpeculation(
+            exit_layer=exit_layer, num_speculations=length, draft_int8=True
+        ).settled()
         for exit_layer in (1, 2)
         for length in (2, 4)
     }

@@ -178,7 +178,7 @@ def test_a_mistake_is_one_line_and_status_1(args, message, layerskip):
 def test_all_mistakes_are_reported_at_once(layerskip):
     """Types, unknown keys and components first; what does not go together once these are right."""
     wrong = {
-        "batch_size=0": "batch_size: 0 is not allowed. Allowed: an integer of 1 or more (or null)",
+        "batch_size=0": "batch_size: 0 is not allowed. Allowed: an integer of 1 or more (or auto)",
         "epoch=2": "epoch: unknown key. Nearest: epochs",
         "optimizer.learning_rate=1": "optimizer.learning_rate: torch.optim.AdamW takes no such argument.",
         "optimizer.momentum=1": "optimizer.momentum: torch.optim.AdamW takes no such argument.",

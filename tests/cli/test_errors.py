@@ -12,6 +12,7 @@ ANY = [
     ("device=xpu", "device", "'xpu'", "Allowed here: cpu"),
     ("device=cpu:7", "device", "'cpu:7'", "Allowed here: cpu"),
     ("dtype=fp16", "dtype", "'fp16'", "fp32, bf16"),
+    ("dtype=null", "dtype", "None", "(or auto); for example dtype=auto"),
     ("seed=4294967295", "seed", "4294967295", "0 to 2147483647"),
     ("model=torchtune.models.llama3_2.lama", "model._component_", "'torchtune.models.llama3_2.lama'", "lama"),
     ("model=no_such_package.model", "model._component_", "'no_such_package.model'", "installed"),
@@ -55,6 +56,7 @@ TALK = "prompt=interactive"
 GENERATE = [
     ("temperature=.nan", "temperature", "nan", "0 or more"),
     ("self_speculation.draft_quantizer=null", "self_speculation.draft_quantizer", "draft_int8", "draft_int8=true"),
+    ("self_speculation.exit_layer=null", "self_speculation.exit_layer", "None", "exit_layer=auto"),
     ("self_speculation.exit_layer=5", "self_speculation.exit_layer", "5", "1..4"),
     ("self_speculation.exit_layer=[2,9]", "self_speculation.exit_layer", "[2, 9]", "an integer"),
     ("exit_layer=5; self_speculation=null", "exit_layer", "5", "1..4"),
@@ -109,8 +111,10 @@ STEP_LR = "lr_scheduler._component_=torch.optim.lr_scheduler.StepLR; lr_schedule
 OFFLOADING, SHARDED = "enable_activation_offloading", "DistributedCheckpointer"
 FINETUNE = [
     ("epochs=null", "epochs", "None", "of 1 or more; for example epochs=1"),
+    ("batch_size=null", "batch_size", "None", "batch_size=auto"),
     ("output_dir=null", "output_dir", "None", "output_dir="),
     # Optimizer, schedule, clipping.
+    ("optimizer.lr=null", "optimizer.lr", "None", "optimizer.lr=auto"),
     ("optimizer.lr=.nan", "optimizer", "nan", "Invalid learning rate"),
     ("optimizer.betas=[2,2]", "optimizer", "2", "beta"),
     ("optimizer.betas=[0.9]", "optimizer", "0.9", "index"),
@@ -156,7 +160,7 @@ FINETUNE = [
     ("early_exit_loss.curriculum=rotation", "early_exit_loss.curriculum", "'rotation'", "rotational, gradual"),
     ("early_exit_loss.layers=9", "early_exit_loss.layers", "9", 'for example ":"'),
     ("layer_dropout.layers=1-2", "layer_dropout.layers", "'1-2'", 'for example ":"'),
-    # A null early_exit_loss.layers is chosen by the recipe.
+    ("early_exit_loss.layers=null", "early_exit_loss.layers", "None", "early_exit_loss.layers=auto"),
     ("layer_dropout.layers=null", "layer_dropout.layers", "None", "for example layer_dropout.layers=:"),
 ]
 

@@ -1,4 +1,4 @@
-"""What `self_speculation: {}` chooses: the fastest way of drafting by stored acceptance and estimated costs."""
+"""What `self_speculation: auto` chooses: the fastest way of drafting by stored acceptance and estimated costs."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from helpers.smollm2 import MODEL
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
+from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting import chosen
 from layerskip_recipes.generation.drafting.chosen import choose_drafts, compiling_pays
@@ -92,7 +93,7 @@ def test_the_choice_is_the_best_of_all(tmp_path, precisions):
     (e, name, itemsize, d), speedup = expected(exits, precisions=precisions)
     found = choose(described(tmp_path, exits), int8=1 in precisions)
     assert (found.section.exit_layer, found.section.num_speculations) == (e, d)
-    assert found.section.draft_vocabulary == (None if name == "all" else list(range(10, 10 + int(name))))
+    assert found.section.draft_vocabulary == (None if name == "all" else int(name))
     assert found.section.draft_int8 == (itemsize == 1)
     assert found.speedup == pytest.approx(speedup, rel=1e-6) and speedup > 1.8
     assert f"exit {e}, " in found.why and f"{d} drafted tokens" in found.why and f"{speedup:.2f}x" in found.why
@@ -149,7 +150,8 @@ def test_drafts_do_not_end_early_where_the_exit_agrees_without_being_sure(tmp_pa
 def test_a_vocabulary_that_costs_more_than_it_saves_is_not_chosen(tmp_path):
     """Greedily the small vocabulary says the same; when sampling it lacks most of the tokens."""
     folder = described(tmp_path, {6: {"all": TASK["all"], "2048": (TASK["all"][0], [1.2, *[1.25] * 7])}})
-    assert choose(folder).section.draft_vocabulary == list(range(10, 2058))
+    found = choose(folder)
+    assert found.section.draft_vocabulary == len(found.stored) == 2048
     assert choose(folder, temperature=1.0).section.draft_vocabulary is None
 
 
@@ -183,7 +185,7 @@ def test_look_ups(tmp_path):
     assert choose(bad).section is choose(bad, given={"prompt_lookup": None}).section is None
     for folder in (bad, tmp_path / "nowhere"):
         found = choose(folder, given={"prompt_lookup": 2, "num_speculations": 4})
-        assert found.section == SelfSpeculation(exit_layer=30, num_speculations=4, prompt_lookup=2)
+        assert found.section == SelfSpeculation(exit_layer=30, num_speculations=4, prompt_lookup=2).settled()
         assert found.why.startswith("Drafts: look-ups of the last 2 tokens alone, because ")
 
 
@@ -191,7 +193,7 @@ def test_the_whole_model_as_the_exit(tmp_path):
     """With look-ups it is look-ups alone; quantised, it drafts."""
     folder = described(tmp_path, {6: TASK})
     found = choose(folder, given={"exit_layer": 30, "prompt_lookup": 2})
-    assert found.section == SelfSpeculation(exit_layer=30, prompt_lookup=2) and found.why is None
+    assert found.section == SelfSpeculation(exit_layer=30, prompt_lookup=2).settled() and found.why is None
     found = choose(folder, given={"exit_layer": 30, "draft_int8": True})
     assert found.section.draft_int8 and found.section.prompt_lookup is None
 
@@ -200,7 +202,7 @@ def test_a_trained_exit_that_nobody_measured(tmp_path):
     found = choose(described(tmp_path, {}, trained=(6, 8, 30)))
     assert found.section.exit_layer == 8 and "acceptance assumed" in found.why
     section = SelfSpeculation(exit_layer=3, num_speculations=5)
-    assert choose(tmp_path, given={"exit_layer": 3, "num_speculations": 5}).section == section
+    assert choose(tmp_path, given=section.given).section == section.settled()
 
 
 @pytest.mark.parametrize(
@@ -220,8 +222,7 @@ def test_keys_that_are_given_stay(tmp_path, given):
     found = choose(folder, given=given).section
     assert found.exit_layer == given.get("exit_layer", 6)
     for key, value in given.items():
-        stored = list(range(10, 610)) if value == 600 else value
-        assert getattr(found, key) == stored
+        assert getattr(found, key) == value
 
 
 def test_a_head_that_cannot_be_cut(tmp_path):
@@ -254,8 +255,10 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
         return greedy[d - 1] * plain / (d * (own + below) + plain * (1 + share * d) + 2e-4)
 
     best = max(range(1, 9), key=speedup)
-    chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 3}
-    assert found.section == SelfSpeculation(draft=str(tmp_path), **chosen)
+    chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 3, "draft_vocabulary": 1024}
+    assert found.section == SelfSpeculation(draft=str(tmp_path), **chosen).settled()
+    whole = choose(None, given={"draft": str(tmp_path), "draft_vocabulary": None})  # its head has rows of all tokens
+    assert whole.section.draft_vocabulary is None and whole.speedup < found.speedup
     assert found.speedup == pytest.approx(speedup(best), rel=1e-4)
 
 
@@ -297,8 +300,9 @@ def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder, caplog):
         logger.propagate = True
 
     def run(*overrides):
-        config = generate_config(tmp_path, checkpoint, self_speculation={})
-        recipe = LayerSkipGenerate(load_config(str(config), overrides))
+        config = generate_config(tmp_path, checkpoint, self_speculation="auto")
+        recipe = LayerSkipGenerate(source := load_config(str(config), overrides))
+        recipe.source = source
         recipe.setup()
         return recipe, recipe.generate()
 
@@ -306,6 +310,13 @@ def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder, caplog):
     assert recipe.section.exit_layer == 1 and recipe.section.num_speculations > 3 and not recipe.compile
     assert report["exit_layer"] == 1 and report["drafted"] > 0 and report["identical"] is True
     assert not recipe.section.draft_int8  # eager
+    # The report's section, the log's and that of `cat --resolved` are the same, and leave nothing to choose.
+    section = report["self_speculation"]
+    assert section == recipe.cfg.source.self_speculation == resolved(recipe.source).self_speculation
+    again, repeated = run("benchmark.compare=true", f"self_speculation={json.dumps(section)}")
+    assert again.section == recipe.section and again.cfg.chosen.keys() <= {"device", "dtype", "compile"}
+    same = ("drafted", "accepted", "rounds_by_kind", "self_speculation", "compile")
+    assert again.cfg.compile is False and [repeated[key] for key in same] == [report[key] for key in same]
     assert run("batch_size=8")[0].section == recipe.section  # one prompt makes no batch
     recipe, report = run("self_speculation.num_speculations=2")
     assert report["num_speculations"] == 2 and report["exit_layer"] == 1

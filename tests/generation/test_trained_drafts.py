@@ -246,7 +246,7 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
     recipe.benchmark()
     cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
     expected = {"draft": str(folders / "adapter"), "num_speculations": longest.num_speculations, "prompt_lookup": None}
-    assert cfg.self_speculation == SelfSpeculation(**expected, min_confidence=longest.min_confidence)
+    assert cfg.self_speculation == SelfSpeculation(**expected, draft_int8=False, min_confidence=longest.min_confidence)
 
 
 def test_mistakes(folders, tmp_path, tokenizer_folder):

@@ -1,4 +1,4 @@
-"""What hf/* choose for keys that are null: formulas by values calculated by hand, and the lines for wrong or missing
+"""What hf/* choose for keys that are `auto`: formulas by values calculated by hand, and the lines for wrong or missing
 models."""
 
 import json
@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from layerskip_recipes import EarlyExitLoss, hf_decoder, layerskip_decoder
 from layerskip_recipes.checkpoint.trained_exits import exit_that_drafts
+from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
@@ -247,6 +249,7 @@ def test_values_of_the_users_replace_choices(tmp_path):
     assert (cfg.batch_size, cfg.optimizer.get("lr"), cfg.early_exit_loss.layers) == (2, 0.1, 3)
     assert cfg.gradient_accumulation_steps == 4 and not {"device", "batch_size", "optimizer.lr"} & set(cfg.chosen)
     assert cfg.source.gradient_accumulation_steps == 4  # a config that is logged has what was chosen
+    assert "auto" not in OmegaConf.to_yaml(resolved(load_config("hf/full", overrides)))
 
 
 def test_a_missing_key_has_torchtunes_default(chosen):

@@ -14,6 +14,8 @@ from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data import chat_template
+from layerskip_recipes.training.checkpoints import stored_choices
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.fingerprint import check_resumable
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
@@ -38,6 +40,13 @@ def stopped(tmp_path_factory, tokenizer_folder) -> Path:
 
 
 DEEPER = ["model.num_layers=5", f"checkpointer.hf_config={json.dumps(HF_CONFIG | {'num_hidden_layers': 5})}"]
+CHOSEN = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "tokenizer.max_seq_len",
+    "optimizer.lr",
+    "early_exit_loss.interval",
+)
 SAMPLES = "batch_size x gradient_accumulation_steps x data-parallel ranks"
 
 
@@ -121,6 +130,19 @@ def test_what_may_change_on_resume(stopped):
     )  # fmt: skip
     assert sorted(losses(again)) == [4]
     assert checkpoints(again) == ["step_3", "epoch_1"]
+
+
+def test_what_is_auto_is_that_of_the_stopped_run(stopped, monkeypatch):
+    """Also on another number of ranks, of which each then takes fewer samples."""
+    config = load_config(str(stopped), ["resume_from_checkpoint=true", *(f"{key}=auto" for key in CHOSEN)])
+    recipe = LayerSkipFinetune(config)
+    recipe.lock.release()
+    cfg = recipe.cfg
+    given = FinetuneConfig.load(load_config(str(stopped)))
+    assert cfg.values == given.values | {"device": "cpu"} and cfg.chosen.keys() == set(CHOSEN)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stored = stored_choices(stopped.parent / "out" / "epoch_0")
+    assert FinetuneConfig.load(config, stored).batch_size == given.batch_size // 2
 
 
 def test_an_exit_may_be_given_as_the_log_prints_it():

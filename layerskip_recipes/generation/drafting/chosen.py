@@ -1,9 +1,9 @@
-"""Chooses the missing keys of `self_speculation`, from plan.py's predictions, and whether to compile."""
+"""Chooses the `auto` keys of `self_speculation`, from plan.py's predictions, and whether to compile."""
 
 import math
 import os
 import shutil
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from layerskip_recipes.checkpoint.trained_exits import (
 )
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.distributed.tensor_parallel import ranks_per_matrix
 from layerskip_recipes.generation.drafting.plan import (
     ASSUMED,
@@ -43,11 +44,12 @@ from layerskip_recipes.processes import num_processes
 
 @dataclass(frozen=True)
 class Choice:
-    """The section with all keys (None: no drafts), a log line if something was chosen, and the expected speed."""
+    """The settled section (None: no drafts), a log line if something was chosen, and the expected speed."""
 
     section: SelfSpeculation | None
     why: str | None
     step_s: float  # of the whole model
+    stored: Sequence[int] | None = None  # the checkpoint's frequent tokens, for `SelfSpeculation.with_vocabulary`
     speedup: float = 1.0
 
     @property
@@ -55,7 +57,6 @@ class Choice:
         return self.step_s / max(self.speedup, 1.0)
 
 
-CHOSEN = ("exit_layer", "num_speculations", "min_confidence", "draft_vocabulary", "draft_int8", "prompt_lookup")
 LOOKUP = 3  # tokens of prompt look-up
 COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # compile time of a first run
 LOAD_S = 5.0  # to load C++ that an earlier run compiled, and to move weights to huge pages
@@ -86,8 +87,8 @@ def _draft_beside(
     cfg: RecipeConfig, section: SelfSpeculation | None, folder: Path | None, quantizer: Component | None
 ) -> tuple[str | None, str | None]:
     """The folder of the draft that was trained beside the model, or the reason why it cannot be used."""
-    chosen = section is None or section.exit_layer is not None or "draft" in section.model_fields_set
-    own = None if chosen else own_draft(folder)
+    open_ = section is not None and section.exit_layer == section.draft == AUTO
+    own = own_draft(folder) if open_ else None
     if own is None:
         return None, None
     parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
@@ -116,7 +117,7 @@ def choose_drafts(
     ends: bool = False,
     key: str = "self_speculation",
 ) -> Choice:
-    """Fill in the section's missing keys. A key that is given keeps its value, even null.
+    """Replace `auto` in the section's keys.
 
     Args:
         folder: the folder of the weights or adapters; it may lack layerskip.json.
@@ -130,36 +131,37 @@ def choose_drafts(
     """
     if section is None:
         return Choice(None, None, costs.plain)
-    asked = asked or section.draft is not None or section.exit_layer is not None
-    trained = None
-    if folder is not None and section.draft is None:
+    given_exit, given_draft = section.exit_layer != AUTO, section.draft not in (None, AUTO)
+    asked = asked or given_exit or given_draft
+    trained, draft = None, section.draft if given_draft else own
+    if folder is not None and not given_draft:
         trained = read_trained_exits(folder, costs.num_layers, costs.vocabulary)
-    section = with_stored_vocabulary(section, trained)
-    if own is not None:
-        section = section.model_copy(update={"draft": own})
+    stored = trained.vocabulary if trained else None
+    section = section.model_copy(update={"draft": draft})
     if section.only_looks_up(costs.num_layers):
-        return Choice(section, None, costs.plain)
-    given = section.model_fields_set - ({"exit_layer"} if section.exit_layer is None else set())
-    if section.draft is not None:
-        ways = _trained_draft(section.draft, f"{key}.draft")
+        return Choice(section.settled(), None, costs.plain, stored)
+    if draft is not None:
+        ways = _trained_draft(draft, f"{key}.draft")
     else:
-        if section.exit_layer is not None and not (trained and trained.measured):
-            return Choice(section, None, costs.plain)  # no measurement to choose by
-        ways = known_ways(trained, costs.num_layers, section.exit_layer)
+        if given_exit and not (trained and trained.measured):
+            return Choice(section.settled(), None, costs.plain, stored)  # no measurement to choose by
+        ways = known_ways(trained, costs.num_layers, section.exit_layer if given_exit else None)
     if not ways:
         return _without_exit(section, unusable or _untrained(folder, trained, costs.num_layers, key), costs)
 
     # Rank the vocabularies, precisions, ends and lengths that the user left open.
-    if "draft_vocabulary" in given or not plain_head:
+    if section.draft_vocabulary != AUTO:
         ways = _of_vocabulary(ways, section.draft_vocabulary)
+    elif draft is None and not (plain_head and stored):
+        ways = _of_vocabulary(ways, None)
     endings = [False, True] if ends and costs.batch_rows == 1 else [False]
-    if "min_confidence" in given and len(endings) > 1:
+    if section.min_confidence != AUTO and len(endings) > 1:
         endings = [section.min_confidence > 0]
     rates = rates_of(ways, temperature, endings)
     precisions = [False, True] if int8 else [False]
-    if "draft_int8" in given:
+    if section.draft_int8 != AUTO:
         precisions = [section.draft_int8]
-    lengths = [section.num_speculations] if "num_speculations" in given else None
+    lengths = None if section.num_speculations == AUTO else [section.num_speculations]
     best = ranked(with_int8(rates, precisions), costs, lengths)[0]
 
     # Draft if it should pay, or if the user asked for it.
@@ -170,49 +172,35 @@ def choose_drafts(
         f"{'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
     )
     if best.speedup < LEAST_GAIN and not asked:
-        nothing = "no exit should pay" if section.draft is None else "the trained draft should not pay"
+        nothing = "no exit should pay" if draft is None else "the trained draft should not pay"
         return _without_exit(section, f"{nothing}. The best would be {said}", costs)
     # Rows of a batch rarely have a match at the same time. The whole model with look-ups would be look-ups alone.
     lookup = LOOKUP if costs.batch_rows == 1 and best.way.exit_layer < costs.num_layers else None
-    chosen = with_choice(section, given, best, trained, lookup)
+    chosen = section.model_copy(update=prediction_keys(best, lookup) | section.given)
     also = "" if chosen.prompt_lookup is None else f"; look-ups of the last {chosen.prompt_lookup} tokens"
-    why = None if given.issuperset(CHOSEN) else f"Drafts: {said}{also}"
-    return Choice(chosen, why, costs.plain, best.speedup)
+    why = f"Drafts: {said}{also}" if section.is_open else None
+    return Choice(chosen, why, costs.plain, stored, best.speedup)
 
 
 def _without_exit(section: SelfSpeculation, why: str, costs: Costs) -> Choice:
     """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
-    if section.prompt_lookup is None:
+    if section.prompt_lookup in (None, AUTO):
         return Choice(None, f"No drafts: {why}", costs.plain)
     alone = {"exit_layer": costs.num_layers, "draft": None, "draft_vocabulary": None, "draft_int8": False}
     said = f"Drafts: look-ups of the last {section.prompt_lookup} tokens alone, because {why}"
-    return Choice(section.model_copy(update=alone), said, costs.plain)
+    return Choice(section.model_copy(update=alone).settled(), said, costs.plain)
 
 
-def with_stored_vocabulary(section: SelfSpeculation, trained: TrainedExits | None) -> SelfSpeculation:
-    """Replace a vocabulary's size by the most frequent tokens of the training data, if the checkpoint lists them."""
-    size, stored = section.draft_vocabulary, trained and trained.vocabulary
-    if stored and isinstance(size, int):
-        return section.model_copy(update={"draft_vocabulary": stored[:size]})
-    return section
-
-
-def with_choice(
-    section: SelfSpeculation, given: Set[str], best: Prediction, trained: TrainedExits | None, lookup: int | None
-) -> SelfSpeculation:
-    """Set the section's keys as in a prediction, except for the `given` keys."""
-    vocabulary = trained.vocabulary if trained and best.way.vocabulary is not None else None
-    chosen: dict[str, Any] = {
-        "exit_layer": best.way.exit_layer,
+def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:
+    """A prediction as keys of the section."""
+    keys = {
         "num_speculations": best.num_speculations,
         "min_confidence": MIN_CONFIDENCE if best.way.ends else 0.0,
-        "draft_vocabulary": vocabulary[: best.way.vocabulary] if vocabulary else None,
+        "draft_vocabulary": best.way.vocabulary,
         "draft_int8": best.way.int8,
         "prompt_lookup": lookup,
     }
-    if section.draft is not None:  # its folder has exit and vocabulary
-        del chosen["exit_layer"], chosen["draft_vocabulary"]
-    return section.model_copy(update={name: value for name, value in chosen.items() if name not in given})
+    return keys if best.way.own_layers is not None else keys | {"exit_layer": best.way.exit_layer}
 
 
 def _trained_draft(folder: str, key: str) -> dict[Way, TokensPerRound]:
@@ -224,7 +212,8 @@ def _trained_draft(folder: str, key: str) -> dict[Way, TokensPerRound]:
 def _of_vocabulary(ways: Mapping[Way, TokensPerRound], given: int | list[int] | None) -> dict[Way, TokensPerRound]:
     """Each exit with the user's vocabulary, and the acceptance measured for the next smaller vocabulary."""
     if given is None:
-        return {way: rates for way, rates in ways.items() if way.vocabulary is None or way.own_layers is not None}
+        whole = {way: rates for way, rates in ways.items() if way.vocabulary is None or way.own_layers is not None}
+        return {way._replace(vocabulary=None): rates for way, rates in whole.items()}
     size = given if isinstance(given, int) else len(given)
     found: dict[Way, TokensPerRound] = {}
     by_size = sorted(ways.items(), key=lambda item: item[0].vocabulary or math.inf)

@@ -13,7 +13,7 @@ from torchtune.modules import TiedLinear
 from layerskip_recipes.checkpoint.drafts import read_description, read_draft
 from layerskip_recipes.checkpoint.weights import linear_head, quantise, quantised_bytes
 from layerskip_recipes.config.components import Component
-from layerskip_recipes.config.schema import Flag, PositiveInt, Section, Text
+from layerskip_recipes.config.schema import AUTO, Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.draft_head import DraftHead
 from layerskip_recipes.generation.drafting.speculation import (
@@ -27,37 +27,58 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.memory import check_cache_fits, row_bytes
 
+# What `auto` means where nothing was measured.
+PLAIN: dict[str, Any] = {
+    "draft": None,
+    "num_speculations": 6,
+    "min_confidence": 0.0,
+    "draft_vocabulary": None,
+    "prompt_lookup": None,
+    "draft_int8": False,
+}
+
 
 class SelfSpeculation(Section):
     """How tokens are drafted. The output is always that of the whole model.
 
-    `layerskip_generate` chooses missing keys by the acceptance that training stored in layerskip.json and the estimated
-    costs on this machine.
+    `auto` keys are chosen by the acceptance that training stored in layerskip.json and the estimated costs on this
+    machine. Without such a measurement they have plain values.
     """
 
-    exit_layer: Annotated[int, Field(examples=[8])] | None = None
-    """E: the number of layers that draft, 1 to L. With `draft`, null means the exit of that draft. Without `draft`,
-    null decodes without drafts, and a missing key chooses the draft beside the model, or else a trained exit. With
-    `prompt_lookup`, L means look-ups alone."""
-    draft: Annotated[Text, Field(examples=["/tmp/draft/epoch_0"])] | None = None
+    exit_layer: Annotated[int, Auto(), Field(examples=[8])] = AUTO
+    """E: the number of layers that draft, 1 to L. auto: the exit of `draft`, if there is one, or else a trained exit.
+    With `prompt_lookup`, L means look-ups alone."""
+    draft: Annotated[Text, Auto(), Field(examples=["/tmp/draft/epoch_0"])] | None = AUTO
     """A draft trained for this model, which drafts instead of the model's early layers: the checkpoint folder of a
-    training with a section `draft`. Where the recipe chooses, a missing key means the draft beside the model, if there
-    is one; null: none."""
-    num_speculations: NumSpeculations = 6
-    """The most tokens drafted per round."""
-    min_confidence: Confidence = 0.0
+    training with a section `draft`. auto: the draft beside the model, if there is one and no exit is given; null:
+    none."""
+    num_speculations: Annotated[NumSpeculations, Auto()] = AUTO
+    """The most tokens drafted per round. Plain value: 6."""
+    min_confidence: Annotated[Confidence, Auto()] = AUTO
     """Ends a draft early, on a CPU and in one process: after a token at which the product of the draft's largest
     probabilities is below this, as further tokens would probably be rejected. 0: drafts always have `num_speculations`
-    tokens. Where the recipe chooses, a missing key means 0.4 if that should be faster by the measured acceptance."""
-    draft_vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | list[int] | None = None
+    tokens. auto: 0.4 if that should be faster by the measured acceptance, or else 0."""
+    draft_vocabulary: Annotated[PositiveInt, Auto(), Field(examples=[4096])] | list[int] | None = AUTO
     """The tokens that can be drafted: their ids, or a number of the most frequent tokens in the training data (listed
-    in layerskip.json) or else in the prompts. null: all tokens, or the draft vocabulary of `draft`."""
-    prompt_lookup: PromptLookup | None = None
-    """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, where that is faster. Where
-    the recipe chooses an exit or a draft for one prompt at a time, a missing key means 3."""
-    draft_int8: Flag = False
+    in layerskip.json) or else in the prompts. auto: those of `draft`, or for an exit a measured number; null: all
+    tokens."""
+    prompt_lookup: Annotated[PromptLookup, Auto()] | None = AUTO
+    """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, where that is faster. auto:
+    3 beside a measured exit or draft, for one prompt at a time; null: no look-ups."""
+    draft_int8: Annotated[Flag, Auto()] = AUTO
     """Draft with int8 copies of the layers and the head (for a trained draft, of its own layers). Verification stays
-    in full precision. Where the recipe chooses, a missing key means true if that should be faster."""
+    in full precision. auto: if that should be faster."""
+
+    def settled(self) -> "SelfSpeculation":
+        """The section with plain values in place of `auto`, except for the exit; those of `draft` stay."""
+        own = () if self.draft in (None, AUTO) else ("draft_vocabulary",)
+        plain = {name: PLAIN[name] for name in PLAIN if getattr(self, name) == AUTO and name not in own}
+        return self.model_copy(update=plain)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is left to choose."""
+        return any(value == AUTO and (name != "exit_layer" or self.draft is None) for name, value in self)
 
     def check_against(
         self,
@@ -70,31 +91,32 @@ class SelfSpeculation(Section):
 
         `key` names the section in messages.
         """
-        if self.draft is not None and self.exit_layer is not None:
+        given = self.settled()
+        if given.draft is not None and self.exit_layer != AUTO:
             raise ConfigError(
                 f"{key}.exit_layer: {self.exit_layer} is set, but draft has its own exit. Set "
-                f"{key}.exit_layer=null or {key}.draft=null"
+                f"{key}.exit_layer=auto or {key}.draft=null"
             )
-        if self.exit_layer is not None:
+        if self.exit_layer != AUTO:
             model.check_exit(self.exit_layer, f"{key}.exit_layer")
         if isinstance(self.draft_vocabulary, list):
             check_draft_vocabulary(self.draft_vocabulary, model, f"{key}.draft_vocabulary")
-        if quantizer is not None and self.draft_int8 and self.draft is None:
+        if quantizer is not None and given.draft_int8 and given.draft is None:
             raise ConfigError(
                 f"{key}.draft_int8: True has no effect with quantizer, which also packs the layers that draft. "
                 f"Set quantizer=null or {key}.draft_int8=false"
             )
-        if self.draft is not None and parallel > 1:
+        if given.draft is not None and parallel > 1:
             raise ConfigError(
                 f"{key}.draft: does not go with tensor parallelism, which splits the layers that it copies. Set "
                 f"{key}.draft=null or tensor_parallel_dim=1"
             )
         # A draft vocabulary needs rows of the head; a tied one is the embedding, which no quantizer packs.
         packed, split = quantizer is not None and not isinstance(model.output, TiedLinear), parallel > 1
-        if (packed or split) and (
-            self.draft_vocabulary or (self.draft and read_description(self.draft, f"{key}.draft").vocabulary)
-        ):
-            name = "draft" if self.draft_vocabulary is None else "draft_vocabulary"
+        vocabulary, name = given.draft_vocabulary, "draft_vocabulary"
+        if (packed or split) and vocabulary == AUTO:
+            vocabulary, name = read_description(str(given.draft), f"{key}.draft").vocabulary, "draft"
+        if (packed or split) and vocabulary:
             other, how = (
                 ("tensor_parallel_dim=1", "tensor parallelism splits")
                 if split
@@ -106,28 +128,42 @@ class SelfSpeculation(Section):
             )
 
     def with_vocabulary(
-        self, model: LayerSkipDecoder, prompts: Sequence[Sequence[int]], key: str = "self_speculation"
+        self,
+        model: LayerSkipDecoder,
+        prompts: Sequence[Sequence[int]],
+        stored: Sequence[int] | None = None,
+        key: str = "self_speculation",
     ) -> "SelfSpeculation":
-        """The section with the exit and vocabulary of `draft`, and with the most frequent tokens of the prompts instead
-        of their number."""
+        """The settled section with the exit of `draft`, and with token ids instead of their number.
+
+        These are the tokens of the draft, if it has as many, or the first of `stored`, or the most frequent ones in the
+        prompts.
+        """
+        section = self.settled()
         changes: dict[str, Any] = {}
-        vocabulary = self.draft_vocabulary
-        if self.draft is not None and self.exit_layer is None:
-            description = read_description(self.draft, f"{key}.draft")
+        vocabulary = section.draft_vocabulary
+        if section.draft is not None:
+            description = read_description(section.draft, f"{key}.draft")
             changes["exit_layer"] = description.exit_layer
-            vocabulary = description.vocabulary if vocabulary is None else vocabulary
+            own = description.vocabulary
+            vocabulary = own if vocabulary in (AUTO, own and len(own)) else vocabulary
+        if isinstance(vocabulary, int) and not (stored or prompts):
+            raise ConfigError(
+                f"{key}.draft_vocabulary: {vocabulary} tokens are counted in the prompts, and a conversation has none "
+                f"yet. Set {key}.draft_vocabulary=null"
+            )
         if isinstance(vocabulary, int):
             counts = Counter(token for prompt in prompts for token in prompt)
-            vocabulary = [token for token, _ in counts.most_common(vocabulary)]
-        if vocabulary != self.draft_vocabulary:
-            check_draft_vocabulary(vocabulary or [], model, f"{key}.draft_vocabulary")
-            changes["draft_vocabulary"] = vocabulary
-        return self.model_copy(update=changes)
+            vocabulary = list((stored or [token for token, _ in counts.most_common()])[:vocabulary])
+        if vocabulary is not None:
+            check_draft_vocabulary(vocabulary, model, f"{key}.draft_vocabulary")
+        return section.model_copy(update=changes | {"draft_vocabulary": vocabulary})
 
     def only_looks_up(self, num_layers: int) -> bool:
         """Whether look-ups draft alone, as the exit is the whole model."""
-        own = self.draft is not None or self.draft_int8
-        return self.prompt_lookup is not None and self.exit_layer == num_layers and not own
+        given = self.settled()
+        own = given.draft is not None or given.draft_int8
+        return given.prompt_lookup is not None and self.exit_layer == num_layers and not own
 
     def own_layers(self) -> int:
         """The number of a trained draft's layers, which have their own caches."""
@@ -140,7 +176,7 @@ class SelfSpeculation(Section):
         count = self.own_layers() * layer + rows * model.tok_embeddings.embedding_dim
         quantised = 0
         if self.draft_int8:
-            quantised = (self.own_layers() or self.exit_layer or 0) * layer
+            quantised = (self.own_layers() or self.exit_layer) * layer
             quantised += 0 if rows else model.tok_embeddings.weight.numel()
         return count * dtype.itemsize + quantised
 
@@ -148,13 +184,13 @@ class SelfSpeculation(Section):
         """The number of the model's first layers that draft, after `with_vocabulary`; 0 if a trained copy drafts."""
         if self.draft is not None and read_description(self.draft, "self_speculation.draft").kind == "copy":
             return 0
-        return self.exit_layer or 0
+        return self.exit_layer
 
     def build(
         self, model: LayerSkipDecoder, key: str = "self_speculation", trained: Draft | None = None
     ) -> Speculation:
         """The speculation for a loaded model, after `with_vocabulary`; `trained` is the draft of `draft`, if read."""
-        assert self.exit_layer is not None and not isinstance(self.draft_vocabulary, int)
+        assert self.exit_layer != AUTO and not isinstance(self.draft_vocabulary, int)
         drafter, head, layers = None, None, range(self.exit_layer)
         if self.draft is not None:
             drafter = (trained or read_draft(self.draft, model, f"{key}.draft")).decoder(model)
@@ -198,12 +234,11 @@ def build_all(
     return result
 
 
-def _off_without_exit(value: Any) -> Any:
-    off = isinstance(value, Mapping) and value.get("exit_layer", ...) is None and value.get("draft") is None
-    return None if off else value
-
-
-OptionalSpeculation = Annotated[SelfSpeculation | None, BeforeValidator(_off_without_exit)]
+OptionalSpeculation = Annotated[
+    SelfSpeculation | None,
+    Auto(),
+    BeforeValidator(lambda value: {} if isinstance(value, str) and value == AUTO else value),
+]
 
 
 def check_memory(

@@ -24,7 +24,7 @@ class DraftSection(Section):
     """Train a draft, in place of `layer_dropout` and `early_exit_loss`."""
 
     exit_layer: Annotated[PositiveInt, Field(examples=[6]), Auto()]
-    """E: the draft copies the model's first E layers, or continues from the hidden state after them; null: a seventh of
+    """E: the draft copies the model's first E layers, or continues from the hidden state after them; auto: a seventh of
     the depth."""
     kind: Kind = "adapter"
     """`adapter` trains a new layer on top of the model's first E layers; it also sees the last layer's state of the
