@@ -83,8 +83,8 @@ class EvalConfig(RecipeConfig):
     """The exit that answers the tasks; null for the last layer."""
     self_speculation: OptionalSpeculation = None
     """Decode generation tasks self-speculatively. Greedy answers stay the same; the report has speed and acceptance."""
-    max_new_tokens: Annotated[int, Field(ge=1, examples=[256]), Auto()] = 256
-    """The maximum answer length for tasks that set no limit; auto is 256."""
+    max_new_tokens: Annotated[int, Field(ge=1, examples=[256]), Auto()] | None = 256
+    """The maximum answer length for tasks that set no limit; auto and null are 256."""
 
     compare: Checkpoints | None = None
     """Other checkpoints of the same model: a name for each, with the checkpointer keys to change."""

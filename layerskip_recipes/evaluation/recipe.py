@@ -46,7 +46,7 @@ class LayerSkipEval:
         choices = Choices(self.cfg)
         choices.set("self_speculation", next(iter(self.drafts.values())).section)
         self.cfg = self.cfg.with_choices(choices)
-        self.max_new_tokens = self.cfg.max_new_tokens
+        self.max_new_tokens = self.cfg.max_new_tokens or 256
         self.seed = training.set_seed(seed=self.cfg.seed)
 
     def _choose(self, cfg: EvalConfig) -> Choice:

@@ -75,7 +75,7 @@ def test_whatever_a_config_says_of_drafts():
     assert [row["name"] for row in report["results"]] == ["baseline", "a", "b"]
     assert {path.name for path in Path("out").iterdir()} == {"benchmark.json", "benchmark.md", "x.png"}
     missing = [
-        "max_new_tokens=null",
+        "max_new_tokens=auto",
         "prompt_tokens=8",
         "~self_speculation.exit_layer",
         "self_speculation.num_speculations=2",
