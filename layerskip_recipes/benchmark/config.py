@@ -11,13 +11,13 @@ from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.text_metrics import Metric
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, described_folder
 from layerskip_recipes.checkpoint.drafts import own_draft
-from layerskip_recipes.config.choices import Choices
+from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.schema import AUTO, Auto, Flag, Picture, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
-from layerskip_recipes.generation.drafting.chosen import has_compiler
+from layerskip_recipes.generation.drafting.auto_drafts import has_compiler
 from layerskip_recipes.generation.drafting.section import PLAIN, OptionalSpeculation, SelfSpeculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 

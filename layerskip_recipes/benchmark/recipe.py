@@ -28,10 +28,10 @@ from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_pat
 from layerskip_recipes.checkpoint.checkpointers import described_folder, prepare_device
 from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
-from layerskip_recipes.config.choices import Choices
+from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.chosen import choose_for
+from layerskip_recipes.generation.drafting.auto_drafts import choose_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all, check_memory
 from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
 from layerskip_recipes.generation.report import report_path

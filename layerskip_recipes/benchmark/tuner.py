@@ -4,7 +4,7 @@
 2. Run one teacher-forced pass over the texts: it gives the tokens per round of every exit and draft vocabulary, with
    drafts of a fixed length and with drafts that end at low confidence.
 3. Time a few short probes: they give the cost of the parts of a round.
-4. Predict the speed of every exit, draft length, draft vocabulary, end and draft precision with plan.py.
+4. Predict the speed of every exit, draft length, draft vocabulary, end and draft precision with prediction.py.
 5. Measure the best few like any variant, and the best one also with prompt lookup. `tune=grid` measures every exit.
 
 For a trained draft, given or the model's own, probes replace step 2, and step 4 predicts lengths, ends and precisions.
@@ -33,8 +33,8 @@ from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import LOOKUP, prediction_keys
-from layerskip_recipes.generation.drafting.plan import (
+from layerskip_recipes.generation.drafting.auto_drafts import LOOKUP, prediction_keys
+from layerskip_recipes.generation.drafting.prediction import (
     Costs,
     Prediction,
     Round,
@@ -116,7 +116,7 @@ def measured_rates(
 def fitted_costs(
     timed: Mapping[tuple[Way, int], GenerationStats], plain_s: float, num_layers: int, vocabulary: int, batch_rows: int
 ) -> Costs:
-    """Fit the costs of plan.py by least squares to the times of probes, by way and draft length."""
+    """Fit the costs of prediction.py by least squares to the times of probes, by way and draft length."""
     draft, further = {}, []
     for int8 in {way.int8 for way, _ in timed}:
         probes = {way: s for (way, _), s in timed.items() if way.int8 == int8}

@@ -14,7 +14,7 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 from typing_extensions import Self
 
-from layerskip_recipes.config.choices import Choices, best_device, computes_in_bf16, devices_here
+from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, devices_here
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import AUTO, Auto, DeviceName, Section, Text, allowed, check
 from layerskip_recipes.errors import ConfigError, first_line, mistakes_of

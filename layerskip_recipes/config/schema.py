@@ -55,7 +55,7 @@ AUTO: Any = "auto"
 
 
 class Auto:
-    """Annotation: the value may be "auto", and the recipe then chooses it (see choices.py)."""
+    """Annotation: the value may be "auto", and the recipe then chooses it (see auto.py)."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def validate(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 from typing_extensions import Self
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
-from layerskip_recipes.config.choices import Choices
+from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.distributed.local_shards import is_split
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.local_shards import is_split
 from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats

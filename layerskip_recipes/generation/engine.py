@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.accounts import Accounts
-from layerskip_recipes.generation.draft_head import draft_head_of
 from layerskip_recipes.generation.drafting.decoding import DraftedDecoding, PlainDecoding
+from layerskip_recipes.generation.drafting.draft_head import draft_head_of
 from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundStart
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation

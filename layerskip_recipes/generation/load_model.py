@@ -10,12 +10,12 @@ from torchtune import training, utils
 
 from layerskip_recipes.checkpoint.drafts import own_draft, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
-from layerskip_recipes.config.choices import best_device
+from layerskip_recipes.config.auto import best_device
 from layerskip_recipes.config.schema import AUTO, DeviceName, Text, checked_arguments
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
-from layerskip_recipes.generation.drafting.chosen import Choice, choose_drafts, compiling_pays
-from layerskip_recipes.generation.drafting.plan import estimated_costs
+from layerskip_recipes.generation.drafting.auto_drafts import Choice, choose_drafts, compiling_pays
+from layerskip_recipes.generation.drafting.prediction import estimated_costs
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps

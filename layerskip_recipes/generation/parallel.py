@@ -18,8 +18,8 @@ from layerskip_recipes.checkpoint.drafts import read_draft
 from layerskip_recipes.checkpoint.weights import check_state_dict, load_decoder, read_weights
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.distributed.loading import load_from_rank0, make_position_tables
+from layerskip_recipes.distributed.local_shards import split_locally
 from layerskip_recipes.distributed.tensor_parallel import Plan, parallelize
-from layerskip_recipes.generation.local_shards import split_locally
 from layerskip_recipes.model.adapters import adapter_names, without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.draft import Draft, weights_hash

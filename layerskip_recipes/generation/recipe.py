@@ -13,11 +13,11 @@ from torchtune.data import Message
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
-from layerskip_recipes.config.choices import Choices
+from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import Choice, choose_for, compiling_pays
+from layerskip_recipes.generation.drafting.auto_drafts import Choice, choose_for, compiling_pays
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.section import check_memory
 from layerskip_recipes.generation.engine import Generation

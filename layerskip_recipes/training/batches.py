@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
-from layerskip_recipes.config.choices import Choices
+from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.data.datasets import load_data
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.limits import check_length

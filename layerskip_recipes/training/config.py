@@ -11,7 +11,7 @@ from torchtune.modules.peft import get_adapter_params
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
 from layerskip_recipes.checkpoint.trained_exits import exits_to_measure, usual_exit
-from layerskip_recipes.config.choices import Choices
+from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
@@ -34,9 +34,9 @@ from layerskip_recipes.model.layer_dropout import LayerDropout, LayerDropoutSect
 from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.model.nf4 import check_nf4, packs_weights
 from layerskip_recipes.processes import num_processes
+from layerskip_recipes.training.auto_settings import choose_training
 from layerskip_recipes.training.draft.loss import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss, EarlyExitLossSection
-from layerskip_recipes.training.plan import choose_training
 
 
 def _with_default_component(section: Any) -> Any:

@@ -16,9 +16,9 @@ from torchtune.utils import get_logger
 
 from layerskip_recipes.distributed.loading import suppress_dcp_warnings
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
+from layerskip_recipes.training.auto_settings import DRAFT_RATE
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import clean_name, group_by_mesh, parts_of
-from layerskip_recipes.training.plan import DRAFT_RATE
 from layerskip_recipes.training.stochastic_adamw import StochasticAdamW
 
 log = get_logger("INFO")

@@ -34,6 +34,7 @@ from layerskip_recipes.processes import (
     num_processes,
     wait_for_all,
 )
+from layerskip_recipes.training.auto_settings import PER_STEP
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import (
     Checkpoints,
@@ -53,7 +54,6 @@ from layerskip_recipes.training.label_counts import LabelCounts
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, parts_of, reshard
-from layerskip_recipes.training.plan import PER_STEP
 from layerskip_recipes.training.run_lock import RunLock
 from layerskip_recipes.training.run_log import LossMeans, RunLog
 from layerskip_recipes.training.validation import Validation

@@ -28,7 +28,7 @@ from layerskip_recipes.benchmark.tuner import (
 )
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.plan import Costs, Round, StepCost, Way, ranked
+from layerskip_recipes.generation.drafting.prediction import Costs, Round, StepCost, Way, ranked
 from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all
 from layerskip_recipes.generation.stats import GenerationStats
 
@@ -89,7 +89,7 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
 
 
 def test_costs_are_found_from_probes():
-    """Times by the formula of plan.py, for layers of 1 ms, heads of 1 us a row, and int8 at a quarter of it."""
+    """Times by the formula of prediction.py, for layers of 1 ms, heads of 1 us a row, and int8 at a quarter of it."""
     draft = {False: StepCost(2e-4, 1e-3, 1e-6), True: StepCost(2e-4, 2.5e-4, 2.5e-7)}
     costs = Costs(32, 1000, 0.033, draft, 0.04, 3e-4)
 

@@ -23,15 +23,15 @@ from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.chosen import choose_for
+from layerskip_recipes.generation.drafting.auto_drafts import choose_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
+from layerskip_recipes.training.auto_settings import DRAFT_RATE
 from layerskip_recipes.training.checkpoints import find_checkpoint
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.plan import DRAFT_RATE
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 KINDS = {"copy": {"kind": "copy", "exit_layer": 2}, "adapter": {"kind": "adapter", "exit_layer": 2, "vocabulary": 200}}

@@ -15,7 +15,7 @@ from layerskip_recipes.checkpoint.weights import linear_head, quantise, quantise
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import AUTO, Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.draft_head import DraftHead
+from layerskip_recipes.generation.drafting.draft_head import DraftHead
 from layerskip_recipes.generation.drafting.speculation import (
     Confidence,
     NumSpeculations,

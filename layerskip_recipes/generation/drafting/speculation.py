@@ -10,7 +10,7 @@ from pydantic import Field
 
 from layerskip_recipes.config.schema import Fraction, check
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.draft_head import DraftHead
+from layerskip_recipes.generation.drafting.draft_head import DraftHead
 from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decoder
 
 # Shared with the `self_speculation` section.

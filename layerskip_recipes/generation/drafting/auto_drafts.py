@@ -1,4 +1,4 @@
-"""Chooses the `auto` keys of `self_speculation`, from plan.py's predictions, and whether to compile."""
+"""Chooses the `auto` keys of `self_speculation`, from prediction.py's predictions, and whether to compile."""
 
 import math
 import os
@@ -24,7 +24,7 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.distributed.tensor_parallel import ranks_per_matrix
-from layerskip_recipes.generation.drafting.plan import (
+from layerskip_recipes.generation.drafting.prediction import (
     ASSUMED,
     LEAST_GAIN,
     Costs,

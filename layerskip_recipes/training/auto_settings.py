@@ -11,7 +11,7 @@ from torchtune.modules.peft import get_adapter_params
 from torchtune.utils import get_logger
 
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
-from layerskip_recipes.config.choices import Choices, best_device, computes_in_bf16, has_bf16_products
+from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.config.schema import Auto, check, refusal
 from layerskip_recipes.data.tokenizer import SampleLength

@@ -18,9 +18,9 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.model.memory import token_bytes, training_bytes
+from layerskip_recipes.training.auto_settings import full_learning_rate
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import checkpoint_layers
-from layerskip_recipes.training.plan import full_learning_rate
 
 SMALL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -59,7 +59,7 @@ def chosen(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)
 
     def choose(*overrides: str, name: str = "full", memory: int = 2**40, **changes) -> dict:
-        monkeypatch.setattr("layerskip_recipes.training.plan.free_memory", lambda device: -(-memory * 10 // 9))
+        monkeypatch.setattr("layerskip_recipes.training.auto_settings.free_memory", lambda device: -(-memory * 10 // 9))
         source = load_config(f"hf/{name}", [f"model_dir={folder_of(tmp_path, **changes)}", *overrides])
         return (GenerateConfig if name == "generate" else FinetuneConfig).load(source).chosen
 

@@ -14,9 +14,9 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.generation.drafting import chosen
-from layerskip_recipes.generation.drafting.chosen import choose_drafts, compiling_pays
-from layerskip_recipes.generation.drafting.plan import Way, estimated_costs, measured_rounds
+from layerskip_recipes.generation.drafting import auto_drafts
+from layerskip_recipes.generation.drafting.auto_drafts import choose_drafts, compiling_pays
+from layerskip_recipes.generation.drafting.prediction import Way, estimated_costs, measured_rounds
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
@@ -109,7 +109,7 @@ def test_acceptance_by_temperature():
 
 
 def test_drafts_that_end_early_are_longer_at_most_and_cost_their_mean_length(tmp_path):
-    """By the formula of plan.py: up to 8 tokens, of which 4.5 are drafted in the mean. In a batch all rows must end."""
+    """By the formula of prediction.py: up to 8 tokens, on average 4.5 of them drafted. In a batch all rows must end."""
     greedy, sampled = TASK["2048"]
     ended = [(n - 0.2, min(d, 0.5 * d + 0.5)) for d, n in enumerate(greedy, 1)]
     folder = described(tmp_path, {6: {"all": ([1.0] * 8,) * 2, "2048": (greedy, sampled)}})
@@ -272,7 +272,7 @@ def test_longer_drafts_than_were_measured_and_more_rows():
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_compiling_pays_for_long_runs_only(compiled_before, monkeypatch):
     """A saving of 8 seconds pays once an earlier process has compiled the C++."""
-    monkeypatch.setattr(chosen, "is_library_compiled", lambda: compiled_before)
+    monkeypatch.setattr(auto_drafts, "is_library_compiled", lambda: compiled_before)
     cpu = torch.device("cpu")
     pays, why = compiling_pays(0.05, 0.01, 10_000, cpu)
     assert pays and "5.0x faster" in why and "400 s" in why
