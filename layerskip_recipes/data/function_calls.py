@@ -27,7 +27,8 @@ from layerskip_recipes.errors import ConfigError
 
 CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "live_simple", "live_multiple")
 INSTRUCTION = (
-    'Reply with the right function calls as JSON, such as [{"name": "f", "arguments": {"x": 1}}]. These functions exist:'
+    'Reply with the right function calls as JSON, such as [{"name": "f", "arguments": {"x": 1}}]. '
+    "These functions exist:"
 )
 OPTIONAL = ""  # among the allowed values of an argument: it may be left out
 TYPES = {
@@ -60,7 +61,8 @@ def bfcl(
     folder = _installed() if path is None else Path(path)
     rows = [row for category in CATEGORIES for row in _read(folder, category)]
     held_out = _held_out(rows)
-    examples = {row["id"]: _example(row) for row in rows if (row["function"][0]["name"] in held_out) == (split == "test")}
+    wanted = [row for row in rows if (row["function"][0]["name"] in held_out) == (split == "test")]
+    examples = {row["id"]: _example(row) for row in wanted}
     short = {at: it for at, it in examples.items() if len("".join(it["prompt"].values())) <= max_characters}
     if len(short) < len(examples):
         left_out = len(examples) - len(short)
