@@ -199,7 +199,7 @@ def _is_allowed(value: Any, choices: Sequence[Any], described: Mapping[str, Any]
     if type(value) is not kind or of_choices is not kind:
         return type(value) in (kind, of_choices) and value in choices
     item = TYPES.get(described.get("items", {}).get("type", ""))
-    if kind is list and item is not None and not any(_have_type(value, item, choice) for choice in choices):
+    if isinstance(value, list) and item is not None and not any(_have_type(value, item, one) for one in choices):
         return False
     return any(_equals(value, choice) for choice in choices)
 
