@@ -260,8 +260,8 @@ class LayerSkipBenchmark:
         text = TextStream(self.tokenizer, self.stop_tokens, self.cfg.stop_strings or []).text
         outputs = [text(tokens) for run in runs for tokens in run.outputs]
         # Outputs are in prompt order; after Ctrl-C the last repeat is incomplete.
-        references = [self.examples[i % len(self.examples)].response or "" for i in range(len(outputs))]
-        return {"metrics": text_metrics(self.cfg.metrics, outputs, references)}
+        examples = [self.examples[i % len(self.examples)] for i in range(len(outputs))]
+        return {"metrics": text_metrics(self.cfg.metrics, outputs, examples)}
 
     def _settings(self) -> dict[str, Any]:
         cfg = self.cfg

@@ -1,7 +1,7 @@
 """Scores outputs against references: ROUGE, BLEU and exact match, each from 0 to 1.
 
 ROUGE is the mean F-measure of lower-case words without stemming. BLEU is corpus BLEU-4 with SacreBLEU's 13a tokenizer
-and no smoothing. torchmetrics computes both.
+and no smoothing. torchmetrics computes both. `correct` is the share of outputs that the task itself accepts.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,20 @@ from layerskip_recipes.data.chat_template import THINK
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.text.prompts import Example
 
-Metric = Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match"]
+Metric = Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match", "correct"]
 
 
-def text_metrics(names: Sequence[Metric], outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def text_metrics(names: Sequence[Metric], outputs: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
     """The metrics by name. `outputs` do not contain their prompts."""
+    references = [example.response or "" for example in examples]
+    answers = [_answer(output) for output in outputs]
 
     def metric(name: Metric) -> float:
+        if name == "correct":
+            right = [bool(e.is_right and e.is_right(answer)) for e, answer in zip(examples, answers, strict=True)]
+            return sum(right) / len(right)
         if name == "exact_match":
-            same = [
-                _answer(output) == _answer(reference) for output, reference in zip(outputs, references, strict=True)
-            ]
+            same = [answer == _answer(reference) for answer, reference in zip(answers, references, strict=True)]
             return sum(same) / len(same)
         from torchmetrics.functional.text import rouge_score, sacre_bleu_score  # takes seconds to import
 
@@ -30,7 +33,7 @@ def text_metrics(names: Sequence[Metric], outputs: Sequence[str], references: Se
         # Only this key: the default keys include one that needs nltk and its data.
         return float(rouge_score(list(outputs), list(references), rouge_keys=name)[f"{name}_fmeasure"])
 
-    assert len(outputs) == len(references) > 0, f"{len(outputs)} outputs, {len(references)} references"
+    assert len(outputs) == len(examples) > 0, f"{len(outputs)} outputs, {len(examples)} examples"
     return {name: metric(name) for name in names}
 
 
@@ -47,4 +50,9 @@ def check_references(names: Sequence[Metric], examples: Sequence[Example]) -> No
             f"metrics: {', '.join(names)} needs references, and prompt {without[0]} of {len(examples)} has none. Give "
             '{"prompt": "text", "response": "text"} lines in prompt_file, or a component of layerskip_recipes.tasks as '
             "prompts; or metrics=null"
+        )
+    if "correct" in names and any(example.is_right is None for example in examples):
+        raise ConfigError(
+            "metrics: correct needs prompts that judge their outputs, such as layerskip_recipes.tasks.bfcl, and these "
+            "have none. Allowed: exact_match, rouge1, rouge2, rougeL, bleu"
         )

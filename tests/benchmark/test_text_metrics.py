@@ -14,6 +14,10 @@ OUTPUTS = ["The cat sat on the mat.", "a b c d e f", "", "x y z"]
 REFERENCES = ["the cat, the dog: on a mat", "a c b d e f g", "nothing here", "X Y Z"]
 
 
+def examples(references: list[str]) -> list[Example]:
+    return [Example("p", reference) for reference in references]
+
+
 def f_measure(hits: int, output: int, reference: int) -> float:
     """2PR / (P + R)."""
     return 2 * hits / (output + reference) if hits else 0.0
@@ -44,7 +48,7 @@ def rouge_by_hand(n: int | str, output: str, reference: str) -> float:
 def test_rouge_is_the_mean_f_measure(name, n):
     expected = [rouge_by_hand(n, *pair) for pair in zip(OUTPUTS, REFERENCES, strict=True)]
     assert 0 < expected[0] < 1 and expected[2:] == [0, 1]
-    found = text_metrics([name], OUTPUTS, REFERENCES)
+    found = text_metrics([name], OUTPUTS, examples(REFERENCES))
     assert list(found) == [name] and found[name] == pytest.approx(sum(expected) / 4, abs=1e-6)
 
 
@@ -56,23 +60,35 @@ def test_bleu_is_the_corpus_formula():
     length, reference = 7 + 2, 8 + 3
     mean = math.exp(sum(math.log(h / c) for h, c in zip(hits, counts, strict=True)) / 4)
     expected = math.exp(1 - reference / length) * mean
-    assert text_metrics(["bleu"], outputs, references) == {"bleu": pytest.approx(expected, abs=1e-6)}
-    assert text_metrics(["bleu"], references, references) == {"bleu": pytest.approx(1.0)}
+    assert text_metrics(["bleu"], outputs, examples(references)) == {"bleu": pytest.approx(expected, abs=1e-6)}
+    assert text_metrics(["bleu"], references, examples(references)) == {"bleu": pytest.approx(1.0)}
 
 
 def test_exact_match_is_without_the_space_around():
     outputs, references = [" [IN:X ]\n", "[in:x ]", "", "a b"], ["[IN:X ]", "[IN:X ]", " ", "a  b"]
-    assert text_metrics(["exact_match"], outputs, references) == {"exact_match": 2 / 4}
+    assert text_metrics(["exact_match"], outputs, examples(references)) == {"exact_match": 2 / 4}
 
 
 def test_exact_match_is_without_the_opening_of_a_think_block():
     """The prompts of some reasoning models open the block, and then outputs begin inside it."""
     outputs = ["add\n</think>\n\nfour", "<think>\nadd\n</think>\n\nfour", "</think>four"]
-    assert text_metrics(["exact_match"], outputs, ["<think>\nadd\n</think>\n\nfour"] * 3) == {"exact_match": 2 / 3}
+    reference = "<think>\nadd\n</think>\n\nfour"
+    assert text_metrics(["exact_match"], outputs, examples([reference] * 3)) == {"exact_match": 2 / 3}
+
+
+def test_correct_is_what_the_task_accepts():
+    judge = Example("p", "four", is_right=lambda output: output in ("four", "4"))
+    assert text_metrics(["correct", "exact_match"], [" 4\n", "five", "four"], [judge] * 3) == {
+        "correct": 2 / 3,
+        "exact_match": 1 / 3,
+    }
+    check_references(["correct"], [judge])
+    with pytest.raises(ValueError, match=r"^metrics: correct needs prompts that judge .* such as .*tasks\.bfcl"):
+        check_references(["correct"], [judge, *examples(["four"])])
 
 
 def test_metrics_need_references():
     with pytest.raises(ValueError, match="metrics: bleu, rouge1 needs references, and prompt 2 of 3 has none"):
         check_references(["bleu", "rouge1"], [Example("p", response) for response in ["a", None, None]])
-    check_references(list(get_args(Metric)), [Example("p", ""), Example("q", "r")])
+    check_references([name for name in get_args(Metric) if name != "correct"], [Example("p", ""), Example("q", "r")])
     check_references([], [Example("p")])
