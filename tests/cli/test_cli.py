@@ -167,7 +167,7 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         ("cat quickstart/finetun", "Nearest: quickstart/finetune"),
         ("cat quickstart/finetune batch_size", "override: 'batch_size'"),
         ("cp quickstart/finetun mine.yaml", "Nearest: quickstart/finetune"),
-        ("export nowhere out", "export: 'nowhere' holds no readable config.json"),
+        ("export nowhere out", "export: 'nowhere' is no folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_1(args, message, layerskip):

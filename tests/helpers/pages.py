@@ -47,7 +47,7 @@ def commands(pages: Iterable[str] = PAGES) -> dict[str, list[str]]:
                 for part in line.split("&&"):
                     command = re.sub(r"^(\s*[A-Z_]+=\S+)+ ", "", part).strip()
                     if command and not command.startswith("#"):
-                        found.setdefault(command, shlex.split(command))
+                        found.setdefault(command, shlex.split(command, comments=True))
     return found
 
 

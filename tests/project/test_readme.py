@@ -37,6 +37,9 @@ ELSEWHERE = (
     "tune run layerskip_serve",  # tests/serving asks a server what the page asks
     "curl http://localhost:8000",
     "python tools/gpu_wheels",
+    "python convert_hf_to_gguf",  # of llama.cpp
+    "llama-server",
+    "python -m vllm",
     "python tools/server_speed",  # of a running server
 )
 TUNE_RUN = {line: words for line, words in commands().items() if words[:2] == ["tune", "run"]}

@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers.configs import HF_CONFIG, MODEL
 from helpers.hf_folders import model_with_tokenizer
-from omegaconf import DictConfig
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.config import FinetuneConfig
@@ -73,13 +72,16 @@ def test_a_plan_and_how_many_ranks_share_a_matrix(processes, keys, sizes, sizes_
 
 def test_all_processes_take_what_rank_zero_chose(finetune, monkeypatch):
     """Each may have found another amount of free memory."""
-    source = load_config(str(finetune()), ["device=cpu", "batch_size=7"])
     monkeypatch.setattr(
         "layerskip_recipes.training.recipe.from_rank_zero",
-        lambda value: source if isinstance(value, DictConfig) else value,
+        lambda value: value | {"batch_size": 7} if isinstance(value, dict) and "batch_size" in value else value,
     )
     monkeypatch.setattr("layerskip_recipes.training.recipe.is_rank_zero", lambda: False)
-    assert LayerSkipFinetune(load_config(str(finetune()), ["device=cpu", "batch_size=8"])).cfg.batch_size == 7
+    sizes = [
+        LayerSkipFinetune(load_config(str(finetune()), ["device=cpu", f"batch_size={given}"])).cfg.batch_size
+        for given in ("auto", 8)
+    ]
+    assert sizes == [7, 8]  # what is given stays
 
 
 def test_processes_do_not_share_one_device(finetune, monkeypatch):
