@@ -40,6 +40,7 @@ ELSEWHERE = (
     "python convert_hf_to_gguf",  # of llama.cpp
     "llama-server",
     "python -m vllm",
+    "python tools/transformers_speed.py exported --draft",  # of a model with a chat template
     "python tools/server_speed",  # of a running server
 )
 TUNE_RUN = {line: words for line, words in commands().items() if words[:2] == ["tune", "run"]}
@@ -230,7 +231,7 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "tokenizer.max_seq_len": 64,
             "model.lora.quantize_base": False,  # the tiny model's matrices are too small for 4 bits
         }
-        changes |= {key: value for key, value in smaller.items() if OmegaConf.select(cfg, key) is not None}
+        changes |= {key: value for key, value in smaller.items() if OmegaConf.select(cfg, key) not in (None, "auto")}
         of_command = OmegaConf.select(cfg, "dataset.path") == "answers.jsonl"  # written by the command before
         if cfg.get("data_dir") is not None or of_command:  # the workplace has its files
             changes.pop("dataset"), changes.pop("dataset_val", None)
