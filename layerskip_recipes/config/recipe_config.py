@@ -156,7 +156,8 @@ class RecipeConfig(Section):
     @property
     def values(self) -> dict[str, Any]:
         """The values of all keys that may be `auto`, by dotted key."""
-        return {key: Choices(self).value(key) for key in self._asked}
+        choices = Choices(self)
+        return {key: choices.value(key) for key in self._asked}
 
     def check_together(self) -> Iterator[str]:
         """Yield a message for each conflict between keys. Each recipe has its own checks."""
