@@ -13,7 +13,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.prefill import common_start
+from layerskip_recipes.generation.prefill import reads_in_cpp
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text.text_stream import TextStream
@@ -209,7 +209,8 @@ def prepare(
         longest = min(drafts.num_speculations, max_generated_tokens - 2)
         rule = kept_rule(model, (drafts.settings, longest, len(prompts), compile))
     # C++ computes the same keys and values however the prompts are split, so later prompts can reuse them.
-    keeps_cache = choice is not None and compile and len(prompts) == 1 and common_start(prompts) > 0
+    alone = choice is not None and compile and len(prompts) == 1
+    keeps_cache = alone and reads_in_cpp(model.tok_embeddings.weight.dtype, len(prompts[0]))
     generation = Generation(
         model,
         prompts,

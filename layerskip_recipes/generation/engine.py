@@ -138,7 +138,7 @@ class Generation:
         if speculation is not None:
             rule = rule or DraftRule(measure=False)
             self.decoding = DraftedDecoding(self.context, speculation, self.rows.texts, rule)
-        self.common = common_start(self.rows.prompts) if self.context.has_cpp else 0
+        self.common = common_start(self.rows.prompts, self.context.dtype) if self.context.has_cpp else 0
         self.choose_token = Step(self.context, choose_token, layers=False)
         self.accounts = Accounts(
             self.context, self.rows, self.exit_layer, None if speculation is None else speculation.exit_layer

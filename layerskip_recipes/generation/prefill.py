@@ -12,24 +12,23 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 from layerskip_recipes.model.kv_cache import causal_mask
 
 CHUNK = 512  # tokens per pass behind cached tokens, which limits the size of the mask
-SHORT = 128  # up to this length C++ is faster than torch; also the size of its chunks
+CPP_CHUNK = 128  # tokens per pass in C++
 
 
-def reads_in_cpp(context: StepContext, tokens: int) -> bool:
-    """Whether C++ reads a text of this length: a short text, or any bf16 text on a CPU where torch is slow in bf16.
+def reads_in_cpp(dtype: torch.dtype, tokens: int) -> bool:
+    """Whether the C++ of a generation reads a text of this length. On a CPU with tiles for bf16 (AMX), torch is faster.
 
-    This must not depend on the other rows: torch rounds bf16 differently, and a row must get the same tokens as alone.
+    This must not depend on the other rows: torch rounds otherwise, and a row must get the same tokens as alone.
     """
-    slow = context.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return context.has_cpp and (slow or tokens <= SHORT)
+    return tokens <= CPP_CHUNK or dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
 
 
-def common_start(prompts: Sequence[Sequence[int]]) -> int:
+def common_start(prompts: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
     """How many first tokens all prompts share, such as the header of a chat template. C++ reads them only once.
 
     0 if torch would read one of the prompts, since its rounding depends on what it reads at once.
     """
-    if max(map(len, prompts)) > SHORT:
+    if not reads_in_cpp(dtype, max(map(len, prompts))):
         return 0
     first, last = min(map(list, prompts)), max(map(list, prompts))  # in lexicographic order
     return min(common_length(first, last), min(map(len, prompts)) - 1)
@@ -65,11 +64,11 @@ def _groups(context: StepContext, lengths: Sequence[int], depth: int) -> list[tu
     one at a time.
     """
     everything = [*range(len(lengths))]
-    short = [i for i in everything if reads_in_cpp(context, lengths[i])]
-    if not context.has_cpp or (short and not context.load_cpp(depth)):
+    in_cpp = [i for i in everything if context.has_cpp and reads_in_cpp(context.dtype, lengths[i])]
+    if not context.has_cpp or (in_cpp and not context.load_cpp(depth)):
         return [(everything, False)]
     context.allocate(depth)
-    return [(short, True)] * bool(short) + [([i], False) for i in everything if i not in short]
+    return [(in_cpp, True)] * bool(in_cpp) + [([i], False) for i in everything if i not in in_cpp]
 
 
 def _read_together(
@@ -80,7 +79,7 @@ def _read_together(
     tokens = on_device([[*text, *[0] * (width - len(text))] for text in texts], device)
     last = on_device([len(text) - 1 for text in texts], device)
     at_once = not in_cpp and reused == 0 and all(is_plain_attention(layer) for layer in context.model.layers)
-    size = width if at_once else SHORT if in_cpp else CHUNK
+    size = width if at_once else CPP_CHUNK if in_cpp else CHUNK
     row_indices = torch.arange(len(texts), device=device)
     final: Any = None
     # An adapter reads the previous token's state. The first token has none, and the states of reused tokens are not

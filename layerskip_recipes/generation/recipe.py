@@ -77,7 +77,7 @@ class LayerSkipGenerate:
             log.warning("skipped: %s", error)
         self.batch_size = min(cfg.batch_size, len(self.good) or 1)
         # The beginning that all prompts share stays in the caches, for plain decoding and for drafts.
-        self.common = common_start([self.prompt_tokens[i] for i in self.good]) if self.good else 0
+        self.common = common_start([self.prompt_tokens[i] for i in self.good], self.dtype) if self.good else 0
         self.caches: dict[bool, DecodingCache] = {}
         # Choose how to draft, and the size of the cache.
         self.cfg, choice = self._choose()

@@ -17,7 +17,7 @@ from torchtune.data import Message
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.rule import DraftRule
-from layerskip_recipes.generation.prefill import common_start
+from layerskip_recipes.generation.prefill import reads_in_cpp
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.generation.text.prompts import to_tokens
 from layerskip_recipes.generation.text.text_stream import TextStream
@@ -93,7 +93,7 @@ class LayerSkipServe(LayerSkipGenerate):
         text = TextStream(self.tokenizer, self.stop_tokens, strings, goes_on)
         # Reuse the beginning of the last prompt, where `generate` does.
         cache, reserve = self.caches.pop(False, None), self._reserve(len(prompt) + limit)
-        if cache is not None and not common_start([prompt]):
+        if cache is not None and not reads_in_cpp(self.dtype, len(prompt)):
             cache.keep_first(0)
         generation = self._generation([prompt], limit, sampler=sampler, cache=cache, reserve=reserve)
         if generation.context.has_cpp:

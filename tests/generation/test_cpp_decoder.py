@@ -138,8 +138,8 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
     model, texts = make(family, precision), [texts_of(1, length)[0] for length in (30, 19)]
     drafter = None if draft is None else Draft(model, draft, 1).requires_grad_(False).eval().decoder(model)
     parts, near = ({}, 1e-5) if precision == "fp32" else ({"reused": 3}, 3e-2)
-    monkeypatch.setattr(prefill, "SHORT", 30 if precision == "fp32" else 7)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(prefill, "CPP_CHUNK", 30 if precision == "fp32" else 7)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     read = []
     for compiled in (None, CompiledSteps(CPU)):
         cache = DecodingCache(model, 2, 64, 0 if drafter is None else len(drafter.own_layers))
@@ -148,7 +148,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
             if parts:
                 read_texts(StepContext(model, cache, Sampler(), draft_model=drafter), [text[:3] for text in texts], L)
             if compiled is not None:
-                assert reads_in_cpp(context, 30)
+                assert reads_in_cpp(context.dtype, 30)
                 context.load_cpp(L)
                 patched.setattr(LayerSkipDecoder, "forward", None)  # torch reads nothing
             read.append([read_texts(context, texts, L, **parts)])
@@ -160,11 +160,11 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
 
 
 @pytest.mark.parametrize("variant", [None, "chain"])
-@pytest.mark.parametrize("vectors", ["AVX2", "AVX512"])
-def test_rows_are_read_in_bf16_as_they_are_alone(vectors, variant, monkeypatch):
+@pytest.mark.parametrize("tiles", [False, True])
+def test_rows_are_read_in_bf16_as_they_are_alone(tiles, variant, monkeypatch):
     """Texts that C++ reads beside texts that torch may read, all at a time and in two rows one after the other."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
-    monkeypatch.setattr(prefill, "SHORT", 8)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
     model, texts = talking("bf16"), texts_of(6, 40)
     speculation = variant and speculation_of(variant, model)
     prompts = [text[:length] for text, length in zip(texts, (5, 30, 8, 9, 40, 3), strict=True)]
@@ -191,7 +191,8 @@ def test_a_first_token_is_chosen_in_cpp_also_where_torch_reads_the_text(monkeypa
         return whole(self, *args)
 
     monkeypatch.setattr(Generation, "_first_tokens", noted)
-    monkeypatch.setattr(prefill, "SHORT", 8)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
     run(talking("bf16"), texts_of(2, 40), 2)
     assert seen == [True]
 

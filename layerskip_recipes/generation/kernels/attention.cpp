@@ -75,7 +75,7 @@ void attention_over(
   const int64_t h = keys.size(1), d = keys.size(3), queries = heads / h * s;
   const int64_t length = (slots + LANES - 1) / LANES * LANES;
   // Threads also share the queries of a head, in equal blocks: with three heads one of two threads would wait.
-  const int64_t blocks = (queries + QUERIES - 1) / QUERIES, size = (queries + blocks - 1) / blocks;
+  const int64_t size = equal_block(queries, QUERIES), blocks = (queries + size - 1) / size;
   // `count` blocks of queries of one head, from number `first` on.
   const auto attend = [&](int64_t row, int64_t head, int64_t first, int64_t count) {
     const int64_t n = std::min(count * size, queries - first), from = (row * heads * s + head * queries + first) * d;

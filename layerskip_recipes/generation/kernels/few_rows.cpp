@@ -24,7 +24,7 @@ using Vector = at::vec::Vectorized<float>;
 constexpr int LANES = Vector::size();
 // Accumulators, and the most rows of x per block: weights stream from memory once per block. `write` takes GROUP sums.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int SUMS = 27, BLOCK = 10, GROUP = LANES;  // of 32 registers; 13 rows per block overflow an L1 cache of 32 kB
+constexpr int SUMS = 27, BLOCK = 10, GROUP = LANES;  // of 32 registers
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int SUMS = 12, BLOCK = 6, GROUP = 4;  // of 16 registers
 #else
@@ -34,8 +34,10 @@ constexpr int SUMS = LANES, BLOCK = std::min(8, LANES), GROUP = LANES;
 constexpr int tile_rows(int m) { return (m <= 8 ? std::min(SUMS, 16) : SUMS) / m; }
 template <int COUNT>
 using Totals = std::array<Vector, (COUNT + GROUP - 1) / GROUP * GROUP>;
-constexpr int WIDE = 32768;  // bytes of x that stay in the L1 cache while weights stream past
-constexpr int PIECE = 4096;  // bytes of a row of x per pass where x is wider
+constexpr int IN_L1 = 28000;  // bytes of x that stay in the L1 cache while weights stream past
+constexpr int FEWEST_ROWS = std::min(4, BLOCK);  // of wide x; with less, the weights stream too often
+constexpr int IN_L2 = 131072;  // bytes of weights that stay in the L2 cache for all blocks of x
+constexpr int APART = 64;  // bytes between rows of x: rows a power of two apart would share few places of the L1 cache
 constexpr double SLOWEST = 4e9;  // bytes read, and products, per second on the slowest machine
 constexpr int FEWEST_ALONE = 16, MOST_ALONE = 65536;  // single-threaded calls after a late one
 constexpr int AHEAD = 8192;  // prefetch distance in each row of W, in bytes
@@ -255,20 +257,6 @@ void block(int64_t rows, const X* x, const W* w, float* y, int64_t k, int64_t co
   }
   constexpr int N = tile_rows(M);
   int64_t n = 0;
-  // One piece of the rows of x by all tiles, then the next piece; summed in the order of `tile`.
-  if (M * k * static_cast<int64_t>(sizeof(X)) > WIDE) {
-    constexpr int64_t COLUMNS = PIECE / sizeof(X);
-    const int64_t tiles = columns / N, size = N * k;
-    std::vector<Totals<M * N>> totals(tiles, zeros<M * N>());
-    for (int64_t i = 0; i < k; i += COLUMNS)
-      for (int64_t t = 0; t < tiles; t++) {
-        Totals<M * N> total = totals[t];
-        const int64_t count = std::min(COLUMNS, k - i), ahead = size * static_cast<int64_t>(sizeof(W));
-        add<M, N>(x + i, w + t * size + i, count, k, step, ahead, false, total);
-        totals[t] = total;
-      }
-    for (; n < tiles * N; n += N) write<M, N>(totals[n / N], y + n, stride);
-  }
   // A single row of x takes few rows of w at a time: memory streams slower from 16 places at once. Of int8, converting
   // takes longer than reading.
   if (M == 1 && ROW_BY_ROW && !std::is_same_v<W, int8_t>)
@@ -276,6 +264,12 @@ void block(int64_t rows, const X* x, const W* w, float* y, int64_t k, int64_t co
   else
     for (; n + N <= columns; n += N) tile<M, N, M == 1 ? std::min(4, N) : N>(x, w + n * k, y + n, k, step, stride);
   for (; n < columns; n++) tile<M, 1, 1>(x, w + n * k, y + n, k, step, stride);
+}
+
+// The size of the fewest equal blocks of m rows that have at most `most` rows.
+int64_t equal_block(int64_t m, int64_t most) {
+  const int64_t blocks = (m + most - 1) / most;
+  return (m + blocks - 1) / blocks;
 }
 
 // f(first, end) for parts of [0, n) of at least `grain`, on all threads. A thread whose core runs another program may
@@ -303,16 +297,19 @@ struct Linear {
   int64_t columns() const { return weight.size(0); }
   explicit operator bool() const { return weight.defined(); }
 
-  // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time; x in bf16 needs weights in bf16.
+  // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time, for blocks of `size` rows of x, with
+  // row stride `step`; x in bf16 needs weights in bf16.
   template <typename X>
-  void operator()(const X* x, float* y, int64_t m, int64_t stride, int64_t first, int64_t end, int64_t grain) const {
-    const int64_t k = weight.size(1), blocks = (m + BLOCK - 1) / BLOCK, size = (m + blocks - 1) / blocks;
+  void operator()(
+      const X* x, int64_t step, float* y, int64_t m, int64_t size, int64_t stride, int64_t first, int64_t end,
+      int64_t grain) const {
+    const int64_t k = weight.size(1);
     const auto multiply_by = [&](const auto* w) {
       for (int64_t at = first; at < end; at += grain)
         for (int64_t row = 0; row < m; row += size)
           block<BLOCK>(
-              std::min(size, m - row), x + row * k, w + at * k, y + row * stride + at, k, std::min(grain, end - at), k,
-              stride);
+              std::min(size, m - row), x + row * step, w + at * k, y + row * stride + at, k, std::min(grain, end - at),
+              step, stride);
     };
     if constexpr (std::is_same_v<X, at::BFloat16>)
       multiply_by(weight.const_data_ptr<at::BFloat16>());
@@ -334,40 +331,50 @@ struct Linear {
   }
 };
 
+// The rows of x [m, k] with stride `step`, as X; until the next call in this thread.
+template <typename X>
+const X* rows_as(const float* x, int64_t m, int64_t k, int64_t step) {
+  static thread_local at::Tensor rows;  // kept: every product needs it
+  if (!rows.defined() || rows.numel() < m * step) rows = at::empty({m * step}, c10::CppTypeToScalarType<X>::value);
+  X* const to = rows.mutable_data_ptr<X>();  // at the start of a cache line
+  for (int64_t row = 0; row < m; row++) at::vec::convert(x + row * k, to + row * step, k);
+  return to;
+}
+
 // x [m, k] by each of `linears` [n_i, k] -> y [m, n_0 + n_1 + ..], the products side by side.
 template <bool bf16_products = BF16_PRODUCTS>
 void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> linears, float* y) {
   const at::Tensor& any = (*linears.begin())->weight;
-  const int64_t k = any.size(1);
+  const int64_t k = any.size(1), bytes = k * static_cast<int64_t>(any.element_size());
   int64_t n = 0;
   for (const Linear* linear : linears) n += linear->columns();
-  // A thread pays off from 32 or 64 kB of weights, which stay in its cache for all rows of x. A grain is a number of
-  // whole tiles, but for a single row wide weights stream best column by column.
-  const int64_t bytes = k * static_cast<int64_t>(any.element_size());
-  const int64_t fit = (m < 4 ? 65536 : 32768) / bytes;
-  const int64_t blocks = (m + BLOCK - 1) / BLOCK, tile = tile_rows((m + blocks - 1) / blocks);
-  const int64_t grain = m == 1 && fit < tile ? std::max<int64_t>(fit, 1) : std::max<int64_t>(fit / tile, 1) * tile;
-  const double bytes_read = static_cast<double>(n * bytes), products = static_cast<double>(m * n * k);
-  const auto multiply_by = [&](const auto* x) {
-    in_parallel(n, grain, bytes_read, products, [&](int64_t first, int64_t end) {
+  const auto multiply_by = [&](const auto* x, int64_t step) {
+    const int64_t fit = IN_L1 / (k * static_cast<int64_t>(sizeof(*x)));
+    const int64_t size = equal_block(m, std::clamp<int64_t>(fit, FEWEST_ROWS, BLOCK)), tile = tile_rows(size);
+    // Whole tiles of about so many bytes. For a single row wide weights stream best column by column.
+    const auto columns = [&](int64_t of_bytes) {
+      const int64_t whole = std::max<int64_t>(of_bytes / bytes / tile, 1) * tile;
+      return m == 1 ? std::max<int64_t>(std::min(of_bytes / bytes, whole), 1) : whole;
+    };
+    // A thread pays off from 32 or 64 kB of weights.
+    const int64_t least = columns(m < 4 ? 65536 : 32768), grain = m > size ? columns(IN_L2) : least;
+    const double bytes_read = static_cast<double>(n * bytes), products = static_cast<double>(m * n * k);
+    in_parallel(n, least, bytes_read, products, [&](int64_t first, int64_t end) {
       int64_t offset = 0;  // the matrix's first column in y
       for (const Linear* linear : linears) {
         const int64_t from = std::max(first, offset) - offset, last = std::min(end - offset, linear->columns());
-        (*linear)(x, y + offset, m, n, from, last, grain);
+        (*linear)(x, step, y + offset, m, size, n, from, last, grain);
         offset += linear->columns();
       }
     });
   };
   if constexpr (bf16_products) {
     const auto is_bf16 = [](const Linear* linear) { return linear->weight.scalar_type() == at::kBFloat16; };
-    if (std::all_of(linears.begin(), linears.end(), is_bf16)) {
-      static thread_local std::vector<at::BFloat16> rounded;  // kept: every product needs it
-      if (static_cast<int64_t>(rounded.size()) < m * k) rounded.resize(m * k);
-      at::vec::convert(x, rounded.data(), m * k);
-      return multiply_by(std::as_const(rounded).data());
-    }
+    if (std::all_of(linears.begin(), linears.end(), is_bf16))
+      return multiply_by(rows_as<at::BFloat16>(x, m, k, k + APART / 2), k + APART / 2);
   }
-  multiply_by(x);
+  if (m == 1) return multiply_by(x, k);
+  multiply_by(rows_as<float>(x, m, k, k + APART / 4), k + APART / 4);
 }
 
 }  // namespace
