@@ -130,7 +130,7 @@ def environment(place: Place) -> None:
     place.record(row)
     started = time.perf_counter()
     small = [*TINY_QUICKSTART, f"output_dir={place.work / 'small'}"]
-    data = [*(TINY_DATA if place.tiny else ["max_steps_per_epoch=50"]), "early_exit_loss.layers=0"]
+    data = [*(TINY_DATA if place.tiny else ["max_steps_per_epoch=50"]), "early_exit_loss.exits=1"]
     run_recipe(place, "layerskip_finetune", "quickstart/finetune", *small, *data)
     small += ["self_speculation.exit_layer=1", f"compile={str(place.cuda).lower()}"]
     small += ["max_new_tokens=8", "prompts.count=1"] if place.tiny else []

@@ -53,7 +53,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def training_cost(report: Report) -> list[str]:
     rows = [[name, f"{row['seconds']:.3f}", f"{row['peak_gb']:.2f}"] for name, row in report["figures"].items()]
     ratios = [f"- {name}: {ratio:.2f}" for name, ratio in report["ratios"].items()]
-    head = f"{report['batch']} x {report['seq_len']} random tokens, exits of layers {report['layers']} and the last.\n"
+    head = f"{report['batch']} x {report['seq_len']} random tokens, exits {report['exits']} and the last.\n"
     return [head, *table(["method", "s / step", "peak GiB"], rows), "", *ratios]
 
 

@@ -1,10 +1,10 @@
 """Time and peak memory of a training step, ours and torchtune's.
 
-    python tools/training_cost.py CONFIG [key=value ...] [--batch 2] [--seq-len 512] [--layers 0::4] [--prob 0.5]
+    python tools/training_cost.py CONFIG [key=value ...] [--batch 2] [--seq-len 512] [--exits 4::4] [--prob 0.5]
 
 Each method runs in its own process, to measure its own peak memory. The methods take turns; the report has medians. A
 step is forward and backward on random tokens, keeping gradients, without an optimizer or activation offloading. Every
-step trains the exits of --layers; of the section `early_exit_loss` only chunk_tokens matters.
+step trains the exits of --exits; of the section `early_exit_loss` only chunk_tokens matters.
 The last line of the output is the report as JSON.
 """
 
@@ -23,7 +23,7 @@ from torchtune.modules.early_exit_loss import early_exit_loss, sum_l_loss_scale
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from layerskip_recipes.checkpoint.weights import initialise
-from layerskip_recipes.config.layer_strings import select_layers
+from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.schema import Fraction, PositiveInt, check
 from layerskip_recipes.errors import ConfigError
@@ -42,9 +42,9 @@ LIGER = "liger"  # not in METHODS, as it needs a GPU and an optional package
 LossOfStep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens, labels) [b, s] -> the loss
 
 
-def our_loss(model: Any, layers: str, compiled: bool, chunks: Mapping[str, Any]) -> LossOfStep:
-    """Our early-exit loss on these layers at each step. With only the last layer it is the plain loss."""
-    loss = EarlyExitLoss(curriculum=None, layers=layers, **chunks)
+def our_loss(model: Any, exits: str, compiled: bool, chunks: Mapping[str, Any]) -> LossOfStep:
+    """Our early-exit loss of these exits at each step. With only the last exit it is the plain loss."""
+    loss = EarlyExitLoss(curriculum=None, exits=exits, **chunks)
     if compiled:
         loss.chunk_loss = chunked_loss.compiled(loss.chunk_loss)
 
@@ -62,10 +62,10 @@ def torchtune_loss(model: Any) -> LossOfStep:
     return lambda tokens, labels: loss(model(tokens), labels)
 
 
-def torchtune_early_exit_loss(model: Any, layers: str) -> LossOfStep:
+def torchtune_early_exit_loss(model: Any, exits: str) -> LossOfStep:
     """The loss of `early_exit_finetune_distributed`, which runs the head on a stack of all exits."""
-    loss, chosen = torch.nn.CrossEntropyLoss(), select_layers(layers, len(model.layers))
-    model.output_hidden_states = [layer for layer, on in enumerate(chosen) if on]
+    loss, depth = torch.nn.CrossEntropyLoss(), len(model.layers)
+    model.output_hidden_states = [exit_layer - 1 for exit_layer in select_exits(exits, depth)]
 
     def step(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         *hidden, _ = model(tokens)  # the recipe throws the last layer's logits away
@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if method == "ours, one layer":
         model.layers = model.layers[:1]
     depth = model.num_layers
-    exits, last = f"{args.layers},{depth - 1}", str(depth - 1)
+    exits, last = f"{args.exits},{depth}", str(depth)
     compiled = cfg.compile
     chunks: dict[str, Any] = {"chunk_tokens": cfg.early_exit_loss.chunk_tokens} if cfg.early_exit_loss else {}
     if compiled:
@@ -151,7 +151,7 @@ def measure_in_process(method: str, arguments: list[str]) -> dict[str, Any]:
 def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     """Measure all methods in turns. Returns medians and ratios."""
     depth = FinetuneConfig.load(load_config(args.config, args.overrides)).num_layers
-    select_layers(args.layers, depth, key="--layers")
+    select_exits(args.exits, depth, key="--exits")
     runs: dict[str, list[dict]] = {method: [] for method in METHODS}
     for _ in range(args.repeats):
         for method in METHODS:
@@ -181,14 +181,12 @@ def compare(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
         "ratios": ratios,
         "batch": args.batch,
         "seq_len": args.seq_len,
-        "layers": args.layers,
+        "exits": args.exits,
     }
 
 
 def print_report(name: str, report: Mapping[str, Any]) -> None:
-    print(
-        f"{name}: batch {report['batch']} x {report['seq_len']} tokens, exits of layers {report['layers']} and the last"
-    )
+    print(f"{name}: batch {report['batch']} x {report['seq_len']} tokens, exits {report['exits']} and the last")
     print(f"{'method':<18}{'s / step':>10}{'peak GiB':>10}{'start GiB':>10}")
     for method, row in report["figures"].items():
         print(f"{method:<18}{row['seconds']:>10.3f}{row['peak_gb']:>10.2f}{row['before_gb']:>10.2f}")
@@ -205,7 +203,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps in each process after a first one (default 2)")
     parser.add_argument("--batch", type=int, default=2, help="rows (default 2)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
-    parser.add_argument("--layers", default="0::4", help='layers with a loss beside the last (default "0::4")')
+    parser.add_argument("--exits", default="4::4", help='exits with a loss beside the last (default "4::4")')
     parser.add_argument("--prob", type=float, default=0.5, help="layer dropout in its own method (default 0.5)")
     parser.add_argument("--method", choices=(*METHODS, LIGER), help="measure one method in this process")
     args = parser.parse_intermixed_args(arguments)

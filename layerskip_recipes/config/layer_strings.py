@@ -1,41 +1,50 @@
-"""Layer selections: numpy-style strings such as ":", "0::4" or "8,12,16"."""
+"""Selections of layers (from 0) and of exits (from 1): strings such as ":", "1::4" or "8,12,16"."""
 
 from collections.abc import Sequence
 
 from layerskip_recipes.errors import ConfigError
 
+Selection = str | int | Sequence[int]
 
-def select_layers(layers: str | int | Sequence[int], num_layers: int, key: str = "layers") -> list[bool]:
+
+def select_layers(layers: Selection, num_layers: int, key: str = "layers") -> list[bool]:
     """One flag per layer. `layers`: comma-separated indices and slices ("2:6,-1"), one index, or several indices."""
+    allowed = f'indices 0..{num_layers - 1} and slices, for example ":", "0::4", "1,3"'
+    chosen = _select(layers, 0, num_layers, key, allowed)
+    return [layer in chosen for layer in range(num_layers)]
+
+
+def select_exits(exits: Selection, num_layers: int, key: str = "exits") -> list[int]:
+    """The chosen exits, in order. `exits` is like `layers` above, but its numbers are 1..L; exit E runs E layers."""
+    allowed = f'exits 1..{num_layers} and slices, for example ":", "4::4", "2,4"'
+    return sorted(_select(exits, 1, num_layers, key, allowed))
+
+
+def _select(selection: Selection, first: int, count: int, key: str, allowed: str) -> set[int]:
+    """Choose of the numbers first .. first + count - 1, as Python's indices and slices do."""
 
     def wrong(why: str) -> ValueError:
-        return ConfigError(
-            f'{key}: {layers!r} {why}. Allowed: indices 0..{num_layers - 1} and slices, for example ":", "0::4", "1,3"'
-        )
+        return ConfigError(f"{key}: {selection!r} {why}. Allowed: {allowed}")
 
-    parts = str(layers).split(",") if isinstance(layers, str | int) else layers
-    every = range(num_layers)
+    parts = str(selection).split(",") if isinstance(selection, str | int) else selection
+    numbers = range(first + count)
     chosen: set[int] = set()
     try:
         for part in map(str, parts):
             bounds = [int(text) if text.strip() else None for text in part.split(":")]
             # Python clips slice bounds silently.
-            if any(bound is not None and not -num_layers <= bound <= num_layers for bound in bounds[:2]):
+            if any(bound is not None and not -count <= bound <= len(numbers) for bound in bounds[:2]):
                 raise IndexError
-            if len(bounds) > 1:
-                chosen.update(every[slice(*bounds)])
+            if len(bounds) == 1:
+                chosen.add(numbers[int(part)])
             else:
-                chosen.add(every[int(part)])
+                chosen.update(numbers[slice(first if bounds[0] is None else bounds[0], *bounds[1:])])
     except IndexError:
-        raise wrong(f"goes beyond the model's {num_layers} layers") from None
+        raise wrong(f"goes beyond the model's {count} layers") from None
     except (TypeError, ValueError):
-        raise wrong("is not a layer selection") from None
+        raise wrong("is no such selection") from None
+    if min(chosen, default=first) < first:
+        raise wrong("has a number below 1")
     if not chosen:
-        raise wrong("selects no layer")
-    return [layer in chosen for layer in range(num_layers)]
-
-
-def select_exits(layers: str | int | Sequence[int], num_layers: int, key: str = "layers") -> list[int]:
-    """The sorted exits of the selected layers, plus the last exit; layer l is exit l + 1."""
-    chosen = select_layers(layers, num_layers, key=key)
-    return sorted({layer + 1 for layer, on in enumerate(chosen) if on} | {num_layers})
+        raise wrong("selects nothing")
+    return chosen

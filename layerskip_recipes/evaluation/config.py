@@ -12,7 +12,7 @@ from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.config.schema import Auto, Flag, Layers, Picture, PositiveInt, Text
+from layerskip_recipes.config.schema import Auto, Exits, Flag, Picture, PositiveInt, Text
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import GenerateConfig, check_exit_or_drafts
@@ -41,7 +41,7 @@ class EvalConfig(RecipeConfig):
         "human_eval": "HumanEval is one of lm-eval's tasks: tasks=[humaneval] confirm_run_unsafe_code=true",
     }
     REQUIRES: ClassVar = {
-        "dataset": ("collate_fn", "max_batches", "layers", "num_speculations"),
+        "dataset": ("collate_fn", "max_batches", "exits", "num_speculations"),
         "tasks": (
             *("task_path", "num_fewshot", "limit", "apply_chat_template", "confirm_run_unsafe_code", "exit_layer"),
             *("self_speculation", "max_new_tokens"),
@@ -59,8 +59,8 @@ class EvalConfig(RecipeConfig):
     """The function that makes a batch of samples; null is `torchtune.data.padded_collate_sft`."""
     max_batches: PositiveInt | None = None
     """Use only the first `max_batches` batches of the dataset; null for all."""
-    layers: Layers | None = None
-    """The layers to measure as exits, such as "0::4" or "3,7"; null for all. The last exit is always measured."""
+    exits: Exits | None = None
+    """The exits to measure, such as "4::4" or "4,8"; null for all. The last one is always measured."""
     num_speculations: Annotated[int, Field(ge=1, examples=[6])] = 6
     """The draft length for the expected number of accepted tokens per round."""
     picture: Picture | None = None
@@ -114,7 +114,7 @@ class EvalConfig(RecipeConfig):
             yield from mistakes_of(other.checkpointer.check)
             yield from (f"compare.{name}: {mistake}" for mistake in mistakes_of(check_checkpointer, other))
         model = layerskip_decoder(self.meta_model)
-        yield from mistakes_of(select_exits, self.layers or ":", model.num_layers, key="layers")
+        yield from mistakes_of(select_exits, self.exits or ":", model.num_layers)
         yield from mistakes_of(check_exit_or_drafts, self, model)
 
     def checkpoints(self) -> dict[str, Self]:

@@ -122,7 +122,7 @@ class LayerSkipEval:
         """The quality by exit; also prints it as a table."""
         cfg, model = self.cfg, self.model
         draft_length = cfg.num_speculations
-        exits = select_exits(cfg.layers or ":", model.num_layers, key="layers")
+        exits = sorted({*select_exits(cfg.exits or ":", model.num_layers), model.num_layers})
         with tqdm(self.batches, total=self.total, desc=name) as batches:
             limited = islice(batches, self.total)
             options: dict[str, Any] = {"num_speculations": draft_length, "generated": self.replies.generated}

@@ -85,8 +85,8 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         if choices.pick("optimizer.lr", lambda: rate) is None:
             raise ConfigError(refusal("optimizer.lr", None, Annotated[float, Auto()]))
     if cfg.early_exit_loss is not None:
-        layer = usual_exit(cfg.num_layers) - 1
-        choices.pick("early_exit_loss.layers", lambda: ":" if cfg.early_exit_loss.curriculum else str(layer))
+        usual = str(usual_exit(cfg.num_layers))
+        choices.pick("early_exit_loss.exits", lambda: ":" if cfg.early_exit_loss.curriculum else usual)
         # The paper's R for 16 and 32 layers; in deeper models, two exits and the last layer have a loss at each step.
         choices.pick("early_exit_loss.interval", lambda: 8 if cfg.num_layers <= 32 else cfg.num_layers // 2)
 

@@ -17,9 +17,9 @@ from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import (
     Auto,
+    Exits,
     Flag,
     Fraction,
-    Layers,
     PositiveInt,
     Text,
     check,
@@ -58,7 +58,7 @@ class FinetuneConfig(RecipeConfig):
         "quantizer": "it is for quantisation-aware training",
     }
     REQUIRES: ClassVar = {
-        "dataset_val": ("run_val_every_n_steps", "max_batches_val", "layers_val"),
+        "dataset_val": ("run_val_every_n_steps", "max_batches_val", "exits_val"),
         "save_every_n_steps": ("enable_async_checkpointing",),
         "ac_mode": ("ac_option",),
         "tensor_parallel_dim": ("tensor_parallel_plan",),
@@ -156,9 +156,8 @@ class FinetuneConfig(RecipeConfig):
     """Number of steps between further measurements of `dataset_val`."""
     max_batches_val: Annotated[int, Field(ge=1, examples=[50])] | None = None
     """At most this many batches of `dataset_val` per process."""
-    layers_val: Layers | None = None
-    """The layers whose exits are measured; null: the exits with a loss, at most four of them. The last layer is always
-    measured."""
+    exits_val: Exits | None = None
+    """The exits that are measured; null: those with a loss, at most four of them. The last one is always measured."""
 
     cudnn_deterministic_mode: Literal[0, 1, 2, "default", "warn", "error"] | None = None
     """torch's `set_deterministic_debug_mode`."""
@@ -207,7 +206,7 @@ class FinetuneConfig(RecipeConfig):
             )
         if self.early_exit_loss is None:
             chunk = self.draft and self.draft.chunk_tokens
-            return EarlyExitLoss(curriculum=None, layers=str(self.num_layers - 1), chunk_tokens=chunk, **given)
+            return EarlyExitLoss(curriculum=None, exits=-1, chunk_tokens=chunk, **given)
         return EarlyExitLoss(**dict(self.early_exit_loss), **given)
 
     def build_layer_dropout(self) -> LayerDropout | None:
@@ -256,10 +255,10 @@ class FinetuneConfig(RecipeConfig):
     @property
     def validated_exits(self) -> list[int]:
         """The exits that validation measures, in ascending order."""
-        if self.layers_val is not None:
-            return select_exits(self.layers_val, self.num_layers, key="layers_val")
+        if self.exits_val is not None:
+            return sorted({*select_exits(self.exits_val, self.num_layers, key="exits_val"), self.num_layers})
         loss = self.early_exit_loss
-        trained = [] if loss is None else select_exits(loss.layers, self.num_layers, key="early_exit_loss.layers")
+        trained = [] if loss is None else select_exits(loss.exits, self.num_layers, key="early_exit_loss.exits")
         return [*exits_to_measure(trained, self.num_layers), self.num_layers]
 
     # ---- rules that involve several keys ----
@@ -327,16 +326,17 @@ class FinetuneConfig(RecipeConfig):
         self.build_layer_dropout()
         self.exit_loss.enabled(self.num_layers, 0, 1)
         section, depth = self.early_exit_loss, self.num_layers
-        if section is not None and section.scale > 0 and 1 < len(select_exits(section.layers, depth)) < depth:
+        early = [] if section is None else [e for e in select_exits(section.exits, depth) if e < depth]
+        if section is not None and section.scale > 0 and 0 < len(early) < depth - 1:
             steps = section.interval  # of a whole rotation
             if self.exit_loss.trained(depth, steps, steps) == [depth]:
                 yield (
-                    f"early_exit_loss.layers: {section.layers!r} trains no early exit, because scale_fn "
-                    f"{section.scale_fn!r} gives layer 0 no weight; for example early_exit_loss.scale_fn=uniform"
+                    f"early_exit_loss.exits: {section.exits!r} trains no early exit, because scale_fn "
+                    f"{section.scale_fn!r} gives exit 1 no weight; for example early_exit_loss.scale_fn=uniform"
                 )
 
     def _check_draft(self) -> Iterator[str]:
-        for key in ("layer_dropout", "early_exit_loss", "layers_val"):
+        for key in ("layer_dropout", "early_exit_loss", "exits_val"):
             if getattr(self, key) is not None:
                 yield f"{key}: does not go with draft. Set {key}=null"
         trains = self.draft.finetune_model

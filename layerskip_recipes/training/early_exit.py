@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
-from layerskip_recipes.config.layer_strings import select_layers
-from layerskip_recipes.config.schema import Auto, Layers, PositiveInt, Section, checked_arguments
+from layerskip_recipes.config.layer_strings import select_exits
+from layerskip_recipes.config.schema import Auto, Exits, PositiveInt, Section, checked_arguments
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, OnExit
 from layerskip_recipes.model.head import Head
@@ -71,13 +71,13 @@ def enabled_exits(
     total_steps: int,
     num_layers: PositiveInt,
     interval: Interval = 8,
-    layers: Layers = ":",
+    exits: Exits = ":",
 ) -> list[bool]:
     """C(t, l): whether each exit has a loss at optimizer step t. The last layer always has one.
 
-    - "rotational": every R-th of the selected layers, ceil(L/R) exits. The set moves by one layer at each step.
-    - "gradual": from the last layer down, one more layer every T/(2L) steps, and all of them after T/2.
-    - None: all selected layers at each step, as in LITE.
+    - "rotational": every R-th of the selected exits, ceil(L/R) of all L. The set moves by one exit at each step.
+    - "gradual": from the last exit down, one more exit every T/(2L) steps, and all of them after T/2.
+    - None: all selected exits at each step, as in LITE.
 
     Args:
         curriculum: "rotational", "gradual" or None.
@@ -85,23 +85,21 @@ def enabled_exits(
         total_steps: T.
         num_layers: L.
         interval: R of the rotational curriculum.
-        layers: the layers that may have a loss, as in `select_layers`.
+        exits: the exits that may have a loss, of 1..L, as in `select_exits`.
 
     Returns:
         L flags.
 
     Raises:
-        ConfigError: if an argument is out of range, or layers selects nothing.
+        ConfigError: if an argument is out of range, or exits selects nothing.
     """
-    enabled = select_layers(layers, num_layers, key="early_exit_loss.layers")
+    selected = select_exits(exits, num_layers, key="early_exit_loss.exits")
     if curriculum == "rotational":
-        for index, layer in enumerate([layer for layer in range(num_layers) if enabled[layer]]):
-            enabled[layer] = index % interval == step % interval
+        selected = selected[step % interval :: interval]
     elif curriculum == "gradual":
-        lowest = num_layers - 1 - 2 * num_layers * step // max(total_steps, 1)
-        enabled = [on and layer >= lowest for layer, on in enumerate(enabled)]
-    enabled[-1] = True
-    return enabled
+        lowest = num_layers - 2 * num_layers * step // max(total_steps, 1)
+        selected = [exit_layer for exit_layer in selected if exit_layer >= lowest]
+    return [exit_layer in (*selected, num_layers) for exit_layer in range(1, num_layers + 1)]
 
 
 class EarlyExitLossSection(Section):
@@ -110,14 +108,14 @@ class EarlyExitLossSection(Section):
     scale: Scale = 0.2
     """e_scale, the weight of the early exits relative to the last layer; 0 trains on the last layer's loss only."""
     curriculum: Curriculum = "rotational"
-    """Which exits have a loss at a step. `rotational`: every `interval`-th layer, moving by one layer at each step.
-    `gradual`: from the last layer down, reaching all layers after half of the steps. null: all layers at each step. The
-    last layer always has a loss."""
+    """Which exits have a loss at a step. `rotational`: every `interval`-th exit, moving by one exit at each step.
+    `gradual`: from the last exit down, reaching all of them after half of the steps. null: all at each step. The last
+    layer always has a loss."""
     interval: Annotated[Interval, Auto()] = 8
     """R of the rotational curriculum; auto: 8, or half of the layers in models of more than 32."""
-    layers: Annotated[Layers, Auto()] = ":"
-    """The layers that may have a loss, such as ":", "0::4" or "8,12,16"; auto: all of them with a curriculum, otherwise
-    the layer at a seventh of the depth."""
+    exits: Annotated[Exits, Auto()] = ":"
+    """The exits that may have a loss, such as ":", "4::4" or "8,12,16"; exit E comes after E layers. auto: all of them
+    with a curriculum, otherwise the exit at a seventh of the depth."""
     scale_fn: ScaleFn = "layerskip"
     """How an exit's weight depends on its layer l; `layerskip` is the paper's sum 0 + 1 + ... + l."""
     chunk_tokens: ChunkTokens = None
@@ -135,13 +133,13 @@ class EarlyExitLoss:
         **settings: the fields of `EarlyExitLossSection`.
 
     Raises:
-        ConfigError: if an argument is out of range (layers: once the model's depth is known).
+        ConfigError: if an argument is out of range (exits: once the model's depth is known).
     """
 
     def __init__(self, *, label_smoothing: float = 0.0, **settings: Any) -> None:
         section = EarlyExitLossSection.parse(settings, "early_exit_loss")
         self.scale, self.scale_fn = section.scale, section.scale_fn
-        self.curriculum, self.interval, self.layers = section.curriculum, section.interval, section.layers
+        self.curriculum, self.interval, self.exits = section.curriculum, section.interval, section.exits
         self.chunk_tokens = section.chunk_tokens
 
         def chunk_loss(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -153,7 +151,7 @@ class EarlyExitLoss:
         self.chunk_loss = compiled(self.chunk_loss)
 
     def enabled(self, num_layers: int, step: int, total_steps: int) -> list[bool]:
-        return enabled_exits(self.curriculum, step, total_steps, num_layers, self.interval, self.layers)
+        return enabled_exits(self.curriculum, step, total_steps, num_layers, self.interval, self.exits)
 
     def trained(self, num_layers: int, steps: int, total_steps: int) -> list[int]:
         """The exits that have been trained with a weight above 0 in the first `steps` steps."""

@@ -160,7 +160,7 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
         ("validate quickstart/generate ~prompts", "prompt: missing"),
         ("validate quickstart/generate device=gpu", "device: 'gpu' is not allowed. Allowed: text that"),
         ("validate quickstart/generate device=cpu:", "device: 'cpu:' is not allowed"),
-        ("validate quickstart/eval layers=99", "layers: 99"),
+        ("validate quickstart/eval exits=99", "exits: 99"),
         ("validate quickstart/benchmark metrics=[foo]", "metrics: ['foo'] is not allowed. Allowed: a list of rouge1"),
         ("validate quickstart/eval picture=x.txt", "picture: 'x.txt' is not allowed"),
         ("validate quickstart/finetun", "Nearest: quickstart/finetune"),
@@ -191,10 +191,10 @@ def test_all_mistakes_are_reported_at_once(layerskip):
     assert status == 1 and out == "" and len(lines) == len(wrong)
     for message in wrong.values():
         assert sum(line.startswith(f"ValueError: {message}") for line in lines) == 1, message
-    together = ["dtype=bf16", "compute_dtype=bf16", "ac_option=2", "early_exit_loss.layers=99", "max_batches_val=1"]
+    together = ["dtype=bf16", "compute_dtype=bf16", "ac_option=2", "early_exit_loss.exits=99", "max_batches_val=1"]
     status, _, err = layerskip("validate", "quickstart/finetune", *together)
     keys = [line.split(":")[1].strip() for line in err.splitlines()]
-    assert status == 1 and sorted(keys) == ["ac_option", "early_exit_loss.layers", "max_batches_val"]
+    assert status == 1 and sorted(keys) == ["ac_option", "early_exit_loss.exits", "max_batches_val"]
 
 
 @pytest.mark.parametrize("args", ["", "foo", "cp quickstart/finetune", "validate", "ls --all", "validate x a=1 --b=3"])

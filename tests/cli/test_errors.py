@@ -36,7 +36,7 @@ ANY = [
 ]
 
 EVAL = [
-    ("layers=2:2", "layers", "2:2", "selects no layer"),
+    ("exits=2:2", "exits", "2:2", "selects nothing"),
     ("compare={a: 3}", "compare.a", "3", "keys and values"),
     ("compare={checkpoint: {model_type: LLAMA3}}", "compare.checkpoint", "the name is that of", "compare={before"),
     ("compare={a: {checkpoint_dir: /nowhere}}", "checkpointer.checkpoint_dir", "'/nowhere'", "folder"),
@@ -153,14 +153,16 @@ FINETUNE = [
     ("resume_from_checkpoint=true", "resume_from_checkpoint", "out", "resume_from_checkpoint=false"),
     ("run_val_every_n_steps=5", "run_val_every_n_steps", "5", "dataset_val"),
     (f"dataset_val={{{STDLIB}, split: test}}", "dataset_val", "'test'", "train, heldout"),
-    ("layers_val=0", "layers_val", "0", "dataset_val"),
+    ("exits_val=1", "exits_val", "1", "dataset_val"),
+    ("layers_val=1", "layers_val", "1", "exits_val, which counts from 1"),
+    ("early_exit_loss.layers=1", "early_exit_loss.layers", "1", "replaced by exits, which count from 1"),
     # Our sections.
     ("~layer_dropout.prob", "layer_dropout.prob", "missing", "layer_dropout.prob=0.1"),
     ("layer_dropout.prob=10%", "layer_dropout.prob", "'10%'", "0 to 1"),
     ("early_exit_loss.curriculum=rotation", "early_exit_loss.curriculum", "'rotation'", "rotational, gradual"),
-    ("early_exit_loss.layers=9", "early_exit_loss.layers", "9", 'for example ":"'),
+    ("early_exit_loss.exits=9", "early_exit_loss.exits", "9", 'for example ":"'),
     ("layer_dropout.layers=1-2", "layer_dropout.layers", "'1-2'", 'for example ":"'),
-    ("early_exit_loss.layers=null", "early_exit_loss.layers", "None", "early_exit_loss.layers=auto"),
+    ("early_exit_loss.exits=null", "early_exit_loss.exits", "None", "early_exit_loss.exits=auto"),
     ("layer_dropout.layers=null", "layer_dropout.layers", "None", "for example layer_dropout.layers=:"),
 ]
 

@@ -127,9 +127,9 @@ def test_a_file_with_a_mistake(content, message, tmp_path):
 def test_yaml_as_people_write_it(base):
     """A byte-order mark, Windows line ends, and a slice, which YAML 1.1 reads as 65: minutes and seconds."""
     path = base.parent / "windows.yaml"
-    path.write_bytes(b"\xef\xbb\xbfextends: finetune.yaml\r\nbatch_size: 7\r\nearly_exit_loss:\r\n  layers: 1:5\r\n")
+    path.write_bytes(b"\xef\xbb\xbfextends: finetune.yaml\r\nbatch_size: 7\r\nearly_exit_loss:\r\n  exits: 2:5\r\n")
     config = load_config(str(path))
-    assert (config.batch_size, config.early_exit_loss.layers) == (7, "1:5")
+    assert (config.batch_size, config.early_exit_loss.exits) == (7, "2:5")
 
 
 # -------------------------------------------------------------------------------------------------------- overrides
@@ -149,9 +149,9 @@ def test_yaml_as_people_write_it(base):
         ("layer_dropout", "{prob: 0.3, layers: '0::2'}", {"prob": 0.3, "layers": "0::2"}),
         ("output_dir", "a=b=c", "a=b=c"),
         ("output_dir", "${seed}/x", "0/x"),
-        ("early_exit_loss.layers", ":", ":"),
-        ("early_exit_loss.layers", "1:5", "1:5"),
-        ("early_exit_loss.layers", "8,12,16", "8,12,16"),
+        ("early_exit_loss.exits", ":", ":"),
+        ("early_exit_loss.exits", "2:5", "2:5"),
+        ("early_exit_loss.exits", "8,12,16", "8,12,16"),
         # A prompt is text, whatever YAML would make of it.
         ("prompt", "def fibonacci(n):", "def fibonacci(n):"),
         ("prompt", "Question: who are you?", "Question: who are you?"),

@@ -235,7 +235,7 @@ def test_related_methods():
     """LITE weighs its exits alike; LayerDrop drops all layers alike; PLD's rate grows linearly to a half, and that of
     Don't Drop Dropout to 0.6, both with divided outputs."""
     lite = merged("related/lite_llama2_7B").early_exit_loss
-    on = enabled_exits(lite.curriculum, 0, 1, 32, layers=lite.layers)
+    on = enabled_exits(lite.curriculum, 0, 1, 32, exits=lite.exits)
     assert [layer + 1 for layer in range(32) if on[layer]] == [8, 12, 16, 20, 24, 28, 32]
     weights = exit_weights(32, on, lite.scale, lite.scale_fn)
     assert weights[on].tolist() == pytest.approx([1 / 7] * 7)

@@ -14,9 +14,9 @@ KEYS = {
         ac_mode ac_option batch_size checkpointer clip_grad_norm collate_fn compile compute_dtype
         cudnn_deterministic_mode custom_sharded_layers data_dir data_parallel_replicate_dim
         data_parallel_shard_dim dataset dataset_val device draft dtype early_exit_loss enable_activation_checkpointing
-        enable_activation_offloading enable_async_checkpointing epochs float32_matmul_precision fsdp_cpu_offload
-        fsdp_reshard_after_forward gradient_accumulation_steps keep_last_n_checkpoints layer_dropout
-        layers_val log_every_n_steps log_peak_memory_stats loss lr_scheduler max_batches_val
+        enable_activation_offloading enable_async_checkpointing epochs exits_val float32_matmul_precision
+        fsdp_cpu_offload fsdp_reshard_after_forward gradient_accumulation_steps keep_last_n_checkpoints layer_dropout
+        log_every_n_steps log_peak_memory_stats loss lr_scheduler max_batches_val
         max_steps_per_epoch metric_logger model model_dir optimizer optimizer_in_bwd output_dir profiler
         resume_from_checkpoint run_val_every_n_steps save_adapter_weights_only save_every_n_steps seed shuffle
         tensor_parallel_dim tensor_parallel_plan tokenizer
@@ -25,7 +25,7 @@ KEYS = {
         inverted layers layers_scale prob schedule
     """,
     "EarlyExitLossSection": """
-        chunk_tokens curriculum interval layers scale scale_fn
+        chunk_tokens curriculum exits interval scale scale_fn
     """,
     "DraftSection": """
         chunk_tokens exit_layer finetune_model kind vocabulary
@@ -47,7 +47,7 @@ KEYS = {
     """,
     "EvalConfig": """
         apply_chat_template batch_size checkpointer collate_fn compare confirm_run_unsafe_code data_dir dataset
-        device dtype exit_layer float32_matmul_precision layers limit max_batches max_new_tokens model model_dir
+        device dtype exit_layer exits float32_matmul_precision limit max_batches max_new_tokens model model_dir
         num_fewshot num_speculations output_dir picture quantizer report seed self_speculation task_path tasks
         tokenizer
     """,

@@ -240,7 +240,7 @@ def test_humaneval_runs_what_the_model_writes_if_the_user_confirms(humaneval, tm
         ("compare={a: {checkpoint_dir: x}}; self_speculation={draft: x}", r"self_speculation.draft: .* one checkpoint"),
         ("max_new_tokens=128", r"tasks: tiny_text generates up to 128 tokens.*max_seq_len 128"),
         ("tasks=null", r"task_path: '.*' needs tasks\. Set that, or task_path=null"),
-        ("dataset=null; layers=1", r"layers: '?1'? needs dataset\. Set that, or layers=null"),
+        ("dataset=null; exits=1", r"exits: '?1'? needs dataset\. Set that, or exits=null"),
         ("tasks=null; task_path=null; max_new_tokens=auto", r"dataset: None, and tasks is None.*_component_.*tasks="),
         ("human_eval={file: x}", r"human_eval: .* is not honoured.*tasks=\[humaneval\] confirm_run_unsafe_code=true"),
     ],

@@ -10,7 +10,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.config.layer_strings import select_layers
+from layerskip_recipes.config.layer_strings import select_exits, select_layers
 from layerskip_recipes.model.decoder import take_rows
 from layerskip_recipes.model.layer_dropout import LayerDropout, dropout_rates, schedule_scale
 
@@ -81,8 +81,25 @@ def test_select_layers(layers, expected):
     ],
 )
 def test_select_layers_names_the_key_of_what_it_refuses(layers):
-    with pytest.raises(ValueError, match=r"^early_exit_loss\.layers: .*0\.\.5"):
-        select_layers(layers, L, key="early_exit_loss.layers")
+    with pytest.raises(ValueError, match=r"^layer_dropout\.layers: .*0\.\.5"):
+        select_layers(layers, L, key="layer_dropout.layers")
+
+
+@pytest.mark.parametrize(
+    ("exits", "expected"),
+    [
+        *((":", range(1, 21)), ("4::4", [4, 8, 12, 16, 20]), (" 8, 12 ", [8, 12]), ("-3:", [18, 19, 20])),
+        *(("17:21,2", [2, 17, 18, 19, 20]), ("::9", [1, 10, 19]), (20, [20]), (-1, [20]), ([1, 5, -1], [1, 5, 20])),
+    ],
+)
+def test_exits_count_from_one(exits, expected):
+    assert select_exits(exits, 20) == [*expected]
+
+
+@pytest.mark.parametrize("exits", ["", "3:3", "0", "0::4", "7", "-7", "1:8", "a", 0, [], [7], None])
+def test_select_exits_names_the_key_of_what_it_refuses(exits):
+    with pytest.raises(ValueError, match=r"^exits_val: .*1\.\.6"):
+        select_exits(exits, L, key="exits_val")
 
 
 # ---- rates and schedule ----

@@ -200,7 +200,7 @@ def test_lora_checkpoints_are_models_and_adapters_alone_are_merged(models, tmp_p
 
 def test_each_checkpoint_notes_its_steps_and_the_exits_of_its_layers(models, tmp_path):
     settings = [f"model_dir={models['llama']}", f"output_dir={tmp_path}", *TRAINING, "save_every_n_steps=1"]
-    train("hf/full", *settings, "early_exit_loss.layers=3,5", "epochs=1")
+    train("hf/full", *settings, "early_exit_loss.exits=4,6", "epochs=1")
     assert how_trained(tmp_path / "step_3") | {"steps": 4} == how_trained(tmp_path / "epoch_0")
     assert noted(tmp_path / "epoch_0")["exits"] == [4, 6, 8]
 
@@ -213,7 +213,7 @@ def test_each_checkpoint_notes_its_steps_and_the_exits_of_its_layers(models, tmp
         ({"curriculum": "rotational", "interval": 3}, 50, [2, 3, 4, 5, 6]),
         ({"curriculum": "gradual"}, 1, [6]),
         ({"curriculum": "gradual"}, 25, [4, 5, 6]),
-        ({"curriculum": None, "layers": "1,3", "scale_fn": "uniform"}, 1, [2, 4, 6]),
+        ({"curriculum": None, "exits": "2,4", "scale_fn": "uniform"}, 1, [2, 4, 6]),
         ({"curriculum": None, "scale": 0.0}, 9, [6]),
     ],
 )

@@ -54,7 +54,7 @@ def test_tune_run_from_the_wheel(installed, tmp_path, tokenizer_folder):
     where = "from importlib.util import find_spec; print(find_spec('layerskip_recipes').origin)"
     shown = subprocess.run([sys.executable, "-c", where], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert Path(shown.stdout.strip()) == installed / "layerskip_recipes" / "__init__.py"
-    changes = {"extends": "quickstart/finetune", "lr_scheduler": None, "early_exit_loss": {"layers": ":"}}
+    changes = {"extends": "quickstart/finetune", "lr_scheduler": None, "early_exit_loss": {"exits": ":"}}
     path = finetune_config(tmp_path, tokenizer_folder, **changes)
     run = run_tune("run", "layerskip_finetune", "--config", str(path), env=env, cwd=tmp_path, cold=True)
     assert run.returncode == 0, run.stderr[-2000:]

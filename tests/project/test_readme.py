@@ -155,11 +155,11 @@ QUICKSTART = {
         "dataset": DATA | {"seq_len": 64, "max_samples": 16},
     },
     "layerskip_generate": {"max_new_tokens": 6},
-    "layerskip_eval": {"dataset.max_samples": 8, "layers": ":"},
+    "layerskip_eval": {"dataset.max_samples": 8, "exits": ":"},
     "layerskip_benchmark": FEW | {"max_new_tokens": 16},
 }
 TOOLS_OPTIONS = {
-    "tools/training_cost.py": "model.num_layers=4 early_exit_loss.layers=: "
+    "tools/training_cost.py": "model.num_layers=4 early_exit_loss.exits=: "
     "--repeats 1 --steps 1 --batch 1 --seq-len 16 --method ours",
     "tools/transformers_speed.py": "--new 4 --prompts 1 --repeats 1",
     "tools/gpu_report.py": "--list",  # test_gpu_report.py runs the steps
@@ -227,7 +227,7 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
         smaller = {
             "draft.exit_layer": 1,
             "dataset_val": DATA,
-            "early_exit_loss.layers": "1",
+            "early_exit_loss.exits": "2",
             "tokenizer.max_seq_len": 64,
             "model.lora.quantize_base": False,  # the tiny model's matrices are too small for 4 bits
         }

@@ -28,7 +28,7 @@ def test_training_cost_compares_ours_with_torchtunes(monkeypatch, capsys):
 
     monkeypatch.setattr(script.subprocess, "run", run)
     options = ["--repeats", "1", "--steps", "1", "--batch", "1", "--seq-len", "16", "--prob", "0.5"]
-    script.main(["quickstart/finetune", "model.num_layers=3", "--layers", "0", *options])
+    script.main(["quickstart/finetune", "model.num_layers=3", "--exits", "1", *options])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     figures = report["figures"]
     assert len(started) == 6 and set(figures) == set(script.METHODS)
@@ -56,7 +56,7 @@ REPORTS = {
     "cost": {
         "figures": {"ours": {"seconds": 1.25, "peak_gb": 2.5}},
         "ratios": {"last layer / torchtune's, time": 0.83},
-        **{"batch": 8, "seq_len": 256, "layers": "0::4"},
+        **{"batch": 8, "seq_len": 256, "exits": "4::4"},
     },
     "quality": {"exits": {"2": {"loss": 3.125, "accuracy": 0.25, "agreement": 0.375, "accepted_length": 0.75}}},
     "speed": BENCHMARK,

@@ -73,13 +73,13 @@ def test_what_a_training_keeps_in_bf16_and_nf4(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "trained"), [(1, "0"), (4, "0"), (12, "1"), (16, "1"), (28, "3"), (30, "3"), (80, "10")]
+    ("layers", "trained"), [(1, "1"), (4, "1"), (12, "2"), (16, "2"), (28, "4"), (30, "4"), (80, "11")]
 )
 def test_the_exit_that_will_draft_is_trained(layers, trained, chosen):
     """Exit E is layer E - 1, here at a seventh of the depth; a curriculum is for all exits."""
-    assert chosen("device=cpu", num_hidden_layers=layers)["early_exit_loss.layers"] == trained
+    assert chosen("device=cpu", num_hidden_layers=layers)["early_exit_loss.exits"] == trained
     gradual = chosen("device=cpu", "early_exit_loss.curriculum=gradual", num_hidden_layers=layers)
-    assert gradual["early_exit_loss.layers"] == ":"
+    assert gradual["early_exit_loss.exits"] == ":"
 
 
 @pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.4e-5), (2048, 6e-5), (1024, 1.2e-4), (64, 1e-3)])
@@ -201,7 +201,7 @@ def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, 
 @pytest.mark.parametrize(("name", "lr"), [("full", 1e-3), ("lora", 3e-4), ("qlora", 3e-4)])
 def test_the_learning_rate_and_the_exit(name, lr, chosen):
     sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 64}
-    assert chosen(name=name, **sizes).items() >= {"optimizer.lr": lr, "early_exit_loss.layers": "1"}.items()
+    assert chosen(name=name, **sizes).items() >= {"optimizer.lr": lr, "early_exit_loss.exits": "2"}.items()
 
 
 # A layer with its norms, what joins two states, a norm.
@@ -229,7 +229,7 @@ def test_a_draft_beside_its_model_counts_with_it(chosen):
 
 def test_what_a_draft_leaves_to_the_user(chosen):
     made = chosen("device=cpu", name="draft")
-    assert "optimizer.lr" not in made and "early_exit_loss.layers" not in made
+    assert "optimizer.lr" not in made and "early_exit_loss.exits" not in made
     given = ["dtype=fp32", "batch_size=1", "enable_activation_checkpointing=true", "tokenizer.max_seq_len=64"]
     assert chosen("device=cpu", *given, name="draft") == {"compute_dtype": "fp32"}
 
@@ -245,8 +245,8 @@ def test_a_cpu_with_bf16_instructions_multiplies_in_bf16(instructions, chosen, m
 
 def test_values_of_the_users_replace_choices(tmp_path):
     overrides = [f"model_dir={folder_of(tmp_path)}", "device=cpu", "batch_size=2", "optimizer.lr=0.1"]
-    cfg = FinetuneConfig.load(load_config("hf/full", [*overrides, "early_exit_loss.layers=3"]))
-    assert (cfg.batch_size, cfg.optimizer.get("lr"), cfg.early_exit_loss.layers) == (2, 0.1, 3)
+    cfg = FinetuneConfig.load(load_config("hf/full", [*overrides, "early_exit_loss.exits=4"]))
+    assert (cfg.batch_size, cfg.optimizer.get("lr"), cfg.early_exit_loss.exits) == (2, 0.1, 4)
     assert cfg.gradient_accumulation_steps == 4 and not {"device", "batch_size", "optimizer.lr"} & set(cfg.chosen)
     assert cfg.source.gradient_accumulation_steps == 4  # a config that is logged has what was chosen
     assert "auto" not in OmegaConf.to_yaml(resolved(load_config("hf/full", overrides)))
@@ -254,7 +254,7 @@ def test_values_of_the_users_replace_choices(tmp_path):
 
 def test_a_missing_key_has_torchtunes_default(chosen):
     made = chosen("device=cpu", "~batch_size", "~tokenizer.max_seq_len", "~optimizer.lr", "~compute_dtype")
-    others = {"dtype", "enable_activation_checkpointing", "gradient_accumulation_steps", "early_exit_loss.layers"}
+    others = {"dtype", "enable_activation_checkpointing", "gradient_accumulation_steps", "early_exit_loss.exits"}
     assert set(made) == others
     assert made["gradient_accumulation_steps"] == 8
 
@@ -285,7 +285,7 @@ def test_activations_of_a_sample_are_what_the_plan_says(recompute, tmp_path):
         checkpoint_layers(model, int(recompute))
         tokens = torch.arange(64 * rows).view(rows, 64)
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            loss = EarlyExitLoss(curriculum=None, layers="1", scale=1.0, chunk_tokens=64)
+            loss = EarlyExitLoss(curriculum=None, exits="2", scale=1.0, chunk_tokens=64)
             loss(model, tokens, tokens, step=0, total_steps=1)[0].backward()
         changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         return max(accumulate(changes))

@@ -67,7 +67,7 @@ def test_both_learn_what_they_learn_alone(family, kind, float64):
         loss.backward()
         return [{name: p.grad for name, p in part.named_parameters()} for part in (model, draft)]
 
-    last = EarlyExitLoss(curriculum=None, layers=str(model.num_layers - 1))
+    last = EarlyExitLoss(curriculum=None, exits=-1)
     both, by_exit = DraftLoss(section, draft, model_loss=last)(model, tokens, labels, counted=counted)
     of_model, of_draft = gradients(both)
     alone, _ = DraftLoss(section, draft)(model, tokens, labels, counted=counted)

@@ -15,7 +15,7 @@ from layerskip_recipes.training import draft_statistics
 from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
-EXITS = {"curriculum": None, "layers": "0,1,2", "scale": 1.0, "scale_fn": "uniform"}
+EXITS = {"curriculum": None, "exits": "1,2,3", "scale": 1.0, "scale_fn": "uniform"}
 
 
 def label_counts(recipe, steps) -> Counter:

@@ -76,7 +76,7 @@ def check_loss(model, tokens, labels, on=(True,) * L, step=0, **settings):
 def test_loss_and_gradients_are_those_of_plain_autograd(family, settings, chunks):
     """Untied (llama2, qwen2) and tied heads, gemma's norms, 33 tokens in chunks that leave a rest, ignored labels."""
     on = [layer in (1, 3, 4, 5) for layer in range(L)]
-    check_loss(layerskip_decoder(make_tiny(family)), *batch(), on, layers="1,3,4", **settings, **chunks)
+    check_loss(layerskip_decoder(make_tiny(family)), *batch(), on, exits="2,4,5", **settings, **chunks)
 
 
 @pytest.mark.usefixtures("float64")
@@ -220,8 +220,8 @@ def test_a_batch_without_labels_trains_nothing(tiny):
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3_2"])
-@pytest.mark.parametrize("layers", ["5", ":"], ids=["one exit", "six exits"])
-def test_logits_exist_one_chunk_at_a_time(family, layers, monkeypatch):
+@pytest.mark.parametrize("exits", ["6", ":"], ids=["one exit", "six exits"])
+def test_logits_exist_one_chunk_at_a_time(family, exits, monkeypatch):
     """Whatever the exits, the head sees one chunk at a time, and no logits are kept for the backward pass."""
     model = layerskip_decoder(make_tiny(family))
     tokens, labels = batch(rows=4, length=30)
@@ -242,7 +242,7 @@ def test_logits_exist_one_chunk_at_a_time(family, layers, monkeypatch):
         return kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        loss_fn = EarlyExitLoss(curriculum=None, layers=layers, chunk_tokens=16)
+        loss_fn = EarlyExitLoss(curriculum=None, exits=exits, chunk_tokens=16)
         loss, per_exit = loss_fn(model, tokens, labels, step=0, total_steps=1)
     assert sum(rows_at_the_head) == int((labels != -100).sum()) * len(per_exit)
     assert max(rows_at_the_head) == 16

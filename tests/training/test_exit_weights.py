@@ -93,7 +93,7 @@ def test_rotational(num_layers, interval):
 def test_rotational_among_chosen_layers():
     """Every R-th of the chosen layers, so that each of them still gets its turn."""
     for step, chosen in enumerate([(1, 5, 12), (4, 9)]):
-        on = enabled_exits("rotational", step, 9, 16, interval=2, layers="1,4,5,9,12")
+        on = enabled_exits("rotational", step, 9, 16, interval=2, exits="2,5,6,10,13")
         assert on == [layer in (*chosen, 15) for layer in range(16)]
 
 
@@ -110,8 +110,8 @@ def test_gradual(num_layers, total_steps):
 
 
 def test_curricula_among_chosen_layers():
-    assert enabled_exits("gradual", 0, 10, 8, layers="0,5,6") == [False] * 7 + [True]
-    assert enabled_exits("gradual", 9, 10, 8, layers="0,5,6") == [layer in (0, 5, 6, 7) for layer in range(8)]
+    assert enabled_exits("gradual", 0, 10, 8, exits="1,6,7") == [False] * 7 + [True]
+    assert enabled_exits("gradual", 9, 10, 8, exits="1,6,7") == [layer in (0, 5, 6, 7) for layer in range(8)]
     for step in (0, 7):
-        assert enabled_exits(None, step, 10, 8, layers="1::3") == [layer in (1, 4, 7) for layer in range(8)]
-        assert enabled_exits(None, step, 10, 8, layers="2") == [layer in (2, 7) for layer in range(8)]
+        assert enabled_exits(None, step, 10, 8, exits="2::3") == [layer in (1, 4, 7) for layer in range(8)]
+        assert enabled_exits(None, step, 10, 8, exits="3") == [layer in (2, 7) for layer in range(8)]

@@ -146,9 +146,9 @@ def test_what_is_auto_is_that_of_the_stopped_run(stopped, monkeypatch):
 
 
 def test_an_exit_may_be_given_as_the_log_prints_it():
-    check_resumable({"early_exit_loss": {"layers": "3"}}, {"early_exit_loss": {"layers": 3}})
-    with pytest.raises(ValueError, match=r"early_exit_loss\.layers was '3' and is 4 now"):
-        check_resumable({"early_exit_loss": {"layers": "3"}}, {"early_exit_loss": {"layers": 4}})
+    check_resumable({"early_exit_loss": {"exits": "3"}}, {"early_exit_loss": {"exits": 3}})
+    with pytest.raises(ValueError, match=r"early_exit_loss\.exits was '3' and is 4 now"):
+        check_resumable({"early_exit_loss": {"exits": "3"}}, {"early_exit_loss": {"exits": 4}})
 
 
 def test_a_new_run_throws_away_no_earlier_runs_checkpoints(stopped):

@@ -42,7 +42,7 @@ def test_wandb_offline_has_every_exit_and_the_config(tmp_path, finetune, monkeyp
             {"scale": 0.5, "curriculum": "gradual"}, 16,
             {"step 1": [4], "step 3": [3, 4], "step 5": [2, 3, 4], "step 7": [1, 2, 3, 4]},
         ),
-        ({"scale": 0.5, "curriculum": None, "layers": "0,2"}, 4, {"step 1": [1, 3, 4]}),
+        ({"scale": 0.5, "curriculum": None, "exits": "1,3"}, 4, {"step 1": [1, 3, 4]}),
         (None, 4, {"step 1": [4]}),
     ],
     ids=["rotational", "gradual", "all of some", "none"],

@@ -60,10 +60,10 @@ def quality(weights: dict[str, torch.Tensor], samples: list[dict], exits: tuple[
 @pytest.mark.parametrize(
     ("changes", "count", "exits"),
     [
-        ({"run_val_every_n_steps": 1, "layers_val": ":"}, 7, EXITS),
-        ({"run_val_every_n_steps": 2, "max_batches_val": 2, "layers_val": "0,2"}, 4, (1, 3, 4)),
-        ({"layers_val": -1}, 7, (4,)),
-        ({"early_exit_loss": {"layers": "1", "curriculum": None}}, 7, (2, 4)),
+        ({"run_val_every_n_steps": 1, "exits_val": ":"}, 7, EXITS),
+        ({"run_val_every_n_steps": 2, "max_batches_val": 2, "exits_val": "1,3"}, 4, (1, 3, 4)),
+        ({"exits_val": -1}, 7, (4,)),
+        ({"early_exit_loss": {"exits": 2, "curriculum": None}}, 7, (2, 4)),
     ],
     ids=["all", "some batches, some layers", "the last layer, at start and end", "the exit with a loss"],
 )
@@ -105,8 +105,8 @@ def test_acceptance_is_that_of_generated_tokens(trains_on_input, checkpoint, tmp
     )
     data = chats(tmp_path) | {"train_on_input": trains_on_input}
     path = finetune(
-        checkpointer=start_section(checkpoint), dataset=data, dataset_val=data, max_steps_per_epoch=2, layers_val=":",
-        layer_dropout=None, early_exit_loss={"layers": "1", "curriculum": None},
+        checkpointer=start_section(checkpoint), dataset=data, dataset_val=data, max_steps_per_epoch=2, exits_val=":",
+        layer_dropout=None, early_exit_loss={"exits": 2, "curriculum": None},
     )  # fmt: skip
     config = yaml.safe_load(path.read_text())
     config["tokenizer"] |= {"chat_template": template, "max_seq_len": 128}
@@ -151,9 +151,9 @@ def test_validation_data_without_a_sample_are_refused(finetune, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "key", "given", "allowed"),
     [
-        ("layers_val=9", "layers_val", "9", "Allowed: indices 0..3 and slices"),
+        ("exits_val=9", "exits_val", "9", "Allowed: exits 1..4 and slices"),
         ("dataset_val.seq_len=1000", "dataset_val", "1000", "128"),
-        ("early_exit_loss={layers: 0, curriculum: null}", "early_exit_loss.layers", "0", "scale_fn=uniform"),
+        ("early_exit_loss={exits: 1, curriculum: null}", "early_exit_loss.exits", "1", "scale_fn=uniform"),
     ],
 )
 def test_bad_settings(override, key, given, allowed, finetune):
