@@ -48,7 +48,6 @@ from layerskip_recipes.model.run_folder import (
     RECIPE_STATE,
     complete_checkpoints,
     mark_complete,
-    newest_intact,
     sync,
     written_at,
 )
@@ -374,39 +373,6 @@ def not_finite(what: str, output_dir: Path, lr: float) -> ConfigError:
     return ConfigError(f"{what}. {last}; for example {resume}optimizer.lr={lr / 2:.2g}")
 
 
-def find_checkpoint(output_dir: Path) -> Path:
-    """The newest intact checkpoint under output_dir, found by rank 0 for all ranks; a ConfigError if there is none."""
-    found = None
-    if is_rank_zero():
-        restore_set_aside(output_dir)
-        found = newest_intact(output_dir)
-        if found is None:
-            raise ConfigError(
-                f"resume_from_checkpoint: no intact checkpoint (epoch_* or step_*) under output_dir "
-                f"{str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
-            )
-    return from_rank_zero(found)
-
-
-def stored_choices(checkpoint: Path) -> dict[str, Any]:
-    """The stopped run's values of keys that may be `auto`, except for those that change no result."""
-    state = torch.load(checkpoint / RECIPE_STATE, map_location="cpu", weights_only=True, mmap=True)
-    left = ("device", "enable_activation_checkpointing", "gradient_accumulation_steps")
-    return {key: value for key, value in state.get("chosen", {}).items() if key not in left}
-
-
-def check_earlier_runs(output_dir: Path, keep: int | None) -> None:
-    """Refuse a fresh run that would delete an earlier run's checkpoints because it only keeps `keep` of them."""
-    there = ", ".join(folder.name for folder in complete_checkpoints(output_dir))
-    if there and keep:
-        raise ConfigError(
-            f"keep_last_n_checkpoints: {keep} would throw away an earlier run's checkpoints under output_dir "
-            f"{str(output_dir)!r}, {there}. Allowed: another output_dir, or resume_from_checkpoint=true"
-        )
-    if there:
-        log.warning(f"{output_dir} has an earlier run's checkpoints, {there}: this run replaces those of the same name")
-
-
 def check_shared(folder: Path) -> None:
     """Raises a ConfigError unless all ranks, on all machines, see the same folder."""
     marker = folder / f".{from_rank_zero(uuid4().hex)}"
@@ -421,21 +387,3 @@ def check_shared(folder: Path) -> None:
             f"output_dir: {str(folder)!r} is not shared by all machines, and enable_async_checkpointing writes each "
             "rank's shards there. Allowed: a shared folder, or enable_async_checkpointing=false"
         )
-
-
-def random_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """The states of all ranks' random generators by device type. Collective."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return from_every_rank(states)
-
-
-def restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.device) -> None:
-    """Restore this rank's generators. Ranks that the stopped run did not have keep their own seed."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    own = states[rank] if rank < len(states) else {}
-    if "cpu" in own:
-        torch.set_rng_state(own["cpu"])
-    if device.type != "cpu" and device.type in own:
-        torch.get_device_module(device).set_rng_state(own[device.type])

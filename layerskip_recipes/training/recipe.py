@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 from torch import nn
 from torchtune import config, training, utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
-from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
@@ -36,15 +35,7 @@ from layerskip_recipes.processes import (
 )
 from layerskip_recipes.training.auto_settings import PER_STEP
 from layerskip_recipes.training.batches import TrainingData
-from layerskip_recipes.training.checkpoints import (
-    Checkpoints,
-    check_earlier_runs,
-    find_checkpoint,
-    not_finite,
-    random_states,
-    restore_random_state,
-    stored_choices,
-)
+from layerskip_recipes.training.checkpoints import Checkpoints, not_finite
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.loss import DraftLoss
 from layerskip_recipes.training.draft_statistics import DraftStatistics
@@ -54,6 +45,14 @@ from layerskip_recipes.training.label_counts import LabelCounts
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, parts_of, reshard
+from layerskip_recipes.training.profiling import Profiling
+from layerskip_recipes.training.resuming import (
+    check_earlier_runs,
+    find_checkpoint,
+    random_states,
+    restore_random_state,
+    stored_choices,
+)
 from layerskip_recipes.training.run_lock import RunLock
 from layerskip_recipes.training.run_log import LossMeans, RunLog
 from layerskip_recipes.training.validation import Validation
@@ -128,7 +127,7 @@ class LayerSkipFinetune:
         self._setup_model(state)
         optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
         self.optimizers = Optimizers(cfg, self.learner, optimizer, self.total_steps, self.step)
-        self._setup_profiler()
+        self.profiling = Profiling(cfg.profiler, self.device, self.step)
         if state:
             self._restore(state)
             log.info(f"Resumed from {self.checkpoints.resumed_from}: {self.step} of {self.total_steps} steps done.")
@@ -183,17 +182,6 @@ class LayerSkipFinetune:
             self.loss.compile()
         self.offloading = training.get_act_offloading_ctx_manager(self.model, cfg.enable_activation_offloading)
 
-    def _setup_profiler(self) -> None:
-        self.profiler: Any = DummyProfiler()
-        self.memory_history = range(0)  # steps whose allocations the profiler records
-        section = self.cfg.profiler
-        if section is None or not section.get("enabled"):
-            return
-        self.profiler, schedule = section.build()
-        if section.get("profile_memory") and self.device.type == "cuda":
-            first = self.step + schedule["wait_steps"] + schedule["warmup_steps"]
-            self.memory_history = range(first, first + schedule["active_steps"])
-
     def train(self) -> None:
         """Run all epochs, with validation and checkpoints in between."""
         try:
@@ -207,7 +195,7 @@ class LayerSkipFinetune:
         cfg, per_epoch = self.cfg, self.data.steps_per_epoch
         if self.step >= self.total_steps:
             log.info(f"All {self.step} steps are done; for more, set epochs higher.")
-        self.profiler.start()
+        self.profiling.start()
         if self.step == 0:
             self._validate()
         while self.step < self.total_steps:
@@ -216,11 +204,9 @@ class LayerSkipFinetune:
             shown = {"desc": f"epoch {epoch + 1}", "dynamic_ncols": True, "disable": not is_rank_zero()}
             with tqdm(total=per_epoch, initial=done, **shown) as self.progress:
                 for _ in range(done, per_epoch):
-                    if self.memory_history and self.step == self.memory_history.start:
-                        torch.cuda.memory._record_memory_history()
+                    self.profiling.begin_step(self.step)
                     self._train_step(batches)
-                    if self.memory_history and self.step == self.memory_history.stop:
-                        torch.cuda.memory._record_memory_history(enabled=None)
+                    self.profiling.end_step(self.step)
                     self.progress.update(1)
                     if self.validation.due(self.step) or self.step == self.total_steps:
                         self._validate()
@@ -229,7 +215,7 @@ class LayerSkipFinetune:
                         self._save(f"step_{self.step}", shards=cfg.enable_async_checkpointing)
             self._save(f"epoch_{epoch}")
         self.checkpoints.finish()
-        self.profiler.stop()
+        self.profiling.stop()
 
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimizer step. The exits are chosen once per step, layer dropout is drawn per micro-batch."""
@@ -254,7 +240,6 @@ class LayerSkipFinetune:
         metrics["lr"] = self.optimizers.lr
         self.optimizers.step(learns)
         self.step += 1
-        self.profiler.step()
 
         # Log the means since the last log line.
         if learns:

@@ -23,6 +23,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.training import checkpoints as run_checkpoints
+from layerskip_recipes.training import resuming
 from layerskip_recipes.training.checkpoints import Checkpoints
 from layerskip_recipes.training.config import FinetuneConfig
 
@@ -112,12 +113,12 @@ def test_a_damaged_checkpoint_is_passed_over(damage, name, two_epochs, tmp_path,
     shutil.copytree(two_epochs.parent / "out", out)
     damage(out / "epoch_1" / name)
     with caplog.at_level("WARNING", logger=get_logger().name):
-        assert run_checkpoints.find_checkpoint(out) == model_folder(str(out)) == out / "epoch_0"
+        assert resuming.find_checkpoint(out) == model_folder(str(out)) == out / "epoch_0"
     said = [message for message in caplog.messages if f"{out / 'epoch_1'} is damaged and not used: {name}" in message]
     assert damage is Path.unlink or (len(said) == 1 and "\n" not in said[0])
     damage(out / "epoch_0" / name)
     with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: no intact checkpoint"):
-        run_checkpoints.find_checkpoint(out)
+        resuming.find_checkpoint(out)
 
 
 @pytest.mark.parametrize("name", ["recipe_state.pt", "written"])
@@ -129,14 +130,14 @@ def test_runs_go_on_beside_a_damaged_checkpoint(name, two_epochs, tmp_path):
     empty(out / "epoch_1" / name)
     resumed = train(two_epochs, f"output_dir={out}", "resume_from_checkpoint=true")
     assert resumed.checkpoints.resumed_from.name == "epoch_0" and resumed.step == 4
-    assert run_checkpoints.find_checkpoint(out).name == "epoch_1"
+    assert resuming.find_checkpoint(out).name == "epoch_1"
 
 
 def test_damaged_shards_are_passed_over(tmp_path, finetune):
     train(finetune(**SHARDS, max_steps_per_epoch=3))
     shutil.rmtree(tmp_path / "out" / "epoch_0")
     cut(tmp_path / "out" / "step_2" / "__0_0.distcp")
-    assert run_checkpoints.find_checkpoint(tmp_path / "out").name == "step_1"
+    assert resuming.find_checkpoint(tmp_path / "out").name == "step_1"
 
 
 @pytest.mark.parametrize("settings", [{}, SHARDS], ids=["whole", "shards"])

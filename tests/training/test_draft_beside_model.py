@@ -29,10 +29,10 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.training.auto_settings import DRAFT_RATE
-from layerskip_recipes.training.checkpoints import find_checkpoint
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.recipe import LayerSkipFinetune
+from layerskip_recipes.training.resuming import find_checkpoint
 
 KINDS = {"copy": {"kind": "copy", "exit_layer": 2}, "adapter": {"kind": "adapter", "exit_layer": 2, "vocabulary": 200}}
 BESIDE = {kind: section | {"finetune_model": True} for kind, section in KINDS.items()}

@@ -14,10 +14,10 @@ from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data import chat_template
-from layerskip_recipes.training.checkpoints import stored_choices
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.fingerprint import check_resumable
 from layerskip_recipes.training.recipe import LayerSkipFinetune
+from layerskip_recipes.training.resuming import stored_choices
 
 
 def test_another_end_is_said(finetune, caplog):
