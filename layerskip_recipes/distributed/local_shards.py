@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -107,6 +108,8 @@ def split_locally(model: LayerSkipDecoder, mesh: DeviceMesh, plan: Mapping[str, 
 
 def is_split(model: nn.Module) -> bool:
     """Whether several ranks share the weights of a model."""
+    if not dist.is_initialized():
+        return False
     return any(isinstance(module, SplitLinear | SplitEmbedding) for module in model.modules()) or any(
         isinstance(parameter, DTensor) for parameter in model.parameters()
     )

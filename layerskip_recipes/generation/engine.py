@@ -192,12 +192,11 @@ class Generation:
         users = list({id(user): user for user in (self.model, self.context.draft_model)}.values())
         with ExitStack() as afterwards:
             for user in users:
-                for module in user.modules():
-                    afterwards.callback(setattr, module, "training", module.training)
+                for module in [module for module in user.modules() if module.training]:
+                    afterwards.callback(setattr, module, "training", True)
+                    module.training = False
                 afterwards.callback(setattr, user, "num_output_chunks", user.num_output_chunks)
-            for user in users:
                 user.num_output_chunks = 0  # training may have turned on chunked logits
-                user.eval()
             with self.cache.used_by(*users):
                 if self.context.sampler.penalises:
                     self.rows.begin_seen(self.context.vocabulary_size, self.context.device)
