@@ -86,6 +86,7 @@ def _read_together(
     # stored, so the first draft behind them may be worse.
     x = torch.zeros(len(texts), 1, context.model.tok_embeddings.embedding_dim, dtype=context.dtype, device=device)
     for start in range(reused, width, size):
+        context.before_chunk()
         end = min(start + size, width)
         slots, at = context.cache.slots[:end], context.cache.slots[None, start:end]
         if in_cpp:

@@ -55,6 +55,7 @@ class StepContext:
         self.last_position = model.max_seq_len - 1
         self._cpp_parts = self._decoder_in_cpp()  # not loaded yet; None if C++ does not support the model
         self.cpp: CppDecoder | None = None  # layers and heads in C++ once `load_cpp` has succeeded
+        self.before_chunk: Callable[[], None] = lambda: None  # is called before each chunk of a prompt
         self.graphs = None if self._cpp_parts or (compiled and compiled.failed) else compiled
         # Graphs may use FlexAttention over the whole cache instead of masks, see `BlockAttention`. Its kernel needs
         # head_dim >= 16, and a cache of whole blocks.

@@ -105,7 +105,8 @@ class LayerSkipServe(LayerSkipGenerate):
 
         kept = None
         with closing(iter(generation)) as rounds, ExitStack() as hooks:  # type: ignore[type-var]
-            for layer in self.model.layers:  # torch may read a long prompt for seconds
+            generation.context.before_chunk = check
+            for layer in self.model.layers:  # torch may read a long chunk for seconds
                 hooks.callback(layer.register_forward_pre_hook(check).remove)
             for (new,) in rounds:
                 hooks.close()

@@ -197,6 +197,24 @@ def test_a_first_token_is_chosen_in_cpp_also_where_torch_reads_the_text(monkeypa
     assert seen == [True]
 
 
+def test_a_long_prompt_can_be_left_between_two_chunks(monkeypatch):
+    """The server stops there if its client has left; the next generation is as ever."""
+    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
+    model, prompts = talking("fp32"), texts_of(1, 40)
+    expected = run(model, prompts, 5).generated
+    left = Generation(model, prompts, 5, compile=True)
+    chunks = iter([None, None, ConnectionAbortedError()])
+
+    def leave():
+        if (error := next(chunks)) is not None:
+            raise error
+
+    left.context.before_chunk = leave
+    with pytest.raises(ConnectionAbortedError):
+        next(iter(left))
+    assert run(model, prompts, 5).generated == expected
+
+
 def test_compiled_code_is_of_one_torch_compiler_and_processor(monkeypatch):
     """An upgrade must not load the library of the version before, nor another machine that shares the cache."""
     from torch._inductor.codecache import CppCodeCache
