@@ -121,19 +121,18 @@ class LayerSkipEval:
     def _measure_exits(self, name: str) -> dict[int, dict[str, Any]]:
         """The quality by exit; also prints it as a table."""
         cfg, model = self.cfg, self.model
-        draft_length = cfg.num_speculations
+        length, generated = cfg.num_speculations, self.replies.generated
         exits = sorted({*select_exits(cfg.exits or ":", model.num_layers), model.num_layers})
         with tqdm(self.batches, total=self.total, desc=name) as batches:
             limited = islice(batches, self.total)
-            options: dict[str, Any] = {"num_speculations": draft_length, "generated": self.replies.generated}
-            measured = exit_quality(model, limited, exits, self.device, **options)
+            measured = exit_quality(model, limited, exits, self.device, num_speculations=length, generated=generated)
         quality = {e: of_exit.report() for e, of_exit in measured.items()}
-        print(f"\n exit     loss  perplexity  accuracy  exact  agreement {f'of {draft_length}':>6}")
+        print(f"\n exit     loss  perplexity  accuracy  exact  agreement {f'of {length}':>6}")
         for e, q in quality.items():
-            length = "-" if q["accepted_length"] is None else f"{q['accepted_length']:.2f}"
+            accepted = "-" if q["accepted_length"] is None else f"{q['accepted_length']:.2f}"
             print(
                 f"{e:>5} {q['loss']:>8.3f} {q['perplexity']:>11.4g} {q['accuracy']:>9.3f} "
-                f"{q['exact_match']:>6.3f} {q['agreement']:>10.3f} {length:>6}"
+                f"{q['exact_match']:>6.3f} {q['agreement']:>10.3f} {accepted:>6}"
             )
         return quality
 

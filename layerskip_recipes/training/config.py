@@ -189,12 +189,12 @@ class FinetuneConfig(RecipeConfig):
     def exit_loss(self) -> EarlyExitLoss:
         """The loss of the sections `loss` and `early_exit_loss`; without the second, only the last layer's."""
         base = self.loss.build()
-        given: dict[str, Any] = {}
+        smoothing = 0.0
         if (ignored := getattr(base, "ignore_index", -100)) != -100:
             raise ConfigError(f"loss.ignore_index: {ignored}, but torchtune's datasets mask labels with -100; -100")
         if isinstance(base, torch.nn.CrossEntropyLoss):
             check("loss.label_smoothing", base.label_smoothing, Fraction)
-            given["label_smoothing"] = base.label_smoothing
+            smoothing = base.label_smoothing
             if base.weight is not None or base.reduction != "mean":
                 raise ConfigError(
                     f"loss.reduction: {base.reduction!r}, or class weights, are not supported; use reduction: mean"
@@ -206,8 +206,8 @@ class FinetuneConfig(RecipeConfig):
             )
         if self.early_exit_loss is None:
             chunk = self.draft and self.draft.chunk_tokens
-            return EarlyExitLoss(curriculum=None, exits=-1, chunk_tokens=chunk, **given)
-        return EarlyExitLoss(**dict(self.early_exit_loss), **given)
+            return EarlyExitLoss(curriculum=None, exits=-1, chunk_tokens=chunk, label_smoothing=smoothing)
+        return EarlyExitLoss(**dict(self.early_exit_loss), label_smoothing=smoothing)
 
     def build_layer_dropout(self) -> LayerDropout | None:
         return None if self.layer_dropout is None else LayerDropout(self.num_layers, **dict(self.layer_dropout))

@@ -12,11 +12,12 @@ from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGE
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
+from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.processes import from_every_rank
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.label_counts import LabelCounts
-from layerskip_recipes.training.validation import Validation, quality_in_training
+from layerskip_recipes.training.validation import Validation, measuring
 
 # Each process stops measuring after this many samples or tokens.
 ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
@@ -81,19 +82,20 @@ class DraftStatistics:
         if not count:
             return None
         sizes = [n for n in DRAFT_VOCABULARIES if n < self.labels.num_tokens and n < 2 * len(vocabulary)]
-        options: dict[str, Any] = {} if draft is not None else {"vocabulary": vocabulary, "sizes": sizes}
         try:
-            quality = quality_in_training(
-                model,
-                batches[:count],
-                [*early, model.num_layers],
-                self.labels.device,
-                self.labels.mesh,
-                draft=draft,
-                num_speculations=LONGEST_DRAFT,
-                generated=self.validation.replies.generated,
-                **options,
-            )
+            with measuring(model, draft):
+                quality = exit_quality(
+                    model,
+                    batches[:count],
+                    [*early, model.num_layers],
+                    self.labels.device,
+                    add_up=self.labels.mesh.sum,
+                    num_speculations=LONGEST_DRAFT,
+                    draft=draft,
+                    vocabulary=vocabulary,
+                    sizes=sizes if draft is None else (),
+                    generated=self.validation.replies.generated,
+                )
         except ConfigError:  # no label counts
             return None
         if not all(quality[e].overlap >= 0 and quality[e].tokens_per_round for e in early):

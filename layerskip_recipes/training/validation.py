@@ -1,6 +1,7 @@
 """Validation during training: loss, perplexity and agreement with the last layer of each chosen exit."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.exit_quality import ExitQuality, exit_quality
+from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_length
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig
@@ -84,8 +85,17 @@ class Validation:
         """The log metrics of each exit or of the draft. Warns if the last layer got worse."""
         batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
         some = islice(batches, self.count)
-        options: dict[str, Any] = {"key": "dataset_val", "draft": draft, "generated": self.replies.generated}
-        quality = quality_in_training(model, some, self.exits, device, self.mesh, **options)
+        with measuring(model, draft):
+            quality = exit_quality(
+                model,
+                some,
+                self.exits,
+                device,
+                add_up=self.mesh.sum,
+                key="dataset_val",
+                draft=draft,
+                generated=self.replies.generated,
+            )
         batches.close()
         final = quality[self.exits[-1]].loss
         first = self.loss_at_start = final if self.loss_at_start is None else self.loss_at_start
@@ -106,24 +116,17 @@ class Validation:
         return named | {"val_loss_final": final}
 
 
-def quality_in_training(
-    model: LayerSkipDecoder,
-    batches: Iterable[dict[str, Any]],
-    exits: Sequence[int],
-    device: torch.device,
-    mesh: Mesh,
-    draft: Draft | None = None,
-    **options: Any,
-) -> dict[int, ExitQuality]:
-    """`exit_quality` in eval mode over the batches of all ranks. Leaves the training state as it was."""
-    measured: list[torch.nn.Module] = [model] if draft is None else [model, draft]
-    trained = [part for part in measured if part.training]
+@contextmanager
+def measuring(model: LayerSkipDecoder, draft: Draft | None = None) -> Iterator[None]:
+    """Model and draft in eval mode; leaves the training state as it was."""
+    parts: list[torch.nn.Module] = [model] if draft is None else [model, draft]
+    trained = [part for part in parts if part.training]
     for part in trained:
         part.eval()
     try:
-        return exit_quality(model, batches, exits, device, add_up=mesh.sum, draft=draft, **options)
+        yield
     finally:
-        for part in measured:
+        for part in parts:
             reshard(part)
         for part in trained:
             part.train()

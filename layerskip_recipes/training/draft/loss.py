@@ -89,8 +89,9 @@ class DraftLoss:
         if self.model_loss is not None:
             kept: dict[int, torch.Tensor] = {}
             keep = self.draft.keeper(model, tokens, kept)
-            now: dict[str, Any] = {"step": step, "total_steps": total_steps, "counted": counted}
-            total_of_model, by_exit = self.model_loss(model, tokens, labels, on_exit=keep, **now, **inputs)
+            total_of_model, by_exit = self.model_loss(
+                model, tokens, labels, step=step, total_steps=total_steps, counted=counted, on_exit=keep, **inputs
+            )
             x, last = kept[self.draft.start], kept[model.num_layers]
         else:
             x, last = self.draft.teacher_states(model, tokens, **inputs)
