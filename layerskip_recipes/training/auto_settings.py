@@ -13,7 +13,7 @@ from torchtune.utils import get_logger
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
-from layerskip_recipes.config.schema import Auto, check, refusal
+from layerskip_recipes.config.schema import AUTO, Auto, check, refusal
 from layerskip_recipes.data.tokenizer import SampleLength
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -128,7 +128,8 @@ class TrainingMemory:
         """Bytes that each process takes besides activations."""
         cfg, model = self.cfg, self.cfg.meta_model
         section = cfg.early_exit_loss or cfg.draft
-        chunk = (section and section.chunk_tokens) or chunk_tokens(self.device)
+        given = AUTO if section is None else section.chunk_tokens
+        chunk = chunk_tokens(self.device) if given == AUTO else given
         # Sharded: a draft is always in fp32, with 16 bytes for each weight, its gradient and two averages.
         sharded = training_bytes(model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model)) + 16 * self.of_draft
         shards = max(num_processes() // (cfg.data_parallel_replicate_dim or 1), 1)

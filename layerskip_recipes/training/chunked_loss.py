@@ -12,6 +12,7 @@ from pydantic import Field
 from torch._dynamo.exc import TorchDynamoException
 from torchtune.utils import get_logger
 
+from layerskip_recipes.config.schema import AUTO, Auto
 from layerskip_recipes.errors import first_line
 from layerskip_recipes.model.head import Head, at_least_fp32, compute_dtype
 from layerskip_recipes.model.head import chunk_tokens as fast_chunk
@@ -21,7 +22,7 @@ log = get_logger("INFO")
 # (logits [n, v], target as in `token_loss_`, scale) -> summed loss. The gradient of scale * loss replaces the logits.
 ChunkLoss = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 Teacher = Callable[[Any], Any]
-ChunkTokens = Annotated[int, Field(ge=1, examples=[512])] | None
+ChunkTokens = Annotated[int, Field(ge=1, examples=[512]), Auto()]
 
 
 def cross_entropy_(
@@ -106,17 +107,17 @@ def exit_losses(
     labels: torch.Tensor,
     counted: torch.Tensor,
     chunk_loss: ChunkLoss,
-    chunk_tokens: int | None,
+    chunk_tokens: int,
     teacher: Teacher | None = None,
     head_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the exits' losses, a scalar, and the detached mean loss of each exit.
 
-    `hidden` has x_E [b, s, d] of each exit. Of labels [b * s] only the rows `counted` [n] get logits. `teacher` maps
-    row indices to a target that replaces the labels. All exits but the last change only those rows of the output's
-    matrix and bias that are 1 in `head_rows` [v]; None: all rows. The weights are known beforehand, so each chunk's
-    gradient is final once its logits exist. The head computes in the hidden states' dtype, or autocast's; gradients are
-    summed in fp32.
+    `hidden` has x_E [b, s, d] of each exit. `chunk_tokens` may be "auto". Of labels [b * s] only the rows `counted` [n]
+    get logits. `teacher` maps row indices to a target that replaces the labels. All exits but the last change only
+    those rows of the output's matrix and bias that are 1 in `head_rows` [v]; None: all rows. The weights are known
+    beforehand, so each chunk's gradient is final once its logits exist. The head computes in the hidden states' dtype,
+    or autocast's; gradients are summed in fp32.
     """
     tensors = (*head.parameters, *(x.flatten(0, 1) for x in hidden))
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -135,7 +136,7 @@ def exit_losses(
         ]
         # Sum gradients in fp32. Each chunk of each exit adds one term, and bf16 would round most of them away.
         sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
-        size = max(min(chunk_tokens or fast_chunk(kind), len(labels)), 1)
+        size = max(min(fast_chunk(kind) if chunk_tokens == AUTO else chunk_tokens, len(labels)), 1)
         # One logits buffer for all chunks: allocating one per chunk costs a CPU a tenth of the step.
         buffer = None
         if head.matrix is not None:

@@ -16,6 +16,7 @@ from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import (
+    AUTO,
     Auto,
     Exits,
     Flag,
@@ -205,7 +206,7 @@ class FinetuneConfig(RecipeConfig):
                 "torch.nn.CrossEntropyLoss, torchtune.modules.loss.CEWithChunkedOutputLoss"
             )
         if self.early_exit_loss is None:
-            chunk = self.draft and self.draft.chunk_tokens
+            chunk = AUTO if self.draft is None else self.draft.chunk_tokens
             return EarlyExitLoss(curriculum=None, exits=-1, chunk_tokens=chunk, label_smoothing=smoothing)
         return EarlyExitLoss(**dict(self.early_exit_loss), label_smoothing=smoothing)
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.config.layer_strings import select_exits
-from layerskip_recipes.config.schema import Auto, Exits, PositiveInt, Section, checked_arguments
+from layerskip_recipes.config.schema import AUTO, Auto, Exits, PositiveInt, Section, checked_arguments
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, OnExit
 from layerskip_recipes.model.head import Head
@@ -118,8 +118,8 @@ class EarlyExitLossSection(Section):
     with a curriculum, otherwise the exit at a seventh of the depth."""
     scale_fn: ScaleFn = "layerskip"
     """How an exit's weight depends on its layer l; `layerskip` is the paper's sum 0 + 1 + ... + l."""
-    chunk_tokens: ChunkTokens = None
-    """At most this many tokens have logits at a time; null: 2048 on a GPU, 512 elsewhere."""
+    chunk_tokens: ChunkTokens = AUTO
+    """At most this many tokens have logits at a time; auto: 2048 on a GPU, 512 elsewhere."""
 
 
 class EarlyExitLoss:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.config.schema import Auto, Flag, PositiveInt, Section, check
+from layerskip_recipes.config.schema import AUTO, Auto, Flag, PositiveInt, Section, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.model.draft import Draft, Kind
@@ -36,8 +36,8 @@ class DraftSection(Section):
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
     """The draft chooses among this many tokens, the most frequent ones of the data; null: among all. A smaller
     vocabulary trains and drafts faster if the head is a large part of the model."""
-    chunk_tokens: ChunkTokens = None
-    """At most this many tokens have logits at a time; null: 2048 on a GPU, 512 elsewhere."""
+    chunk_tokens: ChunkTokens = AUTO
+    """At most this many tokens have logits at a time; auto: 2048 on a GPU, 512 elsewhere."""
 
     def check_against(self, model: TransformerDecoder) -> None:
         """Raises a ConfigError if the draft does not fit the model."""
