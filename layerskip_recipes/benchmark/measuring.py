@@ -11,6 +11,7 @@ from torchtune import utils
 
 from layerskip_recipes.benchmark.peers import Peer, Rows, type_and_line
 from layerskip_recipes.generation.config import DecodingConfig
+from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
@@ -53,6 +54,7 @@ class Turns:
     reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
     seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
     spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
+    draft_models: DraftModels = field(default_factory=DraftModels)
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -66,12 +68,14 @@ class Turns:
         if isinstance(method, Peer):
             rows, stats = method.decode(batch, self.cfg.sampler(temperature), seed)
             return [row[: text.extend(row)] for row, text in zip(rows, texts, strict=True)] if texts else rows, stats
+        speculation = method if isinstance(method, Speculation) else None
         generation = Generation(
             self.model,
             batch,
             self.limit,
             exit_layer=method if isinstance(method, int) else None,
-            speculation=method if isinstance(method, Speculation) else None,
+            speculation=speculation,
+            draft_model=self.draft_models.of(speculation, self.model),
             sampler=self.cfg.sampler(temperature, seed),
             stop_tokens=self.stop_tokens,
             compile=self.cfg.compile,

@@ -12,7 +12,6 @@ For a trained draft, given or the model's own, probes replace step 2, and step 4
 
 import itertools
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
-from layerskip_recipes.checkpoint.drafts import own_draft
+from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft
 from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, TokensPerRound
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
@@ -33,7 +32,8 @@ from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import LOOKUP, prediction_keys
+from layerskip_recipes.generation.drafting.auto_drafts import LOOKUP, most_frequent, prediction_keys
+from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.prediction import (
     Costs,
     Prediction,
@@ -45,6 +45,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     with_int8,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.exit_quality import ALL, exit_quality
@@ -67,8 +68,8 @@ NOTHING_TO_DRAFT = (
 class Candidate:
     """A way of drafting to measure."""
 
-    section: SelfSpeculation  # to measure: its draft vocabulary is a list of token ids
-    written: SelfSpeculation  # for the tuned config: its draft vocabulary is a number of the checkpoint's tokens
+    speculation: Speculation  # to measure
+    written: SelfSpeculation  # for the tuned config: its draft vocabulary may be a number of the checkpoint's tokens
     prediction: Prediction
 
     @property
@@ -77,7 +78,7 @@ class Candidate:
         parts = [f"exit{way.exit_layer}" if way.own_layers is None else "draft", f"{self.prediction.num_speculations}"]
         if way.vocabulary is not None and way.own_layers is None:
             parts.append(f"vocabulary{way.vocabulary}")
-        flags = {"int8": way.int8, "confident": way.ends, "lookup": self.section.prompt_lookup}
+        flags = {"int8": way.int8, "confident": way.ends, "lookup": self.speculation.prompt_lookup}
         return "_".join([*parts, *(name for name, on in flags.items() if on)])
 
 
@@ -156,16 +157,17 @@ def grid(predictions: Sequence[Prediction]) -> list[Prediction]:
 class Tuner:
     """Finds the ways of drafting to measure.
 
-    `stored` has the checkpoint's frequent tokens, most frequent first; None: count the prompts' tokens.
+    `stored` has the checkpoint's frequent tokens, most frequent first; None: count the prompts' tokens. `draft` is the
+    trained draft whose length and precision to choose; None: choose an exit.
     """
 
-    def __init__(self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None) -> None:
-        self.cfg, self.turns, self.model = cfg, turns, turns.model
+    def __init__(
+        self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None, draft: DraftDescription | None
+    ) -> None:
+        self.cfg, self.turns, self.model, self.draft = cfg, turns, turns.model, draft
         self.temperature, self.rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
-        counted = Counter(token for prompt in self.prompts for token in prompt)
-        self.stored = bool(stored)
-        self.frequent = list(stored or [token for token, _ in counted.most_common()])
+        self.stored, self.frequent = bool(stored), list(stored or most_frequent(self.prompts))
         self.device = self.model.tok_embeddings.weight.device
         self.endings = [False, True] if self.device.type == "cpu" and self.rows == 1 else [False]
 
@@ -178,8 +180,8 @@ class Tuner:
         plain_s = plain.decode_s / plain.rounds
         precisions = [False, True] if self.cfg.compile and self.device.type == "cpu" else [False]
         # Tokens per round of each way, and times of the probes.
-        if self.cfg.tuned_draft is not None:
-            rates, timed = self._trained_draft(self.cfg.tuned_draft, precisions)
+        if self.draft is not None:
+            rates, timed = self._trained_draft(self.draft, precisions)
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
             texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
@@ -201,16 +203,16 @@ class Tuner:
         return {candidate.name: candidate for candidate in candidates}
 
     def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:
-        num_tokens, keys = prediction.way.vocabulary, prediction_keys(prediction, lookup)
-        if prediction.way.own_layers is not None:
-            assert self.cfg.tuned_draft is not None
-            written = self.cfg.tuned_draft.model_copy(update=keys | {"draft_vocabulary": AUTO})
-            return Candidate(written.with_vocabulary(self.model, []), written, prediction)
-        written = SelfSpeculation(draft=None, **keys)
+        keys, draft = prediction_keys(prediction, lookup), self.draft
+        if draft is not None:
+            written = SelfSpeculation(**keys | {"draft": draft.folder, "draft_vocabulary": AUTO})
+            keys |= {"exit_layer": draft.exit_layer, "draft": draft, "draft_vocabulary": draft.vocabulary}
+            return Candidate(Speculation(**keys), written, prediction)
+        num_tokens = prediction.way.vocabulary
         ids = None if num_tokens is None else self.frequent[:num_tokens]
-        section = written.model_copy(update={"draft_vocabulary": ids})
         # Generation would count a number of tokens in its own prompts if the checkpoint stores none.
-        return Candidate(section, written if self.stored else section, prediction)
+        written = SelfSpeculation(**keys | {"draft": None} | ({} if self.stored else {"draft_vocabulary": ids}))
+        return Candidate(Speculation(**keys | {"draft_vocabulary": ids}), written, prediction)
 
     def _probes(self, precisions: Sequence[bool], small: int) -> dict[tuple[Way, int], GenerationStats]:
         """Probes that differ in layers, head rows and draft length, so that `fitted_costs` can separate the costs."""
@@ -221,21 +223,21 @@ class Tuner:
         return {(way, d): self._probe(way, d) for way, d in ways}
 
     def _probe(self, way: Way, num_speculations: int) -> GenerationStats:
-        section = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).section
-        method = section.build(self.model)
+        speculation = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).speculation
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
-        stats = sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
+        turns.draft_models = DraftModels()  # which goes with the probe
+        stats = sum((stats for _, stats in self._decode_all(speculation, turns)), GenerationStats())
         if not stats.draft_steps:
             raise ConfigError(NOTHING_TO_DRAFT)
         return stats
 
     def _trained_draft(
-        self, draft: SelfSpeculation, precisions: Sequence[bool]
+        self, draft: DraftDescription, precisions: Sequence[bool]
     ) -> tuple[dict[Way, Sequence[Round]], dict[tuple[Way, int], GenerationStats]]:
         """Rounds and times of a trained draft, from probes with drafts of up to 8 tokens."""
         rates, timed = dict[Way, Sequence[Round]](), {}
         for int8, ends in itertools.product(precisions, self.endings):
-            way = Way(0, None, int8, own_layers=draft.own_layers(), ends=ends)
+            way = Way(0, None, int8, own_layers=draft.num_layers, ends=ends)
             stats = self._probe(way, 8)
             if not ends:
                 timed[way, 8] = stats

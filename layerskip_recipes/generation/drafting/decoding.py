@@ -62,7 +62,7 @@ class DraftedDecoding:
         self.chain = ChainDrafter(context, speculation.exit_layer, longest, speculation.min_confidence)
         self.drafters: list[Drafter] = [self.chain]
         if speculation.prompt_lookup is not None:
-            whole = speculation.exit_layer == context.model.num_layers and speculation.drafter is None
+            whole = speculation.exit_layer == context.model.num_layers and context.draft_model is context.model
             look_ups = LookupDrafter(context, longest, speculation.prompt_lookup, texts)
             self.drafters = [look_ups] if whole else [self.chain, look_ups]
         self.offered: dict[DraftStrategy, Drafter] = {}
