@@ -34,10 +34,10 @@ from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
-from layerskip_recipes.generation.drafting.draft_model import check_memory
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES, Speculation
-from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
+from layerskip_recipes.generation.fitting_memory import check_memory
+from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, try_examples
@@ -45,7 +45,6 @@ from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary
-from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")
@@ -114,15 +113,13 @@ class LayerSkipBenchmark:
             )
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         # Weights, KV cache and activations must fit in memory.
-        verified = 1 + max(longest, LONGEST_DRAFT if cfg.tune else 0)
-        self.reserve = longest_prompt(self.prompts) + self.limit + verified
-        slots = cache_length(self.reserve) if cfg.compile else self.reserve
-        speculations = [*self._drafts.values()]
-        if (draft := self.tuned_draft) is not None:
-            speculations = [Speculation(draft.exit_layer, draft=draft, draft_vocabulary=draft.vocabulary)]
-        whole = weight_bytes(model, cfg.torch_dtype)
-        sizes = {"prompt": longest_prompt(self.prompts), "verified": verified}
-        check_memory(cfg, model, self.device, speculations, whole, rows, slots, cfg.compile, **sizes)
+        speculations, draft = [*self._drafts.values()], self.tuned_draft
+        if cfg.tune:
+            exit_layer, ids = (1, None) if draft is None else (draft.exit_layer, draft.vocabulary)
+            speculations = [Speculation(exit_layer, LONGEST_DRAFT, ids, draft=draft)]
+        self.reserve = check_memory(
+            cfg, self.device, speculations, rows, longest_prompt(self.prompts), self.limit, True
+        )
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
 
     @property

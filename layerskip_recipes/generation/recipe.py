@@ -18,10 +18,11 @@ from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser, compiling_pays
-from layerskip_recipes.generation.drafting.draft_model import DraftModel, build_draft_model, check_memory
+from layerskip_recipes.generation.drafting.draft_model import DraftModel, build_draft_model
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
+from layerskip_recipes.generation.fitting_memory import check_memory
+from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.report import Totals, make_report, print_report
@@ -31,7 +32,6 @@ from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextSt
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.kv_cache import DecodingCache
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
-from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.processes import init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
@@ -79,19 +79,10 @@ class LayerSkipGenerate:
         # The beginning that all prompts share stays in the caches, for plain decoding and for drafts.
         self.common = common_start([self.prompt_tokens[i] for i in self.good]) if self.good else 0
         self.caches: dict[bool, DecodingCache] = {}
-        # Choose how to draft, and the size of the cache.
+        # Choose how to draft.
         self.cfg, choice = self._choose()
         cfg, self.compile = self.cfg, bool(self.cfg.compile)
         self.speculation = choice.speculation([self.prompt_tokens[i] for i in self.good])
-        if not self.interactive:
-            rows = self.batch_size
-            if self.device.type == "cuda" and self.compile and self.compare:
-                rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
-            verified = 1 if self.speculation is None else self.speculation.num_speculations + 1
-            slots = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens + verified
-            # The same for all batches, so that steps are compiled for one size.
-            self.reserve = slots if self.compile else None
-            slots = cache_length(slots) if self.compile else slots
         kept = (self.exit_layer or 0) if self.speculation is None else self.speculation.layers_of_model
         self.kept_layers = kept if kept < model.num_layers else 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
@@ -107,12 +98,14 @@ class LayerSkipGenerate:
             )
         if not self.interactive:
             # Check the memory only now, as each process has its own GPU.
-            parallel = self.parallel
-            whole = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
+            rows, longest = self.batch_size, max(len(self.prompt_tokens[i]) for i in self.good)
+            if self.device.type == "cuda" and self.compile and self.compare:
+                rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
             drafts = [] if self.speculation is None else [self.speculation]
-            sizes = {"prompt": max(len(self.prompt_tokens[i]) for i in self.good), "verified": verified}
-            second = self.compile and self.compare
-            check_memory(cfg, model, self.device, drafts, whole, rows, slots, second, parallel=parallel, **sizes)
+            sizes = (rows, longest, self.max_new_tokens)
+            slots = check_memory(cfg, self.device, drafts, *sizes, self.compare, self.kept_layers, self.parallel)
+            # The same for all batches, so that steps are compiled for one size.
+            self.reserve = slots if self.compile else None
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.seed)
         self.shows = is_rank_zero()

@@ -207,14 +207,14 @@ def choose_drafts(
     frequent = trained.vocabulary if trained else None
 
     def choice(chosen: Mapping[str, Any], why: str | None = None, speedup: float = 1.0) -> Choice:
-        """The user's values, and the chosen ones for the keys that are `auto`."""
-        filled = SelfSpeculation(**{"draft": draft and draft.folder, **chosen, **given})
-        return Choice(filled, why, costs.plain, speedup, draft, frequent, key)
+        """The user's values, chosen ones for the keys that are `auto`, or else plain ones."""
+        values = PLAIN_VALUES | {"draft": draft and draft.folder} | dict(chosen) | given
+        return Choice(SelfSpeculation(**values), why, costs.plain, speedup, draft, frequent, key)
 
     looks_up = exit_layer == costs.num_layers and given.get("prompt_lookup") and not given.get("draft_int8")
     unmeasured = exit_layer is not None and not (trained and trained.measured)
     if draft is None and (looks_up or unmeasured):
-        return choice(PLAIN_VALUES)  # nothing to choose by
+        return choice({})  # nothing to choose by
     ways = known_ways(trained, costs.num_layers, exit_layer) if draft is None else _trained_draft(draft)
     if not ways:
         return _without_exit(given, unusable or _untrained(notes.folder, trained, costs.num_layers, key), costs)

@@ -1,21 +1,18 @@
-"""The draft model, which really drafts: built from a `Speculation` and a loaded model, and the memory that it takes."""
+"""The draft model, which really drafts. It is built from a `Speculation` and a loaded model."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 
 from layerskip_recipes.checkpoint.drafts import read_draft
-from layerskip_recipes.checkpoint.weights import linear_head, quantise, quantised_bytes
+from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.draft_head import DraftHead, draft_head_of
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.memory import check_cache_fits, row_bytes
 
 
 @dataclass(frozen=True)
@@ -118,27 +115,3 @@ class DraftModels:
         if weights not in self.built:
             self.built[weights] = build_draft_model(model, speculation, key, self.trained)
         return self.built[weights]
-
-
-def check_memory(
-    cfg: Any,
-    model: LayerSkipDecoder,
-    device: torch.device,
-    drafts: Sequence[Speculation],
-    whole: int,
-    rows: int,
-    slots: int,
-    second_cache: bool,
-    **sizes: int,
-) -> None:
-    """Check that a model on the meta device (its weights are `whole` bytes as loaded), its drafts and `rows` batch rows
-    fit into the memory; `sizes` are arguments of `row_bytes`. `second_cache`: beside a trained draft, plain decoding
-    has a cache of its own, without the draft's layers."""
-    own = [draft.own_bytes(model, cfg.torch_dtype) for draft in drafts]
-    # Trained drafts are read before the model is quantised.
-    loaded = whole + sum(size for draft, size in zip(drafts, own, strict=True) if draft.draft is not None)
-    weights = sum(own) + (whole if cfg.quantizer is None else quantised_bytes(model, cfg.quantizer))
-    own_layers = max((draft.own_layers for draft in drafts), default=0)
-    sizes["draft_layers"] = own_layers + (len(model.layers) if own_layers and second_cache else 0)
-    bytes_of = partial(row_bytes, model, dtype=cfg.torch_dtype, **sizes)
-    check_cache_fits(rows, slots, bytes_of, device, weights, loaded)
