@@ -59,11 +59,11 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
 
 def _with_plain_values(section: Any) -> Any:
     """With an exit or a draft, missing keys are not `auto`."""
-    if isinstance(section, Mapping) and section.get("draft", AUTO) not in (None, AUTO):
-        return PLAIN_VALUES | {"draft_vocabulary": AUTO} | dict(section)
-    if isinstance(section, Mapping) and section.get("exit_layer", AUTO) != AUTO:
-        return PLAIN_VALUES | dict(section)
-    return section
+    given = dict(section) if isinstance(section, Mapping) else {}
+    has_draft = given.get("draft", AUTO) not in (None, AUTO)
+    if not has_draft and given.get("exit_layer", AUTO) == AUTO:
+        return section
+    return PLAIN_VALUES | ({"draft_vocabulary": AUTO} if has_draft else {}) | given
 
 
 class FastestSetting(Section):

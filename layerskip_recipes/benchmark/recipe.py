@@ -35,7 +35,7 @@ from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES, Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, PLAIN_VALUES, Speculation
 from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.report import report_path
@@ -78,12 +78,18 @@ class LayerSkipBenchmark:
             drafts = {name: self._plain_choice(section, model) for name, section in cfg.drafting.items()}
         else:
             chooser = DraftChooser(cfg, cfg.quantizer)
-            drafts = {name: self._choose(chooser, name, section) for name, section in cfg.drafting.items()}
+            settings = (cfg.all_temperatures[0], cfg.compile, cfg.batch_size)
+            drafts = {
+                name: chooser.choose(section, *settings, cfg.key_of(name)) for name, section in cfg.drafting.items()
+            }
             if cfg.tune:
                 exits = chooser.notes.exits
                 self.frequent = None if exits is None else exits.vocabulary
                 section = cfg.self_speculation or SelfSpeculation()
-                self.tuned_draft, _ = chooser.notes.draft_for(section, "self_speculation.draft")
+                self.tuned_draft, _ = chooser.notes.draft_for(section, f"{KEY}.draft")
+        for name, choice in drafts.items():
+            if choice.why is not None:
+                log.info("%s: %s", name, choice.why)
         chosen = cfg.compared | {name: choice.section for name, choice in drafts.items()}
         choices = Choices(cfg)
         for key, value in ({"variants": chosen} if chosen and cfg.variants else chosen).items():
@@ -125,14 +131,6 @@ class LayerSkipBenchmark:
     @property
     def _drafts(self) -> dict[str, Speculation]:
         return {name: method for name, method in self.methods.items() if isinstance(method, Speculation)}
-
-    def _choose(self, chooser: DraftChooser, name: str, section: SelfSpeculation) -> Choice:
-        """Fill in what the section leaves open, as generation does."""
-        cfg = self.cfg
-        choice = chooser.choose(section, cfg.all_temperatures[0], cfg.compile, cfg.batch_size, cfg.key_of(name))
-        if choice.why is not None:
-            log.info("%s: %s", name, choice.why)
-        return choice
 
     @staticmethod
     def _plain_choice(section: SelfSpeculation, model: LayerSkipDecoder) -> Choice:

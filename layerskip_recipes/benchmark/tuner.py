@@ -41,8 +41,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     StepCost,
     Way,
     ranked,
-    rates_of,
-    with_int8,
+    rounds_of,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -69,14 +68,14 @@ class Candidate:
     """A way of drafting to measure."""
 
     speculation: Speculation  # to measure
-    written: SelfSpeculation  # for the tuned config: its draft vocabulary may be a number of the checkpoint's tokens
+    written: SelfSpeculation  # for tuned.yaml: its draft vocabulary may be a number of the checkpoint's tokens
     prediction: Prediction
 
     @property
     def name(self) -> str:
         way = self.prediction.way
-        parts = [f"exit{way.exit_layer}" if way.own_layers is None else "draft", f"{self.prediction.num_speculations}"]
-        if way.vocabulary is not None and way.own_layers is None:
+        parts = ["draft" if way.draft_layers else f"exit{way.exit_layer}", f"{self.prediction.num_speculations}"]
+        if way.vocabulary is not None and not way.draft_layers:
             parts.append(f"vocabulary{way.vocabulary}")
         flags = {"int8": way.int8, "confident": way.ends, "lookup": self.speculation.prompt_lookup}
         return "_".join([*parts, *(name for name, on in flags.items() if on)])
@@ -90,6 +89,7 @@ def measured_rates(
     temperature: float,
     longest: int = LONGEST_DRAFT,
     endings: Sequence[bool] = (False,),
+    precisions: Sequence[bool] = (False,),
 ) -> dict[Way, Sequence[Round]]:
     """The rounds of drafts of at most 1 to `longest` tokens, for each exit, draft vocabulary and end.
 
@@ -104,14 +104,13 @@ def measured_rates(
         for prompt, output in texts
     )
     exits, device = range(1, model.num_layers + 1), model.tok_embeddings.weight.device
-    options: dict[str, Any] = {"num_speculations": longest, "vocabulary": vocabulary, "sizes": sizes}
-    quality = exit_quality(model, batches, exits, device, **options)
+    quality = exit_quality(model, batches, exits, device, num_speculations=longest, vocabulary=vocabulary, sizes=sizes)
     ways = {
         Way(e, None if name == ALL else int(name)): TokensPerRound(**rates)
         for e in exits[:-1]
         for name, rates in quality[e].tokens_per_round.items()
     }
-    return rates_of(ways, temperature, endings)
+    return rounds_of(ways, temperature, endings, precisions)
 
 
 def fitted_costs(
@@ -122,12 +121,12 @@ def fitted_costs(
     for int8 in {way.int8 for way, _ in timed}:
         probes = {way: s for (way, _), s in timed.items() if way.int8 == int8}
         rows = [vocabulary if way.vocabulary is None else way.vocabulary for way in probes]
-        features = [[1.0, way.own_layers or way.exit_layer, n] for way, n in zip(probes, rows, strict=True)]
+        features = [[1.0, way.draft_layers or way.exit_layer, n] for way, n in zip(probes, rows, strict=True)]
         seconds = [[s.draft_s / s.draft_steps] for s in probes.values()]
         fit = torch.linalg.lstsq(torch.tensor(features).double(), torch.tensor(seconds).double(), driver="gelsd")
         draft[int8] = StepCost(*fit.solution[:, 0].tolist())
     for (way, d), s in timed.items():
-        verified = d * batch_rows * (1 - way.kept_layers / num_layers)
+        verified = d * batch_rows * (1 - way.shared_layers / num_layers)
         further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
     rest = statistics.median(s.accept_s / s.rounds for s in timed.values())
     return Costs(num_layers, vocabulary, plain_s, draft, max(statistics.median(further), 0.0), rest, batch_rows)
@@ -157,19 +156,19 @@ def grid(predictions: Sequence[Prediction]) -> list[Prediction]:
 class Tuner:
     """Finds the ways of drafting to measure.
 
-    `stored` has the checkpoint's frequent tokens, most frequent first; None: count the prompts' tokens. `draft` is the
-    trained draft whose length and precision to choose; None: choose an exit.
+    `stored` has the checkpoint's frequent tokens, most frequent first; None: count the prompts' tokens.
+    `draft` is the trained draft whose length and precision to choose; None: choose an exit.
     """
 
     def __init__(
         self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None, draft: DraftDescription | None
     ) -> None:
         self.cfg, self.turns, self.model, self.draft = cfg, turns, turns.model, draft
-        self.temperature, self.rows = cfg.all_temperatures[0], len(turns.batches[0])
+        self.temperature, self.batch_rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
         self.stored, self.frequent = bool(stored), list(stored or most_frequent(self.prompts))
         self.device = self.model.tok_embeddings.weight.device
-        self.endings = [False, True] if self.device.type == "cpu" and self.rows == 1 else [False]
+        self.endings = [False, True] if self.device.type == "cpu" and self.batch_rows == 1 else [False]
 
     def candidates(self) -> dict[str, Candidate]:
         """The candidates by name; prints the predictions."""
@@ -185,12 +184,13 @@ class Tuner:
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
             texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
-            found = measured_rates(self.model, texts, self.frequent, sizes, self.temperature, endings=self.endings)
-            rates = with_int8(found, precisions)
+            rates = measured_rates(
+                self.model, texts, self.frequent, sizes, self.temperature, LONGEST_DRAFT, self.endings, precisions
+            )
             timed = self._probes(precisions, sizes[0])
         # Predict, and choose what to measure.
         size = self.model.tok_embeddings.num_embeddings
-        costs = fitted_costs(timed, plain_s, self.model.num_layers, size, self.rows)
+        costs = fitted_costs(timed, plain_s, self.model.num_layers, size, self.batch_rows)
         predictions = ranked(rates, costs)
         chosen = grid(predictions) if self.cfg.tune == "grid" else pick(predictions)
         print(f"{'predicted':<36}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
@@ -237,7 +237,7 @@ class Tuner:
         """Rounds and times of a trained draft, from probes with drafts of up to 8 tokens."""
         rates, timed = dict[Way, Sequence[Round]](), {}
         for int8, ends in itertools.product(precisions, self.endings):
-            way = Way(0, None, int8, own_layers=draft.num_layers, ends=ends)
+            way = Way(0, None, int8, draft_layers=draft.num_layers, ends=ends)
             stats = self._probe(way, 8)
             if not ends:
                 timed[way, 8] = stats

@@ -175,7 +175,7 @@ class LayerSkipLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self._device = model, tokenizer, model.tok_embeddings.weight.device
-        self.rows, self.exit_layer, self.drafts = batch_size, exit_layer, drafts
+        self.batch_size, self.exit_layer, self.drafts = batch_size, exit_layer, drafts
         self.draft_models = DraftModels()
         self.seed, self.max_new_tokens = seed, max_new_tokens
         self.max_length = model.max_seq_len
@@ -234,8 +234,8 @@ class LayerSkipLM(TemplateLM):
         # Longest first, so that a lack of memory shows at the start.
         rows = sorted(requests_of, key=len, reverse=True)
         found: dict[int, tuple[float, bool]] = {}
-        for start in tqdm(range(0, len(rows), self.rows), desc="loglikelihood", disable=disable_tqdm):
-            batch = [(row, i) for row in rows[start : start + self.rows] for i in requests_of[row]]
+        for start in tqdm(range(0, len(rows), self.batch_size), desc="loglikelihood", disable=disable_tqdm):
+            batch = [(row, i) for row in rows[start : start + self.batch_size] for i in requests_of[row]]
             scores = self._score([(row, requests[i][2]) for row, i in batch])
             found |= zip((i for _, i in batch), scores, strict=True)
         return [found[i] for i in range(len(requests))]
@@ -309,7 +309,7 @@ class LayerSkipLM(TemplateLM):
             draft_model=self.draft_models.of(speculation, self.model),
             sampler=replace(sampler, seed=self.seed),
             stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
-            rows=self.rows,
+            rows=self.batch_size,
         )
         streams = [TextStream(self.tokenizer, sorted(generation.rows.stop_tokens), stops, prompts[i]) for i in order]
         with tqdm(total=len(order), desc=task) as progress:

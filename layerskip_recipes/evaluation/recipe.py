@@ -124,8 +124,9 @@ class LayerSkipEval:
         exits = select_exits(cfg.layers or ":", model.num_layers, key="layers")
         with tqdm(self.batches, total=self.total, desc=name) as batches:
             limited = islice(batches, self.total)
-            options: dict[str, Any] = {"num_speculations": draft_length, "generated": self.replies.generated}
-            measured = exit_quality(model, limited, exits, self.device, **options)
+            measured = exit_quality(
+                model, limited, exits, self.device, num_speculations=draft_length, generated=self.replies.generated
+            )
         quality = {e: of_exit.report() for e, of_exit in measured.items()}
         print(f"\n exit     loss  perplexity  accuracy  exact  agreement {f'of {draft_length}':>6}")
         for e, q in quality.items():

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any, Literal
-from weakref import ref
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -77,8 +76,8 @@ def generate(
         compile: compile the steps; None: for a model from `load_model` whose drafts are chosen, if ten such calls gain
             more time than compiling takes. On a GPU the model keeps the graphs for later calls. Greedy decoding, each
             set of filters and each value of top_k need graphs of their own.
-        **speculation: draft_vocabulary, prompt_lookup, min_confidence, draft_int8, as in `Speculation`; draft_model, as
-            in `Generation`.
+        **speculation: draft_vocabulary, prompt_lookup, min_confidence, draft_int8, as in `Speculation`;
+            draft_model, as in `Generation`.
 
     Returns:
         `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, `stats` and `speedup`.
@@ -211,8 +210,7 @@ def prepare(
     rule = None
     if drafts is not None:
         longest = min(drafts.num_speculations, max_generated_tokens - 2)
-        decoder = draft_model and draft_model.decoder and ref(draft_model.decoder)
-        rule = kept_rule(model, (drafts.settings, decoder, longest, len(prompts), compile))
+        rule = kept_rule(model, (drafts.settings, longest, len(prompts), compile))
     # C++ computes the same keys and values however the prompts are split, so later prompts can reuse them.
     keeps_cache = choice is not None and compile and len(prompts) == 1 and common_start(prompts) > 0
     generation = Generation(

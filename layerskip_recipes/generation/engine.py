@@ -102,10 +102,6 @@ class Generation:
         self.generated, self.finished = self.rows.generated, self.rows.finished
         self.in_row = self.rows.in_row
         sampler = sampler or Sampler()
-        drafted = 0
-        if speculation is not None:
-            speculation.check(self.model)
-            drafted = speculation.num_speculations
         lengths = [len(prompt) for prompt in self.rows.prompts]
         check_prompt_tokens(self.model, self.rows.prompts)
         check_prompt_lengths(self.model, lengths, max_generated_tokens)
@@ -114,13 +110,14 @@ class Generation:
 
         compiled = compiled_steps(self.model) if compile else None
         # The cache has room for prompt, output and a draft that reaches beyond a row's limit.
-        needed = max(lengths) + max_generated_tokens + drafted + 1
-        size = cache_length if compile else int  # rounds up for compiled steps
+        needed = max(lengths) + max_generated_tokens + 1
         decoder, head = self.model, None
         if speculation is not None:
+            speculation.check(self.model)
+            needed += speculation.num_speculations
             draft_model = draft_model or build_draft_model(self.model, speculation)
             decoder, head = draft_model.fitted(self.model, speculation)
-        own = len(decoder.own_layers)
+        size, own = cache_length if compile else int, len(decoder.own_layers)  # rounds up for compiled steps
         if cache is None or not cache.fits(self.model, len(self.rows), own, size(needed)):
             make = compiled.cache if compiled else DecodingCache
             cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), own)

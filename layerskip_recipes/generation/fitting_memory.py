@@ -42,12 +42,12 @@ def check_memory(
     # Trained drafts are read before the model is quantised.
     loaded = whole + sum(size for one, size in zip(speculations, own, strict=True) if one.draft is not None)
     weights = sum(own) + (whole if quantizer is None else quantised_bytes(model, quantizer))
-    layers = max((speculation.own_layers for speculation in speculations), default=0)
-    layers += model.num_layers if layers and compares and cfg.compile else 0
+    extra = max((speculation.draft_layers for speculation in speculations), default=0)
+    extra += model.num_layers if extra and compares and cfg.compile else 0
     verified = 1 + max((speculation.num_speculations for speculation in speculations), default=0)
     needed = prompt + new_tokens + verified
     slots = cache_length(needed) if cfg.compile else needed
-    row, shorter = (row_bytes(model, n, dtype, prompt, layers, verified, parallel) for n in (slots, slots - 1))
+    row, shorter = (row_bytes(model, n, dtype, prompt, extra, verified, parallel) for n in (slots, slots - 1))
     # The largest batch, and for one row the longest sequence, that fits.
     free = free_memory(device) if device.type == "cuda" else machine_memory()
     fits, positions = (free - weights) // row, slots + (free - weights - row) // (row - shorter)

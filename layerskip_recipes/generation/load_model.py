@@ -82,7 +82,7 @@ class DecodingChoice:
     """Chooses how a loaded model decodes: the draft, its length, vocabulary and precision, and whether to compile."""
 
     notes: TrainingNotes
-    draft: str  # the folder of the draft that the user named, or "auto"
+    named_draft: str  # its folder, or "auto"
     draft_models: DraftModels
     stop_tokens: Sequence[int]
     said: set[str] = field(default_factory=set)
@@ -98,11 +98,11 @@ class DecodingChoice:
         compile: bool | None,
         given: Mapping[str, Any] | None,
     ) -> tuple[bool, Speculation | None, DraftModel | None]:
-        """Whether to compile (None: if a session of some such calls gains by it), and how to draft and with what.
+        """Whether to compile (None: if a session of such calls gains by it), how to draft, and with what.
 
         `given` has keys of `self_speculation` that the caller set; None decodes without drafts.
         """
-        section = None if given is None else SelfSpeculation.parse({**given, "draft": self.draft}, "generate")
+        section = None if given is None else SelfSpeculation.parse({**given, "draft": self.named_draft}, "generate")
         compiled = {c: self._choice(model, section, temperature, len(prompts), c) for c in (False, True)}
         if compile is None:
             steps = find_compiled_steps(model)
@@ -120,11 +120,10 @@ class DecodingChoice:
         self, model: LayerSkipDecoder, section: SelfSpeculation | None, temperature: float, rows: int, compiled: bool
     ) -> Choice:
         weight = model.tok_embeddings.weight
-        on_cpu = weight.device.type == "cpu"
-        costs = estimated_costs(model, weight.dtype, not on_cpu, compiled, rows)
+        cpu = weight.device.type == "cpu"
+        costs = estimated_costs(model, weight.dtype, not cpu, compiled, rows)
         asked = section is not None and section.num_speculations != AUTO
-        int8 = compiled and on_cpu
-        return choose_drafts(section, self.notes, costs, temperature, asked=asked, int8=int8, ends=on_cpu)
+        return choose_drafts(section, self.notes, costs, temperature, asked=asked, int8=compiled and cpu, ends=cpu)
 
     def _say(self, what: str) -> None:
         if what not in self.said:

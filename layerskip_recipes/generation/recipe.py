@@ -18,7 +18,7 @@ from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser, compiling_pays
-from layerskip_recipes.generation.drafting.draft_model import DraftModel, build_draft_model
+from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.fitting_memory import check_memory
@@ -141,14 +141,12 @@ class LayerSkipGenerate:
         if num_processes() > 1:
             section = self.cfg.tensor_parallel_plan
             plan = None if section is None else section.build()
-            sharding = (self.kept_layers, self.parallel, plan, draft)
-            self.model, trained = load_sharded_decoder(self.cfg, self.device, *sharding)
+            kept, parallel = self.kept_layers, self.parallel
+            self.model, trained = load_sharded_decoder(self.cfg, self.device, kept, parallel, plan, draft)
         else:
             self.model = load_decoder(self.cfg, self.device, None if draft is not None else quantizer)
         self.rule = DraftRule()  # which keeps what it learns over all prompts
-        self.draft_model: DraftModel | None = None
-        if self.speculation is not None:
-            self.draft_model = build_draft_model(self.model, self.speculation, trained=trained)
+        self.draft_model = DraftModels(trained).of(self.speculation, self.model)
         if draft is not None and quantizer is not None:
             self.model = quantise_decoder(self.model, quantizer)
 

@@ -114,7 +114,7 @@ def test_every_probe_verifies_in_some_layers(num_layers, monkeypatch):
     monkeypatch.setattr(Tuner, "_probe", lambda self, way, d: way)
     tuner = Tuner.__new__(Tuner)
     tuner.model = SimpleNamespace(num_layers=num_layers)
-    assert all(1 <= way.kept_layers < num_layers for way in tuner._probes([False], 10).values())
+    assert all(1 <= way.shared_layers < num_layers for way in tuner._probes([False], 10).values())
 
 
 def test_the_best_few_and_the_grid():

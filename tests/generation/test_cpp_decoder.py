@@ -35,8 +35,7 @@ from torchtune.models.qwen2._component_builders import qwen2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting import chain
-from layerskip_recipes.generation.drafting.draft_head import DraftHead
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
+from layerskip_recipes.generation.drafting.draft_model import DraftHead, DraftModel
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import cpp_decoder, huge_pages
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps

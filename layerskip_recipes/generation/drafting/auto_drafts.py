@@ -1,5 +1,5 @@
-"""Where drafts are chosen: the `auto` keys of `self_speculation`, from prediction.py's predictions. Also whether to
-compile."""
+"""Where drafts are chosen: values for the `auto` keys of `self_speculation`, by prediction.py's predictions.
+Also whether to compile."""
 
 import math
 import os
@@ -37,11 +37,10 @@ from layerskip_recipes.generation.drafting.prediction import (
     estimated_costs,
     known_ways,
     ranked,
-    rates_of,
-    with_int8,
+    rounds_of,
 )
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, check_head_rows
-from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES, Speculation
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import KEY, PLAIN_VALUES, Speculation
 from layerskip_recipes.generation.kernels.cpp_decoder import is_library_compiled
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
@@ -56,19 +55,13 @@ LOAD_S = 5.0  # to load C++ that an earlier run compiled, and to move weights to
 class Choice:
     """How to draft, and the expected speed."""
 
-    section: SelfSpeculation | None
-    """Nothing in it is `auto` but the exit beside a draft. None: no drafts."""
-    why: str | None
-    """A log line, if something was chosen."""
-    step_s: float
-    """Seconds of a step of the whole model."""
+    section: SelfSpeculation | None  # without `auto`, except for the exit beside a draft; None: no drafts
+    why: str | None  # a log line, if something was chosen
+    step_s: float  # of the whole model
     speedup: float = 1.0
-    draft: DraftDescription | None = None
-    """The trained draft of `section.draft`."""
-    frequent: Sequence[int] | None = None
-    """The checkpoint's tokens, most frequent first."""
-    key: str = "self_speculation"
-    """The section's name in messages."""
+    draft: DraftDescription | None = None  # the trained draft of `section.draft`
+    frequent: Sequence[int] | None = None  # the checkpoint's tokens, most frequent first
+    key: str = KEY  # the section's name in messages
 
     @property
     def token_s(self) -> float:
@@ -77,8 +70,8 @@ class Choice:
     def speculation(self, prompts: Sequence[Sequence[int]]) -> Speculation | None:
         """The section with the exit of the draft, and with token ids instead of their number.
 
-        These are the tokens of the draft, if it has as many, or the first frequent ones of the checkpoint or else of
-        the prompts.
+        These are the tokens of the draft, if it has as many, or the first frequent ones of the checkpoint, or
+        else of the prompts.
         """
         if self.section is None:
             return None
@@ -103,7 +96,7 @@ def most_frequent(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 @dataclass
 class TrainingNotes:
-    """What training noted in layerskip.json, about the model's exits and about drafts. Each file is read once."""
+    """What training noted in layerskip.json, of the model's exits and of drafts. Each file is read once."""
 
     folder: Path | None  # of the weights or adapters; it may lack layerskip.json
     num_layers: int
@@ -117,29 +110,23 @@ class TrainingNotes:
         return None if self.folder is None else read_trained_exits(self.folder, self.num_layers, self.num_tokens)
 
     def draft_for(self, section: SelfSpeculation, key: str) -> tuple[DraftDescription | None, str | None]:
-        """The section's trained draft, or else the one beside the model, or the reason why that cannot be used.
+        """The section's trained draft, or else the one beside the model, or why that cannot be used.
 
         `key` names the section's draft in messages.
         """
-        if section.draft is None:
+        folder, is_named = section.draft, section.draft != AUTO
+        if not is_named:
+            folder, key = own_draft(self.folder) if section.exit_layer == AUTO else None, "draft"
+        if folder is None:
             return None, None
-        if section.draft != AUTO:
-            return self._described(section.draft, key), None
-        own = own_draft(self.folder) if section.exit_layer == AUTO else None
-        if own is None:
-            return None, None
-        why = self.no_draft
+        why = None if is_named else self.no_draft
         if why is None:
-            described = self._described(own, "draft")
-            if self.checkpointer is not None and described.is_for(self.checkpointer):
-                return described, None
+            if folder not in self.read:
+                self.read[folder] = read_description(folder, key)
+            if is_named or self.read[folder].is_for(self.checkpointer):
+                return self.read[folder], None
             why = "was trained for weights that another checkpointer reads"
-        return None, f"the draft in {own} {why}"
-
-    def _described(self, folder: str, key: str) -> DraftDescription:
-        if folder not in self.read:
-            self.read[folder] = read_description(folder, key)
-        return self.read[folder]
+        return None, f"the draft in {folder} {why}"
 
 
 class DraftChooser:
@@ -154,16 +141,11 @@ class DraftChooser:
             no_draft = "is not chosen with a quantizer. Set quantizer=null"
         elif parallel > 1:
             no_draft = "does not go with tensor parallelism, which splits the layers that it copies"
-        size = (model.num_layers, model.tok_embeddings.num_embeddings)
-        self.notes = TrainingNotes(described_folder(cfg.checkpointer), *size, cfg.checkpointer.target, no_draft)
+        folder, size = described_folder(cfg.checkpointer), (model.num_layers, model.tok_embeddings.num_embeddings)
+        self.notes = TrainingNotes(folder, *size, cfg.checkpointer.target, no_draft)
 
     def choose(
-        self,
-        section: SelfSpeculation | None,
-        temperature: float,
-        compiled: bool,
-        rows: int,
-        key: str = "self_speculation",
+        self, section: SelfSpeculation | None, temperature: float, compiled: bool, rows: int, key: str = KEY
     ) -> Choice:
         """`choose_drafts` for a batch of `rows` prompts."""
         gpu, one_process = not self.cfg.device.startswith("cpu"), num_processes() == 1
@@ -171,10 +153,7 @@ class DraftChooser:
         dtype = self.cfg.torch_dtype if self.quantizer is None else torch.int8
         costs = estimated_costs(self.model, dtype, gpu, compiled, rows)
         int8, ends = plain and compiled and not gpu, one_process and not gpu
-        chosen = choose_drafts(section, self.notes, costs, temperature, plain_head=plain, int8=int8, ends=ends, key=key)
-        if section is not None and section.draft_vocabulary == AUTO and chosen.draft and chosen.draft.vocabulary:
-            check_head_rows(f"{key}.draft", self.model, self.quantizer)
-        return chosen
+        return choose_drafts(section, self.notes, costs, temperature, plain_head=plain, int8=int8, ends=ends, key=key)
 
 
 def choose_drafts(
@@ -187,7 +166,7 @@ def choose_drafts(
     plain_head: bool = True,
     int8: bool = False,
     ends: bool = False,
-    key: str = "self_speculation",
+    key: str = KEY,
 ) -> Choice:
     """Replace `auto` in the section's keys.
 
@@ -227,12 +206,11 @@ def choose_drafts(
     endings = [False, True] if ends and costs.batch_rows == 1 else [False]
     if section.min_confidence != AUTO and len(endings) > 1:
         endings = [section.min_confidence > 0]
-    rates = rates_of(ways, temperature, endings)
     precisions = [False, True] if int8 else [False]
     if section.draft_int8 != AUTO:
         precisions = [section.draft_int8]
     lengths = None if section.num_speculations == AUTO else [section.num_speculations]
-    best = ranked(with_int8(rates, precisions), costs, lengths)[0]
+    best = ranked(rounds_of(ways, temperature, endings, precisions), costs, lengths)[0]
 
     # Draft if it should pay, or if the user asked for it.
     said = (
@@ -270,19 +248,19 @@ def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:
         "draft_int8": best.way.int8,
         "prompt_lookup": lookup,
     }
-    return keys if best.way.own_layers is not None else keys | {"exit_layer": best.way.exit_layer}
+    return keys if best.way.draft_layers else keys | {"exit_layer": best.way.exit_layer}
 
 
 def _trained_draft(draft: DraftDescription) -> dict[Way, TokensPerRound]:
     below, rows = 0 if draft.kind == "copy" else draft.exit_layer, draft.vocabulary and len(draft.vocabulary)
     measured = draft.measured and draft.measured.draft
-    return {Way(below, rows or None, own_layers=draft.num_layers): measured or ASSUMED}
+    return {Way(below, rows or None, draft_layers=draft.num_layers): measured or ASSUMED}
 
 
 def _of_vocabulary(ways: Mapping[Way, TokensPerRound], given: int | list[int] | None) -> dict[Way, TokensPerRound]:
     """Each exit with the user's vocabulary, and the acceptance measured for the next smaller vocabulary."""
     if given is None:
-        whole = {way: rates for way, rates in ways.items() if way.vocabulary is None or way.own_layers is not None}
+        whole = {way: rates for way, rates in ways.items() if way.vocabulary is None or way.draft_layers}
         return {way._replace(vocabulary=None): rates for way, rates in whole.items()}
     size = given if isinstance(given, int) else len(given)
     found: dict[Way, TokensPerRound] = {}

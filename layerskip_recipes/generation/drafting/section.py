@@ -1,4 +1,4 @@
-"""The `self_speculation` section: what the user wrote, `auto` included. auto_drafts.py makes a `Speculation` of it."""
+"""The `self_speculation` section: what the user wrote, `auto` included. auto_drafts.py makes a choice of it."""
 
 from typing import Annotated
 
@@ -9,6 +9,7 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import AUTO, Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import (
+    KEY,
     Confidence,
     NumSpeculations,
     PromptLookup,
@@ -49,11 +50,7 @@ class SelfSpeculation(Section):
     in full precision. auto: if that should be faster."""
 
     def check_against(
-        self,
-        model: LayerSkipDecoder,
-        key: str = "self_speculation",
-        quantizer: Component | None = None,
-        parallel: int = 1,
+        self, model: LayerSkipDecoder, key: str = KEY, quantizer: Component | None = None, parallel: int = 1
     ) -> None:
         """Raise a ConfigError if the section does not fit the model, quantised or split over `parallel` ranks.
 
@@ -80,24 +77,16 @@ class SelfSpeculation(Section):
                 f"{key}.draft: does not go with tensor parallelism, which splits the layers that it copies. Set "
                 f"{key}.draft=null or tensor_parallel_dim=1"
             )
-        if given.get("draft_vocabulary") is not None:
-            check_head_rows(f"{key}.draft_vocabulary", model, quantizer, parallel)
-
-
-def check_head_rows(key: str, model: LayerSkipDecoder, quantizer: Component | None, parallel: int = 1) -> None:
-    """Raise a ConfigError if `key`, which has a draft vocabulary, cannot take rows of the head.
-
-    A tied head is the embedding, which no quantizer packs.
-    """
-    if parallel > 1:
-        other, how = "tensor_parallel_dim=1", "tensor parallelism splits"
-    elif quantizer is not None and not isinstance(model.output, TiedLinear):
-        other, how = "quantizer=null", "quantizer packs"
-    else:
-        return
-    raise ConfigError(
-        f"{key}: has a draft vocabulary, which needs rows of the head, and {how} them. Set {key}=null or {other}"
-    )
+        # A trained draft takes its rows before the head is quantised. A tied head is the embedding, which stays.
+        packed = quantizer is not None and not isinstance(model.output, TiedLinear)
+        if given.get("draft_vocabulary") is not None and not has_draft and (packed or parallel > 1):
+            other, how = ("quantizer=null", "quantizer packs")
+            if parallel > 1:
+                other, how = ("tensor_parallel_dim=1", "tensor parallelism splits")
+            raise ConfigError(
+                f"{key}.draft_vocabulary: has a draft vocabulary, which needs rows of the head, and {how} them. "
+                f"Set {key}.draft_vocabulary=null or {other}"
+            )
 
 
 OptionalSpeculation = Annotated[

@@ -12,7 +12,9 @@ from layerskip_recipes.config.schema import Fraction, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
-# Shared with the `self_speculation` section.
+KEY = "self_speculation"  # of the section in most configs
+
+# Shared with the section.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
 PromptLookup = Annotated[int, Field(ge=1, examples=[3])]
 Confidence = Annotated[Fraction, Field(examples=[0.4])]
@@ -58,7 +60,7 @@ class Speculation:
         return *numbers, self.draft_int8, self.draft and self.draft.folder
 
     @property
-    def own_layers(self) -> int:
+    def draft_layers(self) -> int:
         """The number of a trained draft's layers, which have their own caches."""
         return 0 if self.draft is None else self.draft.num_layers
 
@@ -76,10 +78,10 @@ class Speculation:
         """Bytes of the weights besides the model's; int8 copies take one byte for each weight."""
         layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
         rows = 0 if self.draft_vocabulary is None else len(self.draft_vocabulary)
-        count = self.own_layers * layer + rows * model.tok_embeddings.embedding_dim
+        count = self.draft_layers * layer + rows * model.tok_embeddings.embedding_dim
         quantised = 0
         if self.draft_int8:
-            quantised = (self.own_layers or self.exit_layer) * layer
+            quantised = (self.draft_layers or self.exit_layer) * layer
             quantised += 0 if rows else model.tok_embeddings.weight.numel()
         return count * dtype.itemsize + quantised
 
@@ -91,7 +93,7 @@ class Speculation:
 
 
 # The keys of `self_speculation` that are `auto` where nothing was measured, and those left out beside an exit.
-PLAIN_VALUES: dict[str, Any] = {key.name: key.default for key in fields(Speculation) if key.name != "exit_layer"}
+PLAIN_VALUES: dict[str, Any] = {key.name: key.default for key in fields(Speculation)[1:]}
 
 
 def check_draft_vocabulary(
