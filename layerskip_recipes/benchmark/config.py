@@ -9,8 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.text_metrics import Metric
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, described_folder
-from layerskip_recipes.checkpoint.drafts import own_draft
+from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
@@ -18,7 +17,8 @@ from layerskip_recipes.config.schema import AUTO, Auto, Flag, Picture, PositiveI
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.auto_drafts import has_compiler
-from layerskip_recipes.generation.drafting.section import PLAIN, OptionalSpeculation, SelfSpeculation
+from layerskip_recipes.generation.drafting.section import OptionalSpeculation, SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 BASELINE = "baseline"
@@ -59,11 +59,11 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
 
 def _with_plain_values(section: Any) -> Any:
     """With an exit or a draft, missing keys are not `auto`."""
-    if isinstance(section, Mapping) and section.get("draft", AUTO) not in (None, AUTO):
-        return PLAIN | {"draft_vocabulary": AUTO} | dict(section)
-    if isinstance(section, Mapping) and section.get("exit_layer", AUTO) != AUTO:
-        return PLAIN | dict(section)
-    return section
+    given = dict(section) if isinstance(section, Mapping) else {}
+    has_draft = given.get("draft", AUTO) not in (None, AUTO)
+    if not has_draft and given.get("exit_layer", AUTO) == AUTO:
+        return section
+    return PLAIN_VALUES | ({"draft_vocabulary": AUTO} if has_draft else {}) | given
 
 
 class FastestSetting(Section):
@@ -178,15 +178,9 @@ class BenchmarkConfig(DecodingConfig):
         return self.variants or ({"self_speculation": self.self_speculation} if self.self_speculation else {})
 
     @property
-    def tuned_draft(self) -> SelfSpeculation | None:
-        """The section of the trained draft, given or the model's own, whose length and precision `tune` chooses."""
-        if not self.tune:
-            return None
-        given = self.self_speculation or SelfSpeculation()
-        draft = given.settled().draft
-        if given.exit_layer == given.draft == AUTO:
-            draft = own_draft(described_folder(self.checkpointer), self.checkpointer.target)
-        return None if draft is None else given.model_copy(update={"draft": draft})
+    def drafting(self) -> dict[str, SelfSpeculation]:
+        """The compared variants that draft."""
+        return {name: one for name, one in self.compared.items() if isinstance(one, SelfSpeculation)}
 
     def key_of(self, variant: str) -> str:
         return f"variants.{variant}" if self.variants else "self_speculation"
@@ -219,8 +213,8 @@ class BenchmarkConfig(DecodingConfig):
             for key in ("peers", "metrics", "tune", "stop_strings"):
                 if value := getattr(self, key):
                     yield f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null"
-            for name, variant in self.compared.items():
-                if isinstance(variant, SelfSpeculation) and variant.settled().draft is not None:
+            for name, variant in self.drafting.items():
+                if variant.given.get("draft") is not None:
                     key = f"{self.key_of(name)}.draft"
                     yield f"{key}: {variant.draft!r} needs its model, and random_weights has none. Set {key}=null"
             return

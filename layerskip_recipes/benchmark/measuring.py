@@ -9,8 +9,9 @@ from typing import Any
 
 from torchtune import utils
 
-from layerskip_recipes.benchmark.peers import Peer, Rows, type_and_line
+from layerskip_recipes.benchmark.peers import Peer, TokenLists, type_and_line
 from layerskip_recipes.generation.config import DecodingConfig
+from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
@@ -36,7 +37,7 @@ class Run:
         return sum(map(is_looping, self.outputs))
 
 
-def longest_prompt(prompts: Rows) -> int:
+def longest_prompt(prompts: TokenLists) -> int:
     return max(map(len, prompts))
 
 
@@ -46,17 +47,18 @@ class Turns:
 
     cfg: DecodingConfig
     model: LayerSkipDecoder  # in eval mode
-    batches: Sequence[Rows]
+    batches: Sequence[TokenLists]
     limit: int  # maximum number of new tokens per prompt
     tokenizer: Any  # for stop strings; None for random weights, which have no text
     stop_tokens: Sequence[int]
     reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
     seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
     spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
+    draft_models: DraftModels = field(default_factory=DraftModels)
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
     failed: dict[str, str] = field(default_factory=dict)
 
-    def decode(self, method: Method, temperature: float, batch: Rows, seed: int) -> tuple[list, GenerationStats]:
+    def decode(self, method: Method, temperature: float, batch: TokenLists, seed: int) -> tuple[list, GenerationStats]:
         """Decode one batch: the new tokens of each row up to a stop string, and the statistics.
 
         There is a draft in every round. Peers do not see stop strings, so their statistics count the tokens after them.
@@ -66,12 +68,14 @@ class Turns:
         if isinstance(method, Peer):
             rows, stats = method.decode(batch, self.cfg.sampler(temperature), seed)
             return [row[: text.extend(row)] for row, text in zip(rows, texts, strict=True)] if texts else rows, stats
+        speculation = method if isinstance(method, Speculation) else None
         generation = Generation(
             self.model,
             batch,
             self.limit,
             exit_layer=method if isinstance(method, int) else None,
-            speculation=method if isinstance(method, Speculation) else None,
+            speculation=speculation,
+            draft_model=self.draft_models.of(speculation, self.model),
             sampler=self.cfg.sampler(temperature, seed),
             stop_tokens=self.stop_tokens,
             compile=self.cfg.compile,
@@ -101,7 +105,7 @@ class Turns:
                 yield self._turn(methods, temperature, batch, repeat, self.seed + repeat * len(self.batches) + i)
 
     def _turn(
-        self, methods: dict[str, Method], temperature: float, batch: Rows, repeat: int, seed: int
+        self, methods: dict[str, Method], temperature: float, batch: TokenLists, repeat: int, seed: int
     ) -> dict[str, Run]:
         runs = {}
         for name, method in list(methods.items()):

@@ -28,9 +28,9 @@ from layerskip_recipes.model.hf_folder import holds_adapters
 
 log = utils.get_logger("INFO")
 
-Rows = Sequence[Sequence[int]]
+TokenLists = Sequence[Sequence[int]]
 # (prompts, sampler, seed) -> the new tokens of each row, and the statistics.
-Decode = Callable[[Rows, Sampler, int], tuple[list[list[int]], GenerationStats]]
+Decode = Callable[[TokenLists, Sampler, int], tuple[list[list[int]], GenerationStats]]
 LENGTHS = (2, 4, 6)  # draft lengths to try
 
 
@@ -40,7 +40,7 @@ class Job:
 
     cfg: Any  # the BenchmarkConfig, whose module imports this one
     model: LayerSkipDecoder  # torchtune's decoder shares its weights
-    prompts: Rows  # the first batch, for trials
+    prompts: TokenLists  # the first batch, for trials
     max_prompt: int  # length of the longest prompt
     limit: int  # maximum number of new tokens
     stop_tokens: Sequence[int]
@@ -68,7 +68,7 @@ class Job:
         model.generation_config = transformers.GenerationConfig()
         return model.to(self.device).eval()
 
-    def outputs(self, rows: Rows) -> list[list[int]]:
+    def outputs(self, rows: TokenLists) -> list[list[int]]:
         """The new tokens of each row up to its first stop token."""
         ends = [next((i + 1 for i, token in enumerate(row) if token in self.stop_tokens), len(row)) for row in rows]
         return [list(row[:end]) for row, end in zip(rows, ends, strict=True)]
@@ -99,7 +99,7 @@ class PeerTimer:
         return time.perf_counter()
 
 
-def left_padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, int]:
+def left_padded(rows: TokenLists, device: torch.device) -> tuple[torch.Tensor, int]:
     """The prompts [b, s] and a padding id that no prompt contains, because torchtune masks every such token."""
     width = max(map(len, rows))
     used = {token for row in rows for token in row}
@@ -113,7 +113,7 @@ def left_padded(rows: Rows, device: torch.device) -> tuple[torch.Tensor, int]:
 def timed(job: Job, generate: Callable[[torch.Tensor, int, Sampler, PeerTimer], torch.Tensor]) -> Decode:
     """Decode with generate(prompts [b, s], padding id, sampler, timer), which returns prompts and new tokens."""
 
-    def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
+    def decode(rows: TokenLists, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
         tokens, pad = left_padded(rows, job.device)
         torch.manual_seed(seed)
         timer = PeerTimer(job.device)
@@ -221,7 +221,7 @@ def llama_cpp_decoder(job: Job, compiled: bool, length: int = 0) -> Decode:
     drafting = (files.draft, length) if length else ()
     server = LlamaCppServer(files.gguf, job.max_prompt + job.limit + length + 1, torch.get_num_threads(), *drafting)
 
-    def decode(rows: Rows, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
+    def decode(rows: TokenLists, sampler: Sampler, seed: int) -> tuple[list[list[int]], GenerationStats]:
         tokens, stats = server.complete(rows[0], job.limit, sampler, seed, ignore_end=not job.stop_tokens)
         return job.outputs([tokens]), stats
 

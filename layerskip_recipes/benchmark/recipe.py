@@ -11,6 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,24 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
 from tqdm import tqdm
 
-from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Peers, Variant
+from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Peers
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
 from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, find_peers
 from layerskip_recipes.benchmark.report import device_name, figures, heat_map, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
-from layerskip_recipes.checkpoint.checkpointers import described_folder, prepare_device
-from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, read_trained_exits, usual_exit
+from layerskip_recipes.checkpoint.checkpointers import prepare_device
+from layerskip_recipes.checkpoint.drafts import DraftDescription
+from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, usual_exit
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.auto_drafts import choose_for
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all, check_memory
-from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
+from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import KEY, PLAIN_VALUES, Speculation
+from layerskip_recipes.generation.fitting_memory import check_memory
+from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, try_examples
@@ -41,7 +45,6 @@ from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary
-from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")
@@ -66,20 +69,33 @@ class LayerSkipBenchmark:
         if cfg.tuned_path is not None:
             check_config_path(cfg.tuned_path)
         self.seed = training.set_seed(seed=cfg.seed)
-        # The variants; `_choose_settings` returns None for one that cannot draft.
+        # How to draft.
         model = layerskip_decoder(cfg.meta_model)
-        folder = None if cfg.random_weights else described_folder(cfg.checkpointer)
-        self.trained = None
-        if folder is not None:
-            self.trained = read_trained_exits(folder, model.num_layers, model.tok_embeddings.num_embeddings)
         self.candidates: dict[str, Candidate] = {}
-        chosen = {name: self._choose_settings(name, variant) for name, variant in cfg.compared.items()}
+        self.frequent: Sequence[int] | None = None  # the checkpoint's tokens, for `tune`
+        self.tuned_draft: DraftDescription | None = None  # whose length and precision `tune` chooses
+        if cfg.random_weights:
+            drafts = {name: self._plain_choice(section, model) for name, section in cfg.drafting.items()}
+        else:
+            chooser = DraftChooser(cfg, cfg.quantizer)
+            settings = (cfg.all_temperatures[0], cfg.compile, cfg.batch_size)
+            drafts = {
+                name: chooser.choose(section, *settings, cfg.key_of(name)) for name, section in cfg.drafting.items()
+            }
+            if cfg.tune:
+                exits = chooser.notes.exits
+                self.frequent = None if exits is None else exits.vocabulary
+                section = cfg.self_speculation or SelfSpeculation()
+                self.tuned_draft, _ = chooser.notes.draft_for(section, f"{KEY}.draft")
+        for name, choice in drafts.items():
+            if choice.why is not None:
+                log.info("%s: %s", name, choice.why)
+        chosen = cfg.compared | {name: choice.section for name, choice in drafts.items()}
         choices = Choices(cfg)
         for key, value in ({"variants": chosen} if chosen and cfg.variants else chosen).items():
             choices.set(key, value)
         self.cfg = cfg.with_choices(choices)
-        self.variants = {name: variant for name, variant in chosen.items() if variant is not None}
-        longest = max((draft.num_speculations for draft in self._drafts), default=0)
+        longest = max((choice.section.num_speculations for choice in drafts.values() if choice.section), default=0)
         # The prompts.
         self.spare_tokens = longest + 1 if cfg.random_weights else 0
         self.limit = cfg.max_new_tokens + self.spare_tokens
@@ -87,6 +103,13 @@ class LayerSkipBenchmark:
             self._draw_prompts(model)
         else:
             self._read_prompts(model)
+        self.methods: dict[str, Method] = {BASELINE: None}
+        for name, variant in cfg.compared.items():
+            method = drafts[name].speculation(self.prompts) if name in drafts else variant.early_exit
+            if isinstance(method, Speculation) and cfg.random_weights:
+                method = replace(method, prompt_lookup=None)  # always drafts its full length
+            if method is not None:  # None: nothing can draft
+                self.methods[name] = method
         self.repeats = cfg.repeats or min(3, math.ceil(12 / len(self.prompts)))
         rows = cfg.batch_size
         if len(self.prompts) % rows:
@@ -96,38 +119,27 @@ class LayerSkipBenchmark:
             )
         self.batches = [self.prompts[i : i + rows] for i in range(0, len(self.prompts), rows)]
         # Weights, KV cache and activations must fit in memory.
-        verified = 1 + max(longest, LONGEST_DRAFT if cfg.tune else 0)
-        self.reserve = longest_prompt(self.prompts) + self.limit + verified
-        slots = cache_length(self.reserve) if cfg.compile else self.reserve
-        drafts = self._drafts
-        if cfg.tuned_draft is not None:
-            drafts = [cfg.tuned_draft.with_vocabulary(model, self.prompts)]
-        whole = weight_bytes(model, cfg.torch_dtype)
-        sizes = {"prompt": longest_prompt(self.prompts), "verified": verified}
-        check_memory(cfg, model, self.device, drafts, whole, rows, slots, cfg.compile, **sizes)
+        speculations, draft = [*self._drafts.values()], self.tuned_draft
+        if cfg.tune:
+            exit_layer, ids = (1, None) if draft is None else (draft.exit_layer, draft.vocabulary)
+            speculations = [Speculation(exit_layer, LONGEST_DRAFT, ids, draft=draft)]
+        self.reserve = check_memory(
+            cfg, self.device, speculations, rows, longest_prompt(self.prompts), self.limit, True
+        )
         self.runs: dict[tuple[float, str], list[Run]] = defaultdict(list)
 
     @property
-    def _drafts(self) -> list[SelfSpeculation]:
-        return [variant for variant in self.variants.values() if isinstance(variant, SelfSpeculation)]
+    def _drafts(self) -> dict[str, Speculation]:
+        return {name: method for name, method in self.methods.items() if isinstance(method, Speculation)}
 
-    def _choose_settings(self, name: str, variant: Variant) -> Variant | None:
-        """Fill in what the section leaves open, as generation does; None if nothing can draft."""
-        cfg = self.cfg
-        if not isinstance(variant, SelfSpeculation):
-            return variant
-        if cfg.random_weights:
-            usual = usual_exit(layerskip_decoder(cfg.meta_model).num_layers)
-            return variant.model_copy(update={"exit_layer": usual} | variant.given).settled()
-        choice = choose_for(
-            cfg, variant, cfg.all_temperatures[0], cfg.compile, cfg.batch_size, cfg.quantizer, cfg.key_of(name)
-        )
-        if choice.why is not None:
-            log.info("%s: %s", name, choice.why)
-        return choice.section
+    @staticmethod
+    def _plain_choice(section: SelfSpeculation, model: LayerSkipDecoder) -> Choice:
+        """For random weights: of a draft vocabulary, only the number of tokens affects the time."""
+        keys = PLAIN_VALUES | {"exit_layer": usual_exit(model.num_layers)} | section.given
+        return Choice(SelfSpeculation(**keys), None, 0.0, frequent=range(model.tok_embeddings.num_embeddings))
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
-        """Encode the config's prompts, and count the draft vocabularies in them."""
+        """Encode the config's prompts."""
         cfg = self.cfg
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
@@ -137,23 +149,13 @@ class LayerSkipBenchmark:
         self.examples, self.prompts = encode(examples, self.tokenizer, model, self.limit)
         refuse_bad(self.examples)
         check_references(cfg.metrics or [], self.examples)
-        for name, variant in self.variants.items():
-            if isinstance(variant, SelfSpeculation):
-                stored = self.trained.vocabulary if self.trained else None
-                self.variants[name] = variant.with_vocabulary(model, self.prompts, stored, cfg.key_of(name))
 
     def _draw_prompts(self, model: LayerSkipDecoder) -> None:
-        """Draw random prompts, and make each variant always draft its full length."""
+        """Draw random prompts."""
         cfg, num_tokens = self.cfg, model.tok_embeddings.num_embeddings
         check_prompt_lengths(model, [cfg.prompt_tokens], self.limit, key="max_new_tokens")
         self.tokenizer, self.stop_tokens = None, []
         self.prompts = torch.randint(num_tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
-        for name, variant in self.variants.items():
-            if isinstance(variant, SelfSpeculation):
-                changes: dict[str, Any] = {"prompt_lookup": None}
-                if isinstance(variant.draft_vocabulary, int):  # only the number of tokens affects the time
-                    changes["draft_vocabulary"] = list(range(min(variant.draft_vocabulary, num_tokens)))
-                self.variants[name] = variant.model_copy(update=changes)
 
     def setup(self) -> None:
         """Load the model, choose variants with `tune`, build the drafts, and find each peer's fastest setting."""
@@ -161,7 +163,7 @@ class LayerSkipBenchmark:
         config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.bandwidth = memory_bandwidth(self.device)
         # A trained draft is checked against unquantised weights, so its model is quantised after building the draft.
-        quantise_late = cfg.random_weights or any(draft.draft is not None for draft in self._drafts)
+        quantise_late = cfg.random_weights or any(one.draft is not None for one in self._drafts.values())
         if cfg.random_weights:
             with training.set_default_dtype(cfg.torch_dtype), self.device:
                 self.model: LayerSkipDecoder = without_adapters(layerskip_decoder(cfg.model.build())).eval()
@@ -170,14 +172,11 @@ class LayerSkipBenchmark:
         tokens = (self.limit, self.tokenizer, self.stop_tokens, self.reserve)
         self.turns = Turns(cfg, self.model, self.batches, *tokens, self.seed, self.spare_tokens)
         if cfg.tune:
-            self.candidates = Tuner(cfg, self.turns, self.trained.vocabulary if self.trained else None).candidates()
-            self.variants = {name: candidate.section for name, candidate in self.candidates.items()}
-        # Build the drafts, then quantise.
-        drafts = {name: one for name, one in self.variants.items() if isinstance(one, SelfSpeculation)}
-        built = build_all(drafts, self.model, cfg.key_of)
-        self.methods: dict[str, Method] = {BASELINE: None}
-        for name, variant in self.variants.items():
-            self.methods[name] = built[name] if isinstance(variant, SelfSpeculation) else variant.early_exit
+            self.candidates = Tuner(cfg, self.turns, self.frequent, self.tuned_draft).candidates()
+            self.methods |= {name: candidate.speculation for name, candidate in self.candidates.items()}
+        # Build the draft models, then quantise.
+        for name, speculation in self._drafts.items():
+            self.turns.draft_models.of(speculation, self.model, cfg.key_of(name))
         if cfg.quantizer is not None and quantise_late:
             self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
         self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)
@@ -188,7 +187,8 @@ class LayerSkipBenchmark:
         """Find the peers' fastest settings at each temperature; one that fails at any temperature is left out."""
         cfg = self.cfg
         depth = self.model.num_layers
-        first = next((d.exit_layer for d in self._drafts if not d.draft and 0 < (d.exit_layer or 0) < depth), None)
+        own = (one.exit_layer for one in self._drafts.values() if one.draft is None)
+        first = next((e for e in own if e < depth), None)
         exits = [e for e in (first, 2 * first) if e < depth] if first else []
         longest = longest_prompt(self.prompts)
         job = Job(cfg, self.model, self.batches[0], longest, self.limit, self.stop_tokens, exits)
@@ -232,7 +232,7 @@ class LayerSkipBenchmark:
             row = {
                 "temperature": temperature,
                 "name": name,
-                "kind": "peer" if peer else "variant" if name in self.variants else "baseline",
+                "kind": "peer" if peer else "baseline" if name == BASELINE else "variant",
                 "setting": peer and peer.setting,
                 "trial_tokens_per_second": peer and peer.trial,
                 "compile_s": None if peer else self.turns.compile_s[temperature, name],
@@ -240,8 +240,11 @@ class LayerSkipBenchmark:
             }
             candidate = self.candidates.get(name)
             if candidate is not None:
-                row |= {"exit_layer": candidate.section.exit_layer, "length": candidate.section.num_speculations}
-                if temperature == self.cfg.all_temperatures[0] and not candidate.section.prompt_lookup:
+                row |= {
+                    "exit_layer": candidate.speculation.exit_layer,
+                    "length": candidate.speculation.num_speculations,
+                }
+                if temperature == self.cfg.all_temperatures[0] and not candidate.speculation.prompt_lookup:
                     row["predicted_speedup"] = candidate.prediction.speedup
             row |= figures(runs, self.runs[temperature, BASELINE], not peer or temperature == 0, self.bandwidth)
             row |= self._quality(runs)

@@ -12,7 +12,6 @@ For a trained draft, given or the model's own, probes replace step 2, and step 4
 
 import itertools
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
-from layerskip_recipes.checkpoint.drafts import own_draft
+from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft
 from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, TokensPerRound
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
@@ -33,7 +32,8 @@ from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import LOOKUP, prediction_keys
+from layerskip_recipes.generation.drafting.auto_drafts import LOOKUP, most_frequent, prediction_keys
+from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.prediction import (
     Costs,
     Prediction,
@@ -41,10 +41,10 @@ from layerskip_recipes.generation.drafting.prediction import (
     StepCost,
     Way,
     ranked,
-    rates_of,
-    with_int8,
+    rounds_of,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.exit_quality import ALL, exit_quality
@@ -67,17 +67,17 @@ NOTHING_TO_DRAFT = (
 class Candidate:
     """A way of drafting to measure."""
 
-    section: SelfSpeculation  # to measure: its draft vocabulary is a list of token ids
-    written: SelfSpeculation  # for the tuned config: its draft vocabulary is a number of the checkpoint's tokens
+    speculation: Speculation  # to measure
+    written: SelfSpeculation  # for tuned.yaml: its draft vocabulary may be a number of the checkpoint's tokens
     prediction: Prediction
 
     @property
     def name(self) -> str:
         way = self.prediction.way
-        parts = [f"exit{way.exit_layer}" if way.own_layers is None else "draft", f"{self.prediction.num_speculations}"]
-        if way.vocabulary is not None and way.own_layers is None:
+        parts = ["draft" if way.draft_layers else f"exit{way.exit_layer}", f"{self.prediction.num_speculations}"]
+        if way.vocabulary is not None and not way.draft_layers:
             parts.append(f"vocabulary{way.vocabulary}")
-        flags = {"int8": way.int8, "confident": way.ends, "lookup": self.section.prompt_lookup}
+        flags = {"int8": way.int8, "confident": way.ends, "lookup": self.speculation.prompt_lookup}
         return "_".join([*parts, *(name for name, on in flags.items() if on)])
 
 
@@ -89,6 +89,7 @@ def measured_rates(
     temperature: float,
     longest: int = LONGEST_DRAFT,
     endings: Sequence[bool] = (False,),
+    precisions: Sequence[bool] = (False,),
 ) -> dict[Way, Sequence[Round]]:
     """The rounds of drafts of at most 1 to `longest` tokens, for each exit, draft vocabulary and end.
 
@@ -103,14 +104,13 @@ def measured_rates(
         for prompt, output in texts
     )
     exits, device = range(1, model.num_layers + 1), model.tok_embeddings.weight.device
-    options: dict[str, Any] = {"num_speculations": longest, "vocabulary": vocabulary, "sizes": sizes}
-    quality = exit_quality(model, batches, exits, device, **options)
+    quality = exit_quality(model, batches, exits, device, num_speculations=longest, vocabulary=vocabulary, sizes=sizes)
     ways = {
         Way(e, None if name == ALL else int(name)): TokensPerRound(**rates)
         for e in exits[:-1]
         for name, rates in quality[e].tokens_per_round.items()
     }
-    return rates_of(ways, temperature, endings)
+    return rounds_of(ways, temperature, endings, precisions)
 
 
 def fitted_costs(
@@ -121,12 +121,12 @@ def fitted_costs(
     for int8 in {way.int8 for way, _ in timed}:
         probes = {way: s for (way, _), s in timed.items() if way.int8 == int8}
         rows = [vocabulary if way.vocabulary is None else way.vocabulary for way in probes]
-        features = [[1.0, way.own_layers or way.exit_layer, n] for way, n in zip(probes, rows, strict=True)]
+        features = [[1.0, way.draft_layers or way.exit_layer, n] for way, n in zip(probes, rows, strict=True)]
         seconds = [[s.draft_s / s.draft_steps] for s in probes.values()]
         fit = torch.linalg.lstsq(torch.tensor(features).double(), torch.tensor(seconds).double(), driver="gelsd")
         draft[int8] = StepCost(*fit.solution[:, 0].tolist())
     for (way, d), s in timed.items():
-        verified = d * batch_rows * (1 - way.kept_layers / num_layers)
+        verified = d * batch_rows * (1 - way.shared_layers / num_layers)
         further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
     rest = statistics.median(s.accept_s / s.rounds for s in timed.values())
     return Costs(num_layers, vocabulary, plain_s, draft, max(statistics.median(further), 0.0), rest, batch_rows)
@@ -157,17 +157,18 @@ class Tuner:
     """Finds the ways of drafting to measure.
 
     `stored` has the checkpoint's frequent tokens, most frequent first; None: count the prompts' tokens.
+    `draft` is the trained draft whose length and precision to choose; None: choose an exit.
     """
 
-    def __init__(self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None) -> None:
-        self.cfg, self.turns, self.model = cfg, turns, turns.model
-        self.temperature, self.rows = cfg.all_temperatures[0], len(turns.batches[0])
+    def __init__(
+        self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None, draft: DraftDescription | None
+    ) -> None:
+        self.cfg, self.turns, self.model, self.draft = cfg, turns, turns.model, draft
+        self.temperature, self.batch_rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
-        counted = Counter(token for prompt in self.prompts for token in prompt)
-        self.stored = bool(stored)
-        self.frequent = list(stored or [token for token, _ in counted.most_common()])
+        self.stored, self.frequent = bool(stored), list(stored or most_frequent(self.prompts))
         self.device = self.model.tok_embeddings.weight.device
-        self.endings = [False, True] if self.device.type == "cpu" and self.rows == 1 else [False]
+        self.endings = [False, True] if self.device.type == "cpu" and self.batch_rows == 1 else [False]
 
     def candidates(self) -> dict[str, Candidate]:
         """The candidates by name; prints the predictions."""
@@ -178,17 +179,18 @@ class Tuner:
         plain_s = plain.decode_s / plain.rounds
         precisions = [False, True] if self.cfg.compile and self.device.type == "cpu" else [False]
         # Tokens per round of each way, and times of the probes.
-        if self.cfg.tuned_draft is not None:
-            rates, timed = self._trained_draft(self.cfg.tuned_draft, precisions)
+        if self.draft is not None:
+            rates, timed = self._trained_draft(self.draft, precisions)
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
             texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
-            found = measured_rates(self.model, texts, self.frequent, sizes, self.temperature, endings=self.endings)
-            rates = with_int8(found, precisions)
+            rates = measured_rates(
+                self.model, texts, self.frequent, sizes, self.temperature, LONGEST_DRAFT, self.endings, precisions
+            )
             timed = self._probes(precisions, sizes[0])
         # Predict, and choose what to measure.
         size = self.model.tok_embeddings.num_embeddings
-        costs = fitted_costs(timed, plain_s, self.model.num_layers, size, self.rows)
+        costs = fitted_costs(timed, plain_s, self.model.num_layers, size, self.batch_rows)
         predictions = ranked(rates, costs)
         chosen = grid(predictions) if self.cfg.tune == "grid" else pick(predictions)
         print(f"{'predicted':<36}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
@@ -201,16 +203,16 @@ class Tuner:
         return {candidate.name: candidate for candidate in candidates}
 
     def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:
-        num_tokens, keys = prediction.way.vocabulary, prediction_keys(prediction, lookup)
-        if prediction.way.own_layers is not None:
-            assert self.cfg.tuned_draft is not None
-            written = self.cfg.tuned_draft.model_copy(update=keys | {"draft_vocabulary": AUTO})
-            return Candidate(written.with_vocabulary(self.model, []), written, prediction)
-        written = SelfSpeculation(draft=None, **keys)
+        keys, draft = prediction_keys(prediction, lookup), self.draft
+        if draft is not None:
+            written = SelfSpeculation(**keys | {"draft": draft.folder, "draft_vocabulary": AUTO})
+            keys |= {"exit_layer": draft.exit_layer, "draft": draft, "draft_vocabulary": draft.vocabulary}
+            return Candidate(Speculation(**keys), written, prediction)
+        num_tokens = prediction.way.vocabulary
         ids = None if num_tokens is None else self.frequent[:num_tokens]
-        section = written.model_copy(update={"draft_vocabulary": ids})
         # Generation would count a number of tokens in its own prompts if the checkpoint stores none.
-        return Candidate(section, written if self.stored else section, prediction)
+        written = SelfSpeculation(**keys | {"draft": None} | ({} if self.stored else {"draft_vocabulary": ids}))
+        return Candidate(Speculation(**keys | {"draft_vocabulary": ids}), written, prediction)
 
     def _probes(self, precisions: Sequence[bool], small: int) -> dict[tuple[Way, int], GenerationStats]:
         """Probes that differ in layers, head rows and draft length, so that `fitted_costs` can separate the costs."""
@@ -221,21 +223,21 @@ class Tuner:
         return {(way, d): self._probe(way, d) for way, d in ways}
 
     def _probe(self, way: Way, num_speculations: int) -> GenerationStats:
-        section = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).section
-        method = section.build(self.model)
+        speculation = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).speculation
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
-        stats = sum((stats for _, stats in self._decode_all(method, turns)), GenerationStats())
+        turns.draft_models = DraftModels()  # which goes with the probe
+        stats = sum((stats for _, stats in self._decode_all(speculation, turns)), GenerationStats())
         if not stats.draft_steps:
             raise ConfigError(NOTHING_TO_DRAFT)
         return stats
 
     def _trained_draft(
-        self, draft: SelfSpeculation, precisions: Sequence[bool]
+        self, draft: DraftDescription, precisions: Sequence[bool]
     ) -> tuple[dict[Way, Sequence[Round]], dict[tuple[Way, int], GenerationStats]]:
         """Rounds and times of a trained draft, from probes with drafts of up to 8 tokens."""
         rates, timed = dict[Way, Sequence[Round]](), {}
         for int8, ends in itertools.product(precisions, self.endings):
-            way = Way(0, None, int8, own_layers=draft.own_layers(), ends=ends)
+            way = Way(0, None, int8, draft_layers=draft.num_layers, ends=ends)
             stats = self._probe(way, 8)
             if not ends:
                 timed[way, 8] = stats

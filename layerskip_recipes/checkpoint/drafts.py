@@ -66,11 +66,17 @@ class DraftDescription(Section):
     vocabulary: list[Token] | None = None
     """The tokens that the draft can predict; None: all."""
     measured: Measured | None = None
+    folder: str = ""
+    """Where it was read, as the user wrote it."""
 
     @property
     def num_layers(self) -> int:
         """The number of the draft's own layers."""
         return self.exit_layer if self.kind == "copy" else 1
+
+    def is_for(self, checkpointer: Any) -> bool:
+        """Whether a checkpointer class reads the base as it was read in training."""
+        return _name_of(checkpointer) == self.base.checkpointer
 
 
 def describe_base(section: Component, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -98,15 +104,11 @@ def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: 
     write_description(folder, description)
 
 
-def own_draft(model: Path | None, reader: Any = None) -> str | None:
+def own_draft(model: Path | None) -> str | None:
     """The folder of the draft that was trained beside the model of a folder, if any, or the folder itself if it is a
-    draft's; None too if the `reader`, a checkpointer class, does not read the model as in training."""
+    draft's."""
     found = [] if model is None else [place for place in (model, model / DRAFT) if (place / DRAFT_FILE).is_file()]
-    if not found:
-        return None
-    folder = str(found[0])
-    same = reader is None or _name_of(reader) == read_description(folder, DRAFT).base.checkpointer
-    return folder if same else None
+    return str(found[0]) if found else None
 
 
 def _name_of(checkpointer: Any) -> str:
@@ -122,20 +124,18 @@ def read_description(folder: str, key: str) -> DraftDescription:
             "training, such as its epoch_0"
         )
     described = DraftDescription.parse(read_json(path / DESCRIPTION, key), str(path / DESCRIPTION))
-    if described.base.folder != BESIDE:
-        return described
-    base = described.base.model_copy(update={"folder": str(path.absolute().parent)})
-    return described.model_copy(update={"base": base})
+    base = described.base
+    if base.folder == BESIDE:
+        base = base.model_copy(update={"folder": str(path.absolute().parent)})
+    return described.model_copy(update={"base": base, "folder": folder})
 
 
-def read_draft(folder: str, model: LayerSkipDecoder, key: str, own_hash: str | None = None) -> Draft:
+def read_draft(described: DraftDescription, model: LayerSkipDecoder, key: str, own_hash: str | None = None) -> Draft:
     """Load a trained draft for a model, in eval mode, on the model's device; errors name `key`.
 
-    `folder` is the draft's, or that of the model with the draft beside it. `own_hash` is that of the model's weights,
-    for a model without weights on the meta device.
+    `own_hash` is that of the model's weights, for a model without weights on the meta device.
     """
-    folder = own_draft(Path(folder)) or folder
-    described = read_description(folder, key)
+    folder = own_draft(Path(described.folder)) or described.folder
     if described.base.hash != (own_hash or weights_hash(model.state_dict())):
         raise ConfigError(
             f"{key}: {folder!r} drafts for {described.base.folder!r}, whose weights are not those of this model. "

@@ -101,7 +101,7 @@ class EvalConfig(RecipeConfig):
                 "dataset: None, and tasks is None, so there is nothing to measure. Allowed: one or both; for example "
                 "dataset={_component_: ...} or tasks=[arc_easy]"
             )
-        draft = self.self_speculation and self.self_speculation.settled().draft
+        draft = self.self_speculation and self.self_speculation.given.get("draft")
         if self.quantizer is not None and draft is not None:
             yield (
                 "self_speculation.draft: it was trained for unquantised weights, and layerskip_eval quantises them "

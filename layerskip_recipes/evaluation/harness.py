@@ -28,8 +28,8 @@ from tqdm import tqdm
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.drafting.auto_drafts import Choice
+from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
@@ -169,16 +169,14 @@ class LayerSkipLM(TemplateLM):
         *,
         batch_size: int = 1,
         exit_layer: int | None = None,
-        self_speculation: SelfSpeculation | None = None,
-        frequent: Sequence[int] | None = None,
+        drafts: Choice | None = None,
         seed: int = 0,
         max_new_tokens: int = 256,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self._device = model, tokenizer, model.tok_embeddings.weight.device
-        self.rows, self.exit_layer, self.self_speculation = batch_size, exit_layer, self_speculation
-        self.frequent = frequent  # tokens, for a draft vocabulary that is a number
-        self.built: tuple[SelfSpeculation, Speculation] | None = None
+        self.batch_size, self.exit_layer, self.drafts = batch_size, exit_layer, drafts
+        self.draft_models = DraftModels()
         self.seed, self.max_new_tokens = seed, max_new_tokens
         self.max_length = model.max_seq_len
         self.stats: dict[str, GenerationStats] = defaultdict(GenerationStats)
@@ -236,8 +234,8 @@ class LayerSkipLM(TemplateLM):
         # Longest first, so that a lack of memory shows at the start.
         rows = sorted(requests_of, key=len, reverse=True)
         found: dict[int, tuple[float, bool]] = {}
-        for start in tqdm(range(0, len(rows), self.rows), desc="loglikelihood", disable=disable_tqdm):
-            batch = [(row, i) for row in rows[start : start + self.rows] for i in requests_of[row]]
+        for start in tqdm(range(0, len(rows), self.batch_size), desc="loglikelihood", disable=disable_tqdm):
+            batch = [(row, i) for row in rows[start : start + self.batch_size] for i in requests_of[row]]
             scores = self._score([(row, requests[i][2]) for row, i in batch])
             found |= zip((i for _, i in batch), scores, strict=True)
         return [found[i] for i in range(len(requests))]
@@ -298,11 +296,8 @@ class LayerSkipLM(TemplateLM):
         self, task: str, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[str], sampler: Sampler
     ) -> list[str]:
         """The text after each prompt, up to a stop token or string, with at most `limit` tokens."""
-        # Build the drafts once; only a draft vocabulary that is counted in the prompts differs between tasks.
-        if self.self_speculation is not None:
-            section = self.self_speculation.with_vocabulary(self.model, prompts, self.frequent)
-            if self.built is None or self.built[0] != section:
-                self.built = section, section.build(self.model)
+        # Only a draft vocabulary that is counted in the prompts differs between tasks.
+        speculation = None if self.drafts is None else self.drafts.speculation(prompts)
         # Batch prompts of similar length: attention covers as many KV-cache slots as the longest text needs.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         generation = Generation(
@@ -310,10 +305,11 @@ class LayerSkipLM(TemplateLM):
             [prompts[i] for i in order],
             limit,
             exit_layer=self.exit_layer,
-            speculation=self.built and self.built[1],
+            speculation=speculation,
+            draft_model=self.draft_models.of(speculation, self.model),
             sampler=replace(sampler, seed=self.seed),
             stop_tokens=getattr(self.tokenizer, "stop_tokens", ()),
-            rows=self.rows,
+            rows=self.batch_size,
         )
         streams = [TextStream(self.tokenizer, sorted(generation.rows.stop_tokens), stops, prompts[i]) for i in order]
         with tqdm(total=len(order), desc=task) as progress:

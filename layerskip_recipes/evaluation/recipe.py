@@ -20,7 +20,7 @@ from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, choose_for
+from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
@@ -50,7 +50,7 @@ class LayerSkipEval:
         self.seed = training.set_seed(seed=self.cfg.seed)
 
     def _choose(self, cfg: EvalConfig) -> Choice:
-        return choose_for(cfg, cfg.self_speculation, 0.0, False, cfg.batch_size, cfg.quantizer)
+        return DraftChooser(cfg, cfg.quantizer).choose(cfg.self_speculation, 0.0, False, cfg.batch_size)
 
     def setup(self) -> None:
         """Load the data, then the model. `evaluate` loads the checkpoints in `compare` one after the other."""
@@ -111,8 +111,7 @@ class LayerSkipEval:
                 self.tokenizer,
                 batch_size=cfg.batch_size,
                 exit_layer=cfg.exit_layer,
-                self_speculation=choice.section,
-                frequent=choice.stored,
+                drafts=choice,
                 seed=self.seed,
                 max_new_tokens=self.max_new_tokens,
             )

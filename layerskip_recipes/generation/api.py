@@ -10,6 +10,7 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.distributed.local_shards import is_split
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -75,7 +76,8 @@ def generate(
         compile: compile the steps; None: for a model from `load_model` whose drafts are chosen, if ten such calls gain
             more time than compiling takes. On a GPU the model keeps the graphs for later calls. Greedy decoding, each
             set of filters and each value of top_k need graphs of their own.
-        **speculation: draft_vocabulary, prompt_lookup, min_confidence, drafter, as in `Speculation`.
+        **speculation: draft_vocabulary, prompt_lookup, min_confidence, draft_int8, as in `Speculation`;
+            draft_model, as in `Generation`.
 
     Returns:
         `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, `stats` and `speedup`.
@@ -181,6 +183,7 @@ def prepare(
     """A generation that has not started, and its rule of when to draft; see `generate`."""
     # How to draft: as the caller says, else as chosen for a model from `load_model`.
     choice, drafts = getattr(model, "decoding_choice", None), None
+    draft_model: DraftModel | None = speculation.pop("draft_model", None)
     given = dict(speculation) if num_speculations is None else speculation | {"num_speculations": num_speculations}
     if given and draft is None:
         name = next(iter(given))
@@ -188,7 +191,7 @@ def prepare(
     if given:
         one, longest = (1 if number is None else number for number in (exit_layer, num_speculations))
         drafts = Speculation(one, longest, **speculation)  # checks them
-    if choice is None or exit_layer is not None or "drafter" in speculation:
+    if choice is None or exit_layer is not None or draft_model is not None:
         _needs_both(exit_layer, num_speculations, speculation)
         if drafts is not None:
             drafts.check(as_layerskip_decoder(model))
@@ -197,7 +200,7 @@ def prepare(
         if vocabulary is not None and not isinstance(vocabulary, int):
             given["draft_vocabulary"] = [int(token) for token in vocabulary]
         arguments = (prompts, sampler.temperature, max_generated_tokens, compile)
-        compile, drafts = choice.choose(model, *arguments, None if draft is None else given)
+        compile, drafts, draft_model = choice.choose(model, *arguments, None if draft is None else given)
     if stop_tokens is None:
         stop_tokens = () if choice is None else choice.stop_tokens
     # Ranks that share a model need the same prompts. Other ranks are independent.
@@ -217,6 +220,7 @@ def prepare(
         max_generated_tokens,
         exit_layer=exit_layer if drafts is None else None,
         speculation=drafts,
+        draft_model=draft_model,
         sampler=sampler,
         stop_tokens=stop_tokens,
         compile=bool(compile),

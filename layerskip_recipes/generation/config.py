@@ -169,7 +169,7 @@ class GenerateConfig(DecodingConfig):
             )
         single_process_keys = {
             "quantizer": self.quantizer,
-            "self_speculation.draft_int8": (self.self_speculation and self.self_speculation.settled().draft_int8)
+            "self_speculation.draft_int8": (self.self_speculation and self.self_speculation.given.get("draft_int8"))
             or None,
             "prompt": INTERACTIVE if self.is_conversation else None,
             "prompt_file": "-" if self.prompt_file == "-" else None,

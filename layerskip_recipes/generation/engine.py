@@ -14,7 +14,7 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.accounts import Accounts
 from layerskip_recipes.generation.drafting.decoding import DraftedDecoding, PlainDecoding
-from layerskip_recipes.generation.drafting.draft_head import draft_head_of
+from layerskip_recipes.generation.drafting.draft_model import DraftModel, build_draft_model
 from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundStart
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -40,6 +40,7 @@ class Generation:
         max_generated_tokens: maximum number of new tokens per prompt.
         exit_layer: without speculation, take every token from this exit; None: from the whole model.
         speculation: how to draft; None decodes without drafts.
+        draft_model: what drafts; None: build it from the speculation.
         sampler: how to choose tokens; None: greedily.
         stop_tokens: an output ends with the first of these tokens.
         rows: how many prompts to decode at a time, in order: a row that has finished takes the next prompt (continuous
@@ -78,6 +79,7 @@ class Generation:
         *,
         exit_layer: int | None = None,
         speculation: Speculation | None = None,
+        draft_model: DraftModel | None = None,
         sampler: Sampler | None = None,
         stop_tokens: Sequence[int] = (),
         rows: int | None = None,
@@ -100,10 +102,6 @@ class Generation:
         self.generated, self.finished = self.rows.generated, self.rows.finished
         self.in_row = self.rows.in_row
         sampler = sampler or Sampler()
-        drafted = 0
-        if speculation is not None:
-            speculation.check(self.model)
-            drafted = speculation.num_speculations
         lengths = [len(prompt) for prompt in self.rows.prompts]
         check_prompt_tokens(self.model, self.rows.prompts)
         check_prompt_lengths(self.model, lengths, max_generated_tokens)
@@ -112,20 +110,19 @@ class Generation:
 
         compiled = compiled_steps(self.model) if compile else None
         # The cache has room for prompt, output and a draft that reaches beyond a row's limit.
-        needed = max(lengths) + max_generated_tokens + drafted + 1
-        size = cache_length if compile else int  # rounds up for compiled steps
-        draft_model, draft_head = self.model, None
-        if speculation is not None and speculation.drafter is not None:
-            draft_model = as_layerskip_decoder(speculation.drafter)
-        own = len(draft_model.own_layers)
+        needed = max(lengths) + max_generated_tokens + 1
+        decoder, head = self.model, None
+        if speculation is not None:
+            speculation.check(self.model)
+            needed += speculation.num_speculations
+            draft_model = draft_model or build_draft_model(self.model, speculation)
+            decoder, head = draft_model.fitted(self.model, speculation)
+        size, own = cache_length if compile else int, len(decoder.own_layers)  # rounds up for compiled steps
         if cache is None or not cache.fits(self.model, len(self.rows), own, size(needed)):
             make = compiled.cache if compiled else DecodingCache
             cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), own)
         self.cache = cache
-        if speculation is not None and speculation.draft_vocabulary is not None:
-            rows_of = draft_model if own else self.model
-            draft_head = speculation.draft_head or draft_head_of(rows_of, speculation.draft_vocabulary)
-        self.context = StepContext(self.model, cache, sampler, compiled, draft_model, draft_head, shared=shared)
+        self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, shared=shared)
         # The keys of the noise: [b, 2] by row, and by prompt.
         self.keys: torch.Tensor | None = None
         if not sampler.greedy:

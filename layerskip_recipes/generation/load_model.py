@@ -2,25 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torchtune import training, utils
 
-from layerskip_recipes.checkpoint.drafts import own_draft, read_draft
+from layerskip_recipes.checkpoint.drafts import read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.auto import best_device
 from layerskip_recipes.config.schema import AUTO, DeviceName, Text, checked_arguments
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, choose_drafts, compiling_pays
+from layerskip_recipes.generation.drafting.auto_drafts import Choice, TrainingNotes, choose_drafts, compiling_pays
+from layerskip_recipes.generation.drafting.draft_model import DraftModel, DraftModels
 from layerskip_recipes.generation.drafting.prediction import estimated_costs
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.hf_decoder import hf_decoder
 from layerskip_recipes.model.hf_folder import named_folder
 from layerskip_recipes.model.kv_cache import DecodingCache
@@ -70,11 +69,11 @@ def load_model(
     model.load_state_dict(HFCheckpointer(str(folder)).load_checkpoint()[training.MODEL_KEY])
     model.requires_grad_(False).eval()
     tokenizer = hf_tokenizer(str(folder))
-    named = None if draft is None else str(named_folder(draft, "draft", weights=True))
-    choice = DecodingChoice(folder, named, own_draft(folder, HFCheckpointer), tokenizer.stop_tokens)
-    if drafts := choice.named or choice.beside:
-        choice.trained[drafts] = read_draft(drafts, model, "draft")
-    model.decoding_choice = choice
+    named = AUTO if draft is None else str(named_folder(draft, "draft", weights=True))
+    notes = TrainingNotes(folder, model.num_layers, model.tok_embeddings.num_embeddings, HFCheckpointer)
+    described, _ = notes.draft_for(SelfSpeculation(draft=named), "draft")
+    trained = None if described is None else read_draft(described, model, "draft")
+    model.decoding_choice = DecodingChoice(notes, named, DraftModels(trained), tokenizer.stop_tokens)
     return model, tokenizer
 
 
@@ -82,12 +81,10 @@ def load_model(
 class DecodingChoice:
     """Chooses how a loaded model decodes: the draft, its length, vocabulary and precision, and whether to compile."""
 
-    folder: Path  # of the model
-    named: str | None  # the folder of the draft that the user named
-    beside: str | None  # the folder of the draft that was trained beside the model or that was loaded with it
+    notes: TrainingNotes
+    named_draft: str  # its folder, or "auto"
+    draft_models: DraftModels
     stop_tokens: Sequence[int]
-    trained: dict[str, Draft] = field(default_factory=dict)  # by folder
-    built: dict[Any, Speculation] = field(default_factory=dict)  # by the weights that draft
     said: set[str] = field(default_factory=set)
     # Caches of single prompts, with drafts or without. The next prompt reuses the beginning that it shares.
     caches: dict[bool, DecodingCache] = field(default_factory=dict)
@@ -100,15 +97,12 @@ class DecodingChoice:
         tokens: int,
         compile: bool | None,
         given: Mapping[str, Any] | None,
-    ) -> tuple[bool, Speculation | None]:
-        """Whether to compile (None: if a session of some such calls gains by it), and how to draft.
+    ) -> tuple[bool, Speculation | None, DraftModel | None]:
+        """Whether to compile (None: if a session of such calls gains by it), how to draft, and with what.
 
         `given` has keys of `self_speculation` that the caller set; None decodes without drafts.
         """
-        section = None
-        if given is not None:
-            named = {} if self.named is None else {"draft": self.named}
-            section = SelfSpeculation.parse({**given, **named}, "generate")
+        section = None if given is None else SelfSpeculation.parse({**given, "draft": self.named_draft}, "generate")
         compiled = {c: self._choice(model, section, temperature, len(prompts), c) for c in (False, True)}
         if compile is None:
             steps = find_compiled_steps(model)
@@ -119,22 +113,17 @@ class DecodingChoice:
         chosen = compiled[compile]
         if chosen.why is not None:
             self._say(chosen.why)
-        if chosen.section is None:
-            return compile, None
-        section = chosen.section.with_vocabulary(model, prompts, chosen.stored)
-        trained = None if section.draft is None else self.trained.get(section.draft)
-        return compile, build_all({"": section}, model, lambda _: "draft", trained, self.built)[""]
+        speculation = chosen.speculation(prompts)
+        return compile, speculation, self.draft_models.of(speculation, model, "draft")
 
     def _choice(
         self, model: LayerSkipDecoder, section: SelfSpeculation | None, temperature: float, rows: int, compiled: bool
     ) -> Choice:
         weight = model.tok_embeddings.weight
-        on_cpu = weight.device.type == "cpu"
-        costs = estimated_costs(model, weight.dtype, not on_cpu, compiled, rows)
-        possible: dict[str, Any] = {"int8": compiled and on_cpu, "ends": on_cpu}
-        own = self.beside if section is not None and section.draft == AUTO else None
+        cpu = weight.device.type == "cpu"
+        costs = estimated_costs(model, weight.dtype, not cpu, compiled, rows)
         asked = section is not None and section.num_speculations != AUTO
-        return choose_drafts(section, self.folder, costs, temperature, own=own, asked=asked, **possible)
+        return choose_drafts(section, self.notes, costs, temperature, asked=asked, int8=compiled and cpu, ends=cpu)
 
     def _say(self, what: str) -> None:
         if what not in self.said:

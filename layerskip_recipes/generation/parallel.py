@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer
-from layerskip_recipes.checkpoint.drafts import read_draft
+from layerskip_recipes.checkpoint.drafts import DraftDescription, read_draft
 from layerskip_recipes.checkpoint.weights import check_state_dict, load_decoder, read_weights
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.distributed.loading import load_from_rank0, make_position_tables
@@ -32,11 +32,11 @@ def load_sharded_decoder(
     kept_layers: int = 0,
     tensor_parallel_dim: int = 1,
     plan: Plan | None = None,
-    draft: str | None = None,
+    draft: DraftDescription | None = None,
 ) -> tuple[LayerSkipDecoder, Draft | None]:
     """`load_decoder` for several processes, see `shard_decoder`: only rank 0 reads the checkpoint.
 
-    Every rank has the whole draft of the folder `draft`, if one is given.
+    Every rank has the whole trained draft, if one is given.
     """
     model, state = layerskip_decoder(cfg.build_on_meta()), {}
     if is_rank_zero():

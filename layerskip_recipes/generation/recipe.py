@@ -17,11 +17,12 @@ from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, choose_for, compiling_pays
+from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser, compiling_pays
+from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.rule import DraftRule
-from layerskip_recipes.generation.drafting.section import check_memory
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.compiling import cache_length, find_compiled_steps
+from layerskip_recipes.generation.fitting_memory import check_memory
+from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.report import Totals, make_report, print_report
@@ -31,7 +32,6 @@ from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextSt
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.kv_cache import DecodingCache
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
-from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.processes import init_processes, is_rank_zero, num_processes, same_on_all
 
 log = utils.get_logger("INFO")
@@ -79,22 +79,11 @@ class LayerSkipGenerate:
         # The beginning that all prompts share stays in the caches, for plain decoding and for drafts.
         self.common = common_start([self.prompt_tokens[i] for i in self.good], self.dtype) if self.good else 0
         self.caches: dict[bool, DecodingCache] = {}
-        # Choose how to draft, and the size of the cache.
+        # Choose how to draft.
         self.cfg, choice = self._choose()
-        cfg, self.compile, self.section = self.cfg, bool(self.cfg.compile), choice.section
-        if self.section is not None:
-            tokens = [self.prompt_tokens[i] for i in self.good]
-            self.section = self.section.with_vocabulary(model, tokens, choice.stored)
-        if not self.interactive:
-            rows = self.batch_size
-            if self.device.type == "cuda" and self.compile and self.compare:
-                rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
-            verified = self.section.num_speculations + 1 if self.section is not None else 1
-            slots = max(len(self.prompt_tokens[i]) for i in self.good) + self.max_new_tokens + verified
-            # The same for all batches, so that steps are compiled for one size.
-            self.reserve = slots if self.compile else None
-            slots = cache_length(slots) if self.compile else slots
-        kept = (self.exit_layer or 0) if self.section is None else self.section.layers_of_model()
+        cfg, self.compile = self.cfg, bool(self.cfg.compile)
+        self.speculation = choice.speculation([self.prompt_tokens[i] for i in self.good])
+        kept = (self.exit_layer or 0) if self.speculation is None else self.speculation.layers_of_model
         self.kept_layers = kept if kept < model.num_layers else 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.stop_strings = cfg.stop_strings or []
@@ -109,23 +98,22 @@ class LayerSkipGenerate:
             )
         if not self.interactive:
             # Check the memory only now, as each process has its own GPU.
-            parallel = self.parallel
-            whole = weight_bytes(model, self.dtype, self.kept_layers, num_processes() // parallel, parallel)
-            drafts = [] if self.section is None else [self.section]
-            sizes = {"prompt": max(len(self.prompt_tokens[i]) for i in self.good), "verified": verified}
-            second = self.compile and self.compare
-            check_memory(cfg, model, self.device, drafts, whole, rows, slots, second, parallel=parallel, **sizes)
+            rows, longest = self.batch_size, max(len(self.prompt_tokens[i]) for i in self.good)
+            if self.device.type == "cuda" and self.compile and self.compare:
+                rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
+            drafts = [] if self.speculation is None else [self.speculation]
+            sizes = (rows, longest, self.max_new_tokens)
+            slots = check_memory(cfg, self.device, drafts, *sizes, self.compare, self.kept_layers, self.parallel)
+            # The same for all batches, so that steps are compiled for one size.
+            self.reserve = slots if self.compile else None
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.seed)
         self.shows = is_rank_zero()
 
     def _choose(self) -> tuple[GenerateConfig, Choice]:
         """The config with the choices of whether to compile and how to draft."""
-        cfg, choices = self.cfg, Choices(self.cfg)
-        drafts = {
-            c: choose_for(cfg, cfg.self_speculation, cfg.temperature, c, self.batch_size, cfg.quantizer)
-            for c in (False, True)
-        }
+        cfg, choices, chooser = self.cfg, Choices(self.cfg), DraftChooser(self.cfg, self.cfg.quantizer)
+        drafts = {c: chooser.choose(cfg.self_speculation, cfg.temperature, c, self.batch_size) for c in (False, True)}
 
         def pays() -> bool:
             if num_processes() > 1:
@@ -148,20 +136,18 @@ class LayerSkipGenerate:
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
             log.setLevel(self.cfg.log_level)  # which torchtune has set to DEBUG
         # A trained draft is checked against the unquantised weights, so they are quantised after it is built.
-        drafts = self.section is not None and self.section.draft is not None
+        draft = None if self.speculation is None else self.speculation.draft
         quantizer, trained = self.cfg.quantizer, None
         if num_processes() > 1:
             section = self.cfg.tensor_parallel_plan
             plan = None if section is None else section.build()
-            draft = None if self.section is None else self.section.draft
-            sharding = (self.kept_layers, self.parallel, plan, draft)
-            self.model, trained = load_sharded_decoder(self.cfg, self.device, *sharding)
+            kept, parallel = self.kept_layers, self.parallel
+            self.model, trained = load_sharded_decoder(self.cfg, self.device, kept, parallel, plan, draft)
         else:
-            self.model = load_decoder(self.cfg, self.device, None if drafts else quantizer)
-        self.speculation, self.rule = None, DraftRule()  # which keeps what it learns over all prompts
-        if self.section is not None:
-            self.speculation = self.section.build(self.model, trained=trained)
-        if drafts and quantizer is not None:
+            self.model = load_decoder(self.cfg, self.device, None if draft is not None else quantizer)
+        self.rule = DraftRule()  # which keeps what it learns over all prompts
+        self.draft_model = DraftModels(trained).of(self.speculation, self.model)
+        if draft is not None and quantizer is not None:
             self.model = quantise_decoder(self.model, quantizer)
 
     def generate(self) -> dict[str, Any]:
@@ -182,8 +168,8 @@ class LayerSkipGenerate:
         report = {
             "self_speculation": self.cfg.self_speculation and self.cfg.self_speculation.given,
             "compile": self.compile,
-            "exit_layer": self.exit_layer if self.section is None else self.section.exit_layer,
-            "num_speculations": None if self.section is None else self.section.num_speculations,
+            "exit_layer": self.exit_layer if self.speculation is None else self.speculation.exit_layer,
+            "num_speculations": None if self.speculation is None else self.speculation.num_speculations,
             "temperature": self.cfg.temperature,
             "batch_size": self.batch_size,
             "prompts": len(ours.outputs),
@@ -194,7 +180,7 @@ class LayerSkipGenerate:
         if steps is not None:
             report["compile_s"] = steps.seconds  # including the warm-up
         if self.shows:
-            only_looks_up = self.section is not None and self.section.only_looks_up(self.model.num_layers)
+            only_looks_up = self.speculation is not None and self.speculation.only_looks_up(self.model.num_layers)
             if (plain := ours.stats.plain_share or 0.0) > 0.5 and not only_looks_up:
                 log.info(
                     f"drafting stopped: {plain:.0%} of the rounds went without drafts, as plain decoding was faster"
@@ -290,6 +276,7 @@ class LayerSkipGenerate:
             limit,
             exit_layer=None if plain else self.exit_layer,
             speculation=None if plain else self.speculation,
+            draft_model=self.draft_model,
             sampler=sampler or self.cfg.sampler(self.cfg.temperature, self.seed),
             stop_tokens=self.stop_tokens,
             compile=self.compile,
@@ -354,7 +341,7 @@ class LayerSkipGenerate:
     def _reserve(self, needed: int) -> int:
         """Slots of a new cache: twice what this turn needs, as a new cache would have to read the conversation anew."""
         # The model also verifies drafts that reach beyond an answer's limit.
-        verified = 1 if self.section is None else self.section.num_speculations + 1
+        verified = 1 if self.speculation is None else self.speculation.num_speculations + 1
         return min(max(1024, 2 * needed), most_positions(self.model)[0]) + verified
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:

@@ -1,14 +1,13 @@
 """Memory of weights, training and generation: one set of formulas, for automatic choices and for checks."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
 
 
@@ -141,36 +140,3 @@ def row_bytes(
     values += prompt * (3 * mlp_width(model) + 6 * model.tok_embeddings.embedding_dim)
     # Three fp32 values per token and vocabulary entry: the logits, the sampler's probabilities, and noise.
     return values * dtype.itemsize // parallel + verified * 3 * 4 * model.tok_embeddings.num_embeddings
-
-
-def check_cache_fits(
-    rows: int, length: int, bytes_of: Callable[[int], int], device: torch.device, weights: int = 0, loaded: int = 0
-) -> None:
-    """Check that `rows` batch rows of `length` slots and the weights fit into the free memory; on a CPU, into the
-    machine's memory, as other programs may make room.
-
-    `bytes_of(length)` is `row_bytes`. This process will hold `weights` bytes of weights, `loaded` before quantisation.
-    """
-    free = free_memory(device) if device.type == "cuda" else machine_memory()
-    row, shorter = bytes_of(length), bytes_of(length - 1)
-    # The largest batch, and for one row the longest sequence, that fits.
-    fits, positions = (free - weights) // row, length + (free - weights - row) // (row - shorter)
-    while_loading = " until they are quantised" if loaded > weights else ""
-    takes = f"weights take {max(loaded, weights) / 2**30:.1f} GiB{while_loading}, and {free / 2**30:.1f} GiB are free"
-    if loaded > max(weights, free) or positions < 1:
-        raise ConfigError(
-            f"model: its {takes}. Allowed here: a model that leaves room for caches; for example dtype=bf16, "
-            "a quantizer, or more processes"
-        )
-    if rows > fits:
-        key, allowed = "batch_size", f"up to {fits}; for example batch_size={fits}"
-        if fits < 1:
-            key = "max_new_tokens"
-            allowed = (
-                f"up to {positions} positions (prompt, new tokens and drafts) with batch_size=1; for example a smaller "
-                "max_new_tokens (with compile=true, caches have 128 positions more than 256, 512, 1024, ...)"
-            )
-        raise ConfigError(
-            f"{key}: caches, prompts and steps of {rows} rows of {length} positions take {rows * row / 2**30:.1f} GiB, "
-            f"{takes}. Allowed here: {allowed}"
-        )

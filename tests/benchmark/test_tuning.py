@@ -27,9 +27,12 @@ from layerskip_recipes.benchmark.tuner import (
     write_config,
 )
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.prediction import Costs, Round, StepCost, Way, ranked
-from layerskip_recipes.generation.drafting.section import SelfSpeculation, build_all
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 
 pytestmark = pytest.mark.slow
@@ -111,7 +114,7 @@ def test_every_probe_verifies_in_some_layers(num_layers, monkeypatch):
     monkeypatch.setattr(Tuner, "_probe", lambda self, way, d: way)
     tuner = Tuner.__new__(Tuner)
     tuner.model = SimpleNamespace(num_layers=num_layers)
-    assert all(1 <= way.kept_layers < num_layers for way in tuner._probes([False], 10).values())
+    assert all(1 <= way.shared_layers < num_layers for way in tuner._probes([False], 10).values())
 
 
 def test_the_best_few_and_the_grid():
@@ -131,10 +134,11 @@ def tuning_config(folder, checkpoint, extends, **changes):
     return BenchmarkConfig.load(load_config(str(benchmark_config(folder, checkpoint, **settings))))
 
 
-CHOICE = SelfSpeculation(exit_layer=3, num_speculations=5, draft_vocabulary=64, draft_int8=True).settled()
+CHOICE = {"exit_layer": 3, "num_speculations": 5, "draft_vocabulary": 64, "draft_int8": True}
+EXIT = SelfSpeculation(**PLAIN_VALUES | {"exit_layer": 1, "num_speculations": 2})
 
 
-@pytest.mark.parametrize("best", [CHOICE, SelfSpeculation(exit_layer=1, num_speculations=2).settled(), None])
+@pytest.mark.parametrize("best", [SelfSpeculation(**PLAIN_VALUES | CHOICE), EXIT, None])
 def test_the_config_has_what_differs_from_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
     """It loads from another folder, keeps the user's keys, and sets what was measured; null where nothing pays."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
@@ -160,7 +164,7 @@ def test_the_config_has_what_differs_from_the_users(best, tmp_path, tokenizer_fo
     text = (tmp_path / "a" / "tuned.yaml").read_text()
     assert "because" in text and "dtype" not in text and "max_new_tokens" not in text
     # Nothing is left for generation to choose.
-    assert best is None or not written.self_speculation.is_open
+    assert best is None or AUTO not in dict(written.self_speculation).values()
 
 
 def test_the_config_has_the_checkpoint_that_was_measured(tmp_path, tokenizer_folder):
@@ -184,7 +188,7 @@ def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path, checkpoint, exit_layer=2, self_speculation=None)
     cfg = tuning_config(tmp_path, checkpoint, str(user), compile=True)
-    write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(exit_layer=1, num_speculations=2).settled(), "because")
+    write_config(tmp_path / "tuned.yaml", cfg, EXIT, "because")
     written = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
     assert written.compile is True and written.exit_layer is None
     cfg = tuning_config(tmp_path, checkpoint, "quickstart/generate")
@@ -205,7 +209,7 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, tmp_path, t
     report = recipe.benchmark()
     variants = [row for row in report["results"] if row["kind"] == "variant"]
     rows = {row["name"]: row["speedup"]["median"] for row in variants if row["temperature"] == 0}
-    assert set(rows) == set(recipe.variants) and sum("lookup" in name for name in rows) == 1
+    assert set(rows) == set(recipe.candidates) and sum("lookup" in name for name in rows) == 1
     assert all(row["identical"] for row in variants if row["temperature"] == 0)
     # Predicted is what the choice is for.
     predicted = {(row["temperature"], row["name"]) for row in variants if row["predicted_speedup"]}
@@ -214,10 +218,10 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, tmp_path, t
     cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
     assert cfg.compile is False  # as it was measured
     assert cfg.self_speculation == (recipe.candidates[fastest].written if rows[fastest] > 1 else None)
-    some = [c for c in recipe.candidates.values() if c.section.draft_vocabulary]
-    assert not stored or all(c.section.draft_vocabulary == [*range(40)] for c in some)
+    some = [c for c in recipe.candidates.values() if c.speculation.draft_vocabulary]
+    assert not stored or all(c.speculation.draft_vocabulary == [*range(40)] for c in some)
     # Where no tokens are stored, generation would count those of its own prompts.
-    assert all(c.written.draft_vocabulary == (40 if stored else c.section.draft_vocabulary) for c in some)
+    assert all(c.written.draft_vocabulary == (40 if stored else c.speculation.draft_vocabulary) for c in some)
     out = capsys.readouterr().out
     assert "predicted" in out and "measured" in out and "fastest: " in out
     # Beside the report of the same config without tune.
@@ -258,29 +262,20 @@ def test_the_grid_measures_every_exit_and_length(tmp_path, tokenizer_folder, mon
 def test_drafts_with_the_same_weights_share_them():
     """Only one int8 copy for all lengths of an exit."""
     model = make_model()
-    sections = {
-        f"{exit_layer}_{length}": SelfSpeculation(
-            exit_layer=exit_layer, num_speculations=length, draft_int8=True
-        ).settled()
-        for exit_layer in (1, 2)
-        for length in (2, 4)
-    }
-    built = build_all(sections, model, str)
-    assert [(one.exit_layer, one.num_speculations) for one in built.values()] == [(1, 2), (1, 4), (2, 2), (2, 4)]
-    assert built["1_2"].drafter is built["1_4"].drafter is not built["2_2"].drafter is built["2_4"].drafter
+    models = DraftModels()
+    built = {(e, d): models.of(Speculation(e, d, draft_int8=True), model) for e in (1, 2) for d in (2, 4)}
+    assert built[1, 2] is built[1, 4] is not built[2, 2] is built[2, 4]
 
 
 def test_the_first_line_says_so_if_no_draft_pays(tmp_path, tokenizer_folder):
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     user = generate_config(tmp_path / "user", checkpoint)
     path = benchmark_config(tmp_path, checkpoint, tune=True, tune_extends=str(user), temperatures=[0.0])
-    section = SelfSpeculation(exit_layer=2)
+    candidate = Candidate(Speculation(2), EXIT, None)
     row = {"name": "draft_6", "temperature": 0.0, "speedup": {"median": 0.7}, "predicted_speedup": None}
     report = {"results": [row], "device": "cpu"}
     written = tmp_path / "tuned.yaml"
-    write_choice(
-        BenchmarkConfig.load(load_config(str(path))), written, report, {"draft_6": Candidate(section, section, None)}
-    )
+    write_choice(BenchmarkConfig.load(load_config(str(path))), written, report, {"draft_6": candidate})
     assert written.read_text().startswith(f"{FIRST_LINE}no drafts, since draft_6 had 0.70x, temperature 0.0, cpu\n")
     assert load_config(str(written)).self_speculation is None
 

@@ -16,6 +16,7 @@ from layerskip_recipes import generate
 from layerskip_recipes.checkpoint.drafts import FORMAT
 from layerskip_recipes.checkpoint.export import export, first_layers, how_to_run
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.draft_model import DraftModel
 
 transformers = pytest.importorskip("transformers")
 load = transformers.AutoModelForCausalLM.from_pretrained
@@ -332,7 +333,7 @@ def test_an_exported_draft_proposes_tokens_of_its_vocabulary_only(
     plain = model.generate(prompt, attention_mask=mask, do_sample=False)
     ours = generate(
         recipe.model, prompt[0], 40, exit_layer=2, num_speculations=4,
-        drafter=recipe.draft.decoder(recipe.model), draft_vocabulary=vocabulary,
+        draft_model=DraftModel(recipe.draft.decoder(recipe.model)), draft_vocabulary=vocabulary,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.generation.utils.AssistedCandidateGenerator", Counted)

@@ -6,7 +6,9 @@ from helpers.plain_decoding import Letters, plain_answer, plain_logits, plain_sc
 from helpers.tiny import make_tiny
 
 from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.generation.drafting.auto_drafts import Choice
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
@@ -86,7 +88,7 @@ def test_a_whole_text_in_windows(exit_layer):
 
 @pytest.mark.parametrize(
     "method",
-    [{}, {"exit_layer": 3}, {"self_speculation": SelfSpeculation(exit_layer=2, num_speculations=3)}],
+    [{}, {"exit_layer": 3}, {"drafts": Choice(SelfSpeculation(**PLAIN_VALUES | {"exit_layer": 2}), None, 1.0)}],
     ids=["plain", "exit", "speculation"],
 )
 def test_answers_are_those_of_plain_greedy_decoding(method):
@@ -104,7 +106,7 @@ def test_answers_are_those_of_plain_greedy_decoding(method):
         until = [kind["until"]] if isinstance(kind["until"], str) else kind["until"]
         assert text == plain_answer(model, tokens, kind.get("max_gen_toks", 9), until, exit_layer)
     assert len(found[0]) == 3 and lm.stats["task"].tokens > 0
-    assert (lm.stats["task"].drafted > 0) == ("self_speculation" in method)
+    assert (lm.stats["task"].drafted > 0) == ("drafts" in method)
 
 
 def test_a_context_longer_than_the_sliding_window_loses_its_beginning():

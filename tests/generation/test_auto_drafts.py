@@ -15,9 +15,10 @@ from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRou
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting import auto_drafts
-from layerskip_recipes.generation.drafting.auto_drafts import choose_drafts, compiling_pays
+from layerskip_recipes.generation.drafting.auto_drafts import TrainingNotes, choose_drafts, compiling_pays
 from layerskip_recipes.generation.drafting.prediction import Way, estimated_costs, measured_rounds
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 LAYER = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
@@ -54,7 +55,8 @@ def described(folder, exits, trained=(6, 30), draft=None, tokens=range(10, 2058)
 def choose(folder, temperature=0.0, compiled=True, given=None, int8=None, batch_rows=1, **settings):
     costs = smollm2_costs(compiled=compiled, batch_rows=batch_rows)
     int8 = compiled if int8 is None else int8
-    return choose_drafts(SelfSpeculation(**(given or {})), folder, costs, temperature, int8=int8, **settings)
+    notes = TrainingNotes(folder, 30, VOCABULARY)
+    return choose_drafts(SelfSpeculation(**(given or {})), notes, costs, temperature, int8=int8, **settings)
 
 
 def expected(exits, lengths=range(1, 9), precisions=(4, 1)):
@@ -151,7 +153,7 @@ def test_a_vocabulary_that_costs_more_than_it_saves_is_not_chosen(tmp_path):
     """Greedily the small vocabulary says the same; when sampling it lacks most of the tokens."""
     folder = described(tmp_path, {6: {"all": TASK["all"], "2048": (TASK["all"][0], [1.2, *[1.25] * 7])}})
     found = choose(folder)
-    assert found.section.draft_vocabulary == len(found.stored) == 2048
+    assert found.section.draft_vocabulary == len(found.frequent) == 2048
     assert choose(folder, temperature=1.0).section.draft_vocabulary is None
 
 
@@ -174,6 +176,9 @@ def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
     assert choose(bad, given={"exit_layer": 6}).section.exit_layer == 6
 
 
+LOOKS_UP = {"exit_layer": 30, "prompt_lookup": 2}
+
+
 def test_look_ups(tmp_path):
     """Beside a draft of single rows; alone where no exit pays, if the user asks for them."""
     good, bad = described(tmp_path / "good", {6: TASK}), described(tmp_path / "bad", {6: {"all": ([1.05], [1.1])}})
@@ -185,7 +190,9 @@ def test_look_ups(tmp_path):
     assert choose(bad).section is choose(bad, given={"prompt_lookup": None}).section is None
     for folder in (bad, tmp_path / "nowhere"):
         found = choose(folder, given={"prompt_lookup": 2, "num_speculations": 4})
-        assert found.section == SelfSpeculation(exit_layer=30, num_speculations=4, prompt_lookup=2).settled()
+        assert found.section == SelfSpeculation(
+            **PLAIN_VALUES | {"exit_layer": 30, "num_speculations": 4, "prompt_lookup": 2}
+        )
         assert found.why.startswith("Drafts: look-ups of the last 2 tokens alone, because ")
 
 
@@ -193,7 +200,7 @@ def test_the_whole_model_as_the_exit(tmp_path):
     """With look-ups it is look-ups alone; quantised, it drafts."""
     folder = described(tmp_path, {6: TASK})
     found = choose(folder, given={"exit_layer": 30, "prompt_lookup": 2})
-    assert found.section == SelfSpeculation(exit_layer=30, prompt_lookup=2).settled() and found.why is None
+    assert found.section == SelfSpeculation(**PLAIN_VALUES | LOOKS_UP) and found.why is None
     found = choose(folder, given={"exit_layer": 30, "draft_int8": True})
     assert found.section.draft_int8 and found.section.prompt_lookup is None
 
@@ -201,8 +208,8 @@ def test_the_whole_model_as_the_exit(tmp_path):
 def test_a_trained_exit_that_nobody_measured(tmp_path):
     found = choose(described(tmp_path, {}, trained=(6, 8, 30)))
     assert found.section.exit_layer == 8 and "acceptance assumed" in found.why
-    section = SelfSpeculation(exit_layer=3, num_speculations=5)
-    assert choose(tmp_path, given=section.given).section == section.settled()
+    given = {"exit_layer": 3, "num_speculations": 5}
+    assert choose(tmp_path, given=given).section == SelfSpeculation(**PLAIN_VALUES | given)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +263,7 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
 
     best = max(range(1, 9), key=speedup)
     chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 3, "draft_vocabulary": 1024}
-    assert found.section == SelfSpeculation(draft=str(tmp_path), **chosen).settled()
+    assert found.section == SelfSpeculation(draft=str(tmp_path), min_confidence=0.0, **chosen)
     whole = choose(None, given={"draft": str(tmp_path), "draft_vocabulary": None})  # its head has rows of all tokens
     assert whole.section.draft_vocabulary is None and whole.speedup < found.speedup
     assert found.speedup == pytest.approx(speedup(best), rel=1e-4)
@@ -307,17 +314,17 @@ def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder, caplog):
         return recipe, recipe.generate()
 
     recipe, report = run("benchmark.compare=true")
-    assert recipe.section.exit_layer == 1 and recipe.section.num_speculations > 3 and not recipe.compile
+    assert recipe.speculation.exit_layer == 1 and recipe.speculation.num_speculations > 3 and not recipe.compile
     assert report["exit_layer"] == 1 and report["drafted"] > 0 and report["identical"] is True
-    assert not recipe.section.draft_int8  # eager
+    assert not recipe.speculation.draft_int8  # eager
     # The report's section, the log's and that of `cat --resolved` are the same, and leave nothing to choose.
     section = report["self_speculation"]
     assert section == recipe.cfg.source.self_speculation == resolved(recipe.source).self_speculation
     again, repeated = run("benchmark.compare=true", f"self_speculation={json.dumps(section)}")
-    assert again.section == recipe.section and again.cfg.chosen.keys() <= {"device", "dtype", "compile"}
+    assert again.speculation == recipe.speculation and again.cfg.chosen.keys() <= {"device", "dtype", "compile"}
     same = ("drafted", "accepted", "rounds_by_kind", "self_speculation", "compile")
     assert again.cfg.compile is False and [repeated[key] for key in same] == [report[key] for key in same]
-    assert run("batch_size=8")[0].section == recipe.section  # one prompt makes no batch
+    assert run("batch_size=8")[0].speculation == recipe.speculation  # one prompt makes no batch
     recipe, report = run("self_speculation.num_speculations=2")
     assert report["num_speculations"] == 2 and report["exit_layer"] == 1
     (checkpoint / "layerskip.json").unlink()

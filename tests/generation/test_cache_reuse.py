@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from helpers.compiled import has_compiler
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of
-from helpers.speculation import PROMPTS, noisy, run, speculation_of
+from helpers.speculation import PROMPTS, drafting, noisy, run
 from helpers.tiny import make_tiny
 
 from layerskip_recipes.generation import prefill
+from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -34,8 +35,7 @@ def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypat
     model = make_model(family)
     calls, cache, prompt, reused = count_positions(model), None, PROMPT, 0
     for more in [(30, 31, 7), (9,), (60, 2, 41, 7, 7)]:
-        speculation = speculation_of(variant, model) if variant else None
-        generation = Generation(model, [prompt], 7, speculation=speculation, cache=cache, reserve=50)
+        generation = Generation(model, [prompt], 7, cache=cache, reserve=50, **drafting(variant, model))
         calls.clear()
         steps = iter(generation)
         next(steps)
@@ -111,10 +111,10 @@ def test_a_cache_serves_the_weights_that_filled_it(what, compile):
 def test_a_cache_serves_the_draft_that_filled_it():
     model = make_model("llama3_2")
     drafts = [noisy(Draft(model, "copy", 2)).decoder(model) for _ in range(2)]
-    speculations = [Speculation(2, 3, drafter=draft) for draft in drafts]
-    first = run(model, [PROMPT], 9, reserve=60, speculation=speculations[0])
-    for draft, reused in zip(speculations, (True, False), strict=True):
-        again = run(model, [(*PROMPT, 5)], 9, cache=first.cache, speculation=draft)
+    ways = [{"speculation": Speculation(2, 3), "draft_model": DraftModel(draft)} for draft in drafts]
+    first = run(model, [PROMPT], 9, reserve=60, **ways[0])
+    for way, reused in zip(ways, (True, False), strict=True):
+        again = run(model, [(*PROMPT, 5)], 9, cache=first.cache, **way)
         assert (again.stats.reused_tokens > 0) == reused and again.cache is first.cache
 
 
@@ -187,9 +187,9 @@ def test_attention_reads_the_cache_in_place_and_only_what_is_filled(family, vari
         return attention(q, k, v, **arguments)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
-    speculation = speculation_of(variant, model) if variant else None
-    generation = Generation(model, [PROMPT, PROMPT[:2]], 14, speculation=speculation, reserve=100)
-    verified = speculation.num_speculations + 1 if variant else 1
+    drafts = drafting(variant, model)
+    generation = Generation(model, [PROMPT, PROMPT[:2]], 14, reserve=100, **drafts)
+    verified = drafts["speculation"].num_speculations + 1 if variant else 1
     longest, rounds = 0, 0
     for _ in generation:
         assert generation.cache.max_len == 100

@@ -9,6 +9,7 @@ from helpers import forks
 from helpers.compiled import CPU, END, LONG, MAX_LEN, SHORT, WAYS, compiles, make_small, run
 from helpers.speculation import plain
 
+from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -183,10 +184,11 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, monkeypatch, caplo
     monkeypatch.setattr(compiling, "_compiled", made)
     drafter, packed = make_small(), type("Packed", (torch.nn.Parameter,), {})
     drafter.norm.scale = packed(drafter.norm.scale.data)
-    apart = {"drafted apart": WAYS["chain"] | {"drafter": drafter}}
     for way in ways:
-        arguments = (WAYS | apart)[way]
-        generation = run(model, SHORT, 9, speculation=Speculation(**arguments) if arguments else None)
+        draft_model = DraftModel(drafter) if way == "drafted apart" else None
+        arguments = (WAYS | {"drafted apart": WAYS["chain"]})[way]
+        speculation = Speculation(**arguments) if arguments else None
+        generation = run(model, SHORT, 9, speculation=speculation, draft_model=draft_model)
         assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
     steps = compiled_steps(model)
     assert not steps.failed and set(steps.refused.values()) == {"draft_token"}

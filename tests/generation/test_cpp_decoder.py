@@ -7,14 +7,13 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.compiled import has_compiler, run
-from helpers.speculation import PROMPTS, VARIANTS, plain, speculation_of
+from helpers.speculation import PROMPTS, VARIANTS, drafting, plain
 from helpers.tiny import QWEN3, SIZE
 from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -36,7 +35,7 @@ from torchtune.models.qwen2._component_builders import qwen2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting import chain
-from layerskip_recipes.generation.drafting.draft_head import DraftHead
+from layerskip_recipes.generation.drafting.draft_model import DraftHead, DraftModel
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import cpp_decoder, huge_pages
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
@@ -166,11 +165,11 @@ def test_rows_are_read_in_bf16_as_they_are_alone(tiles, variant, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
     model, texts = talking("bf16"), texts_of(6, 40)
-    speculation = variant and speculation_of(variant, model)
+    drafts = drafting(variant, model)
     prompts = [text[:length] for text, length in zip(texts, (5, 30, 8, 9, 40, 3), strict=True)]
 
     def decode(prompts, **more):
-        generation = run(model, prompts, 20, speculation=speculation, **more)
+        generation = run(model, prompts, 20, **drafts, **more)
         in_row = zip(generation.in_row, generation.cache.layers[-1].k, strict=True)
         return generation.generated, {len(prompts[i]): k[:, : len(prompts[i])].clone() for i, k in in_row}
 
@@ -338,7 +337,7 @@ def test_every_way_of_drafting_gives_the_models_tokens(variant, temperature):
     expected = run(model, PROMPTS, 16, sampler=sampler, compile=False).generated
     assert temperature or expected == [plain(model, prompt, 16) for prompt in PROMPTS]
     for rows in (None, 2):
-        generation = run(model, PROMPTS, 16, speculation=speculation_of(variant, model), rows=rows, sampler=sampler)
+        generation = run(model, PROMPTS, 16, rows=rows, sampler=sampler, **drafting(variant, model))
         assert generation.generated == expected and generation.context.cpp is not None
     assert generation.stats.accepted > 0 and compiled_steps(model).graphs == {}
 
@@ -353,7 +352,7 @@ def test_a_chain_of_drafts_is_one_call(family, variant, temperature, monkeypatch
         if compile:
             monkeypatch.setattr(chain, "draft_token", None)
         drafts, sampler = [], Sampler(temperature, seed=1)
-        arguments = {"speculation": speculation_of(variant, model), "sampler": sampler, "on_draft": drafts.append}
+        arguments = {"sampler": sampler, "on_draft": drafts.append} | drafting(variant, model)
         found.append((drafts, run(model, PROMPTS, 16, compile=compile, **arguments).generated))
     assert found[0] == found[1] and len(found[0][0]) > 0
 
@@ -383,7 +382,7 @@ def test_no_precision_lets_drafts_change_a_token(precision, variant):
     if precision == "int8" and variant == "vocabulary":
         model = talking("bf16")  # no head of fewer rows is cut from a quantised one
     expected = run(model, PROMPTS, 24).generated
-    generation = run(model, PROMPTS, 24, speculation=speculation_of(variant, model))
+    generation = run(model, PROMPTS, 24, **drafting(variant, model))
     assert generation.generated == expected and generation.stats.drafted > 0
     assert [run(model, [prompt], 24).generated[0] for prompt in PROMPTS] == expected
 
@@ -415,7 +414,7 @@ def test_an_embedding_of_another_kind_drafts_token_by_token():
     model = make.__wrapped__("llama3")
     model = model.with_modules(tok_embeddings=Doubled(SIZE["vocab_size"], SIZE["embed_dim"]))
     expected = run(model, PROMPTS, 9, compile=False).generated
-    generation = run(model, PROMPTS, 9, speculation=speculation_of("chain", model))
+    generation = run(model, PROMPTS, 9, **drafting("chain", model))
     assert generation.generated == expected
     assert generation.context.cpp is not None and generation.context.cpp.draft is None
 
@@ -448,25 +447,26 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     model = talking(precision)
     variants = {"quantised": "drafter", "head": "vocabulary", "copy, head": "copy, vocabulary"}
-    speculation = speculation_of(variants.get(part, part), model)
+    arguments = drafting(variants.get(part, part), model)
+    decoder = arguments["draft_model"] and arguments["draft_model"].decoder
     if "head" in part:
-        head = DraftHead(speculation.drafter or model, torch.as_tensor(speculation.draft_vocabulary))
+        head = DraftHead(decoder or model, arguments["speculation"].draft_vocabulary)
         hooked(head.output)
-        speculation = replace(speculation, draft_head=head)
+        arguments["draft_model"] = DraftModel(decoder, head)
     else:
-        first = speculation.drafter.own_layers.start
-        layers = torch.nn.ModuleList([*model.layers[:first], *copy.deepcopy(speculation.drafter.layers[first:])])
+        first = decoder.own_layers.start
+        layers = torch.nn.ModuleList([*model.layers[:first], *copy.deepcopy(decoder.layers[first:])])
         if part == "quantised":
             quantize_(layers, Int8DynamicActivationInt8WeightConfig())
         else:
             hooked(layers[-1])
-        drafter = speculation.drafter.with_modules(layers=layers)
-        drafter.own_layers = speculation.drafter.own_layers
-        speculation = replace(speculation, drafter=drafter)
+        drafter = decoder.with_modules(layers=layers)
+        drafter.own_layers = decoder.own_layers
+        arguments["draft_model"] = DraftModel(drafter)
     plainly = run(model, PROMPTS, 16, rows=2)
     drafts = [], []
     torchs, ours = (
-        run(model, PROMPTS, 16, speculation=speculation, rows=2, compile=compile, on_draft=of.append)
+        run(model, PROMPTS, 16, rows=2, compile=compile, on_draft=of.append, **arguments)
         for compile, of in zip((False, True), drafts, strict=True)
     )
     assert ours.context.cpp.unknown is not None and ours.context.cpp.draft is None
@@ -475,7 +475,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
         assert drafts[0] == drafts[1] and torchs.generated == ours.generated
     if precision == "fp32":
         sampler = Sampler(0.8, seed=3)
-        assert run(model, PROMPTS, 9, speculation=speculation, rows=2, sampler=sampler).stats.drafted > 0
+        assert run(model, PROMPTS, 9, rows=2, sampler=sampler, **arguments).stats.drafted > 0
 
 
 @pytest.mark.parametrize("part", [*UNKNOWN, *OTHER_MODELS])

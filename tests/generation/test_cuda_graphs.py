@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from helpers.compiled import LONG, LONGER, OTHER_WAYS, SHORT, WAYS, make_small, run
 from helpers.speculation import plain
 
-from layerskip_recipes.config.components import Component
-from layerskip_recipes.generation.drafting.section import quantised_drafter
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
@@ -82,10 +80,8 @@ def test_attention_by_blocks_is_masked_attention(group, queries):
 
 def test_cuda_graphs_of_a_quantised_draft():
     model, reference = make_small().cuda(), make_small()
-    quantizer = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, "quantizer")
-    drafter = quantised_drafter(model, range(1), quantizer, with_head=True)
     for prompts in (SHORT[:1], SHORT, LONGER):
-        generation = run(model, prompts, 30, speculation=Speculation(1, 2, drafter=drafter))
+        generation = run(model, prompts, 30, speculation=Speculation(1, 2, draft_int8=True))
         assert generation.generated == [plain(reference, prompt, 30) for prompt in prompts]
         assert not compiled_steps(model).refused
 

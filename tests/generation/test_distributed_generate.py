@@ -28,6 +28,7 @@ from helpers.generating_ranks import (
     everything,
     other,
     run,
+    trained_speculation,
 )
 from helpers.ranks import check_success, run_on_ranks
 from helpers.tiny import SIZE, make_tiny
@@ -41,7 +42,6 @@ from layerskip_recipes.checkpoint.drafts import describe, write_draft
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.model.draft import Draft, weights_hash
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -188,8 +188,7 @@ def test_each_rank_has_all_of_a_trained_draft(tmp_path, tokenizer_folder, monkey
         write_draft(folder, draft.state_dict(), describe(draft, base, 1))
         settings = {"draft": str(folder), "num_speculations": 3}
         generate_config(tmp_path / kind, checkpoint, self_speculation=settings).rename(path)
-        section = SelfSpeculation(**settings).with_vocabulary(model, [])
-        alone = speculation.run(model, PROMPTS, NEW, speculation=section.build(model))
+        alone = speculation.run(model, PROMPTS, NEW, speculation=trained_speculation(str(folder)))
         assert alone.generated == speculation.run(model, PROMPTS, NEW).generated and alone.stats.drafted > 0
         expected[kind] = [alone.generated, alone.stats.drafted, alone.stats.accepted]
     check_success(fork("trained", tmp_path))

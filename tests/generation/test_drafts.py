@@ -13,15 +13,16 @@ from helpers.speculation import (
     VARIANTS,
     AlwaysLookUp,
     PlainBetween,
+    drafting,
     perturbed,
     plain,
     run,
     search,
-    speculation_of,
 )
 from helpers.tiny import SIZE, VOCAB, walk
 
 from layerskip_recipes.generation import accounts
+from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -30,7 +31,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.draft import Draft
 
 
-def drafts_of(model, prompts, count, speculation, sampler=None, rule=None):
+def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft_model=None):
     """A generation at its end, and its rounds: the rows' texts before it (None of a row at its end), their drafts."""
     rounds = []
 
@@ -38,7 +39,7 @@ def drafts_of(model, prompts, count, speculation, sampler=None, rule=None):
         rows = zip(prompts, generation.generated, generation.finished, strict=True)
         rounds.append(([None if finished else [*p, *g] for p, g, finished in rows], tokens))
 
-    arguments = {"speculation": speculation, "sampler": sampler, "rule": rule}
+    arguments = {"speculation": speculation, "sampler": sampler, "rule": rule, "draft_model": draft_model}
     generation = Generation(model, prompts, count, **arguments, on_draft=on_draft)
     for _ in generation:
         pass
@@ -94,7 +95,7 @@ def test_a_drafter_drafts_in_the_models_place():
     drafter.layers[0].attn = copy.deepcopy(model.layers[0].attn)
     drafter.layers[0].sa_norm = copy.deepcopy(model.layers[0].sa_norm)
     differs = 0
-    for (text,), (draft,) in drafts_of(model, [PROMPT], 18, Speculation(1, 3, drafter=drafter))[1]:
+    for (text,), (draft,) in drafts_of(model, [PROMPT], 18, Speculation(1, 3), draft_model=DraftModel(drafter))[1]:
         tokens = tuple(text)
         assert draft == plain(drafter, tokens, len(draft), 1.0, 1)
         differs += draft != plain(model, tokens, len(draft), 1.0, 1)
@@ -131,8 +132,8 @@ def test_look_ups_alone():
         kinds += generation.stats.rounds_by_kind
     assert kinds["lookup"] > 3 and kinds["plain"] > 3 and not kinds["chain"]
     # Another model's layers draft also as a whole.
-    speculation = Speculation(len(model.layers), 4, prompt_lookup=2, drafter=perturbed.__wrapped__(model, 0.3))
-    generation, _ = drafts_of(model, [(1, 3, 0)], 24, speculation)
+    drafter = DraftModel(perturbed.__wrapped__(model, 0.3))
+    generation, _ = drafts_of(model, [(1, 3, 0)], 24, speculation, draft_model=drafter)
     assert generation.generated == [plain(model, (1, 3, 0), 24)] and generation.stats.rounds_by_kind["chain"] > 0
 
 
@@ -153,7 +154,7 @@ def test_a_drafter_and_the_model_are_left_as_they_were(kind):
         drafter.layers[0] = model.layers[0]
     drafter.train()
     layers = {*model.layers, *drafter.layers}
-    generation = run(model, [PROMPT], 10, speculation=Speculation(2, 3, drafter=drafter))
+    generation = run(model, [PROMPT], 10, speculation=Speculation(2, 3), draft_model=DraftModel(drafter))
     assert generation.generated == [greedy("llama3_2", PROMPT, 10)]
     assert drafter.training and not model.decoding and not drafter.decoding
     assert all(layer.attn.kv_cache is None and not layer.attn.cache_enabled for layer in layers)
@@ -186,24 +187,24 @@ def clock(monkeypatch):
 
 
 def bad_draft(model, kind):
-    """A speculation whose drafts the model never says."""
+    """A speculation and a draft model whose drafts the model never says."""
     if kind in ("exit", "look-up"):
         drafter = perturbed.__wrapped__(model, 40.0, 2)
-        return Speculation(2, 4, drafter=drafter, prompt_lookup=1 if kind == "look-up" else None)
+        return Speculation(2, 4, prompt_lookup=1 if kind == "look-up" else None), DraftModel(drafter)
     torch.manual_seed(3)
     draft = Draft(model, kind, 2 if kind == "adapter" else 1)
     for parameter in draft.parameters():
         parameter.data += 3 * torch.randn_like(parameter)
-    return Speculation(2 if kind == "adapter" else 1, 4, drafter=draft.requires_grad_(False).decoder(model))
+    return Speculation(2 if kind == "adapter" else 1, 4), DraftModel(draft.requires_grad_(False).decoder(model))
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("exit", 3), ("look-up", 1), ("copy", 3), ("adapter", 3)])
 def test_bad_drafts_cost_a_twentieth_at_most(kind, rows, clock):
     model, prompts = make_model(), PROMPTS[:rows]
-    speculation = bad_draft(model, kind)
-    clock.watch({*model.layers, *speculation.drafter.layers})
+    speculation, draft_model = bad_draft(model, kind)
+    clock.watch({*model.layers, *draft_model.decoder.layers})
     plainly = run(model, prompts, NEW)
-    drafted = run(model, prompts, NEW, speculation=speculation, rule=DraftRule())
+    drafted = run(model, prompts, NEW, speculation=speculation, draft_model=draft_model, rule=DraftRule())
     assert drafted.generated == plainly.generated
     assert drafted.stats.decode_s < 1.05 * plainly.stats.decode_s
     assert drafted.stats.plain_share > (0.3 if kind == "look-up" else 0.9) and drafted.stats.drafted > 0
@@ -229,8 +230,7 @@ def test_rounds_without_a_draft_change_no_token(variant):
     """Nor what is counted of the drafts of other rounds."""
     model, drafts = model_of("llama3_2"), []
     generation = run(
-        model, PROMPTS, 18, rows=3, speculation=speculation_of(variant, model), rule=PlainBetween(),
-        on_draft=drafts.append,
+        model, PROMPTS, 18, rows=3, rule=PlainBetween(), on_draft=drafts.append, **drafting(variant, model),
     )  # fmt: skip
     assert generation.generated == [plain(model, prompt, 18) for prompt in PROMPTS]
     stats = generation.stats

@@ -1,6 +1,6 @@
 """What a generation takes of the memory, and the messages where there is too little."""
 
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +11,9 @@ from torchao.quantization import Int8WeightOnlyConfig
 from torchtune import config as tune_config
 
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.model.memory import check_cache_fits, free_memory, machine_memory, row_bytes, weight_bytes
+from layerskip_recipes.model.memory import free_memory, machine_memory, weight_bytes
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -79,17 +80,18 @@ def test_ranks_that_share_heads_share_their_caches(monkeypatch):
     """6 layers x 2 (keys, values) x 2 heads x 8 x 100 positions x 4 bytes = 76,800 bytes a row. A step's logits, scores
     and noise are whole on each rank."""
     model = model_of("llama3_2")
-    memory = 2 * (76_800 // 2 + 3 * 4 * model.tok_embeddings.num_embeddings)
-    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+    cfg = SimpleNamespace(meta_model=model, torch_dtype=torch.float32, quantizer=None, compile=False)
+    rows = 2 * (76_800 // 2 + 3 * 4 * model.tok_embeddings.num_embeddings)
+    memory = weight_bytes(model, torch.float32, parallel=2) + rows
+    monkeypatch.setattr("layerskip_recipes.generation.fitting_memory.num_processes", lambda: 2)
 
-    def check(parallel, weights=0):
-        bytes_of = partial(row_bytes, model, dtype=torch.float32, prompt=0, parallel=parallel)
-        check_cache_fits(2, 100, bytes_of, torch.device("cpu"), weights)
+    def check(memory):
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+        check_memory(cfg, torch.device("cpu"), [], rows=2, prompt=0, new_tokens=99, parallel=2)
 
-    check(parallel=2)
-    for too_much in ({"parallel": 1}, {"parallel": 2, "weights": 1}):
-        with pytest.raises(ValueError, match=r"^batch_size: caches, prompts and steps of 2 rows .*up to 1;"):
-            check(**too_much)
+    check(memory)
+    with pytest.raises(ValueError, match=r"^batch_size: caches, prompts and steps of 2 rows .*up to 1;"):
+        check(memory - 1)
 
 
 GIB = 2**30

@@ -221,7 +221,7 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary)
     """Of a draft vocabulary the rows of the head; the model and what it shares are as they were."""
     drafts = {"draft_int8": "true", "draft_vocabulary": vocabulary or "null"}
     recipe, _ = run(path, *(f"self_speculation.{key}={value}" for key, value in drafts.items()))
-    drafter, model = recipe.speculation.drafter, recipe.model
+    drafter, model = recipe.draft_model.decoder, recipe.model
     linears = [part for part in drafter.layers.modules() if isinstance(part, torch.nn.Linear)]
     assert len(drafter.layers) == recipe.speculation.exit_layer == len(linears) / 7
     assert all(type(part.weight) is not torch.nn.Parameter for part in linears)
@@ -231,7 +231,7 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary)
     assert (drafter.output is model.output) == (vocabulary is not None)
     rows, head = slice(None), drafter.output
     if vocabulary is not None:
-        rows, head = recipe.speculation.draft_head.vocabulary, recipe.speculation.draft_head.output
+        rows, head = recipe.draft_model.head.vocabulary, recipe.draft_model.head.output
     x = torch.randn(1, 3, model.tok_embeddings.embedding_dim)
     expected = torch.nn.Linear(1, 1, bias=False)
     expected.weight = torch.nn.Parameter(getattr(model.output, "tied_module", model.output).weight.detach()[rows])

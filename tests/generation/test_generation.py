@@ -14,6 +14,7 @@ from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
+from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -49,7 +50,8 @@ def test_every_family(family, exit_layer):
     assert generation.generated[0] == greedy(family, PROMPT, 16)
     assert 0 < generation.stats.acceptance_rate < 1 or exit_layer == L
     assert len(set(generation.generated[0])) > 5
-    all_drafts = VARIANTS["all"] | {"exit_layer": exit_layer, "drafter": perturbed(model)}
+    all_drafts = VARIANTS["all"] | {"exit_layer": exit_layer, "draft_model": DraftModel(perturbed(model))}
+    del all_drafts["drafter"]
     assert new_tokens(generate(model, prompt, 16, **all_drafts)) == greedy(family, PROMPT, 16)
     assert new_tokens(generate(model, prompt, 16, exit_layer=exit_layer)) == greedy(family, PROMPT, 16, exit_layer)
 

@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 from helpers.decoding import make_model
-from helpers.speculation import PROMPTS, run, speculation_of
+from helpers.speculation import PROMPTS, drafting, run
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 NEW = 16
@@ -41,10 +41,10 @@ def gap(model, tokens, one, other):
 def test_drafts_change_no_text_but_at_ties(precision, family, variant):
     """In a batch, and each prompt alone."""
     model, same = model_in(precision, family), 0
-    speculation = speculation_of(variant, model)
+    drafts = drafting(variant, model)
     expected = run(model, PROMPTS, NEW).generated
-    alone = [run(model, [prompt], NEW, speculation=speculation).generated[0] for prompt in PROMPTS]
-    together = run(model, PROMPTS, NEW, speculation=speculation).generated
+    alone = [run(model, [prompt], NEW, **drafts).generated[0] for prompt in PROMPTS]
+    together = run(model, PROMPTS, NEW, **drafts).generated
     for prompt, plain, tokens in zip(PROMPTS * 2, expected * 2, together + alone, strict=True):
         first = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=True)) if a != b), None)
         same += first is None

@@ -4,13 +4,14 @@ import pytest
 import torch
 from helpers.compiled import LONG, SHORT, compiles, make_small
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of, until
-from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, perturbed, plain, run, speculation_of
+from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, drafting, perturbed, plain, run
 from helpers.tiny import FAMILIES, SIZE, VOCAB
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import api
 from layerskip_recipes.generation.api import generate
+from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -40,7 +41,7 @@ def test_rows_are_what_they_are_alone(family, variant):
     expected = [until(tokens, stop_tokens) for tokens in alone]
     assert len(set(map(len, expected))) > 1
     arguments = {"sampler": Sampler(repetition_penalty=penalty), "stop_tokens": stop_tokens, "rule": AlwaysLookUp()}
-    arguments["speculation"] = speculation_of(variant, model) if variant else None
+    arguments |= drafting(variant, model)
     singles = [run(model, [prompt], 18, **arguments) for prompt in PROMPTS]
     assert [generation.generated for generation in singles] == [[tokens] for tokens in expected]
     for rows in (None, 1, 2, 4):
@@ -63,7 +64,8 @@ def test_generate_takes_every_setting(monkeypatch):
     """What `generate` is given reaches the draft: here at once, each with an effect of its own."""
     model, arguments = model_of("llama3_2"), {"exit_layer": 2, "num_speculations": 3}
     expected = [plain(model, prompt, 18, 1.4) for prompt in PROMPTS]
-    settings = {"draft_vocabulary": range(0, VOCAB, 2), "prompt_lookup": 1, "drafter": perturbed(model, 0.3)}
+    settings = {"draft_vocabulary": range(0, VOCAB, 2), "prompt_lookup": 1}
+    settings["draft_model"] = DraftModel(perturbed(model, 0.3))
     prompts = [torch.tensor(prompt) for prompt in PROMPTS]
     out = generate(model, prompts, 18, repetition_penalty=1.4, pad_id=96, **settings, **arguments)
     assert out.tokens.tolist() == [
@@ -79,26 +81,26 @@ def test_generate_takes_every_setting(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 7}, r"drafter: it has 7 layers\. Allowed: 2 \(exit_layer\) to 6"),
-        ({"num_kv_heads": 4}, r"drafter: its key heads, .* are \(4, 8, 97, torch.float32\), .*model's \(2, 8, 97"),
-        ({"embed_dim": 64}, r"drafter: its key heads, .* are \(2, 16, 97"),
-        ({"vocab_size": 50}, r"drafter: its key heads, .* are \(2, 8, 50"),
-        ({}, r"drafter: its key heads, .* are \(2, 8, 97, torch.float64"),
+        ({"num_layers": 7}, r"draft_model: it has 7 layers\. Allowed: 2 \(exit_layer\) to 6"),
+        ({"num_kv_heads": 4}, r"draft_model: its key heads, .* are \(4, 8, 97, torch.float32\), .*model's \(2, 8, 97"),
+        ({"embed_dim": 64}, r"draft_model: its key heads, .* are \(2, 16, 97"),
+        ({"vocab_size": 50}, r"draft_model: its key heads, .* are \(2, 8, 50"),
+        ({}, r"draft_model: its key heads, .* are \(2, 8, 97, torch.float64"),
     ],
 )
 def test_a_drafter_that_does_not_fit(changes, message):
     drafter = layerskip_decoder(llama3_2(**SIZE | changes)).to(torch.float32 if changes else torch.float64)
     with pytest.raises(ValueError, match=f"^{message}"):
-        Generation(model_of("llama3_2"), [PROMPT], 4, speculation=Speculation(2, 3, drafter=drafter))
+        Generation(model_of("llama3_2"), [PROMPT], 4, speculation=Speculation(2, 3), draft_model=DraftModel(drafter))
 
 
 def test_a_drafter_needs_the_layers_of_the_exit():
     model = model_of("llama3_2")
     drafter = perturbed(model, 0.05, 3)
-    generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2, drafter=drafter))
+    generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2), draft_model=DraftModel(drafter))
     assert generation.generated == [greedy("llama3_2", PROMPT, 9)]
-    with pytest.raises(ValueError, match=r"^drafter: it has 3 layers\. Allowed: 4 \(exit_layer\)"):
-        Generation(model, [PROMPT], 4, speculation=Speculation(4, 2, drafter=drafter))
+    with pytest.raises(ValueError, match=r"^draft_model: it has 3 layers\. Allowed: 4 \(exit_layer\)"):
+        Generation(model, [PROMPT], 4, speculation=Speculation(4, 2), draft_model=DraftModel(drafter))
 
 
 def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.decoding import SMALL, START, model_of, numbered, probabilities, small_model, walk
 from helpers.sampling import p_value
-from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, plain, run, speculation_of
+from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, drafting, plain, run
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.reference import speculative_decode
@@ -38,13 +38,13 @@ def test_no_draft_changes_a_sampled_token(variant, settings):
     assert expected[0] != expected[-1]
     total = 0
     for rows in (None, 2):
-        speculation = speculation_of(variant, model)
-        generation = run(model, prompts, 16, sampler=sampler, speculation=speculation, rows=rows, rule=AlwaysLookUp())
+        arguments = {"sampler": sampler, "rows": rows, "rule": AlwaysLookUp()} | drafting(variant, model)
+        generation = run(model, prompts, 16, **arguments)
         assert generation.generated == expected
         total += generation.stats.accepted
     assert total > 0
     for prompt, tokens in zip(PROMPTS, expected, strict=False):
-        alone = run(model, [prompt], 16, sampler=sampler, speculation=speculation_of(variant, model))
+        alone = run(model, [prompt], 16, sampler=sampler, **drafting(variant, model))
         assert alone.generated == [tokens]
 
 
@@ -54,8 +54,8 @@ def test_the_seed_alone_decides(variant):
     model, outputs = model_of("llama3_2"), []
     before = torch.get_rng_state()
     for seed in (1, 1, 2):
-        speculation = variant and speculation_of(variant, model)
-        outputs.append(run(model, PROMPTS[:2], 16, sampler=Sampler(1.0, seed=seed), speculation=speculation).generated)
+        drafts = drafting(variant, model)
+        outputs.append(run(model, PROMPTS[:2], 16, sampler=Sampler(1.0, seed=seed), **drafts).generated)
     assert outputs[0] == outputs[1] != outputs[2]
     assert torch.equal(torch.get_rng_state(), before)
     drawn = []
@@ -70,7 +70,7 @@ def test_the_seed_alone_decides(variant):
 def test_sampling_from_one_token_is_greedy(variant, settings):
     model = model_of("llama3_2")
     sampler = Sampler(0.8, **settings, repetition_penalty=1.4)
-    generation = run(model, PROMPTS[:3], 12, sampler=sampler, speculation=speculation_of(variant, model))
+    generation = run(model, PROMPTS[:3], 12, sampler=sampler, **drafting(variant, model))
     assert generation.generated == [plain(model, prompt, 12, 1.4) for prompt in PROMPTS[:3]]
 
 

@@ -3,35 +3,35 @@
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.compiled import SHORT, compiles, make_small
 from helpers.configs import benchmark_config, eval_config, generate_config, make_checkpoint
-from helpers.decoding import model_of
+from helpers.decoding import make_model, model_of
 from helpers.speculation import (
     KINDS,
     PROMPTS,
     AlwaysLookUp,
     PlainBetween,
     draft_of,
+    drafting,
     noisy,
     plain,
     run,
     search,
-    speculation_of,
 )
-from torchtune.modules import TiedLinear
+from helpers.tiny import VOCAB
 
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
-from layerskip_recipes.checkpoint.drafts import describe, read_draft, write_draft
-from layerskip_recipes.checkpoint.weights import load_decoder
+from layerskip_recipes.checkpoint.drafts import describe, read_description, write_draft
+from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.draft_model import DraftHead, DraftModel
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -61,6 +61,11 @@ def said_by_draft(model, draft, tokens, count):
     return tokens[-count:]
 
 
+def with_draft(exit_layer, num_speculations, draft, model):
+    draft_model = DraftModel(draft.decoder(model))
+    return {"speculation": Speculation(exit_layer, num_speculations), "draft_model": draft_model}
+
+
 @pytest.mark.parametrize("rule", [AlwaysLookUp, PlainBetween])
 @pytest.mark.parametrize("variant", ["chain", "look-up"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,8 +73,7 @@ def test_the_draft_reads_all_of_the_text(kind, variant, rule):
     """Each drafted token is the one that the draft says without a cache, also after drafts of others and none."""
     model, drafts = model_of("llama3_2"), []
     draft = draft_of(model, kind)
-    speculation = speculation_of(f"{kind}, {variant}", model)
-    arguments = {"speculation": speculation, "rule": rule(), "on_draft": drafts.append}
+    arguments = {"rule": rule(), "on_draft": drafts.append} | drafting(f"{kind}, {variant}", model)
     text, own = list(PROMPTS[1]), 0
     for number, (new,) in enumerate(list(Generation(model, PROMPTS[1:2], 40, **arguments))):
         if number and (drafted := drafts[number - 1][0]):
@@ -86,8 +90,7 @@ def test_a_row_that_takes_another_prompt_after_rounds_without_a_draft(kind):
     """What its old text left to be read is not read into the new one."""
     model, drafts, seen = model_of("llama3_2"), [], []
     draft = draft_of(model, kind)
-    speculation, rule = Speculation(2, 3, drafter=draft.decoder(model)), PlainBetween([0, 1, 1, 1, 1])
-    arguments = {"speculation": speculation, "rule": rule, "on_draft": drafts.append}
+    arguments = {"rule": PlainBetween([0, 1, 1, 1, 1]), "on_draft": drafts.append} | with_draft(2, 3, draft, model)
     generation = Generation(model, PROMPTS[:4], 9, rows=2, **arguments)
     texts = [list(prompt) for prompt in PROMPTS[:4]]
     for new in generation:
@@ -105,8 +108,7 @@ def test_a_long_text_is_read_in_parts(monkeypatch):
     monkeypatch.setattr("layerskip_recipes.generation.prefill.CHUNK", 4)
     model = model_of("gemma2")
     draft, drafts, text = draft_of(model, "adapter"), [], list(range(3, 21))
-    speculation = Speculation(2, 4, drafter=draft.decoder(model))
-    generation = run(model, [text], 9, speculation=speculation, on_draft=drafts.append)
+    generation = run(model, [text], 9, on_draft=drafts.append, **with_draft(2, 4, draft, model))
     assert generation.generated == [plain(model, tuple(text), 9)]
     assert drafts[0] == [said_by_draft(model, draft, [*text, generation.generated[0][0]], 4)]
 
@@ -115,10 +117,10 @@ def test_a_long_text_is_read_in_parts(monkeypatch):
 def test_a_conversation_goes_on_from_the_drafts_cache_too(kind):
     model, drafts = model_of("llama3_2"), []
     draft = draft_of(model, kind)
-    speculation = Speculation(2, 4, drafter=draft.decoder(model))
-    first = run(model, PROMPTS[2:3], 10, speculation=speculation, reserve=64)
+    way = with_draft(2, 4, draft, model)
+    first = run(model, PROMPTS[2:3], 10, reserve=64, **way)
     text = [*PROMPTS[2], *first.generated[0], 7, 9]
-    generation = run(model, [text], 12, speculation=speculation, cache=first.cache, on_draft=drafts.append)
+    generation = run(model, [text], 12, cache=first.cache, on_draft=drafts.append, **way)
     # The last token of the answer was never an input, and the draft's layers may not have read the one before.
     assert generation.stats.reused_tokens in (len(text) - 4, len(text) - 3)
     assert generation.generated == [plain(model, tuple(text), 12)]
@@ -132,8 +134,7 @@ def test_compiled_text_is_the_models(kind, width, traced):
     """In C++, and as graphs."""
     model, drafts = make_small(width=width), []
     draft = noisy(Draft(model, kind, 1))
-    speculation = Speculation(1, 2, drafter=draft.decoder(model))
-    generation = run(model, SHORT, 12, speculation=speculation, compile=True, on_draft=drafts.append)
+    generation = run(model, SHORT, 12, compile=True, on_draft=drafts.append, **with_draft(1, 2, draft, model))
     assert generation.generated == [plain(model, prompt, 12) for prompt in SHORT]
     assert generation.stats.compile_s > 0
     said = said_by_draft(model, draft, [*SHORT[0], generation.generated[0][0]], 2)
@@ -213,10 +214,10 @@ def test_the_memory_that_a_draft_takes(kind, folders, tmp_path):
         ({"draft_int8": True}, 5 * layers + head),
         ({"draft_int8": True, "draft_vocabulary": [3, 5]}, 5 * layers + 4 * 2 * 32),
     ):
-        section = SelfSpeculation(**{"draft": str(folders / kind), "num_speculations": 2, **changes})
-        section = section.with_vocabulary(model, [])
-        assert section.own_layers() == own
-        assert section.own_weights(model, torch.float32) == expected
+        draft = read_description(str(folders / kind), "draft")
+        speculation = Speculation(draft.exit_layer, 2, draft=draft, **changes)
+        assert speculation.draft_layers == own
+        assert speculation.own_bytes(model, torch.float32) == expected
 
 
 def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch):
@@ -231,11 +232,9 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
     )  # fmt: skip
     recipe = LayerSkipBenchmark(load_config(str(path)))
     recipe.setup()
-    tried = [candidate.section for candidate in recipe.candidates.values()]
-    longest = max(tried, key=lambda section: section.num_speculations)
-    assert len({section.num_speculations for section in tried}) >= 2 and all(
-        c.section.draft == "adapter" for c in recipe.candidates.values()
-    )
+    tried = [candidate.speculation for candidate in recipe.candidates.values()]
+    longest = max(tried, key=lambda speculation: speculation.num_speculations)
+    assert len({one.num_speculations for one in tried}) >= 2 and all(one.draft.folder == "adapter" for one in tried)
 
     def timed(method, *args, decode=recipe.turns.decode):
         rows, stats = decode(method, *args)
@@ -262,13 +261,13 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
         path = generate_config(tmp_path, model, self_speculation=section)
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}[^\n]*$"):
             generated(path, *overrides)
-    with pytest.raises(ConfigError, match=r"exit_layer: 1 is not the drafter's\. Allowed: 2"):
+    with pytest.raises(ConfigError, match=r"exit_layer: 1 is not the draft model's\. Allowed: 2"):
         model = model_of("llama3_2")
-        Generation(model, PROMPTS, 4, speculation=Speculation(1, 2, drafter=draft_of(model, "copy").decoder(model)))
+        Generation(model, PROMPTS, 4, **with_draft(1, 2, draft_of(model, "copy"), model))
     shutil.copytree(copy, tmp_path / "damaged")
     (tmp_path / "damaged" / "layerskip.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^draft: '.*damaged' holds no readable layerskip.json"):
-        read_draft(str(tmp_path / "damaged"), None, "draft")
+        read_description(str(tmp_path / "damaged"), "draft")
     shutil.copy(copy / "layerskip.json", tmp_path / "damaged")
     (tmp_path / "damaged" / "draft.safetensors").write_bytes((copy / "draft.safetensors").read_bytes()[:-8])
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft: '.*damaged/draft\.safetensors' cannot be read"):
@@ -276,7 +275,7 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
     described = json.loads((copy / "layerskip.json").read_text())
     write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 1})
     with pytest.raises(ConfigError, match=r"format: 1 is not allowed\. Allowed: 3"):
-        read_draft(str(tmp_path / "new"), None, "draft")
+        read_description(str(tmp_path / "new"), "draft")
     write_draft(tmp_path / "deep", {"norm.scale": torch.ones(2)}, described | {"exit_layer": 99})
     with pytest.raises(ConfigError, match=r"draft\.safetensors in '.*deep' does not fit its layerskip.json, a copy at"):
         generated(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "deep")}))
@@ -285,24 +284,23 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
         EvalConfig.load(load_config(str(eval_config(tmp_path, base, **changes))))
 
 
-def test_a_draft_of_some_tokens_needs_rows_of_the_head(folders, tmp_path):
-    """A tied head's rows are the embedding's, which no quantizer packs."""
-    folder = shutil.copytree(folders / "copy", tmp_path / "draft")
-    description = json.loads((folder / "layerskip.json").read_text())
-    (folder / "layerskip.json").write_text(json.dumps(description | {"vocabulary": [1, 2]}))
-    section, int8 = SelfSpeculation(draft=str(folder), num_speculations=2), Component(INT8)
-    untied = SimpleNamespace(output=torch.nn.Linear(2, 4))
-    section.check_against(SimpleNamespace(output=TiedLinear(torch.nn.Embedding(4, 2))), quantizer=int8)
-    section.check_against(untied)
-    message = (
-        r"^self_speculation\.draft: has a draft vocabulary, .* Set self_speculation\.draft=null or quantizer=null$"
-    )
-    with pytest.raises(ConfigError, match=message):
-        section.check_against(untied, quantizer=int8)
-    for name in ("draft", "copy"):  # with its own vocabulary, and without
-        some = SelfSpeculation(draft=str((tmp_path if name == "draft" else folders) / name), num_speculations=2)
-        with pytest.raises(ConfigError, match=r"^self_speculation\.draft: does not go with tensor parallelism, "):
-            some.check_against(untied, parallel=2)
-    own = SelfSpeculation(exit_layer=1, draft_int8=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draft_of_some_tokens_keeps_its_rows_of_a_head_that_is_quantised(kind):
+    """Llama 3's head is a matrix of its own. Without a trained draft such a head is quantised before rows are cut."""
+    model = make_model("llama3")
+    decoder = draft_of(model, kind).decoder(model)
+    draft_model = DraftModel(decoder, DraftHead(decoder, range(0, VOCAB, 2)))
+    model, speculation = quantise_decoder(model, Component(INT8)), Speculation(2, 3, range(0, VOCAB, 2))
+    generation = run(model, PROMPTS, 16, speculation=speculation, draft_model=draft_model)
+    assert generation.generated == run(model, PROMPTS, 16).generated and generation.stats.drafted > 0
+    SelfSpeculation(draft="any", draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_vocabulary: has .*=null or quantizer=null$"):
+        SelfSpeculation(exit_layer=1, draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
+
+
+def test_what_does_not_go_with_a_draft():
+    model = model_of("llama3_2")
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: does not go with tensor parallelism, "):
+        SelfSpeculation(draft="any").check_against(model, parallel=2)
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft_int8: True has no effect with quantizer"):
-        own.check_against(SimpleNamespace(output=untied, check_exit=lambda *_: None), quantizer=int8)
+        SelfSpeculation(exit_layer=1, draft_int8=True).check_against(model, quantizer=Component(INT8))

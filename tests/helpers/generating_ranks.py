@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torchtune.models.llama3 import base_llama_tp_plan
 
 from layerskip_recipes import layerskip_decoder, processes
+from layerskip_recipes.checkpoint.drafts import read_description
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.cli.run import run_cli
 from layerskip_recipes.config.loading import load_config
@@ -28,7 +29,9 @@ from layerskip_recipes.generation import api, parallel
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.config import GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
+from layerskip_recipes.generation.drafting.draft_model import build_draft_model
 from layerskip_recipes.generation.drafting.rule import DraftRule
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 
 CPU = torch.device("cpu")
@@ -190,14 +193,20 @@ def load_rank(folder):
     return result
 
 
+def trained_speculation(folder):
+    draft = read_description(folder, "draft")
+    return Speculation(draft.exit_layer, 3, draft.vocabulary, draft=draft)
+
+
 def trained_rank(folder):
     """A sharded model with the trained draft of each config: greedy tokens, how many were drafted, and accepted."""
     result = {}
     for file in folder.glob("*.yaml"):
         cfg = GenerateConfig.load(load_config(str(file)))
-        section = cfg.self_speculation.with_vocabulary(layerskip_decoder(cfg.meta_model), [])
-        model, draft = parallel.load_sharded_decoder(cfg, CPU, section.layers_of_model(), draft=section.draft)
-        generation = speculation.run(model, PROMPTS, NEW, speculation=section.build(model, trained=draft))
+        ours = trained_speculation(cfg.self_speculation.draft)
+        model, draft = parallel.load_sharded_decoder(cfg, CPU, ours.layers_of_model, draft=ours.draft)
+        draft_model = build_draft_model(model, ours, trained=draft)
+        generation = speculation.run(model, PROMPTS, NEW, speculation=ours, draft_model=draft_model)
         stats = generation.stats
         result[file.stem] = [generation.generated, stats.drafted, stats.accepted]
     return result

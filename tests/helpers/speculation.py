@@ -8,6 +8,7 @@ import torch
 from helpers.decoding import PROMPT, plain  # noqa: F401
 from helpers.tiny import VOCAB
 
+from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.drafter import PLAIN
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -72,12 +73,13 @@ TRAINED = {
 }
 
 
-def speculation_of(variant, model):
-    """A new Speculation of that name."""
-    arguments = dict((VARIANTS | TRAINED)[variant])
-    if "drafter" in arguments:
-        arguments["drafter"] = arguments["drafter"](model)
-    return Speculation(**arguments)
+def drafting(variant, model):
+    """The arguments of a Generation for a new Speculation of that name; None: for plain decoding."""
+    if variant is None:
+        return {}
+    settings = dict((VARIANTS | TRAINED)[variant])
+    drafter = settings.pop("drafter", None)
+    return {"draft_model": drafter and DraftModel(drafter(model)), "speculation": Speculation(**settings)}
 
 
 def run(model, prompts, count, **arguments):

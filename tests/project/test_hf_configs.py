@@ -136,7 +136,7 @@ def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
     recipe = LayerSkipGenerate(load_config("qa/generate", ["data_dir=my_data", "max_new_tokens=8", "device=cpu"]))
     recipe.setup()
     report = recipe.generate()
-    assert report["identical"] is True and report["drafted"] > 0 and recipe.section.draft == "qa/epoch_0"
+    assert report["identical"] is True and report["drafted"] > 0 and recipe.speculation.draft.folder == "qa/epoch_0"
     model, tokenizer = load_model("qa")
     assert generate(model, tokenizer.prompt("say 1"), 8, compile=False).stats.drafted > 0
     cfg = BenchmarkConfig.load(load_config("qa/benchmark", ["data_dir=my_data", "device=cpu"]))

@@ -14,11 +14,12 @@ from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, losses, read_log, train
 from safetensors.torch import load_file, save_file
 
+from layerskip_recipes.checkpoint.drafts import read_description
 from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
@@ -111,10 +112,11 @@ def draft_config(finetune, checkpoint):
 
 def same_tokens_as_plain_decoding(model, folder, **callbacks):
     """Whether greedy decoding with the draft of a checkpoint generates what the model generates; its settings."""
-    section = SelfSpeculation(draft=str(folder), num_speculations=3).with_vocabulary(model, [[1, 2]])
-    generation = run(model, [[1, 2, 3]], 12, speculation=section.build(model), **callbacks)
+    draft = read_description(str(folder), "draft")
+    speculation = Speculation(draft.exit_layer, 3, draft.vocabulary, draft=draft)
+    generation = run(model, [[1, 2, 3]], 12, speculation=speculation, **callbacks)
     assert generation.generated == run(model, [[1, 2, 3]], 12).generated
-    return section
+    return speculation
 
 
 @pytest.mark.parametrize("kind", SECTIONS)

@@ -23,7 +23,7 @@ from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import choose_for
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChooser
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -105,7 +105,7 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
     described = read_description(own_draft(moved), "draft")
     assert (described.base.folder, described.kind, described.measured.on) == (str(moved), kind, "dataset_val")
     assert described.base.hash == weights_hash(recipe.model.state_dict())
-    draft = read_draft(own_draft(moved), recipe.model, "draft")
+    draft = read_draft(described, recipe.model, "draft")
     assert same_tensors(draft.state_dict(), recipe.draft.state_dict())
     assert json.loads((moved / "layerskip.json").read_text())["exits"] == [4]
 
@@ -163,7 +163,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     own = str(folder / "draft")
     with caplog.at_level(logging.INFO):
         recipe = LayerSkipGenerate(load_config(str(path)))
-    assert recipe.section.draft == own and "Drafts: trained draft, " in caplog.text
+    assert recipe.speculation.draft.folder == own and "Drafts: trained draft, " in caplog.text
     recipe.setup()
     report = recipe.generate()
     assert report["drafted"] > 0 and report["identical"] is True
@@ -171,23 +171,24 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     plain = generate(loaded, tokenizer.prompt("def main("), 8, draft=None).tokens[0]
     assert torch.equal(generate(loaded, tokenizer.prompt("def main("), 8, num_speculations=3).tokens[0], plain)
 
-    assert same_tensors(read_draft(str(folder), loaded, "draft").state_dict(), load_file(f"{own}/draft.safetensors"))
+    draft = read_draft(read_description(str(folder), "draft"), loaded, "draft")
+    assert same_tensors(draft.state_dict(), load_file(f"{own}/draft.safetensors"))
 
     # Who wants no draft gets none; a reason is given where it cannot be used.
-    assert LayerSkipGenerate(load_config(str(path), ["self_speculation.draft=null"])).section is None
+    assert LayerSkipGenerate(load_config(str(path), ["self_speculation.draft=null"])).speculation is None
     caplog.clear()
     int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
     with caplog.at_level(logging.INFO):
-        assert LayerSkipGenerate(load_config(str(path), [int8])).section is None
+        assert LayerSkipGenerate(load_config(str(path), [int8])).speculation is None
     # Nothing is advised that may be refused: layerskip_eval, for one, takes no draft with a quantizer.
     assert f"the draft in {own} is not chosen with a quantizer. Set quantizer=null\n" in caplog.text
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     note(folder, lambda noted: noted["base"].update(reader))
-    assert own_draft(folder) == own and own_draft(folder, HFCheckpointer) is None
-    assert load_model(str(folder))[0].decoding_choice.beside is None
+    assert own_draft(folder) == own and not read_description(own, "draft").is_for(HFCheckpointer)
+    assert load_model(str(folder))[0].decoding_choice.draft_models.trained is None
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        assert LayerSkipGenerate(load_config(str(path))).section is None
+        assert LayerSkipGenerate(load_config(str(path))).speculation is None
     assert f"No drafts: the draft in {own} was trained for weights that another checkpointer reads" in caplog.text
 
 
@@ -196,12 +197,13 @@ def test_the_tuner_finds_the_draft(promising, tmp_path):
     folder, _ = promising("copy")
     overrides = [f"model_dir={folder.parent}", "tune=true", "device=cpu", f"report_dir={tmp_path}"]
     cfg = BenchmarkConfig.load(load_config("hf/benchmark", overrides))
-    assert cfg.tuned_draft == SelfSpeculation(draft=str(folder / "draft"))
-    write_config(tmp_path / "tuned.yaml", cfg, cfg.tuned_draft, "fast")
+    draft, _ = DraftChooser(cfg, None).notes.draft_for(SelfSpeculation(), "draft")
+    assert draft.folder == str(folder / "draft")
+    write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(draft=draft.folder), "fast")
     tuned = load_config(str(tmp_path / "tuned.yaml"))
     assert (tuned.model_dir, tuned.self_speculation.draft) == (str(folder), f"{folder}/draft")
     cfg = BenchmarkConfig.load(load_config("hf/benchmark", [*overrides, "self_speculation={exit_layer: 2}"]))
-    assert cfg.tuned_draft is None
+    assert DraftChooser(cfg, None).notes.draft_for(cfg.self_speculation, "draft") == (None, None)
 
 
 @pytest.mark.slow
@@ -301,9 +303,8 @@ def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     cfg = GenerateConfig.load(load_config(str(path), [f"self_speculation.draft={own}"]))
     model, tokenizer = load_model(str(folder), draft=own)
     prompts = [tokenizer.prompt("def main(")]
-    command = choose_for(cfg, cfg.self_speculation, 0.0, compile, 1, None).section.with_vocabulary(model, prompts)
-    _, ours = model.decoding_choice.choose(model, prompts, 0.0, 20, compile, {})
-    names = ("exit_layer", "num_speculations", "min_confidence", "prompt_lookup", "draft_vocabulary")
-    assert [getattr(ours, name) for name in names] == [getattr(command, name) for name in names]
-    int8 = any("Int8" in type(parameter).__name__ for parameter in ours.drafter.parameters())
+    command = DraftChooser(cfg, None).choose(cfg.self_speculation, 0.0, compile, 1).speculation(prompts)
+    _, ours, draft_model = model.decoding_choice.choose(model, prompts, 0.0, 20, compile, {})
+    assert ours == command
+    int8 = any("Int8" in type(parameter).__name__ for parameter in draft_model.decoder.parameters())
     assert int8 == command.draft_int8 == compile

@@ -1,10 +1,13 @@
-"""Chooses the `auto` keys of `self_speculation`, from prediction.py's predictions, and whether to compile."""
+"""Where drafts are chosen: values for the `auto` keys of `self_speculation`, by prediction.py's predictions.
+Also whether to compile."""
 
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 
 from layerskip_recipes.checkpoint.checkpointers import described_folder
-from layerskip_recipes.checkpoint.drafts import own_draft, read_description
+from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft, read_description
 from layerskip_recipes.checkpoint.trained_exits import (
     DESCRIPTION,
     TokensPerRound,
@@ -24,6 +27,7 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.distributed.tensor_parallel import ranks_per_matrix
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.prediction import (
     ASSUMED,
     LEAST_GAIN,
@@ -33,97 +37,141 @@ from layerskip_recipes.generation.drafting.prediction import (
     estimated_costs,
     known_ways,
     ranked,
-    rates_of,
-    with_int8,
+    rounds_of,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import KEY, PLAIN_VALUES, Speculation
 from layerskip_recipes.generation.kernels.cpp_decoder import is_library_compiled
+from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The settled section (None: no drafts), a log line if something was chosen, and the expected speed."""
-
-    section: SelfSpeculation | None
-    why: str | None
-    step_s: float  # of the whole model
-    stored: Sequence[int] | None = None  # the checkpoint's frequent tokens, for `SelfSpeculation.with_vocabulary`
-    speedup: float = 1.0
-
-    @property
-    def token_s(self) -> float:
-        return self.step_s / max(self.speedup, 1.0)
-
 
 LOOKUP = 3  # tokens of prompt look-up
 COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # compile time of a first run
 LOAD_S = 5.0  # to load C++ that an earlier run compiled, and to move weights to huge pages
 
 
-def choose_for(
-    cfg: RecipeConfig,
-    section: SelfSpeculation | None,
-    temperature: float,
-    compiled: bool,
-    rows: int,
-    quantizer: Component | None,
-    key: str = "self_speculation",
-) -> Choice:
-    """`choose_drafts` for a config's model and device, and a batch of `rows` prompts."""
-    gpu = not cfg.device.startswith("cpu")
-    plain = quantizer is None and num_processes() == 1
-    dtype = cfg.torch_dtype if quantizer is None else torch.int8
-    costs = estimated_costs(cfg.meta_model, dtype, gpu, compiled, rows)
-    int8, ends = plain and compiled and not gpu, num_processes() == 1 and not gpu
-    folder = described_folder(cfg.checkpointer)
-    own, unusable = _draft_beside(cfg, section, folder, quantizer)
-    possible: dict[str, Any] = {"own": own, "unusable": unusable, "plain_head": plain, "int8": int8, "ends": ends}
-    return choose_drafts(section, folder, costs, temperature, **possible, key=key)
+@dataclass(frozen=True)
+class Choice:
+    """How to draft, and the expected speed."""
+
+    section: SelfSpeculation | None  # without `auto`, except for the exit beside a draft; None: no drafts
+    why: str | None  # a log line, if something was chosen
+    step_s: float  # of the whole model
+    speedup: float = 1.0
+    draft: DraftDescription | None = None  # the trained draft of `section.draft`
+    frequent: Sequence[int] | None = None  # the checkpoint's tokens, most frequent first
+    key: str = KEY  # the section's name in messages
+
+    @property
+    def token_s(self) -> float:
+        return self.step_s / max(self.speedup, 1.0)
+
+    def speculation(self, prompts: Sequence[Sequence[int]]) -> Speculation | None:
+        """The section with the exit of the draft, and with token ids instead of their number.
+
+        These are the tokens of the draft, if it has as many, or the first frequent ones of the checkpoint, or
+        else of the prompts.
+        """
+        if self.section is None:
+            return None
+        settings, ids = dict(self.section), self.section.draft_vocabulary
+        if self.draft is not None:
+            own = self.draft.vocabulary
+            settings |= {"draft": self.draft, "exit_layer": self.draft.exit_layer}
+            ids = own if own and ids == len(own) else ids
+        if isinstance(ids, int):
+            if not (self.frequent or prompts):
+                key = f"{self.key}.draft_vocabulary"
+                raise ConfigError(
+                    f"{key}: {ids} tokens are counted in the prompts, and a conversation has none yet. Set {key}=null"
+                )
+            ids = list((self.frequent or most_frequent(prompts))[:ids])
+        return Speculation(**settings | {"draft_vocabulary": ids})
 
 
-def _draft_beside(
-    cfg: RecipeConfig, section: SelfSpeculation | None, folder: Path | None, quantizer: Component | None
-) -> tuple[str | None, str | None]:
-    """The folder of the draft that was trained beside the model, or the reason why it cannot be used."""
-    open_ = section is not None and section.exit_layer == section.draft == AUTO
-    own = own_draft(folder) if open_ else None
-    if own is None:
-        return None, None
-    parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
-    if quantizer is not None:
-        why = "is not chosen with a quantizer. Set quantizer=null"
-    elif parallel > 1:
-        why = "does not go with tensor parallelism, which splits the layers that it copies"
-    elif own_draft(folder, cfg.checkpointer.target) is None:
-        why = "was trained for weights that another checkpointer reads"
-    else:
-        return own, None
-    return None, f"the draft in {own} {why}"
+def most_frequent(prompts: Sequence[Sequence[int]]) -> list[int]:
+    return [token for token, _ in Counter(token for prompt in prompts for token in prompt).most_common()]
+
+
+@dataclass
+class TrainingNotes:
+    """What training noted in layerskip.json, of the model's exits and of drafts. Each file is read once."""
+
+    folder: Path | None  # of the weights or adapters; it may lack layerskip.json
+    num_layers: int
+    num_tokens: int
+    checkpointer: Any = None  # the class that reads the weights
+    no_draft: str | None = None  # the reason why a draft beside the model cannot be used
+    read: dict[str, DraftDescription] = field(default_factory=dict)  # by folder
+
+    @cached_property
+    def exits(self) -> TrainedExits | None:
+        return None if self.folder is None else read_trained_exits(self.folder, self.num_layers, self.num_tokens)
+
+    def draft_for(self, section: SelfSpeculation, key: str) -> tuple[DraftDescription | None, str | None]:
+        """The section's trained draft, or else the one beside the model, or why that cannot be used.
+
+        `key` names the section's draft in messages.
+        """
+        folder, is_named = section.draft, section.draft != AUTO
+        if not is_named:
+            folder, key = own_draft(self.folder) if section.exit_layer == AUTO else None, "draft"
+        if folder is None:
+            return None, None
+        why = None if is_named else self.no_draft
+        if why is None:
+            if folder not in self.read:
+                self.read[folder] = read_description(folder, key)
+            if is_named or self.read[folder].is_for(self.checkpointer):
+                return self.read[folder], None
+            why = "was trained for weights that another checkpointer reads"
+        return None, f"the draft in {folder} {why}"
+
+
+class DraftChooser:
+    """Chooses how a config's model drafts on its device."""
+
+    def __init__(self, cfg: RecipeConfig, quantizer: Component | None) -> None:
+        self.cfg, self.quantizer = cfg, quantizer
+        self.model = model = layerskip_decoder(cfg.meta_model)
+        parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
+        no_draft = None
+        if quantizer is not None:
+            no_draft = "is not chosen with a quantizer. Set quantizer=null"
+        elif parallel > 1:
+            no_draft = "does not go with tensor parallelism, which splits the layers that it copies"
+        folder, size = described_folder(cfg.checkpointer), (model.num_layers, model.tok_embeddings.num_embeddings)
+        self.notes = TrainingNotes(folder, *size, cfg.checkpointer.target, no_draft)
+
+    def choose(
+        self, section: SelfSpeculation | None, temperature: float, compiled: bool, rows: int, key: str = KEY
+    ) -> Choice:
+        """`choose_drafts` for a batch of `rows` prompts."""
+        gpu, one_process = not self.cfg.device.startswith("cpu"), num_processes() == 1
+        plain = self.quantizer is None and one_process
+        dtype = self.cfg.torch_dtype if self.quantizer is None else torch.int8
+        costs = estimated_costs(self.model, dtype, gpu, compiled, rows)
+        int8, ends = plain and compiled and not gpu, one_process and not gpu
+        return choose_drafts(section, self.notes, costs, temperature, plain_head=plain, int8=int8, ends=ends, key=key)
 
 
 def choose_drafts(
     section: SelfSpeculation | None,
-    folder: Path | None,
+    notes: TrainingNotes,
     costs: Costs,
     temperature: float,
     *,
-    own: str | None = None,
     asked: bool = False,
-    unusable: str | None = None,
     plain_head: bool = True,
     int8: bool = False,
     ends: bool = False,
-    key: str = "self_speculation",
+    key: str = KEY,
 ) -> Choice:
     """Replace `auto` in the section's keys.
 
     Args:
-        folder: the folder of the weights or adapters; it may lack layerskip.json.
-        own: the folder of a draft that was trained beside the model.
         asked: draft even if it should not pay, as a section with an exit or a draft does.
-        unusable: the reason why the draft beside the model cannot be used.
         plain_head: a draft vocabulary can take rows of the model's head.
         int8: an int8 draft is faster on this machine.
         ends: drafts of one prompt can end at low confidence.
@@ -131,38 +179,38 @@ def choose_drafts(
     """
     if section is None:
         return Choice(None, None, costs.plain)
-    given_exit, given_draft = section.exit_layer != AUTO, section.draft not in (None, AUTO)
-    asked = asked or given_exit or given_draft
-    trained, draft = None, section.draft if given_draft else own
-    if folder is not None and not given_draft:
-        trained = read_trained_exits(folder, costs.num_layers, costs.vocabulary)
-    stored = trained.vocabulary if trained else None
-    section = section.model_copy(update={"draft": draft})
-    if section.only_looks_up(costs.num_layers):
-        return Choice(section.settled(), None, costs.plain, stored)
-    if draft is not None:
-        ways = _trained_draft(draft, f"{key}.draft")
-    else:
-        if given_exit and not (trained and trained.measured):
-            return Choice(section.settled(), None, costs.plain, stored)  # no measurement to choose by
-        ways = known_ways(trained, costs.num_layers, section.exit_layer if given_exit else None)
+    given = section.given
+    exit_layer, named = given.get("exit_layer"), given.get("draft")
+    draft, unusable = notes.draft_for(section, f"{key}.draft")
+    trained = notes.exits if named is None else None
+    frequent = trained.vocabulary if trained else None
+
+    def choice(chosen: Mapping[str, Any], why: str | None = None, speedup: float = 1.0) -> Choice:
+        """The user's values, chosen ones for the keys that are `auto`, or else plain ones."""
+        values = PLAIN_VALUES | {"draft": draft and draft.folder} | dict(chosen) | given
+        return Choice(SelfSpeculation(**values), why, costs.plain, speedup, draft, frequent, key)
+
+    looks_up = exit_layer == costs.num_layers and given.get("prompt_lookup") and not given.get("draft_int8")
+    unmeasured = exit_layer is not None and not (trained and trained.measured)
+    if draft is None and (looks_up or unmeasured):
+        return choice({})  # nothing to choose by
+    ways = known_ways(trained, costs.num_layers, exit_layer) if draft is None else _trained_draft(draft)
     if not ways:
-        return _without_exit(section, unusable or _untrained(folder, trained, costs.num_layers, key), costs)
+        return _without_exit(given, unusable or _untrained(notes.folder, trained, costs.num_layers, key), costs)
 
     # Rank the vocabularies, precisions, ends and lengths that the user left open.
     if section.draft_vocabulary != AUTO:
         ways = _of_vocabulary(ways, section.draft_vocabulary)
-    elif draft is None and not (plain_head and stored):
+    elif draft is None and not (plain_head and frequent):
         ways = _of_vocabulary(ways, None)
     endings = [False, True] if ends and costs.batch_rows == 1 else [False]
     if section.min_confidence != AUTO and len(endings) > 1:
         endings = [section.min_confidence > 0]
-    rates = rates_of(ways, temperature, endings)
     precisions = [False, True] if int8 else [False]
     if section.draft_int8 != AUTO:
         precisions = [section.draft_int8]
     lengths = None if section.num_speculations == AUTO else [section.num_speculations]
-    best = ranked(with_int8(rates, precisions), costs, lengths)[0]
+    best = ranked(rounds_of(ways, temperature, endings, precisions), costs, lengths)[0]
 
     # Draft if it should pay, or if the user asked for it.
     said = (
@@ -171,24 +219,24 @@ def choose_drafts(
         f"{best.round_s / costs.plain:.2f} plain steps; acceptance "
         f"{'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
     )
-    if best.speedup < LEAST_GAIN and not asked:
+    if best.speedup < LEAST_GAIN and not (asked or exit_layer or named):
         nothing = "no exit should pay" if draft is None else "the trained draft should not pay"
-        return _without_exit(section, f"{nothing}. The best would be {said}", costs)
+        return _without_exit(given, f"{nothing}. The best would be {said}", costs)
     # Rows of a batch rarely have a match at the same time. The whole model with look-ups would be look-ups alone.
     lookup = LOOKUP if costs.batch_rows == 1 and best.way.exit_layer < costs.num_layers else None
-    chosen = section.model_copy(update=prediction_keys(best, lookup) | section.given)
-    also = "" if chosen.prompt_lookup is None else f"; look-ups of the last {chosen.prompt_lookup} tokens"
-    why = f"Drafts: {said}{also}" if section.is_open else None
-    return Choice(chosen, why, costs.plain, stored, best.speedup)
+    chosen = prediction_keys(best, lookup)
+    lookup = given.get("prompt_lookup", lookup)
+    also = "" if lookup is None else f"; look-ups of the last {lookup} tokens"
+    return choice(chosen, f"Drafts: {said}{also}" if chosen.keys() - given.keys() else None, best.speedup)
 
 
-def _without_exit(section: SelfSpeculation, why: str, costs: Costs) -> Choice:
+def _without_exit(given: Mapping[str, Any], why: str, costs: Costs) -> Choice:
     """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
-    if section.prompt_lookup in (None, AUTO):
+    if given.get("prompt_lookup") is None:
         return Choice(None, f"No drafts: {why}", costs.plain)
     alone = {"exit_layer": costs.num_layers, "draft": None, "draft_vocabulary": None, "draft_int8": False}
-    said = f"Drafts: look-ups of the last {section.prompt_lookup} tokens alone, because {why}"
-    return Choice(section.model_copy(update=alone).settled(), said, costs.plain)
+    said = f"Drafts: look-ups of the last {given['prompt_lookup']} tokens alone, because {why}"
+    return Choice(SelfSpeculation(**PLAIN_VALUES | dict(given) | alone), said, costs.plain)
 
 
 def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:
@@ -200,19 +248,19 @@ def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:
         "draft_int8": best.way.int8,
         "prompt_lookup": lookup,
     }
-    return keys if best.way.own_layers is not None else keys | {"exit_layer": best.way.exit_layer}
+    return keys if best.way.draft_layers else keys | {"exit_layer": best.way.exit_layer}
 
 
-def _trained_draft(folder: str, key: str) -> dict[Way, TokensPerRound]:
-    read = read_description(folder, key)
-    below, rows = 0 if read.kind == "copy" else read.exit_layer, read.vocabulary and len(read.vocabulary)
-    return {Way(below, rows or None, own_layers=read.num_layers): (read.measured and read.measured.draft) or ASSUMED}
+def _trained_draft(draft: DraftDescription) -> dict[Way, TokensPerRound]:
+    below, rows = 0 if draft.kind == "copy" else draft.exit_layer, draft.vocabulary and len(draft.vocabulary)
+    measured = draft.measured and draft.measured.draft
+    return {Way(below, rows or None, draft_layers=draft.num_layers): measured or ASSUMED}
 
 
 def _of_vocabulary(ways: Mapping[Way, TokensPerRound], given: int | list[int] | None) -> dict[Way, TokensPerRound]:
     """Each exit with the user's vocabulary, and the acceptance measured for the next smaller vocabulary."""
     if given is None:
-        whole = {way: rates for way, rates in ways.items() if way.vocabulary is None or way.own_layers is not None}
+        whole = {way: rates for way, rates in ways.items() if way.vocabulary is None or way.draft_layers}
         return {way._replace(vocabulary=None): rates for way, rates in whole.items()}
     size = given if isinstance(given, int) else len(given)
     found: dict[Way, TokensPerRound] = {}

@@ -44,7 +44,7 @@ class PlainDecoding:
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
         pass
 
-    def learn(self, draft: DraftStrategy, tokens: float, seconds: float) -> None:
+    def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
         pass
 
 
@@ -62,7 +62,7 @@ class DraftedDecoding:
         self.chain = ChainDrafter(context, speculation.exit_layer, longest, speculation.min_confidence)
         self.drafters: list[Drafter] = [self.chain]
         if speculation.prompt_lookup is not None:
-            whole = speculation.exit_layer == context.model.num_layers and speculation.drafter is None
+            whole = speculation.exit_layer == context.model.num_layers and context.draft_model is context.model
             look_ups = LookupDrafter(context, longest, speculation.prompt_lookup, texts)
             self.drafters = [look_ups] if whole else [self.chain, look_ups]
         self.offered: dict[DraftStrategy, Drafter] = {}
@@ -97,12 +97,12 @@ class DraftedDecoding:
         """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
         return self.chain.verify(draft, now)
 
-    def learn(self, draft: DraftStrategy, tokens: float, seconds: float) -> None:
+    def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
         """After a round that no limit cut: mean tokens per running row, and seconds (0 if it compiled something)."""
-        if self.rule.measures(draft) and self.context.shared:  # all ranks decide by rank 0's clock
+        if self.rule.measures(strategy) and self.context.shared:  # all ranks decide by rank 0's clock
             told = self.context.broadcast(torch.tensor(seconds, dtype=torch.float64, device=self.context.device))
             seconds = told.item()
-        self.rule.learn(draft, tokens, seconds)
+        self.rule.learn(strategy, tokens, seconds)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
         """Append a round's final tokens [b][any number] to the rows' texts."""

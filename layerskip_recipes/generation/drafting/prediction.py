@@ -11,6 +11,7 @@ weights' bytes. The tuner measures both.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -37,17 +38,17 @@ class Way(NamedTuple):
     exit_layer: int  # how many of the model's layers draft; 0 if a trained draft uses its own layers only
     vocabulary: int | None = None  # size of the draft vocabulary; None: all tokens
     int8: bool = False
-    own_layers: int | None = None  # a trained draft's layers, which run after the model's first `exit_layer` layers
+    draft_layers: int = 0  # of a trained draft, which run after the model's first `exit_layer` layers
     ends: bool = False  # at low confidence, see `self_speculation.min_confidence`
 
     @property
-    def kept_layers(self) -> int:
+    def shared_layers(self) -> int:
         """The layers whose states verification takes from the draft; quantised layers have other states."""
-        return 0 if self.int8 and self.own_layers is None else self.exit_layer
+        return 0 if self.int8 and not self.draft_layers else self.exit_layer
 
     def __str__(self) -> str:
         tokens = "" if self.vocabulary is None else f"{self.vocabulary}-token vocabulary"
-        where = f"exit {self.exit_layer}" if self.own_layers is None else "trained draft"
+        where = "trained draft" if self.draft_layers else f"exit {self.exit_layer}"
         return ", ".join(part for part in (where, tokens, "int8" if self.int8 else "") if part)
 
 
@@ -86,11 +87,9 @@ class Costs:
     def round_s(self, way: Way, drafted: float) -> float:
         """Seconds of d = `drafted` draft steps and of the verification pass over d + 1 tokens."""
         rows = self.vocabulary if way.vocabulary is None else way.vocabulary
-        if way.own_layers is None:
-            draft = self.draft[way.int8].seconds(way.exit_layer, rows)
-        else:
-            draft = self.draft[way.int8].seconds(way.own_layers, rows) + way.exit_layer * self.draft[False].layer
-        verified = drafted * self.batch_rows * (1 - way.kept_layers / self.num_layers)
+        draft = self.draft[way.int8].seconds(way.draft_layers or way.exit_layer, rows)
+        draft += way.exit_layer * self.draft[False].layer if way.draft_layers else 0.0
+        verified = drafted * self.batch_rows * (1 - way.shared_layers / self.num_layers)
         return drafted * draft + self.plain * (1 + self.further_row * verified) + self.round
 
 
@@ -147,14 +146,17 @@ def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = F
     return [Round((1 - w) * n + w * m, (1 - w) * d + w * e) for (n, d), (m, e) in zip(greedy, sampled, strict=True)]
 
 
-def rates_of(
-    ways: Mapping[Way, TokensPerRound], temperature: float, endings: Sequence[bool]
+def rounds_of(
+    ways: Mapping[Way, TokensPerRound], temperature: float, endings: Sequence[bool], precisions: Sequence[bool]
 ) -> dict[Way, Sequence[Round]]:
-    """The rounds of each way without and with an end at low confidence, as in `endings`."""
+    """The rounds of each way without and with an end at low confidence, as in `endings`, in each precision.
+
+    We measured no difference in acceptance between int8 and full precision.
+    """
     return {
-        way._replace(ends=ends): measured_rounds(measured, temperature, ends)
+        way._replace(ends=ends, int8=int8): measured_rounds(measured, temperature, ends)
         for way, measured in ways.items()
-        for ends in endings
+        for ends, int8 in product(endings, precisions)
     }
 
 
@@ -192,8 +194,3 @@ def known_ways(
     if found is None and trained is not None:
         found = exit_that_drafts(trained.exits or [], num_layers)
     return {} if found is None else {Way(found): ASSUMED}
-
-
-def with_int8(rates: Mapping[Way, Sequence[Round]], precisions: Sequence[bool]) -> dict[Way, Sequence[Round]]:
-    """The ways in each precision. We measured no difference in acceptance between int8 and full precision."""
-    return {way._replace(int8=int8): tokens for way, tokens in rates.items() for int8 in precisions}

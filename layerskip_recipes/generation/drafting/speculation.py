@@ -1,89 +1,99 @@
-"""The settings of a speculation, and their checks against a model."""
+"""A `Speculation`: how tokens are drafted, with nothing left to choose."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
-from weakref import ref
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
+from layerskip_recipes.checkpoint.drafts import DraftDescription
 from layerskip_recipes.config.schema import Fraction, check
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.draft_head import DraftHead
-from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decoder
+from layerskip_recipes.model.decoder import LayerSkipDecoder
 
-# Shared with the `self_speculation` section.
+KEY = "self_speculation"  # of the section in most configs
+
+# Shared with the section.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
 PromptLookup = Annotated[int, Field(ge=1, examples=[3])]
 Confidence = Annotated[Fraction, Field(examples=[0.4])]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Speculation:
     """How tokens are drafted. Everything here is lossless: the output is that of the full model.
 
     Args:
-        exit_layer: E (1..L), the exit that drafts.
+        exit_layer: E (1..L), the exit that drafts; for a trained draft its own.
         num_speculations: d, the most tokens drafted per round.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: n-gram length for prompt look-up, which runs where it is faster; None: no look-up.
         min_confidence: end a draft after a token at which the product of `sampling.confidence` is lower; 0: always d
             tokens. Applies in one process on a CPU without graphs, where the host sees each token.
-        drafter: a decoder whose early layers and head draft instead of the model's, such as a quantised copy.
-        draft_head: the head of `draft_vocabulary`, such as a quantised one; None: rows of the model's head, or of a
-            trained draft's.
+        draft_int8: draft with int8 copies of the layers and the head.
+        draft: the trained draft that drafts instead of the model's early layers.
 
     Raises:
         ConfigError: if a number is out of range. `Generation` raises it for settings that do not fit its model.
     """
 
     exit_layer: int
-    num_speculations: int
+    num_speculations: int = 6
     draft_vocabulary: torch.Tensor | Sequence[int] | None = None
     prompt_lookup: int | None = None
     min_confidence: float = 0.0
-    drafter: LayerSkipDecoder | None = None
-    draft_head: DraftHead | None = None
+    draft_int8: bool = False
+    draft: DraftDescription | None = None
 
     def __post_init__(self) -> None:
         check("num_speculations", self.num_speculations, NumSpeculations)
         check("prompt_lookup", self.prompt_lookup, PromptLookup | None)
         check("min_confidence", self.min_confidence, Confidence)
+        check("draft_int8", self.draft_int8, bool)
 
     @property
     def settings(self) -> tuple:
         """What the speed of a round depends on."""
         size = None if self.draft_vocabulary is None else len(self.draft_vocabulary)
-        drafter = None if self.drafter is None else ref(self.drafter)
-        return self.exit_layer, self.num_speculations, size, self.prompt_lookup, self.min_confidence, drafter
+        numbers = (self.exit_layer, self.num_speculations, size, self.prompt_lookup, self.min_confidence)
+        return *numbers, self.draft_int8, self.draft and self.draft.folder
+
+    @property
+    def draft_layers(self) -> int:
+        """The number of a trained draft's layers, which have their own caches."""
+        return 0 if self.draft is None else self.draft.num_layers
+
+    @property
+    def layers_of_model(self) -> int:
+        """The number of the model's first layers that draft; 0 if a trained copy drafts."""
+        return 0 if self.draft is not None and self.draft.kind == "copy" else self.exit_layer
+
+    def only_looks_up(self, num_layers: int) -> bool:
+        """Whether look-ups draft alone, as the exit is the whole model."""
+        own = self.draft is not None or self.draft_int8
+        return self.prompt_lookup is not None and self.exit_layer == num_layers and not own
+
+    def own_bytes(self, model: LayerSkipDecoder, dtype: torch.dtype) -> int:
+        """Bytes of the weights besides the model's; int8 copies take one byte for each weight."""
+        layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
+        rows = 0 if self.draft_vocabulary is None else len(self.draft_vocabulary)
+        count = self.draft_layers * layer + rows * model.tok_embeddings.embedding_dim
+        quantised = 0
+        if self.draft_int8:
+            quantised = (self.draft_layers or self.exit_layer) * layer
+            quantised += 0 if rows else model.tok_embeddings.weight.numel()
+        return count * dtype.itemsize + quantised
 
     def check(self, model: LayerSkipDecoder) -> None:
         """Raise a ConfigError for settings that do not fit the model."""
         model.check_exit(self.exit_layer)
         if self.draft_vocabulary is not None:
             check_draft_vocabulary(self.draft_vocabulary, model)
-        if self.drafter is not None:
-            check_drafter(self.drafter, model, self.exit_layer)
 
 
-def check_drafter(drafter: LayerSkipDecoder, model: LayerSkipDecoder, exit_layer: int) -> None:
-    """Raise a ConfigError unless the drafter has this exit, and the model's cache shapes, vocabulary and dtype."""
-    own, layers = as_layerskip_decoder(drafter).own_layers, len(drafter.layers)
-    if own and exit_layer != (own.start or own.stop):
-        raise ConfigError(f"exit_layer: {exit_layer} is not the drafter's. Allowed: {own.start or own.stop}")
-    if not exit_layer <= layers <= model.num_layers:
-        raise ConfigError(f"drafter: it has {layers} layers. Allowed: {exit_layer} (exit_layer) to {model.num_layers}")
-
-    def shape(decoder: LayerSkipDecoder) -> tuple:
-        attn, embedding = decoder.layers[0].attn, decoder.tok_embeddings
-        return attn.num_kv_heads, attn.head_dim, embedding.num_embeddings, embedding.weight.dtype
-
-    if shape(drafter) != shape(model):
-        raise ConfigError(
-            f"drafter: its key heads, head_dim, vocabulary and dtype are {shape(drafter)}, and the model's "
-            f"{shape(model)}. Allowed: a decoder that shares cache and vocabulary, such as a quantised copy"
-        )
+# The keys of `self_speculation` that are `auto` where nothing was measured, and those left out beside an exit.
+PLAIN_VALUES: dict[str, Any] = {key.name: key.default for key in fields(Speculation)[1:]}
 
 
 def check_draft_vocabulary(

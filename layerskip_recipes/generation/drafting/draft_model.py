@@ -1,0 +1,155 @@
+"""The draft model, which really drafts. It is built from a `Speculation` and a loaded model."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from layerskip_recipes.checkpoint.drafts import read_draft
+from layerskip_recipes.checkpoint.weights import linear_head, quantise
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
+from layerskip_recipes.model.decoder import LayerSkipDecoder, as_layerskip_decoder
+from layerskip_recipes.model.draft import Draft
+from layerskip_recipes.model.head import capped, head_of, linear_of_rows
+
+
+class DraftHead(nn.Module):
+    """A copy of the head matrix's rows for the token ids `vocabulary` [v'], behind the model's own norm."""
+
+    def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
+        super().__init__()
+        # A tied head has the embedding's rows, even if a quantised copy has replaced the head.
+        output = model.tok_embeddings if model.tied and isinstance(model.output, nn.Linear) else head_of(model)
+        # Quantised and split weights are tensor subclasses, which do not support taking rows.
+        if not isinstance(output, nn.Linear | nn.Embedding) or type(output.weight) is not nn.Parameter:
+            raise ConfigError(
+                f"draft_vocabulary: the head {type(output).__name__} cannot be cut. Allowed: a linear or tied head, "
+                "neither quantised nor split over processes; leave draft_vocabulary out"
+            )
+        self.norm, self.cap = model.norm, model.logit_cap
+        self.vocabulary = vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).long().unique()
+        self.output = linear_of_rows(dict(output.named_parameters(recurse=False)), self.vocabulary)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[b, s, d] -> [b, s, v'] logits in fp32."""
+        return capped(self.output(self.norm(hidden)).float(), self.cap)
+
+
+_DRAFT_HEADS: WeakKeyDictionary[LayerSkipDecoder, DraftHead] = WeakKeyDictionary()
+
+
+@torch.inference_mode(False)  # a tensor made in inference mode cannot be written outside of it
+@torch.no_grad()
+def draft_head_of(model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> DraftHead:
+    """The draft head with the model's current weights, updated in place if possible: CUDA graphs hold its address."""
+    new, kept = DraftHead(model, vocabulary), _DRAFT_HEADS.get(model)
+    weight = new.output.weight
+    if kept is None or not (
+        (kept.output.weight.device, kept.output.weight.dtype) == (weight.device, weight.dtype)
+        and torch.equal(kept.vocabulary, new.vocabulary)
+    ):
+        _DRAFT_HEADS[model] = new
+        return new
+    for ours, rows in zip(kept.output.parameters(), new.output.parameters(), strict=True):
+        ours.copy_(rows)
+    return kept
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """A decoder whose early layers and head draft.
+
+    decoder: such as a quantised copy, or a trained draft's; None: the model itself.
+    head: the head of the draft vocabulary; None: rows of the decoder's head.
+    """
+
+    decoder: LayerSkipDecoder | None = None
+    head: DraftHead | None = None
+
+    def fitted(self, model: LayerSkipDecoder, speculation: Speculation) -> tuple[LayerSkipDecoder, DraftHead | None]:
+        """Its decoder, and the head of the draft vocabulary, if any; a ConfigError if they do not fit."""
+        decoder, head = model, self.head
+        if self.decoder is not None:
+            decoder = as_layerskip_decoder(self.decoder)
+            check_decoder(decoder, model, speculation.exit_layer)
+        if head is None and speculation.draft_vocabulary is not None:
+            head = draft_head_of(decoder if decoder.own_layers else model, speculation.draft_vocabulary)
+        return decoder, head
+
+
+def check_decoder(decoder: LayerSkipDecoder, model: LayerSkipDecoder, exit_layer: int) -> None:
+    """Raise a ConfigError unless it has this exit, and the model's cache shapes, vocabulary and dtype."""
+    own, depth, most = decoder.own_layers, len(decoder.layers), model.num_layers
+    if own and exit_layer != (own.start or own.stop):
+        raise ConfigError(f"exit_layer: {exit_layer} is not the draft model's. Allowed: {own.start or own.stop}")
+    if not exit_layer <= depth <= most:
+        raise ConfigError(f"draft_model: it has {depth} layers. Allowed: {exit_layer} (exit_layer) to {most}")
+
+    def shape(decoder: LayerSkipDecoder) -> tuple:
+        attn, embedding = decoder.layers[0].attn, decoder.tok_embeddings
+        return attn.num_kv_heads, attn.head_dim, embedding.num_embeddings, embedding.weight.dtype
+
+    if shape(decoder) != shape(model):
+        raise ConfigError(
+            f"draft_model: its key heads, head_dim, vocabulary and dtype are {shape(decoder)}, and the model's "
+            f"{shape(model)}. Allowed: a decoder that shares cache and vocabulary, such as a quantised copy"
+        )
+
+
+def build_draft_model(
+    model: LayerSkipDecoder, speculation: Speculation, key: str = KEY, trained: Draft | None = None
+) -> DraftModel:
+    """The draft model of a loaded model. `trained` is the draft of `speculation.draft`, if it has been read.
+
+    `key` names the section in messages.
+    """
+    decoder, head, layers = None, None, range(speculation.exit_layer)
+    if speculation.draft is not None:
+        decoder = (trained or read_draft(speculation.draft, model, f"{key}.draft")).decoder(model)
+        layers = decoder.own_layers
+    if speculation.draft_vocabulary is not None:
+        # Quantising changes a head in place, so it must not be the one that is kept for the model.
+        make = DraftHead if speculation.draft_int8 else draft_head_of
+        head = make(decoder or model, speculation.draft_vocabulary)
+    if speculation.draft_int8:
+        int8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, f"{key}.draft_int8")
+        head = None if head is None else quantise(head, int8)
+        decoder = quantised_layers(decoder or model, layers, int8, head is None)
+    return DraftModel(decoder, head)
+
+
+def quantised_layers(
+    model: LayerSkipDecoder, layers: range, quantizer: Component, with_head: bool = True
+) -> LayerSkipDecoder:
+    """The model's first layers and its head, with quantised copies of `layers` and, `with_head`, of the head."""
+    parts = model.copied_layers(layers)
+    if with_head:
+        parts.append(linear_head(model))
+    packed = quantise(nn.ModuleList(parts), quantizer)
+    decoder = model.with_modules(layers=nn.ModuleList([*model.layers[: layers.start], *packed[: len(layers)]]))
+    return decoder.with_modules(output=packed[len(layers)]) if with_head else decoder
+
+
+class DraftModels:
+    """The draft models of one loaded model. Speculations that draft with the same weights share one.
+
+    `trained`: the trained draft of all speculations, if it has been read.
+    """
+
+    def __init__(self, trained: Draft | None = None) -> None:
+        self.trained = trained
+        self.built: dict[Hashable, DraftModel] = {}
+
+    def of(self, speculation: Speculation | None, model: LayerSkipDecoder, key: str = KEY) -> DraftModel | None:
+        """The draft model of a speculation; `key` names its section in messages."""
+        if speculation is None:
+            return None
+        draft, ids = speculation.draft and speculation.draft.folder, speculation.draft_vocabulary
+        weights = (draft, speculation.exit_layer, None if ids is None else tuple(ids), speculation.draft_int8)
+        if weights not in self.built:
+            self.built[weights] = build_draft_model(model, speculation, key, self.trained)
+        return self.built[weights]
