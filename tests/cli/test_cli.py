@@ -212,7 +212,7 @@ def test_help_names_the_commands_and_their_arguments(layerskip):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("args", [["ls"], ["--help"], ["cp", "hf/full", "mine"], ["cat", "hf/full"]])
+@pytest.mark.parametrize("args", [["ls"], ["cat", "hf/full"]])
 def test_a_command_that_builds_nothing_does_not_wait_for_torch(args, tmp_path):
     """Its import takes seconds."""
     code = f"import sys; sys.argv = {['layerskip', *args]}; sys.modules['torch'] = None  # an import of it fails\n"

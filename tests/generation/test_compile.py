@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import forks
-from helpers.compiled import CPU, END, LONG, MAX_LEN, SHORT, WAYS, compiles, make_small, run
+from helpers.compiled import END, LONG, MAX_LEN, SHORT, WAYS, compiles, make_small, run
 from helpers.speculation import plain
 
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import compiling, cpp_decoder
-from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps, rounded_length
+from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
 
 
@@ -224,29 +224,9 @@ def test_without_a_compiler_steps_run_as_they_are(width, error, monkeypatch, cap
     assert "no compiler" in warning or "AssertionError" in warning
 
 
-def test_a_cache_serves_while_it_is_large_enough():
-    """Two are kept for batches of several sizes in turns; on a GPU more, as CUDA graphs know where each is."""
-    model, steps = make_small(), CompiledSteps(CPU)
-    cache = steps.cache(model, 2, 256)
-    cache.tokens = [[1], [2]]
-    assert steps.cache(model, 2, 100) is cache and cache.tokens == [[], []]
-    larger = steps.cache(model, 3, 300)
-    assert larger.max_len == 300 and steps.cache(model, 3, 257) is larger and steps.cache(model, 2, 256) is cache
-    assert steps.cache(model, 2, 257) is not cache
-    on_gpu = CompiledSteps(torch.device("cuda"))
-    on_gpu._caches = dict.fromkeys(((rows, 0) for rows in range(1, 20)), cache)
-    assert on_gpu.cache(model, 2, 100) is cache and [rows for rows, _ in on_gpu._caches] == [*range(13, 20), 2]
-
-
 def test_another_precision_has_graphs_and_caches_of_its_own():
     model = make_small()
     steps = compiled_steps(model)
     assert compiled_steps(model) is steps
     model.layers[0].attn.q_proj.to(torch.float64)  # as a quantisation changes some of the weights
     assert compiled_steps(model) is not steps
-
-
-def test_lengths_that_few_graphs_serve():
-    assert [rounded_length(length, CPU) for length in (1, 64, 65, 200, 4000)] == [64, 64, 128, 256, 4032]
-    lengths = {1: 256, 256: 256, 257: 512, 512: 512, 1000: 1024, 4097: 8192}
-    assert {length: rounded_length(length, torch.device("cuda")) for length in lengths} == lengths

@@ -37,7 +37,6 @@ from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.drafting.draft_head import DraftHead
-from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import cpp_decoder, huge_pages
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
 from layerskip_recipes.generation.kernels.cpp_decoder import SOURCES, load_library
@@ -180,20 +179,6 @@ def test_rows_are_read_in_bf16_as_they_are_alone(vectors, variant, monkeypatch):
         generated, found = decode(prompts, rows=rows)
         assert generated == [tokens for (tokens,) in alone]
         assert found and all(torch.equal(keys, expected[length]) for length, keys in found.items())
-
-
-def test_a_first_token_is_chosen_in_cpp_also_where_torch_reads_the_text(monkeypatch):
-    """torch rounds the head's logits to bf16, which may choose another token than beside texts that C++ reads."""
-    seen, whole = [], Generation._first_tokens
-
-    def noted(self, *args):
-        seen.append(self.context.cpp is not None)
-        return whole(self, *args)
-
-    monkeypatch.setattr(Generation, "_first_tokens", noted)
-    monkeypatch.setattr(prefill, "SHORT", 8)
-    run(talking("bf16"), texts_of(2, 40), 2)
-    assert seen == [True]
 
 
 def test_compiled_code_is_of_one_torch_compiler_and_processor(monkeypatch):

@@ -216,7 +216,7 @@ def test_an_error_of_a_rank_ends_the_other_one(what, rank, message, config_folde
 
 
 def test_a_grid_of_shards_and_tensor_parallel_ranks(tmp_path, monkeypatch):
-    check_success(fork("grid", tmp_path, processes=1))
+    check_success(fork("grid", tmp_path, processes=4))
     ranks = written(tmp_path)
     assert len(ranks) == 4 and all(rank["weights"] for rank in ranks)
     assert [rank["halved"] for rank in ranks] == [[17, 66], [17, 66], [16, 66], [16, 66]]

@@ -35,7 +35,7 @@ def new_tokens(out, prompt=PROMPT):
 @pytest.mark.parametrize(("exit_layer", "d"), [*((e, 3) for e in range(1, L + 1)), *itertools.product((1, 4), (1, 12))])
 def test_self_speculation_gives_the_full_models_tokens(exit_layer, d):
     arguments = {"exit_layer": exit_layer, "num_speculations": d}
-    for prompt, count in itertools.product(((5,), (5, 17), tuple(range(20, 41))), (1, 2, 3, 7, 18)):
+    for prompt, count in itertools.product(((5,), tuple(range(20, 41))), (1, 2, 3, 18)):
         out = generate(model_of("llama3_2"), torch.tensor(prompt), count, **arguments)
         assert new_tokens(out, prompt) == greedy("llama3_2", prompt, 18)[:count]
 

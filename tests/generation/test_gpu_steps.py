@@ -162,24 +162,3 @@ def test_a_graph_that_fails_on_a_gpu_is_not_used_again(replays, shared, no_cuda,
     else:
         assert steps(step, None) == "without"
     assert steps(step, None) == "without" and len(calls) == replays + 1
-
-
-def test_a_path_with_a_new_step_is_captured_in_the_next_round(no_cuda, monkeypatch):
-    """CUDA graphs: where one step of a round runs for the first time, none after it is captured."""
-    monkeypatch.setattr(compiling, "_compiled", lambda function, *_: function)
-
-    class Named:
-        context, settings = SimpleNamespace(model=make_small(), draft_model=make_small()), ()
-
-        def __init__(self, name):
-            self.function, self.key = lambda *_: None, lambda: name
-
-    graphs, steps = CompiledSteps(torch.device("cuda")), {name: Named(name) for name in ("old", "new")}
-    captured = []
-    for names in (("old",), ("old",), ("new", "old"), ("new", "old"), ("new", "old")):
-        graphs.begin_round()
-        for name in names:
-            graphs(steps[name], None)
-        captured.append(graphs.captured.copy())
-    alone, both = {("old",)}, {("old",), ("new",), ("new", "old")}
-    assert captured == [set(), alone, alone, both, both]

@@ -15,7 +15,6 @@ from layerskip_recipes.checkpoint.trained_exits import exit_that_drafts
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.model.memory import token_bytes, training_bytes
 from layerskip_recipes.training.auto_settings import full_learning_rate
@@ -257,12 +256,6 @@ def test_a_missing_key_has_torchtunes_default(chosen):
     others = {"dtype", "enable_activation_checkpointing", "gradient_accumulation_steps", "early_exit_loss.layers"}
     assert set(made) == others
     assert made["gradient_accumulation_steps"] == 8
-
-
-def test_a_length_that_is_no_number_is_one_line(tmp_path):
-    overrides = [f"model_dir={folder_of(tmp_path)}", "device=cpu", "tokenizer.max_seq_len=2k"]
-    with pytest.raises(ConfigError, match=r"^tokenizer\.max_seq_len: '2k' is not allowed\. Allowed: an integer "):
-        FinetuneConfig.load(load_config("hf/full", overrides))
 
 
 def test_lengths_are_no_longer_than_the_model_takes(chosen):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import yaml
 from helpers.adapters import EveryExit, adapted_section, make_start, read_hf
 from helpers.configs import MODEL, finetune_config, start_section
-from helpers.refusals import check
 from helpers.resuming import WEIGHTS, final_weights, same_tensors
 from helpers.training import VALIDATION, losses, read_log, set_up, train, validated
 from torchtune.utils import get_logger
@@ -146,18 +145,6 @@ def test_validation_data_without_a_sample_are_refused(finetune, monkeypatch):
     monkeypatch.setattr("layerskip_recipes.training.validation.load_data", lambda *args: ([], None))
     with pytest.raises(ValueError, match=r"^dataset_val: it has no sample\."):
         set_up(finetune(dataset_val=VALIDATION))
-
-
-@pytest.mark.parametrize(
-    ("override", "key", "given", "allowed"),
-    [
-        ("layers_val=9", "layers_val", "9", "Allowed: indices 0..3 and slices"),
-        ("dataset_val.seq_len=1000", "dataset_val", "1000", "128"),
-        ("early_exit_loss={layers: 0, curriculum: null}", "early_exit_loss.layers", "0", "scale_fn=uniform"),
-    ],
-)
-def test_bad_settings(override, key, given, allowed, finetune):
-    check("finetune", finetune(dataset_val=VALIDATION), override, key, given, allowed)
 
 
 def test_no_batch_more_than_is_measured_is_made(finetune):
