@@ -1,12 +1,11 @@
 """Training on several processes (gloo) has the losses and weights of one, however the model is sharded; resume too.
 
-The main case goes through `tune run`; the others are forks that get the environment of torchrun. Each run happens once,
-when a test first asks for it.
+The processes are forks with the environment that torchrun gives; test_generate_recipe.py has torchrun itself. Each run
+happens once, when a test first asks for it.
 """
 
 import pytest
 import torch
-from helpers.commands import run_tune
 from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, start_section
 from helpers.hf_folders import make_hf_folder
 from helpers.ranks import train_on_ranks
@@ -36,7 +35,7 @@ LORA = {
 QLORA = LORA | {"use_dora": False, "quantize_base": True, "num_layers": 2, "embed_dim": 256, "intermediate_dim": 256}
 # name: (config, processes, overrides)
 CASES = {
-    "tune run": ("tied", 2, []),
+    "FSDP": ("tied", 2, []),
     "embedding apart, fused, checkpointed": (
         "tied", 2, ["custom_sharded_layers=[tok_embeddings]", "optimizer.fused=true", "ac_mode=full", *FEW],
     ),
@@ -64,7 +63,7 @@ RESUMED = {
     "1 to 2, whole": (None, "tied", "epoch_0", 2),
     "1 to 2, optimizer in backward": (None, "in_backward", "step_6", 2),
     "1 to 2, DoRA": (None, "dora", "step_6", 2),
-    "2 to 1, shards": ("tune run", "tied", "step_6", 1),
+    "2 to 1, shards": ("FSDP", "tied", "step_6", 1),
     "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
     "2 to 2, FSDP to TP": ("untied, both apart", "untied", "step_6", 2, "tensor_parallel_dim=2", "batch_size=4"),
 }
@@ -114,7 +113,7 @@ def config_changes(kind, folder, tokenizer, checkpoint):
 def no_inductor():
     """Graphs are what sharding may break. Inductor's code for them takes a minute, and test_finetune.py tests it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+        patch.setenv("TORCH_COMPILE_BACKEND", "eager")
         yield
 
 
@@ -152,11 +151,7 @@ def several(one):
         alone = one(kind, *(override for override in overrides if override in FEW))
         out, path = alone.parent / name, alone.parent / "finetune.yaml"
         overrides = [f"output_dir={out}", *overrides, *saves(name, kind)]
-        if not out.exists() and name == "tune run":
-            command = ["run", "--nnodes", "1", "--nproc_per_node", "2", "layerskip_finetune", "--config", str(path)]
-            done = run_tune(*command, *overrides, cwd=path.parent.parent, timeout=400)
-            assert done.returncode == 0, done.stderr[-4000:]
-        elif not out.exists():
+        if not out.exists():
             train_on_ranks(path, *overrides, processes=processes)
         return alone, out
 
