@@ -40,7 +40,6 @@ def sharded(checkpoint):
 @pytest.mark.parametrize("form", ["checkpoint", "sharded"])
 @pytest.mark.parametrize("draft", [1, 2, 3, 4])
 def test_a_draft_is_the_first_layers_with_norm_and_head(form, draft, tmp_path, request):
-    """Without the layerskip.json of the whole model."""
     whole = request.getfixturevalue(form)
     (whole / "layerskip.json").write_text('{"exits": [2, 4]}')
     out = export(str(whole), str(tmp_path / "draft"), draft=draft)

@@ -51,7 +51,6 @@ def test_an_accepted_length_counts_the_ends_of_answers(length, drafts, expected)
 
 
 def test_samples_longer_than_the_model_are_cut(tmp_path, tokenizer_folder, capsys):
-    """As in training: the third one would end the evaluation."""
     lines = [json.dumps({"text": "if x: " * length}) for length in (5, 5, 500)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     component = "torchtune.datasets.text_completion_dataset"

@@ -78,7 +78,6 @@ def test_the_exits_of_a_quantised_model(tmp_path, checkpoint):
 
 
 def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
-    """Each has the figures that it has alone; the report is a file too."""
     other = make_checkpoint(tmp_path / "other", tokenizer_folder, seed=1)
 
     def evaluate(**changes):

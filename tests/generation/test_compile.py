@@ -138,7 +138,6 @@ print(generation.generated)
 
 @compiles
 def test_a_second_run_finds_the_compiled_code(tmp_path):
-    """In another process, which writes no library."""
     model, speculation = make_small(width=32), Speculation(**WAYS["chain"])
     tokens = run(model, SHORT, 9, speculation=speculation).generated
     folder = Path(torch._inductor.runtime.cache_dir_utils.cache_dir())

@@ -97,7 +97,6 @@ def test_parts_of_matrices_as_plain_tensors(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", OTHER_MODES)
 def test_ranks_choose_alike_whatever_their_clocks_say(decoded, mode):
-    """The tokens are one process's, sampled ones too."""
     expected = other(layerskip_decoder(make_tiny("llama3")), mode)
     assert decoded[0][f"other/{mode}"] == decoded[1][f"other/{mode}"] == expected
 

@@ -88,7 +88,6 @@ def test_as_long_as_the_model_allows(family, limit, arguments):
 
 
 def test_a_prompt_may_contain_the_pad_token():
-    """Only padding at the start of a [b, s] batch is padding."""
     prompt = (0, 5, 0, 0, 7)
     for form in (torch.tensor(prompt), [torch.tensor(prompt)]):
         assert new_tokens(generate(model_of("llama3_2"), form, 8), prompt) == greedy("llama3_2", prompt, 8)
@@ -143,7 +142,6 @@ def test_rounds_without_room_for_a_draft_teach_nothing():
 
 
 def test_short_outputs_are_drafted_too():
-    """Their first rounds are learned, although the limit may cut them."""
     rule, kinds = DraftRule(), Counter()
     for _ in range(12):
         generation = Generation(model_of("llama3_2"), [PROMPT], 7, speculation=Speculation(3, 6), rule=rule)

@@ -163,7 +163,6 @@ def test_an_interrupted_run_replaces_no_earlier_answers(tmp_path):
 
 
 def test_the_kinds_of_prompt_files(tmp_path):
-    """A file with a JSON value is neither a text nor lines."""
     for name in ("a.jsonl", "a.ndjson"):
         (tmp_path / name).write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
         assert [example.prompt for example in try_examples(prompt_file=name)] == ["a", "b"]

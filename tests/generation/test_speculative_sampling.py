@@ -23,7 +23,6 @@ SETTINGS = [
 @pytest.mark.parametrize("exit_layer", [None, 2])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_samples_have_the_models_distribution(settings, exit_layer):
-    """The first three tokens of many equal prompts, against all 125 texts."""
     generation = run(small_model(), [START] * 5000, 3, sampler=Sampler(**settings, seed=63), exit_layer=exit_layer)
     expected = probabilities(3, exit_layer=exit_layer or 3, **settings)
     assert p_value(numbered(generation.generated, 3), expected) > 1e-3

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of
-from helpers.speculation import PROMPTS, perturbed, run
+from helpers.speculation import PROMPTS, run
 from helpers.tiny import VOCAB
 
 from layerskip_recipes.generation.api import generate
@@ -128,21 +128,6 @@ def test_bytes_of_plain_steps(exit_layer, rows):
     assert stats.weight_bytes == 5 * (depth * LAYER + HEAD)
     assert stats.cache_bytes == rows * depth * SLOT * sum(len(PROMPT) + i for i in range(1, 6))
     assert stats.bytes_per_token == (stats.weight_bytes + stats.cache_bytes) / (5 * rows)
-
-
-@pytest.mark.parametrize("drafter", [False, True])
-@pytest.mark.parametrize(("exit_layer", "d"), [(1, 2), (4, 3)])
-def test_bytes_of_drafts(exit_layer, d, drafter):
-    """n early passes and heads, one early pass more, a late one with the head: with a drafter a whole one."""
-    model = model_of("llama3_2")
-    speculation = Speculation(exit_layer, d, drafter=perturbed(model, 0.0) if drafter else None)
-    stats = run(model, [PROMPT], 18, speculation=speculation).stats
-    weights = cache = 0
-    for root, n, _ in rounds_of(PROMPT, 18, exit_layer, d):
-        layers = n * exit_layer + L  # the early pass of the last draft and the late one are L layers together
-        weights += layers * LAYER + (n + 1) * HEAD
-        cache += layers * SLOT * (root + n + 1)
-    assert (stats.weight_bytes, stats.cache_bytes) == (weights, cache)
 
 
 @pytest.mark.parametrize(

@@ -143,18 +143,18 @@ def test_the_merged_checkpoint_has_the_trained_models_logits_at_every_exit(train
 
 
 @pytest.mark.slow
-def test_peft_opens_the_adapters(trained, monkeypatch):
+def test_peft_opens_the_adapters(read, monkeypatch):
     """On the model that the training started from, with the logits of the merged checkpoint."""
     peft = pytest.importorskip("peft")
     # It refuses torchao before 0.16, which torchtune needs, even where no weight is quantised.
     monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(trained.folder / "start")
-    theirs = peft.PeftModel.from_pretrained(base, str(trained.checkpoint / "adapter")).eval()
-    merged = AutoModelForCausalLM.from_pretrained(trained.checkpoint)  # adds no adapters: they are merged already
+    base = AutoModelForCausalLM.from_pretrained(read.folder / "start")
+    theirs = peft.PeftModel.from_pretrained(base, str(read.checkpoint / "adapter")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(read.checkpoint)  # adds no adapters: they are merged already
     with torch.no_grad():
-        expected = trained.plain.logits(read_hf(trained.checkpoint, trained.family), TOKENS)[-1]
+        expected = read.plain.logits(read_hf(read.checkpoint, read.family), TOKENS)[-1]
         torch.testing.assert_close(theirs(TOKENS).logits, expected, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(merged(TOKENS).logits, expected, atol=1e-3, rtol=1e-3)
 

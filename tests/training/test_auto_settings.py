@@ -118,27 +118,6 @@ def test_a_sample_fits_into_the_free_memory(room, length, again, chosen, caplog)
     assert ("will probably end without memory" in caplog.text) == (room == 0)
 
 
-def test_a_warning_where_a_sample_does_not_fit_says_both_numbers(chosen, caplog):
-    """Qwen3 0.6B with a copy of 4 layers: 16 bytes for each weight are 9.8 GiB."""
-    qwen3 = {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
-    qwen3 |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
-    assert chosen("device=cpu", name="task", memory=15 * 2**30, **qwen3)["tokenizer.max_seq_len"] == 512
-    assert not caplog.text
-    assert chosen("device=cpu", name="task", memory=7 * 2**30, **qwen3)["tokenizer.max_seq_len"] == 128
-    said = (
-        r"a sample of 512 tokens needs about 1[123]\.\d GiB, and 7\.0 GiB can be used here, so samples are cut to 128 "
-    )
-    assert re.search(said + r".* 1[123]\.\d GiB that 128 tokens need are not there either.*hf/lora", caplog.text)
-    caplog.clear()
-    chosen("device=cpu", "tokenizer.max_seq_len=512", name="lora", memory=2**30, **qwen3)
-    assert re.search(
-        r"512 tokens needs .* 1\.0 GiB .*end without memory\. Less is needed by a smaller model", caplog.text
-    )
-    caplog.clear()
-    chosen("device=cpu", "tokenizer.max_seq_len=512", "batch_size=1", name="lora", memory=2**30, **qwen3)
-    assert not caplog.text  # nothing was chosen
-
-
 @pytest.mark.parametrize(
     ("samples", "size", "micro_batches"), [(0, 1, 8), (1, 1, 8), (3, 2, 4), (7, 4, 2), (8, 8, 1), (99, 8, 1)]
 )

@@ -105,7 +105,6 @@ def two_epochs(tmp_path_factory, tokenizer_folder):
 
 @pytest.mark.parametrize(("damage", "name"), DAMAGES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_damaged_checkpoint_is_passed_over(damage, name, two_epochs, tmp_path, caplog):
-    """It is named in one line; the one before is taken, by a resumed run and as a model's folder."""
     out = tmp_path / "out"
     shutil.copytree(two_epochs.parent / "out", out)
     damage(out / "epoch_1" / name)
@@ -253,7 +252,6 @@ def test_a_full_disk_is_named_and_emptied(file, tmp_path, finetune, monkeypatch)
 
 @pytest.mark.parametrize("form", ["torchtune", "hf"])
 def test_odd_and_deleted_files_beside_the_weights(form, tmp_path, finetune, tokenizer_folder, caplog):
-    """They are read at the start, so that nothing stops the run hours later."""
     if form == "hf":
         base = model_with_tokenizer("llama", tmp_path / "base", tokenizer_folder)
         reader, model = "layerskip_recipes.hf_checkpointer", {"_component_": "layerskip_recipes.hf_decoder"}

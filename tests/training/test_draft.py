@@ -162,7 +162,6 @@ def test_validation_measures_a_draft_without_its_dropout(draft_config):
 
 
 def test_a_draft_of_frequent_tokens(tmp_path, draft_config):
-    """Those of the data; a generation drafts no others, and says what the model says."""
     recipe = train(draft_config(draft=SECTIONS["adapter"] | {"vocabulary": 40}))
     folder, drafts = tmp_path / "out" / "epoch_0", []
     counts = Counter(token for sample in recipe.data.dataset for token in sample["tokens"])

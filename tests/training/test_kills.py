@@ -34,7 +34,6 @@ def whole_checkpoints(out: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["whole", "shards"])
 def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, finetune):
-    """Run after run, each killed one call later than the one before; all of them together are the whole run."""
     path = finetune(
         epochs=4, max_steps_per_epoch=4, save_every_n_steps=1, keep_last_n_checkpoints=2,
         enable_async_checkpointing=asynchronous, dataset=texts(tmp_path), **MOVING,

@@ -134,7 +134,6 @@ def test_acceptance_is_that_of_generated_tokens(trains_on_input, checkpoint, tmp
     ],
 )
 def test_bad_validation_data_are_told_by_their_key(batch, message, finetune):
-    """Also where the first sample is fine, by which the config is checked."""
     recipe = set_up(finetune(dataset_val=VALIDATION))
     recipe.validation.batches = [{key: torch.tensor(value) for key, value in batch.items()}]
     with pytest.raises(ValueError, match=f"^dataset_val: {message}"):
