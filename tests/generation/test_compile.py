@@ -9,9 +9,7 @@ from helpers import forks
 from helpers.compiled import END, LONG, MAX_LEN, SHORT, WAYS, compiles, make_small, run
 from helpers.speculation import plain
 
-from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import compiling, cpp_decoder
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
@@ -21,12 +19,6 @@ from layerskip_recipes.generation.sampling import Sampler
 def small():
     """One model for all tests: its graphs stay with it."""
     return make_small(MAX_LEN)
-
-
-@pytest.fixture
-def not_compiled(monkeypatch):
-    """Steps are called as they are, and count as compiled all the same."""
-    monkeypatch.setattr(compiling, "_compiled", lambda function, *_: function)
 
 
 @compiles
@@ -147,20 +139,6 @@ def test_a_second_run_finds_the_compiled_code(tmp_path):
     (done,) = forks.run([str(tmp_path / "second_run.py")], tmp_path, [os.environ])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(tokens) and {*folder.rglob("*.so")} == before
-
-
-def test_what_was_compiled_in_a_round_teaches_nothing(not_compiled):
-    """The seconds of rounds that compiled are unknown; rounds that the limit cuts are left out."""
-    rule, learnt, speculation = DraftRule(), [], Speculation(1, 2, prompt_lookup=1)
-    learn, rule.learn = rule.learn, lambda *args: (learnt.append(args), learn(*args))
-    generation = Generation(make_small(), [LONG[0]], 60, compile=True, speculation=speculation, rule=rule)
-    rounds, before, room = [], 0.0, 60
-    for (new,) in generation:
-        rounds.append((generation.context.compile_s > before, room <= 2))  # compiled, cut
-        before, room = generation.context.compile_s, room - len(new)
-    del rounds[0]
-    assert sum(compiled for compiled, _ in rounds) >= 2
-    assert [seconds > 0 for _, _, seconds in learnt] == [not compiled for compiled, cut in rounds if not cut]
 
 
 def warned(caplog):

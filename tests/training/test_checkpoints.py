@@ -1,6 +1,5 @@
 """Which checkpoints a run leaves, in which order, and with which files."""
 
-import errno
 import functools
 import itertools
 import os
@@ -13,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers.configs import finetune_config, make_checkpoint, start_section
-from helpers.hf_folders import model_with_tokenizer
+from helpers.configs import finetune_config
 from helpers.resuming import FILES, WEIGHTS, checkpoints
 from helpers.training import VALIDATION, set_up, train
 from torchtune.utils import get_logger
@@ -250,29 +248,6 @@ def test_a_full_disk_is_named_and_emptied(file, tmp_path, finetune, monkeypatch)
     assert checkpoints(out) == ["epoch_0"] and not (out / ".incomplete").exists()
 
 
-@pytest.mark.parametrize("form", ["torchtune", "hf"])
-def test_odd_and_deleted_files_beside_the_weights(form, tmp_path, finetune, tokenizer_folder, caplog):
-    if form == "hf":
-        base = model_with_tokenizer("llama", tmp_path / "base", tokenizer_folder)
-        reader, model = "layerskip_recipes.hf_checkpointer", {"_component_": "layerskip_recipes.hf_decoder"}
-        sections = {"model": model | {"path": str(base)}, "checkpointer": {"_component_": reader, "path": str(base)}}
-    else:
-        base = make_checkpoint(tmp_path / "base", tokenizer_folder)
-        sections = {"checkpointer": start_section(base)}
-    (base / "broken.json").symlink_to("nowhere")
-    (base / "list_config.json").write_text("[1]")
-    (base / "bad_config.json").write_text("{")
-    (base / "x.json").mkdir()
-    recipe = set_up(finetune(**sections))
-    assert "broken.json cannot be read" in caplog.text
-    shutil.rmtree(base)
-    recipe.train()
-    recipe.cleanup()
-    files = {path.name for path in (tmp_path / "out" / "epoch_0").iterdir()}
-    assert files >= {"config.json", "tokenizer.json", "list_config.json", "bad_config.json"}
-    assert not files & {"broken.json", "x.json"}
-
-
 @pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
 def test_others_can_read_the_files_if_they_can_read_new_ones(mask, tmp_path, finetune, monkeypatch):
     before = os.umask(mask)
@@ -282,14 +257,3 @@ def test_others_can_read_the_files_if_they_can_read_new_ones(mask, tmp_path, fin
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out" / "epoch_0").iterdir()}
     assert set(modes.values()) == {0o666 & ~mask}, modes
-
-
-def test_a_file_system_that_syncs_no_folders(tmp_path, finetune, monkeypatch):
-    def sync(descriptor, sync=os.fsync):
-        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir():
-            raise OSError(errno.EINVAL, "Invalid argument")
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", sync)
-    train(finetune())
-    assert checkpoints(tmp_path / "out") == ["epoch_0"]
