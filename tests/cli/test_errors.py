@@ -50,6 +50,7 @@ EVAL = [
     ("compare={a: {_component_: torchtune.nothing}}", "compare.a._component_", "'torchtune.nothing'", ""),
     ("compare={a: {model_type: X}}", "compare", "'X'", "LLAMA3_2"),
     ("checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "weights"),
+    ("top_k=1", "top_k", "1 is not honoured by this recipe", "Set top_k=null"),
     ("report=.", "report", "'.'", ""),
     ("report=eval.yaml/exits.json", "report", "'eval.yaml'", "cannot be written"),
     ("picture=exits.txt", "picture", "'exits.txt'", ""),

@@ -41,10 +41,11 @@ PAPER = {
 
 
 def torchtunes() -> list[str]:
-    """Every full and LoRA config of torchtune for text."""
+    """A full and a LoRA config of torchtune for each family of text models, and for one device and several."""
     kinds = re.compile("(full|lora)_finetune_(single_device|distributed)")
     known = {c.name for recipe in get_all_recipes() if kinds.fullmatch(recipe.name) for c in recipe.configs}
-    return sorted(name for name in known & set(torchtune_configs()) if "vision" not in name)
+    names = sorted(name for name in known & set(torchtune_configs()) if "vision" not in name)
+    return [*{re.sub(r"/[\w.]+?_(full|q?lora|q?dora)", r"/\1", name): name for name in names}.values()]
 
 
 @cache

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.acceptance import tokens_per_round
-from helpers.configs import MODEL, eval_config, make_checkpoint, write_yaml
+from helpers.configs import MODEL, eval_config, make_checkpoint
 from helpers.training import few_texts  # noqa: F401
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
@@ -131,16 +131,3 @@ def test_an_evaluation_that_measured_nothing_leaves_the_last_report(tmp_path, ch
     with pytest.raises(ZeroDivisionError):
         recipe.evaluate()
     assert (tmp_path / "exits.json").read_text() == "yesterday's"
-
-
-def test_a_generation_config_becomes_an_evaluation(tmp_path, checkpoint, path):
-    """What means nothing here is switched off by null, and refused by its name where it is not."""
-    data = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 64}
-    off = dict.fromkeys(
-        ("prompt", "self_speculation", "max_new_tokens", "benchmark", "top_k", "stop_strings", "stream")
-    )
-    own = write_yaml(tmp_path / "own.yaml", {"extends": str(path), "dataset": data, "temperature": 0.0, **off})
-    LayerSkipEval(load_config(str(own)))
-    for key, value in {"temperature": 1.0, "top_k": 1, "stop_tokens": [2], "prompt": "a"}.items():
-        with pytest.raises(ValueError, match=rf"^{key}: .* is not honoured by this recipe: .* Set {key}=null"):
-            LayerSkipEval(load_config(str(own), [f"{key}={value}"]))

@@ -23,12 +23,14 @@ def small():
 
 @compiles
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_tokens_and_nothing_compiled_twice(way, small):
-    """Greedy, against decoding from scratch; other prompts, lengths, limits and stop tokens use the same graphs.
+def test_the_same_tokens_and_nothing_compiled_twice(way, small, request):
+    """Greedy, by inductor for chains, against decoding from scratch; other prompts, lengths, limits and stop tokens use the same graphs.
 
     Also where the first text begins at the end of its cache: that length is not taken for the only one. And up to the
     model's last position, which a compiled draft passes, as it is whole.
     """
+    if way == "plain":
+        request.getfixturevalue("traced")
     graphs, seconds, accepted = None, compiled_steps(small).seconds, 0
     to_the_end = [([row[cut:] for row in END], MAX_LEN - len(END[0]) + cut) for cut in range(3)]
     for prompts, count in (*to_the_end, (SHORT, 9), (LONG, 12), (SHORT[::-1], 2), (SHORT, 70)):
