@@ -24,9 +24,9 @@ def small():
 @compiles
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_tokens_and_nothing_compiled_twice(way, small, request):
-    """Greedy, by inductor for chains, against decoding from scratch; other prompts, lengths, limits and stop tokens use
-    the same graphs. Also where the first text begins at the end of its cache: that length is not taken for the only one.
-    And up to the model's last position, which a compiled draft passes, as it is whole.
+    """Greedy, by inductor for chains, against decoding from scratch; other prompts, limits and stop tokens use the same
+    graphs. Where the first text begins at the end of its cache, that length is not taken for the only one. Up to the
+    model's last position, which a compiled draft passes, as it is whole.
     """
     if way == "plain":
         request.getfixturevalue("traced")
