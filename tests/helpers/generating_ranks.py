@@ -52,7 +52,7 @@ LOCAL_MODES = {"speculative": MODES["speculative"], "look-up": MODES["speculativ
 # 33 on each of two tensor-parallel ranks, which cannot be halved again.
 UNEVEN = {"intermediate_dim": 66, "num_layers": 3}
 # With biases and a tied head two rows, eager; with a head of its own one, compiled.
-LOCAL = {"qwen2_tied": (PROMPTS, ["speculative"], False), "llama3": (PROMPTS[0], LOCAL_MODES, True)}
+LOCAL = {"qwen2_tied": (PROMPTS, LOCAL_MODES, False), "llama3": (PROMPTS[0], ["speculative"], True)}
 # kept_layers, T
 SPLITS = {"draft_whole": (E, 1), "all_sharded": (0, 1), "nothing_sharded": (L, 1), "tensor_parallel": (E, 2)}
 SHARED_MODEL = sorted(SPLITS.keys() - {"nothing_sharded"})  # there each rank has a model of its own
