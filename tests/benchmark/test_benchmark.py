@@ -128,7 +128,6 @@ def write_prompts(path: Path, *responses: str) -> str:
 
 
 def test_outputs_are_compared_with_references_and_batches_and_exits_are_measured(path, capsys):
-    """One reference is what the model says, decoded; the other is something else."""
     few = ["temperatures=[0.0]", "repeats=1"]
     recipe, _ = run(path, *few)
     said = recipe.tokenizer.decode(recipe.runs[0.0, "baseline"][0].outputs[0])

@@ -1,7 +1,7 @@
 """A benchmark's config beside generation's, and its memory; tests/cli/test_errors.py has its mistakes."""
 
 import pytest
-from helpers.configs import LAYER, MODEL, REST, SLOT, benchmark_config, generate_config
+from helpers.configs import LAYER, MODEL, REST, SLOT, benchmark_config
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
@@ -13,14 +13,6 @@ def test_every_key_of_generation_is_known():
     """Honoured or refused by name: a benchmark config extends a generation config."""
     known = {*BenchmarkConfig.model_fields, *BenchmarkConfig.REFUSED, *BenchmarkConfig.IGNORED}
     assert {*GenerateConfig.model_fields} <= known
-
-
-def test_a_generation_config_becomes_a_benchmark(tmp_path, checkpoint):
-    """What means nothing here is switched off by null; the stop tokens count."""
-    user = generate_config(tmp_path, checkpoint, stop_tokens=[7], stream=False, benchmark={"compare": True})
-    own = ["self_speculation=null", "temperature=null", "benchmark=null", "stream=null", f"report_dir={tmp_path}"]
-    cfg = load_config(str(user), [*own, "variants.chain={exit_layer: 2, num_speculations: 2}"])
-    assert 7 in LayerSkipBenchmark(cfg).stop_tokens
 
 
 def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, monkeypatch):

@@ -124,7 +124,6 @@ def test_exits_and_draft_lengths_are_searched_and_the_best_is_compiled(monkeypat
 
 
 def test_each_temperature_has_its_own_fastest_setting(path, monkeypatch):
-    """Greedily more drafts pay, and when sampling fewer."""
 
     def decoder(job, compiled, exit_layer, length):
         def decode(prompts, sampler, seed):
@@ -141,7 +140,6 @@ def test_each_temperature_has_its_own_fastest_setting(path, monkeypatch):
 
 
 def test_what_a_peer_cannot_do_leaves_it_out(path):
-    """Filters that torchtune lacks, and a draft that no variant has; ours are measured."""
     alone = ["variants.chain=null", "variants.short=null", "variants.x.early_exit=2", "max_new_tokens=4", "repeats=1"]
     report = run(path, *alone, "peers=[torchtune,transformers_early_exit]", "temperatures=[0.8]", "top_p=0.9")
     assert [row["name"] for row in report["results"]] == ["baseline", "x"]

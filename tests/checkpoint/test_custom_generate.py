@@ -208,7 +208,6 @@ def test_the_cache_in_a_dictionary_goes_on(exit_layer, family, end, fixed_length
 
 @EXITS
 def test_prompts_without_their_tokens(exit_layer, fixed_length):
-    """A prompt as embeddings, and a cache with only the tokens that are new."""
     model, inputs = tiny(), prompts()
     embedded = {"inputs_embeds": model.model.embed_tokens(inputs["input_ids"])} | {
         "attention_mask": inputs["attention_mask"]

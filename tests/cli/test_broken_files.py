@@ -32,7 +32,6 @@ def test_a_prompt_longer_than_the_model(paths, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_checkpoint_folder_that_lacks_files(recipe, paths, checkpoint, tmp_path):
-    """It names those that are missing, and those that are there."""
     shutil.copytree(checkpoint, tmp_path / "half")
     (tmp_path / "half" / "config.json").unlink()
     files = "checkpointer.checkpoint_files=[model-00001-of-00002.safetensors, model.safetensors]"
@@ -43,7 +42,6 @@ def test_a_checkpoint_folder_that_lacks_files(recipe, paths, checkpoint, tmp_pat
     assert there == "model.safetensors"
 
 
-@pytest.mark.parametrize("recipe", ["generate", "eval"])
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -54,11 +52,11 @@ def test_a_checkpoint_folder_that_lacks_files(recipe, paths, checkpoint, tmp_pat
         (["checkpointer.checkpoint_files=[config.json]"], "config.json"),
     ],
 )
-def test_the_checkpoint_of_another_model(recipe, overrides, message, paths, monkeypatch):
+def test_the_checkpoint_of_another_model(overrides, message, paths, monkeypatch):
     """Only this mistake is found after loading: it says what does not fit."""
     monkeypatch.undo()
-    monkeypatch.chdir(paths[recipe].parent)
-    assert re.search(message, refusal(recipe, paths[recipe], *overrides))
+    monkeypatch.chdir(paths["generate"].parent)
+    assert re.search(message, refusal("generate", paths["generate"], *overrides))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +167,6 @@ def test_odd_values_are_taken_or_refused_by_key(recipe, paths):
     ],
 )
 def test_a_prompt_of_ones_own_replaces_the_configs(overrides, expected, paths, monkeypatch):
-    """Also where the config takes its prompts from a component, as the quickstart does."""
     monkeypatch.setattr("layerskip_recipes.quickstart.heldout_prompts", lambda count: ["a", "b"])
     change = ["prompt=null", "prompts._component_=layerskip_recipes.quickstart.heldout_prompts", "prompts.count=2"]
     assert LayerSkipGenerate(load_config(str(paths["generate"]), [*change, *overrides])).prompts == expected

@@ -120,7 +120,6 @@ def test_a_component_beside_the_config_is_found(layerskip, monkeypatch):
 
 
 def test_validate_knows_the_recipe_of_configs_that_extend_a_generation_config(layerskip):
-    """They have its keys, switched off."""
     root = Path(__file__).parents[2]
     (example,) = re.findall(r"^```yaml\n# my.yaml\n(.*?)^```$", (root / "README.md").read_text(), flags=re.S | re.M)
     Path("my.yaml").write_text(example)
@@ -212,9 +211,8 @@ def test_help_names_the_commands_and_their_arguments(layerskip):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("args", [["ls"], ["--help"], ["cp", "hf/full", "mine"], ["cat", "hf/full"]])
+@pytest.mark.parametrize("args", [["ls"], ["cat", "hf/full"]])
 def test_a_command_that_builds_nothing_does_not_wait_for_torch(args, tmp_path):
-    """Its import takes seconds."""
     code = f"import sys; sys.argv = {['layerskip', *args]}; sys.modules['torch'] = None  # an import of it fails\n"
     code += "from layerskip_recipes.cli.commands import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -5,6 +5,7 @@ test_broken_files.py tries odd values for all keys.
 """
 
 import pytest
+from helpers.configs import MODEL
 from helpers.refusals import RECIPES, check
 
 # Overrides, the key at the message's start (or the section that it is in), the value given, what is allowed.
@@ -49,6 +50,10 @@ EVAL = [
     ("compare={a: {_component_: torchtune.nothing}}", "compare.a._component_", "'torchtune.nothing'", ""),
     ("compare={a: {model_type: X}}", "compare", "'X'", "LLAMA3_2"),
     ("checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "weights"),
+    ("top_k=1", "top_k", "1 is not honoured by this recipe", "Set top_k=null"),
+    ("report=.", "report", "'.'", ""),
+    ("report=eval.yaml/exits.json", "report", "'eval.yaml'", "cannot be written"),
+    ("picture=exits.txt", "picture", "'exits.txt'", ""),
 ]
 
 VOCABULARY = "self_speculation.draft_vocabulary"
@@ -108,6 +113,9 @@ BENCHMARK = [
 STDLIB = "_component_: layerskip_recipes.quickstart.StdlibDataset"
 COSINE = "lr_scheduler._component_=torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
 STEP_LR = "lr_scheduler._component_=torch.optim.lr_scheduler.StepLR; lr_scheduler.step_size=1"
+DRAFT = "layer_dropout=null; early_exit_loss=null; draft={kind: copy, exit_layer: 2}"
+SMOOTHED = "loss=torch.nn.CrossEntropyLoss; loss.label_smoothing=0.1"
+DROPPING = f"model={{_component_: layerskip_recipes.layerskip_decoder, base: {MODEL}, layer_dropout: {{prob: 0.1}}}}"
 OFFLOADING, SHARDED = "enable_activation_offloading", "DistributedCheckpointer"
 FINETUNE = [
     ("epochs=null", "epochs", "None", "of 1 or more; for example epochs=1"),
@@ -156,6 +164,8 @@ FINETUNE = [
     ("exits_val=1", "exits_val", "1", "dataset_val"),
     ("layers_val=1", "layers_val", "1", "exits_val, which counts from 1"),
     ("early_exit_loss.layers=1", "early_exit_loss.layers", "1", "replaced by exits, which count from 1"),
+    (f"dataset_val={{{STDLIB}}}; exits_val=9", "exits_val", "9", "Allowed: exits 1..4 and slices"),
+    (f"dataset_val={{{STDLIB}, split: heldout, seq_len: 1000}}", "dataset_val", "1000", "128"),
     # Our sections.
     ("~layer_dropout.prob", "layer_dropout.prob", "missing", "layer_dropout.prob=0.1"),
     ("layer_dropout.prob=10%", "layer_dropout.prob", "'10%'", "0 to 1"),
@@ -164,6 +174,17 @@ FINETUNE = [
     ("layer_dropout.layers=1-2", "layer_dropout.layers", "'1-2'", 'for example ":"'),
     ("early_exit_loss.exits=null", "early_exit_loss.exits", "None", "early_exit_loss.exits=auto"),
     ("layer_dropout.layers=null", "layer_dropout.layers", "None", "for example layer_dropout.layers=:"),
+    ("early_exit_loss={exits: 1, curriculum: null}", "early_exit_loss.exits", "1", "scale_fn=uniform"),
+    # Drafts.
+    (f"{DRAFT}; draft.exit_layer=4", "draft.exit_layer", "4", "an integer of 1 to 3"),
+    (f"{DRAFT}; layer_dropout={{prob: 0.1}}", "layer_dropout", "does not go with draft", ""),
+    (f"{DRAFT}; {DROPPING}", "model.layer_dropout", "does not go with draft", ""),
+    (f"{DRAFT}; {SMOOTHED}", "loss.label_smoothing", "0.1 does nothing with draft", ""),
+    (f"{DRAFT}; checkpointer.checkpoint_files=[]", "draft", "this one has no weights", ""),
+    (f"{DRAFT}; draft.keep_states=true", "draft.keep_states", "removed", ""),
+    (f"{DRAFT}; draft.own_text=0.25", "draft.own_text", "removed", "train on that file"),
+    (f"{DRAFT}; model.num_layers=1", "draft", "this one has 1", "Set draft=null"),
+    (f"{DRAFT}; draft.finetune_model=true; early_exit_loss={{scale: 0.1}}", "early_exit_loss", "draft", "Set "),
 ]
 
 

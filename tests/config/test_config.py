@@ -62,7 +62,6 @@ def test_an_unknown_name(name, message):
 
 
 def test_extends_is_relative_to_the_extending_file(base, tmp_path, monkeypatch):
-    """Even if the current folder has a file of that name."""
     (tmp_path / "elsewhere").mkdir()
     write_yaml(tmp_path / "elsewhere" / base.name, {"epochs": 99})
     monkeypatch.chdir(tmp_path / "elsewhere")

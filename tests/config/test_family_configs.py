@@ -39,24 +39,13 @@ PAPER = {
     "topv2_1_5B": (0.2, "constant", 1.0, "gradual", None, 1e-4, 32, 5_800),
 }
 
-# Exit and draft length of the authors' weights: the paper's for CNN/DM where its table has them, else those of their
-# blog and their code.
-RELEASED = {
-    "llama2_7B": (8, 12),
-    "llama2_13B": (15, 12),
-    "llama2_70B": (10, 6),
-    "codellama_7B": (4, 6),
-    "codellama_34B": (8, 6),
-    "llama3_8B": (4, 6),
-    "llama3_2_1B": (4, 6),
-}
-
 
 def torchtunes() -> list[str]:
-    """Every full and LoRA config of torchtune for text."""
+    """A full and a LoRA config of torchtune for each family of text models, and for one device and several."""
     kinds = re.compile("(full|lora)_finetune_(single_device|distributed)")
     known = {c.name for recipe in get_all_recipes() if kinds.fullmatch(recipe.name) for c in recipe.configs}
-    return sorted(name for name in known & set(torchtune_configs()) if "vision" not in name)
+    names = sorted(name for name in known & set(torchtune_configs()) if "vision" not in name)
+    return [*{re.sub(r"/[\w.]+?_(full|q?lora|q?dora)", r"/\1", name): name for name in names}.values()]
 
 
 @cache
@@ -203,26 +192,8 @@ def test_the_papers_values(name):
     assert resolved(f"paper/{name}")["tokenizer"]["max_seq_len"] == 4096
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_the_released_weights(name):
-    """The exit and the draft length, a download line of that folder, and a tokenizer that the folder has."""
-    config = load_config(f"facebook/layerskip_{name}")
-    drafts = config.self_speculation
-    assert (drafts.exit_layer, drafts.num_speculations) == RELEASED[name]
-    (repository, folder) = re.search(
-        r"^#   tune download (facebook/\S+) --output-dir (\S+) --hf-token <HF_TOKEN>$",
-        our_configs()[f"facebook/layerskip_{name}"].read_text(),
-        flags=re.M,
-    ).groups()
-    assert repository.replace("-", "").lower().endswith(name.replace("_", "").replace("32", "3.2").lower())
-    assert config.model_dir == folder == f"/tmp/{repository.partition('/')[2]}"
-    path = OmegaConf.to_container(config)["tokenizer"]["path"]
-    assert path == ("${model_dir}" if "llama3" in name else "${model_dir}/tokenizer.model")
-
-
-def test_the_tables_are_complete():
-    named = {f"facebook/layerskip_{name}" for name in RELEASED} | {f"paper/{name}" for name in PAPER}
-    assert named == {name for name in our_configs() if name.startswith(("facebook/layerskip", "paper/"))}
+def test_the_table_is_complete():
+    assert {f"paper/{name}" for name in PAPER} == {name for name in our_configs() if name.startswith("paper/")}
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llama2_1_5B_scratch", 1.5), ("llama2_7B_scratch", 6.74)])

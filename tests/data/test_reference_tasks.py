@@ -208,7 +208,7 @@ def test_a_bad_question_or_answer_is_named_by_its_line(line, said):
             qa_component("train.jsonl").build(None)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_thinking", "deepseek_r1_distill", "smollm3", "smollm2"])
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_r1_distill", "smollm3", "smollm2"])
 @pytest.mark.parametrize("reply", ["alarm 07:00", "<think>\nhours\n</think>\n\nalarm 07:00"])
 def test_all_qa_configs_ask_with_the_tokens_that_they_train(tokenizer_folder, family, reply):
     template = Path(__file__).with_name("templates") / f"{family}.jinja"

@@ -1,6 +1,7 @@
 """hf_tokenizer against transformers (tokens), against texts written down by hand (loss masks), and inside torchtune."""
 
 import base64
+import functools
 import json
 import pickle
 import re
@@ -101,12 +102,18 @@ def sentencepiece_like() -> Tokenizer:
 KINDS = {"byte_level": byte_level, "sentencepiece_like": sentencepiece_like}
 
 
+@functools.cache
+def trained(kind: str) -> str:
+    """A tokenizer as JSON."""
+    return KINDS[kind]().to_str()
+
+
 @pytest.fixture
 def make_folder(tmp_path):
     """Writes a tokenizer folder; `config` goes into tokenizer_config.json, on top of bos, eos and pad."""
 
     def make(kind="byte_level", template=None, adds_bos=False, generation_config=None, **config):
-        tokenizer = KINDS[kind]()
+        tokenizer = Tokenizer.from_str(trained(kind))
         if adds_bos:
             tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -268,14 +275,22 @@ def test_loss_is_on_the_unmasked_messages_only(make_folder, kind, name, turns, t
 # ---- the real templates of all families, and of a template that does not fit ----
 
 FAMILIES = {file.stem: file.read_text() for file in sorted(Path(__file__, "../templates").resolve().glob("*.jinja"))}
+NOT_THINKING = r"""    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+"""
+# Qwen 3 Thinking 2507 always opens a think block.
+THINKING = r"    {{- '<|im_start|>assistant\n<think>\n' }}" + "\n"
+assert NOT_THINKING in FAMILIES["qwen3"]
+FAMILIES["qwen3_thinking"] = FAMILIES["qwen3"].replace(NOT_THINKING, THINKING)
 END_OF_TURN = dict.fromkeys(FAMILIES, "</s>") | {
-    **dict.fromkeys(("qwen2_5", "qwen3", "qwen3_thinking", "smollm2", "smollm3", "phi4", "yi"), "<|im_end|>"),
+    **dict.fromkeys(("qwen3", "qwen3_thinking", "smollm2", "smollm3", "phi4"), "<|im_end|>"),
     **dict.fromkeys(("llama3", "llama3_2"), "<|eot_id|>"),
     "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
     "gemma2": "<end_of_turn>",
     "phi3": "<|end|>",
 }
-LEADING_SPACE = ("llama2", "mistral_v0_2")  # in the reply: their prompts end in [/INST]
 PROMPT_ENDS = {
     "qwen3": "<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "qwen3_thinking": "<|im_start|>assistant\n<think>\n",
@@ -314,7 +329,7 @@ def test_a_model_is_trained_on_what_it_is_asked_with(make_folder, kind, family, 
         stop = answer.index(tokenizer.special_tokens[END_OF_TURN[family]]) + 1
         assert not any(mask[len(prompt) : len(prompt) + stop])
         text = tokenizer.decode(answer[:stop], False)
-        expected = " " * (family in LEADING_SPACE) + turns[i][1] + " " * (family == "llama2") + END_OF_TURN[family]
+        expected = " " * (family == "llama2") + turns[i][1] + " " * (family == "llama2") + END_OF_TURN[family]
         if kind == "sentencepiece_like":  # it puts spaces after special tokens
             text, expected = (re.sub("[ ▁]", "", words) for words in (text, expected))
         assert text == expected
@@ -338,7 +353,7 @@ def test_prompts_are_those_of_transformers(make_folder, family):
 
 
 @pytest.mark.parametrize("reply", [REASONING, "<think>add</think>four"])
-@pytest.mark.parametrize("family", [*PROMPT_ENDS, "llama3", "llama2", "qwen2_5"])
+@pytest.mark.parametrize("family", [*PROMPT_ENDS, "llama3", "llama2"])
 def test_reasoning_is_learned_after_a_prompt_that_lets_the_model_think(make_folder, family, reply, caplog):
     folder = make_folder(template=FAMILIES[family])
     tokenizer = hf_tokenizer(folder)

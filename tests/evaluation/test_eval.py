@@ -51,7 +51,6 @@ def test_an_accepted_length_counts_the_ends_of_answers(length, drafts, expected)
 
 
 def test_samples_longer_than_the_model_are_cut(tmp_path, tokenizer_folder, capsys):
-    """As in training: the third one would end the evaluation."""
     lines = [json.dumps({"text": "if x: " * length}) for length in (5, 5, 500)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     component = "torchtune.datasets.text_completion_dataset"
@@ -63,23 +62,3 @@ def test_samples_longer_than_the_model_are_cut(tmp_path, tokenizer_folder, capsy
     recipe.evaluate()
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["batches"] == 3 and all(of["accepted_length"] is not None for of in report["exits"].values())
-
-
-def test_an_interrupted_picture_replaces_no_whole_one(tmp_path, tokenizer_folder, monkeypatch):
-    folder = make_checkpoint(tmp_path / "own", tokenizer_folder)
-    section = {"checkpoint_dir": str(folder), "checkpoint_files": ["model.safetensors"]}
-    path = eval_config(tmp_path, folder, picture=str(tmp_path / "exits.png"), report=None, compare={"again": section})
-    for interrupts in (False, True):
-        recipe = LayerSkipEval(load_config(str(path)))
-        recipe.setup()
-        if interrupts:
-            kept, load = (tmp_path / "exits.png").read_bytes(), recipe._measure
-
-            def measure(name, *others, load=load):
-                if name == "again":
-                    raise KeyboardInterrupt
-                load(name, *others)
-
-            monkeypatch.setattr(recipe, "_measure", measure)
-        recipe.evaluate()
-    assert (tmp_path / "exits.png").read_bytes() == kept and (tmp_path / "exits_interrupted.png").is_file()

@@ -89,13 +89,7 @@ def test_an_answer_that_was_interrupted_before_its_first_token_is_none(talk, mon
     assert "hi" not in recipe.tokenizer.decode(asked[1])
 
 
-def test_a_conversation_has_no_baseline(talk):
-    _, report, _ = talk("hello\n", "benchmark.compare=true")
-    assert report["prompts"] == 1 and "identical" not in report
-
-
 def test_a_question_that_does_not_fit_is_left_out(talk, caplog):
-    """The conversation goes on as if it had not been asked."""
     recipe, report, turns = talk(f"hi\n{'x' * 150}\nand now\n")
     text = recipe.tokenizer.decode(turns[1][0])
     assert report["prompts"] == 2 and "x" * 5 not in text and text.endswith("and now<reply>")
@@ -104,7 +98,6 @@ def test_a_question_that_does_not_fit_is_left_out(talk, caplog):
 
 
 def test_answers_are_shorter_at_the_end_of_the_context(talk, caplog):
-    """Of 128 positions a question leaves fewer than `max_new_tokens`."""
     recipe, report, turns = talk(f"{'x' * 100}\n", tokens=60)
     (prompt, generation), room = turns[0], 128 - len(turns[0][0])
     assert report["prompts"] == 1 and 0 < room < 60

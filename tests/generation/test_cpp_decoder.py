@@ -113,8 +113,10 @@ def texts_of(rows, length):
     return torch.randint(0, SIZE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(7)).tolist()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 1", "int8 of version 2"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [*itertools.product(FAMILIES, ("fp32", "bf16", "int8 of version 2")), ("llama3", "int8 of version 1")],
+)
 def test_the_numbers_of_torchs_modules(family, precision):
     """Two rows, behind a text and from its first token on, against the whole text in fp64 without a cache."""
     model = make(family, precision)
@@ -128,8 +130,9 @@ def test_the_numbers_of_torchs_modules(family, precision):
         )
 
 
-@pytest.mark.parametrize("draft", [None, "copy", "adapter"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "draft"), [*((family, None) for family in FAMILIES), ("llama3_2", "copy"), ("gemma2", "adapter")]
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatch):
     """What the caches hold and the last token's state, of two texts; at once, and in bf16 in parts behind three tokens
@@ -181,21 +184,6 @@ def test_rows_are_read_in_bf16_as_they_are_alone(tiles, variant, monkeypatch):
         assert found and all(torch.equal(keys, expected[length]) for length, keys in found.items())
 
 
-def test_a_first_token_is_chosen_in_cpp_also_where_torch_reads_the_text(monkeypatch):
-    """torch rounds the head's logits to bf16, which may choose another token than beside texts that C++ reads."""
-    seen, whole = [], Generation._first_tokens
-
-    def noted(self, *args):
-        seen.append(self.context.cpp is not None)
-        return whole(self, *args)
-
-    monkeypatch.setattr(Generation, "_first_tokens", noted)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
-    run(talking("bf16"), texts_of(2, 40), 2)
-    assert seen == [True]
-
-
 def test_a_long_prompt_can_be_left_between_two_chunks(monkeypatch):
     """The server stops there if its client has left; the next generation is as ever."""
     monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
@@ -236,7 +224,7 @@ def test_compiled_code_is_of_one_torch_compiler_and_processor(monkeypatch):
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="knows the end of Linux's libraries only")
-@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
 def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, tmp_path, monkeypatch):
     (tmp_path / "small.cpp").write_text("int small() { return 1; }\n")
     monkeypatch.setattr(cpp_decoder, "SOURCES", [tmp_path / "small.cpp"])
@@ -261,7 +249,6 @@ def two_threads():
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2"])
 def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
-    """A token alone, behind others or beside other rows."""
     model, (text, *others) = make("llama3", precision), texts_of(5, 150)
     torch.set_num_threads(1)
     alone = in_cpp(model, [text], 1)[0, -1]
@@ -282,6 +269,8 @@ def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
 )
 def test_the_code_fits_other_processors(capability, flags, tmp_path):
     """Without the instructions that this one may have, such as those for bf16."""
+    if capability == torch.backends.cpu.get_cpu_capability():
+        pytest.skip("all other tests run this one")
     (tmp_path / "all.cpp").write_text("".join(source.read_text() for source in SOURCES))
     known = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     folders = [f"-I{folder}" for folder in include_paths()]
@@ -290,8 +279,8 @@ def test_the_code_fits_other_processors(capability, flags, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("k", [16, 48, 576, 2064, 9232])  # the last two are multiplied in pieces
-@pytest.mark.parametrize("n", [1, 5, 64, 130])
+@pytest.mark.parametrize("k", [16, 576, 2064, 9232])  # the last two are multiplied in pieces
+@pytest.mark.parametrize("n", [1, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_products_of_few_rows(n, k, dtype, two_threads):
     """scale (x W^T) + bias, and each row of it to the last bit what it is alone. bf16 instructions take x in bf16."""
@@ -307,7 +296,7 @@ def test_products_of_few_rows(n, k, dtype, two_threads):
     instructions = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     exact = (x.bfloat16() if dtype == torch.bfloat16 and instructions else x).double()
     torch.testing.assert_close(alone.double(), exact @ w.double().T * scale + bias, atol=atol, rtol=1e-4)
-    for rows in range(1, 22):
+    for rows in (2, 3, 4, 7, 8, 9, 16, 21):
         assert torch.equal(head.logits(x[:, :rows]), alone[:, :rows])
     assert torch.equal(head.logits(x.mT.contiguous().mT), alone)
     with pytest.raises(RuntimeError):

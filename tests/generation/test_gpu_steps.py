@@ -1,7 +1,6 @@
 """What steps do on a GPU, without one: graphs that dynamo makes run on the CPU, or stand-ins are called for them."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from layerskip_recipes.generation import engine
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
-from layerskip_recipes.generation.steps import StepContext, choose_token
+from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention
 
 
@@ -130,56 +129,3 @@ def test_a_graph_that_fails_half_way_changes_no_token(way, nth, gpu_steps, monke
     generation = run(model, SHORT, 12, speculation=speculation)
     assert generation.generated == [plain(model, prompt, 12) for prompt in SHORT]
     assert min(calls.values()) >= nth and len(gpu_steps.refused) == len(calls)
-
-
-@pytest.mark.parametrize(("replays", "shared"), [(0, False), (2, False), (2, True)])
-def test_a_graph_that_fails_on_a_gpu_is_not_used_again(replays, shared, no_cuda, monkeypatch):
-    """At its first call or at a later one, as when the memory for another capture is missing.
-
-    A run of several processes ends: the other ranks have not failed, and wait in a collective.
-    """
-    steps, calls = CompiledSteps(torch.device("cuda")), []
-
-    def graph(*_):
-        calls.append(1)
-        if len(calls) > replays:
-            raise RuntimeError("out of memory")
-        return "by its graph"
-
-    monkeypatch.setattr(compiling, "_compiled", lambda *_: graph)
-    models = {"model": torch.nn.Linear(1, 1), "draft_model": torch.nn.Linear(1, 1)}
-    context = SimpleNamespace(**models, shared=shared)
-    step = SimpleNamespace(
-        context=context, settings=(), function=choose_token, key=lambda *_: "key", run=lambda *_: "without"
-    )
-    for _ in range(replays):
-        steps.begin_round()
-        assert steps(step, None) == "by its graph"
-    steps.begin_round()
-    if shared:
-        with pytest.raises(RuntimeError, match=r"choose_token.*compile=false"):
-            steps(step, None)
-    else:
-        assert steps(step, None) == "without"
-    assert steps(step, None) == "without" and len(calls) == replays + 1
-
-
-def test_a_path_with_a_new_step_is_captured_in_the_next_round(no_cuda, monkeypatch):
-    """CUDA graphs: where one step of a round runs for the first time, none after it is captured."""
-    monkeypatch.setattr(compiling, "_compiled", lambda function, *_: function)
-
-    class Named:
-        context, settings = SimpleNamespace(model=make_small(), draft_model=make_small()), ()
-
-        def __init__(self, name):
-            self.function, self.key = lambda *_: None, lambda: name
-
-    graphs, steps = CompiledSteps(torch.device("cuda")), {name: Named(name) for name in ("old", "new")}
-    captured = []
-    for names in (("old",), ("old",), ("new", "old"), ("new", "old"), ("new", "old")):
-        graphs.begin_round()
-        for name in names:
-            graphs(steps[name], None)
-        captured.append(graphs.captured.copy())
-    alone, both = {("old",)}, {("old",), ("new",), ("new", "old")}
-    assert captured == [set(), alone, alone, both, both]

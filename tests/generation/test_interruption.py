@@ -46,22 +46,6 @@ def test_ctrl_c_within_a_text_keeps_it_as_far_as_it_came(path, compare, monkeypa
     assert report["tokens"] == first["tokens"] + (0 if compare else second["tokens"])
 
 
-def test_ctrl_c_compares_what_both_ways_did(path, monkeypatch):
-    """It comes after the baseline's second prompt, before ours."""
-    recipe, calls = ready(path, "prompt=[a, b, c]", "benchmark.compare=true"), []
-
-    def interrupted(batch, limit, plain=False, run=recipe._run, **kwargs):
-        calls.append((*batch, plain))
-        if calls[2:] == [(0, True), (0, False), (1, True), (1, False)]:
-            raise KeyboardInterrupt
-        return run(batch, limit, plain=plain, **kwargs)
-
-    monkeypatch.setattr(recipe, "_run", interrupted)
-    report = recipe.generate()
-    assert (report["prompts"], report["identical"]) == (1, True)
-    assert report["baseline_tokens"] == report["tokens"]
-
-
 def test_answers_of_a_run_that_is_killed(path, tmp_path, monkeypatch):
     """Answers are written as they end, and the file of before is there until the end."""
     out = tmp_path / "out.jsonl"

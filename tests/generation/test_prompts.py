@@ -162,18 +162,7 @@ def test_an_interrupted_run_replaces_no_earlier_answers(tmp_path):
     assert lines == {"a.jsonl": 1, "a_interrupted.jsonl": 2, "a_interrupted1.jsonl": 0}
 
 
-def test_the_folder_of_an_output_file_that_is_there_gets_another_file(path, tmp_path, monkeypatch):
-    """FILE.partial, so it is checked before anything is loaded."""
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a.jsonl").touch()
-    access = os.access
-    monkeypatch.setattr("os.access", lambda name, mode: Path(name) != tmp_path / "folder" and access(name, mode))
-    with pytest.raises(ValueError, match=r"^output_file: .*folder'.* cannot be written"):
-        ready(path, f"output_file={tmp_path / 'folder' / 'a.jsonl'}")
-
-
 def test_the_kinds_of_prompt_files(tmp_path):
-    """A file with a JSON value is neither a text nor lines."""
     for name in ("a.jsonl", "a.ndjson"):
         (tmp_path / name).write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
         assert [example.prompt for example in try_examples(prompt_file=name)] == ["a", "b"]
@@ -214,12 +203,6 @@ def test_examples_of_a_config():
     expected = [Example("a", "b"), Example({"user": "c"}), Example("d"), Example("e", "")]
     assert read_examples(prompt_file=file) == expected
     assert read_examples(["a", {"user": "b"}]) == [Example("a"), Example({"user": "b"})]
-
-
-def test_an_example_knows_its_line():
-    """Empty lines count, as in an editor."""
-    Path("p.jsonl").write_text('\n{"prompt": "a"}\n\n{"prompt": "b"}\n')
-    assert [example.line for example in read_examples(prompt_file="p.jsonl")] == [2, 4]
 
 
 def test_items_of_a_component(monkeypatch):

@@ -27,7 +27,6 @@ def probs_of(logits, temperature, *filters, **named):
 
 
 def test_the_chi_square_test_can_tell():
-    """Right draws pass, draws from a distribution 2% away do not."""
     p = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])
     wrong = torch.tensor([0.42, 0.28, 0.2, 0.1, 0.0])
     assert p_value(torch.multinomial(p, N, replacement=True, generator=rng()), p) > 1e-3

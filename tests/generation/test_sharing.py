@@ -39,14 +39,6 @@ def test_a_finished_generation_is_freed_at_once(speculation):
         gc.enable()
 
 
-@pytest.mark.slow
-def test_a_draft_vocabulary_of_all_tokens_and_none():
-    model = layerskip_decoder(two_layers("qwen3"))
-    for vocabulary in (range(97), None, range(97)):
-        drafts = Speculation(1, 2, draft_vocabulary=vocabulary)
-        assert run(model, [PROMPT], 12, speculation=drafts, compile=True).generated == [plain(model, PROMPT, 12)]
-
-
 def test_one_generation_of_a_model_at_a_time():
     """They have the attention layers' caches to themselves; one that is closed gives them back."""
     model = make_model()
@@ -111,9 +103,3 @@ def test_a_plain_decoder_with_other_modules_is_another_model():
     assert generate(base, torch.tensor(PROMPT), 6).tokens[0, len(PROMPT) :].tolist() == expected
     with pytest.raises(ValueError, match=r"^exit_layer: 3 .*1\.\.2"):
         generate(base, torch.tensor(PROMPT), 6, exit_layer=3)
-
-
-def test_output_chunks_of_a_training_do_not_matter_and_stay():
-    model = make_model()
-    model.set_num_output_chunks(4)
-    assert run(model, [PROMPT], 12).generated == [TOKENS] and model.num_output_chunks == 4

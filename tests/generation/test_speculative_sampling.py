@@ -23,14 +23,13 @@ SETTINGS = [
 @pytest.mark.parametrize("exit_layer", [None, 2])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_samples_have_the_models_distribution(settings, exit_layer):
-    """The first three tokens of many equal prompts, against all 125 texts."""
     generation = run(small_model(), [START] * 5000, 3, sampler=Sampler(**settings, seed=63), exit_layer=exit_layer)
     expected = probabilities(3, exit_layer=exit_layer or 3, **settings)
     assert p_value(numbered(generation.generated, 3), expected) > 1e-3
 
 
 @pytest.mark.parametrize("variant", VARIANTS | TRAINED)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[-1]], ids=str)
 def test_no_draft_changes_a_sampled_token(variant, settings):
     """All prompts together, in two rows that take one after the other, and alone; one prompt stands twice."""
     model, prompts, sampler = model_of("llama3_2"), [*PROMPTS, PROMPTS[0]], Sampler(**settings, seed=4)
@@ -65,12 +64,11 @@ def test_the_seed_alone_decides(variant):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}], ids=str)
-def test_sampling_from_one_token_is_greedy(variant, settings):
+def test_sampling_from_one_token_is_greedy(settings):
     model = model_of("llama3_2")
     sampler = Sampler(0.8, **settings, repetition_penalty=1.4)
-    generation = run(model, PROMPTS[:3], 12, sampler=sampler, **drafting(variant, model))
+    generation = run(model, PROMPTS[:3], 12, sampler=sampler, **drafting("all", model))
     assert generation.generated == [plain(model, prompt, 12, 1.4) for prompt in PROMPTS[:3]]
 
 

@@ -1,7 +1,7 @@
-"""A training that dies: `dying_run.py CALL CONFIG OVERRIDES`.
+"""A training that dies: `dying_run.py CALL CONFIG OVERRIDES` or `dying_run.py SIGNAL CONFIG OVERRIDES`.
 
 By SIGKILL, at the CALL-th step of writing checkpoints; a file that is written is left half. The name of what was
-interrupted is all that it prints.
+interrupted is all that it prints. Or by the signal, after its first checkpoint.
 """
 
 import itertools
@@ -9,12 +9,16 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import torch
 import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
 from torch.distributed.checkpoint import FileSystemWriter
 
+from layerskip_recipes.cli.recipes import finetune
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
@@ -51,9 +55,23 @@ def die_at(call: int) -> None:
         wrap(owner, name)
 
 
+def signal_after(checkpoint: Path, number: int) -> None:
+    while not checkpoint.exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), number)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    die_at(int(sys.argv[1]))
-    recipe = LayerSkipFinetune(load_config(sys.argv[2], sys.argv[3:]))
-    recipe.setup()
-    recipe.train()
+    when, config, *overrides = sys.argv[1:]
+    if when.isdigit():
+        die_at(int(when))
+        recipe = LayerSkipFinetune(load_config(config, overrides))
+        recipe.setup()
+        recipe.train()
+    else:
+        tempfile.tempdir = None  # of the environment
+        arguments = Path(load_config(config, overrides).output_dir) / "epoch_0", getattr(signal, when)
+        threading.Thread(target=signal_after, args=arguments, daemon=True).start()
+        sys.argv = ["layerskip_finetune", "--config", config, *overrides]
+        finetune()

@@ -2,12 +2,9 @@
 
 import faulthandler
 import json
-import os
 import random
 import sys
-import threading
 import time
-import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -58,7 +55,7 @@ LOCAL_MODES = {"speculative": MODES["speculative"], "look-up": MODES["speculativ
 # 33 on each of two tensor-parallel ranks, which cannot be halved again.
 UNEVEN = {"intermediate_dim": 66, "num_layers": 3}
 # With biases and a tied head two rows, eager; with a head of its own one, compiled.
-LOCAL = {"qwen2_tied": (PROMPTS, ["speculative"], False), "llama3": (PROMPTS[0], LOCAL_MODES, True)}
+LOCAL = {"qwen2_tied": (PROMPTS, LOCAL_MODES, False), "llama3": (PROMPTS[0], ["speculative"], True)}
 # kept_layers, T
 SPLITS = {"draft_whole": (E, 1), "all_sharded": (0, 1), "nothing_sharded": (L, 1), "tensor_parallel": (E, 2)}
 SHARED_MODEL = sorted(SPLITS.keys() - {"nothing_sharded"})  # there each rank has a model of its own
@@ -97,9 +94,9 @@ def confused_clock(clock=time.perf_counter):
     time.perf_counter = clock
 
 
-def split(family, kept, dim, weights=None):
+def split(family, kept, dim):
     """A tiny model over all ranks, whose weights rank 0 alone has."""
-    state = (weights or make_tiny(family).state_dict()) if processes.is_rank_zero() else {}
+    state = make_tiny(family).state_dict() if processes.is_rank_zero() else {}
     with torch.device("meta"):
         model = layerskip_decoder(FAMILIES[family]())
     return parallel.shard_decoder(model, state, CPU, torch.float32, kept, dim, base_llama_tp_plan())
@@ -225,42 +222,20 @@ def fail_load_rank(folder):
     parallel.load_sharded_decoder(cfg, CPU)
 
 
-ALL = (decode_rank, local_rank, load_rank, trained_rank, fail_rank, fail_load_rank)
-RANKS = {f.__name__.removesuffix("_rank"): f for f in ALL}
-
-
-def grid(folder):
-    """2 x 2 ranks: sharded tensor-parallel layers. The ranks are threads of this process, with gloo between them."""
-    from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg
-
+def grid_rank(folder):
+    """Sharded tensor-parallel layers on 2 x 2 ranks."""
     SIZE.update(UNEVEN)
-    weights = make_tiny("qwen2_tied").state_dict()
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    _install_threaded_pg()
-    store = dist.HashStore()
+    model, weights = split("qwen2_tied", E, 2), make_tiny("qwen2_tied").state_dict()
+    full = full_weights(model)
+    # Few shapes of tensors, for each of which torch takes a while to find how it is split.
+    tokens = run(model, new=4, exit_layer=E, num_speculations=1).tokens.tolist()
+    halved = [model.layers[E].mlp.w1.weight.to_local().shape[0], full["layers.2.mlp.w1.weight"].shape[0]]
+    same = all(torch.equal(full[name], value) for name, value in weights.items())
+    return {"tokens": tokens, "weights": same, "halved": halved}
 
-    def rank(number):
-        try:
-            dist.init_process_group("gloo", rank=number, world_size=4, store=store)
-            model = split("qwen2_tied", E, 2, weights)
-            full = full_weights(model)
-            # Few shapes of tensors, for each of which torch takes a while to find how it is split.
-            result = {"tokens": run(model, new=4, exit_layer=E, num_speculations=1).tokens.tolist()}
-            result["weights"] = all(torch.equal(full[name], value) for name, value in weights.items())
-            result["halved"] = [
-                model.layers[E].mlp.w1.weight.to_local().shape[0],
-                full["layers.2.mlp.w1.weight"].shape[0],
-            ]
-            (folder / f"rank{number}.json").write_text(json.dumps(result))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)  # the other ranks would wait
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+ALL = (decode_rank, local_rank, load_rank, trained_rank, fail_rank, fail_load_rank, grid_rank)
+RANKS = {f.__name__.removesuffix("_rank"): f for f in ALL}
 
 
 def work(what, folder):
@@ -273,8 +248,4 @@ def work(what, folder):
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1], Path(sys.argv[2])
-    if arguments[0] == "grid":
-        grid(arguments[1])
-    else:
-        run_cli(lambda: work(*arguments))
+    run_cli(lambda: work(sys.argv[1], Path(sys.argv[2])))

@@ -16,7 +16,6 @@ from torchtune.models.llama3._component_builders import lora_llama3
 
 from layerskip_recipes import layerskip_decoder, processes
 from layerskip_recipes.cli.recipes import finetune
-from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.distributed.loading import load_from_rank0
 from layerskip_recipes.model.adapters import freeze_base
 from layerskip_recipes.model.layer_dropout import LayerDropout
@@ -24,7 +23,6 @@ from layerskip_recipes.training import parallel
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import checkpoint_contents
-from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 CPU = torch.device("cpu")
 PROB, DRAWS = 0.6, 4
@@ -106,18 +104,6 @@ def train_rank(folder, *arguments):
     finetune()
 
 
-def first_gradients_rank(folder, path, *overrides):
-    """The gradients that the optimizer of the recipe gets in its first step, to gradients.pt."""
-    recipe = LayerSkipFinetune(load_config(path, overrides))
-    recipe.setup()
-    step, seen = recipe.optimizers.step, []
-    recipe.optimizers.step = lambda learns: (seen.append(gradients(recipe.model)), step(learns))
-    recipe.train()
-    recipe.cleanup()
-    if dist.get_rank() == 0:
-        torch.save(seen[0], Path(recipe.cfg.output_dir) / "gradients.pt")
-
-
 def dropped_rank(folder):
     """Losses and gradients of every case of DROPPED and draw, to dropped.pt. In float64, to compare with a formula."""
     processes.init_processes("cpu")
@@ -169,7 +155,7 @@ def counts_rank(folder):
         assert written == {}
 
 
-RANKS = {f.__name__.removesuffix("_rank"): f for f in (train_rank, first_gradients_rank, dropped_rank, counts_rank)}
+RANKS = {f.__name__.removesuffix("_rank"): f for f in (train_rank, dropped_rank, counts_rank)}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from helpers.adapters import (
 )
 from helpers.configs import finetune_config, generate_config
 from helpers.refusals import check
+from helpers.resuming import WEIGHTS
 from helpers.tiny import make_tiny
 from helpers.training import few_texts, losses, read_log, train  # noqa: F401
 from safetensors.torch import load_file, save_file
@@ -57,6 +58,7 @@ def no_weights(monkeypatch, tmp_path):
 
 
 MODULES = "model.lora_attn_modules"
+MERGED = f"checkpointer.checkpoint_dir=CHECKPOINT; checkpointer.checkpoint_files=[{WEIGHTS}]"
 BAD = [
     # Training.
     ("adapters", f"{MODULES}=[qproj]; model.apply_lora_to_mlp=false", MODULES, "'qproj'", "q_proj"),
@@ -86,6 +88,7 @@ BAD = [
     ("generate", "model.use_dora=true", FILE, "not of this model, it lacks", "magnitude"),
     ("generate", "model.num_layers=5; checkpointer.checkpoint_dir=START", FILE, "layers.4", ""),
     ("generate", "model.lora_alpha=70", "model.lora_alpha", "70", "7"),
+    ("generate", f"{MERGED}; {FILE}=CHECKPOINT", FILE, "epoch_0", "they would count twice"),
 ]
 
 

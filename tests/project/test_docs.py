@@ -66,6 +66,21 @@ def test_our_configs_fit_the_json_schema_of_their_recipe(recipe):
         assert not mistakes, name
 
 
+@pytest.mark.parametrize(
+    ("content", "fits"),
+    [
+        ({"extends": ["a", "b"], "draft": None, "early_exit_loss": {"interval": "${mine}"}, "mine": 3}, True),
+        ({"batch_size": 0}, False),
+        ({"layer_dropout": {"prb": 0.1}}, False),
+        ({"layer_dropuot": {"prob": 0.1}}, False),
+        ({"early_exit_loss": {"curriculum": "quick"}}, False),
+    ],
+)
+def test_the_json_schema_refuses_mistakes(content, fits):
+    jsonschema = pytest.importorskip("jsonschema")
+    assert jsonschema.Draft202012Validator(json_schema(config_class("layerskip_finetune"))).is_valid(content) is fits
+
+
 def test_the_readme_is_a_front_door():
     assert len(PAGES["README.md"].read_text(encoding="utf-8").splitlines()) <= 200
 

@@ -198,6 +198,7 @@ def shortened(line: str, words: list[str], folder: Path) -> list[str]:
         if recipe == "layerskip_finetune":
             del changes["checkpointer"]["output_dir"]
             changes["output_dir"] = str(folder / Path(cfg.output_dir).name)
+            changes["optimizer"] = {"_component_": "torch.optim.AdamW"}  # torchao's compiles its steps for 10 seconds
         else:
             changes["self_speculation"] = {"exit_layer": 2, "num_speculations": 2}
         changes |= large_changes(recipe, cfg, folder)

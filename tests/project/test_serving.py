@@ -1,19 +1,16 @@
 """What `layerskip export` writes, in llama.cpp: the same greedy tokens as in transformers, alone and as a draft model.
 
-Needs llama-cpp-python (`pip install llama-cpp-python` builds it, 10 minutes or so on one core) for the engine as a
-library, or xllamacpp (a wheel, 34 MB) for llama.cpp's own server, or both; and llama.cpp's converter, which is in no
-wheel, but in the source distribution of llama-cpp-python:
+Needs llama-cpp-python (`pip install llama-cpp-python` builds it, 10 minutes or so on one core), and llama.cpp's
+converter, which is in no wheel, but in its source distribution. benchmark/test_llama_cpp.py has llama.cpp's server.
 
     pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 && tar xzf llama_cpp_python-0.3.36.tar.gz
     export LLAMA_CPP_CONVERTER=$PWD/llama_cpp_python-0.3.36/vendor/llama.cpp/convert_hf_to_gguf.py
     pytest -m real tests/project/test_serving.py
 """
 
-import json
 import os
 import subprocess
 import sys
-import urllib.request
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +48,6 @@ class Exported(NamedTuple):
     """The whole model and its draft: transformers' folders, GGUF files beside them, and what transformers generates."""
 
     folders: dict[str, Path]
-    end: int | None
     prompts: list[str]
     tokens: list[list[int]]  # the prompts
     greedy: dict[str, list[list[int]]]
@@ -91,7 +87,7 @@ def exported(request, tmp_path_factory, tokenizer_folder) -> Exported:
     prompts = ["def main(", "import os\n\n\nclass ", "it's 12345, isn't it? ", "    for i in range(10):\n        "]
     tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     outs = {name: greedy(folders[name], tokens) for name in folders}
-    return Exported(folders, tokenizer.eos_token_id, prompts, tokens, outs)
+    return Exported(folders, prompts, tokens, outs)
 
 
 @pytest.mark.parametrize("name", ["whole", "draft"])
@@ -125,38 +121,3 @@ def llama(path: str, **settings):
     fp32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
     threads = {"n_threads": 1, "n_threads_batch": 1}
     return llama_cpp.Llama(path, n_ctx=128, verbose=False, **threads, **fp32, **settings)
-
-
-@pytest.mark.parametrize("names", [("whole", None), ("draft", None), ("whole", "draft")])
-def test_llama_cpps_server(names, exported):
-    """As `llama-server -m whole.gguf -md draft.gguf --spec-type draft-simple`."""
-    server, drafted = serve(*(name and exported.gguf(name) for name in names)), 0
-    for tokens, expected in zip(exported.tokens, exported.greedy[names[0]], strict=True):
-        request = {"prompt": tokens, "n_predict": NEW, "temperature": 0.0, "return_tokens": True, "cache_prompt": False}
-        body = urllib.request.Request(
-            server.listening_address + "/completion", json.dumps(request).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(body, timeout=300) as response:
-            out = json.load(response)
-        end = expected.index(exported.end) if exported.end in expected else NEW
-        assert out["tokens"][:end] == expected[:end]
-        assert len(out["tokens"]) <= end + 1
-        drafted += out["timings"].get("draft_n", 0)
-    assert (drafted > 0) == (names[1] is not None)
-
-
-def serve(whole: str, draft: str | None):
-    """llama.cpp's server at a free port of this machine, in fp32: its attention and cache are fp16 by default."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = whole, 128, 1
-    params.hostnames, params.port = ["127.0.0.1"], 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    if draft is not None:
-        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-        drafts = params.speculative.draft
-        drafts.mparams.path, drafts.n_max, drafts.n_min, drafts.p_min = draft, NUM_DRAFT, 0, 0.0
-        drafts.cache_type_k = drafts.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    return xllamacpp.Server(params)

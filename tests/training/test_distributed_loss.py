@@ -1,24 +1,17 @@
 """The early-exit loss on two ranks: gradients by plain PyTorch, where ranks drop other samples; what is gathered."""
 
 import json
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import training_ranks
-from helpers.configs import SIZE, start_section
 from helpers.ranks import check_success, run_on_ranks
 from helpers.tiny import unembedded
-from helpers.training import losses, paper_weights, texts
+from helpers.training import paper_weights
 from helpers.training_ranks import COUNTED, DRAWS, DROPPED, PROB, some_tokens, tiny_model
-from torchtune import config
-from torchtune.models.llama3_2._component_builders import llama3_2
-
-from layerskip_recipes.config.loading import load_config
 
 pytestmark = pytest.mark.distributed
-L, SEED = SIZE["num_layers"], 7
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +28,12 @@ def counts(tmp_path_factory):
     return folder
 
 
-def exit_sums(model, tokens, keep, first_step=False):
-    """Of one sample: the summed cross-entropy of each exit, x_{l+1} = x_l + r M_l f_l(x_l) with keep[l] = r M_l.
-
-    In a run's first step, no token has been a label before, so early exits do not change the (tied) head's matrix.
-    """
+def exit_sums(model, tokens, keep):
+    """Of one sample: the summed cross-entropy of each exit, x_{l+1} = x_l + r M_l f_l(x_l) with keep[l] = r M_l."""
     h, sums = model.tok_embeddings(tokens[None]), []
     for layer, stays in zip(model.layers, keep, strict=True):
         h = h + float(stays) * (layer(h) - h)
-        if first_step and layer is not model.layers[-1]:
-            logits = F.linear(model.norm(h), model.tok_embeddings.weight.detach())[0]
-        else:
-            logits = unembedded(model, h)[0]
-        sums.append(F.cross_entropy(logits[:-1], tokens[1:], reduction="sum"))
+        sums.append(F.cross_entropy(unembedded(model, h)[0][:-1], tokens[1:], reduction="sum"))
     return torch.stack(sums)
 
 
@@ -62,42 +48,6 @@ def same_gradients(model, found):
         expected = torch.zeros_like(p) if p.grad is None else p.grad
         actual = torch.zeros_like(p) if found[name] is None else found[name]
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_the_same_draw_drops_each_ranks_own_samples(checkpoint, tmp_path, finetune):
-    """Two ranks, two micro-batches of two samples: the loss and the gradients of the first step, by plain PyTorch."""
-    path = finetune(
-        dataset=texts(tmp_path), checkpointer=start_section(checkpoint), shuffle=False, layer_dropout={"prob": PROB},
-        gradient_accumulation_steps=2, max_steps_per_epoch=1, seed=SEED,
-    )  # fmt: skip
-    check_success(run_on_ranks(training_ranks.__file__, "first_gradients", tmp_path, path, cwd=tmp_path))
-    cfg, model = load_config(str(path)), llama3_2(**SIZE)
-    read = config.instantiate(cfg.checkpointer, output_dir=str(tmp_path / "nowhere"))
-    model.load_state_dict(read.load_checkpoint()["model"])
-    data = config.instantiate(cfg.dataset, config.instantiate(cfg.tokenizer))
-    samples = [torch.tensor(data[i]["tokens"]) for i in range(8)]
-
-    generator = torch.Generator().manual_seed(SEED)
-    rates = torch.tensor([PROB * (math.exp(layer * math.log(2) / (L - 1)) - 1) for layer in range(L)])
-    sums, count = 0, 0
-    for micro in range(2):
-        keep = torch.rand(L, 2, generator=generator) >= rates[:, None]
-        assert not keep.all()
-        for number in range(2):
-            for row in range(2):
-                tokens = samples[2 * (2 * micro + row) + number]  # every second sample is a rank's own
-                sums = sums + exit_sums(model, tokens, keep[:, row], first_step=True)
-                count += len(tokens) - 1
-    means = sums / count
-    loss = (weights_of({1, 3, 4}, L) * means).sum()
-    loss.backward()
-
-    out = tmp_path / "out"
-    first = losses(out)[1]
-    assert first["loss"] == pytest.approx(loss.item(), abs=1e-5)
-    for exit_layer in (1, 3, 4):
-        assert first[f"loss_exit_{exit_layer}"] == pytest.approx(means[exit_layer - 1].item(), abs=1e-5)
-    same_gradients(model, torch.load(out / "gradients.pt"))
 
 
 @pytest.mark.parametrize("name", DROPPED)

@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.configs import MODEL, start_section
+from helpers.configs import start_section
 from helpers.resuming import resumed, same_tensors
 from helpers.speculation import run
 from helpers.tiny import VOCAB, make_tiny
-from helpers.training import VALIDATION, losses, read_log, train
+from helpers.training import VALIDATION, read_log, train
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.checkpoint.drafts import read_description
@@ -164,7 +164,6 @@ def test_validation_measures_a_draft_without_its_dropout(draft_config):
 
 
 def test_a_draft_of_frequent_tokens(tmp_path, draft_config):
-    """Those of the data; a generation drafts no others, and says what the model says."""
     recipe = train(draft_config(draft=SECTIONS["adapter"] | {"vocabulary": 40}))
     folder, drafts = tmp_path / "out" / "epoch_0", []
     counts = Counter(token for sample in recipe.data.dataset for token in sample["tokens"])
@@ -174,18 +173,6 @@ def test_a_draft_of_frequent_tokens(tmp_path, draft_config):
     section = same_tokens_as_plain_decoding(recipe.model, folder, on_draft=drafts.append)
     assert (section.exit_layer, section.draft_vocabulary) == (2, described)
     assert {token for (row,) in drafts for token in row} <= set(described)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shards", [False, True])
-def test_resume_is_the_run_that_never_stopped(shards, tmp_path, draft_config):
-    path = draft_config(epochs=2, save_every_n_steps=1, enable_async_checkpointing=shards, keep_last_n_checkpoints=4)
-    train(path)
-    whole, end = losses(tmp_path / "out"), load_file(tmp_path / "out" / "epoch_1" / "draft.safetensors")
-    for checkpoint, done in (("step_1", 1), ("epoch_0", 2)):
-        again = resumed(path, checkpoint)
-        assert losses(again) == {step: whole[step] for step in range(done + 1, 5)}
-        assert same_tensors(end, load_file(again / "epoch_1" / "draft.safetensors"))
 
 
 def test_resume_goes_on_with_the_same_model(checkpoint, tmp_path, draft_config):
@@ -199,33 +186,6 @@ def test_resume_goes_on_with_the_same_model(checkpoint, tmp_path, draft_config):
         ConfigError, match=r"^resume_from_checkpoint: the hash of the model's weights was '.*' and is '.*' now"
     ):
         resumed(path, "epoch_0")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("draft.exit_layer=4", "draft.exit_layer: 4 is not allowed. Allowed: an integer of 1 to 3; "),
-        ("layer_dropout={prob: 0.1}", "layer_dropout: does not go with draft. "),
-        (
-            "loss={_component_: torch.nn.CrossEntropyLoss, label_smoothing: 0.1}",
-            "loss.label_smoothing: 0.1 does nothing with draft, ",
-        ),
-        ("checkpointer.checkpoint_files=[]", "draft: copies layers of a trained model, and this one has no weights"),
-        ("draft.keep_states=true", "draft.keep_states: removed. Leave it out"),
-        ("draft.own_text=0.25", "draft.own_text: removed. Generate text with the model first, and train on that file"),
-        ("model.num_layers=1", "draft: needs a model of 2 layers or more, and this one has 1. Set draft=null"),
-    ],
-)
-def test_mistakes(override, message, draft_config):
-    with pytest.raises(ConfigError) as e:
-        train(draft_config(), override)
-    assert str(e.value).startswith(message) and "\n" not in str(e.value)
-
-
-def test_the_models_own_layer_dropout_is_refused_too(draft_config):
-    model = {"_component_": "layerskip_recipes.layerskip_decoder", "base": MODEL, "layer_dropout": {"prob": 0.1}}
-    with pytest.raises(ConfigError, match=r"^model\.layer_dropout: does not go with draft. "):
-        train(draft_config(model=model))
 
 
 def test_a_draft_is_found_beside_newer_shards(tmp_path):

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 from helpers.configs import generate_config, start_section
-from helpers.ranks import check_success, run_tune_on_ranks, train_on_ranks
-from helpers.resuming import COSINE, WEIGHTS, final_weights, keep_only, resumed, same_tensors
+from helpers.ranks import check_success, run_tune_on_ranks
+from helpers.resuming import COSINE, final_weights, resumed, same_tensors
 from helpers.tiny import VOCAB, make_tiny
-from helpers.training import VALIDATION, losses, read_log, texts, train
+from helpers.training import VALIDATION, losses, read_log, train
 from safetensors.torch import load_file
 from torchtune import training
 
@@ -243,48 +243,11 @@ def test_resume_is_the_run_that_never_stopped(shards, tmp_path, beside_config):
         assert same_tensors(*drafts)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_train_what_one_trains(tmp_path, beside_config):
-    """Both are sharded; one process goes on where two stopped."""
-    path = beside_config(
-        dataset=texts(tmp_path), dataset_val=texts(tmp_path) | {"split": "train[:5]"}, epochs=2, max_steps_per_epoch=4,
-        save_every_n_steps=2, enable_async_checkpointing=True,
-    )  # fmt: skip
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(path, f"output_dir={one}", "batch_size=4")
-    train_on_ranks(path, f"output_dir={two}", "batch_size=2", "ac_mode=full")
-    again = keep_only(two, "step_6", tmp_path / "again")
-    train(path, f"output_dir={again}", "batch_size=4", "resume_from_checkpoint=true")
-    expected = losses(one)
-    for out, first in ((two, 1), (again, 7)):
-        found = losses(out)
-        assert {step: found[step] for step in range(first, 9)} == {
-            step: pytest.approx(expected[step], abs=1e-5, rel=2e-5) for step in range(first, 9)
-        }
-        for file in ("draft/draft.safetensors", WEIGHTS):
-            weights, others = (load_file(folder / "epoch_1" / file) for folder in (one, out))
-            torch.testing.assert_close(others, weights, atol=1e-5, rtol=0)
-
-
 def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
     train(beside_config(epochs=2))
     file = tmp_path / "out" / "epoch_1" / "draft" / "draft.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     assert find_checkpoint(tmp_path / "out") == tmp_path / "out" / "epoch_0"
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("early_exit_loss={scale: 0.1}", "early_exit_loss: does not go with draft. Set "),
-        ("checkpointer.checkpoint_files=[]", "draft: copies layers of a trained model, and this one has no weights"),
-    ],
-)
-def test_mistakes(override, message, beside_config):
-    with pytest.raises(ConfigError) as e:
-        train(beside_config(), override)
-    assert str(e.value).startswith(message) and "\n" not in str(e.value)
 
 
 def test_a_function_that_builds_a_checkpointer_is_refused(checkpoint, beside_config, monkeypatch):

@@ -1,12 +1,10 @@
 """The finetune recipe: its losses, its log, the options of torchtune."""
 
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.commands import run_tune
 from helpers.resuming import resumed
 from helpers.training import losses, read_log, set_up, text_data, train
 from omegaconf import OmegaConf
@@ -84,17 +82,6 @@ def test_compile_changes_no_loss_and_no_gradient(tmp_path, finetune):
     for step in plain:
         for key in plain[step].keys() - {"tokens_per_second_per_gpu"}:
             assert plain[step][key] == pytest.approx(other[step][key], rel=1e-4), key
-
-
-@pytest.mark.slow
-def test_tune_run_from_another_directory(tmp_path, finetune):
-    path = finetune()
-    (tmp_path / "elsewhere").mkdir()
-    run = run_tune("run", "layerskip_finetune", "--config", str(path), "batch_size=1", cwd=tmp_path / "elsewhere")
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "batch_size: 1" in run.stderr  # the resolved config is logged
-    assert sorted(read_log(tmp_path / "out")) == [1, 2]
-    assert not os.listdir(tmp_path / "elsewhere")
 
 
 def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, finetune):

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,7 +34,6 @@ def whole_checkpoints(out: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["whole", "shards"])
 def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, finetune):
-    """Run after run, each killed one call later than the one before; all of them together are the whole run."""
     path = finetune(
         epochs=4, max_steps_per_epoch=4, save_every_n_steps=1, keep_last_n_checkpoints=2,
         enable_async_checkpointing=asynchronous, dataset=texts(tmp_path), **MOVING,
@@ -62,20 +58,14 @@ def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, fi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("kind", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_ctrl_c_and_sigterm(kind, status, tmp_path, finetune):
     """The last line says where to go on, and no temporary files stay."""
     path, out = finetune(epochs=10000), tmp_path / "out"
     (tmp_path / "temporary").mkdir()
-    command = [sys.executable, str(Path(sys.executable).parent / "tune"), "run", "layerskip_finetune", "--config", path]
     environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 120
-        while not (out / "epoch_0").exists() and time.monotonic() < until:
-            time.sleep(0.1)
-        process.send_signal(kind)
-        said = process.communicate(timeout=120)[1]
+    (done,) = forks.run([dying_run.__file__, kind, str(path)], tmp_path, [environment])
     newest = checkpoints(out)[-1]
-    assert process.returncode == status, said[-3000:]
-    assert f"The last whole checkpoint is {out / newest}; go on from it with resume_from_checkpoint=true" in said
+    assert done.returncode == status, done.stderr[-3000:]
+    assert f"The last whole checkpoint is {out / newest}; go on from it with resume_from_checkpoint=true" in done.stderr
     assert not [*out.glob(".*")] and not [*(tmp_path / "temporary").glob("*layerskip*")]

@@ -8,17 +8,12 @@ import torch
 from helpers.adapters import read_hf
 from helpers.configs import MODEL, make_checkpoint, start_section
 from helpers.resuming import COSINE, WEIGHTS, resumed, same_tensors
-from helpers.tiny import make_tiny
 from helpers.training import UNTIED, losses, set_up, train
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchtune import config as tune_config
-from torchtune import training
 from torchtune.models.convert_weights import tune_to_meta
-
-from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.checkpoint.weights import initialise
 
 pytestmark = pytest.mark.slow
 
@@ -48,18 +43,6 @@ def test_a_folder_without_its_weights_is_trained_from_scratch(checkpoint, finetu
     recipe = set_up(finetune(checkpointer=section))
     recipe.cleanup()
     assert recipe.model.tok_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-def test_weights_from_scratch_are_the_same_in_every_place():
-    """One process builds the model on its device, several on the CPU with bf16 as torch's default dtype."""
-    models = [layerskip_decoder(make_tiny()).bfloat16() for _ in range(2)]
-    initialise(models[0], seed=3)
-    with training.set_default_dtype(torch.bfloat16):
-        torch.manual_seed(9)
-        initialise(models[1], seed=3)
-    assert same_tensors(*(model.state_dict() for model in models))
-    initialise(models[1], seed=4)
-    assert not same_tensors(*(model.state_dict() for model in models))
 
 
 def test_the_weights_from_scratch(finetune):

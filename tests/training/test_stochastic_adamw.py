@@ -66,7 +66,6 @@ def configured(finetune, checkpoint, tmp_path):
 
 
 def test_optimizers_of_single_weights_draw_other_noise():
-    """As with `optimizer_in_bwd`; `Optimizers` numbers them."""
     weights = [torch.full((4096,), 0.02, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
     for number, weight in enumerate(weights):
         weight.grad = torch.ones_like(weight)
@@ -88,22 +87,6 @@ def test_steps_that_rounding_would_lose_are_told(configured, caplog):
         f"_component_={OURS['_component_']}",
         "bf16_stochastic_round=true",
     ]
-
-
-@pytest.mark.slow
-def test_losses_in_bf16_are_close_to_those_of_fp32(tmp_path, configured):
-    """Within 2%, as the noise of four seeds leaves them 0.4% below to 1.7% above. AdamW in bf16 misses them."""
-    settings = {"lr": 5e-4, "_component_": "torch.optim.AdamW"}
-    path = configured(optimizer=settings, epochs=6, max_steps_per_epoch=10)
-    ends = {}
-    for name, overrides in {
-        "fp32": [], "rounded": ["dtype=bf16"], "ours": ["dtype=bf16", f"optimizer._component_={OURS['_component_']}"],
-    }.items():  # fmt: skip
-        train(path, f"output_dir={tmp_path}/{name}", *overrides)
-        logged = losses(tmp_path / name)
-        ends[name] = sum(logged[step]["loss"] for step in range(51, 61)) / 10
-    assert ends["ours"] == pytest.approx(ends["fp32"], rel=0.02)
-    assert ends["rounded"] > 1.02 * ends["fp32"]
 
 
 @pytest.mark.slow

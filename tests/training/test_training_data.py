@@ -67,7 +67,6 @@ def test_several_datasets_train(tmp_path, finetune):
     ("limit", "packed", "expected"), [(None, False, 64), (None, True, None), (40, False, 40), (64, True, 64)]
 )
 def test_samples_are_cut_at_the_models_length(limit, packed, expected):
-    """Not so packs, whose length the user has to say."""
     plain, packed = (Component({"_component_": "a.dataset", "packed": on}) for on in (False, packed))
     for datasets in ([packed], [plain, packed]):
         tokenizer = SimpleNamespace(max_seq_len=limit)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import yaml
 from helpers.adapters import EveryExit, adapted_section, make_start, read_hf
 from helpers.configs import MODEL, finetune_config, start_section
-from helpers.refusals import check
 from helpers.resuming import WEIGHTS, final_weights, same_tensors
 from helpers.training import VALIDATION, losses, read_log, set_up, train, validated
 from torchtune.utils import get_logger
@@ -135,7 +134,6 @@ def test_acceptance_is_that_of_generated_tokens(trains_on_input, checkpoint, tmp
     ],
 )
 def test_bad_validation_data_are_told_by_their_key(batch, message, finetune):
-    """Also where the first sample is fine, by which the config is checked."""
     recipe = set_up(finetune(dataset_val=VALIDATION))
     recipe.validation.batches = [{key: torch.tensor(value) for key, value in batch.items()}]
     with pytest.raises(ValueError, match=f"^dataset_val: {message}"):
@@ -146,18 +144,6 @@ def test_validation_data_without_a_sample_are_refused(finetune, monkeypatch):
     monkeypatch.setattr("layerskip_recipes.training.validation.load_data", lambda *args: ([], None))
     with pytest.raises(ValueError, match=r"^dataset_val: it has no sample\."):
         set_up(finetune(dataset_val=VALIDATION))
-
-
-@pytest.mark.parametrize(
-    ("override", "key", "given", "allowed"),
-    [
-        ("exits_val=9", "exits_val", "9", "Allowed: exits 1..4 and slices"),
-        ("dataset_val.seq_len=1000", "dataset_val", "1000", "128"),
-        ("early_exit_loss={exits: 1, curriculum: null}", "early_exit_loss.exits", "1", "scale_fn=uniform"),
-    ],
-)
-def test_bad_settings(override, key, given, allowed, finetune):
-    check("finetune", finetune(dataset_val=VALIDATION), override, key, given, allowed)
 
 
 def test_no_batch_more_than_is_measured_is_made(finetune):
