@@ -42,6 +42,9 @@ ADAMW, ROUNDING = "torch.optim.AdamW", "layerskip_recipes.training.stochastic_ad
 def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
     """Choose the `auto` keys, in an order in which each choice may use the earlier ones."""
     device = choices.pick("device", best_device)
+    for section in ("early_exit_loss", "draft"):
+        if getattr(cfg, section) is not None:
+            choices.pick(f"{section}.chunk_tokens", lambda: chunk_tokens(device))
     memory = TrainingMemory(cfg, device)
     bf16 = computes_in_bf16(device)
 

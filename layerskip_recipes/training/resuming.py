@@ -32,8 +32,8 @@ def find_checkpoint(output_dir: Path) -> Path:
 def stored_choices(checkpoint: Path) -> dict[str, Any]:
     """The stopped run's values of keys that may be `auto`, except for those that change no result."""
     state = torch.load(checkpoint / RECIPE_STATE, map_location="cpu", weights_only=True, mmap=True)
-    left = ("device", "enable_activation_checkpointing", "gradient_accumulation_steps")
-    return {key: value for key, value in state.get("chosen", {}).items() if key not in left}
+    left = ("device", "enable_activation_checkpointing", "gradient_accumulation_steps", "chunk_tokens")
+    return {key: value for key, value in state.get("chosen", {}).items() if key.rpartition(".")[2] not in left}
 
 
 def check_earlier_runs(output_dir: Path, keep: int | None) -> None:

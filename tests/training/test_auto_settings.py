@@ -209,7 +209,7 @@ def test_what_a_draft_leaves_to_the_user(chosen):
     made = chosen("device=cpu", name="draft")
     assert "optimizer.lr" not in made and "early_exit_loss.exits" not in made
     given = ["dtype=fp32", "batch_size=1", "enable_activation_checkpointing=true", "tokenizer.max_seq_len=64"]
-    assert chosen("device=cpu", *given, name="draft") == {"compute_dtype": "fp32"}
+    assert chosen("device=cpu", *given, name="draft") == {"compute_dtype": "fp32", "draft.chunk_tokens": 512}
 
 
 @pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_tile"])
@@ -232,8 +232,8 @@ def test_values_of_the_users_replace_choices(tmp_path):
 
 def test_a_missing_key_has_torchtunes_default(chosen):
     made = chosen("device=cpu", "~batch_size", "~tokenizer.max_seq_len", "~optimizer.lr", "~compute_dtype")
-    others = {"dtype", "enable_activation_checkpointing", "gradient_accumulation_steps", "early_exit_loss.exits"}
-    assert set(made) == others
+    of_loss = {"early_exit_loss.exits", "early_exit_loss.chunk_tokens"}
+    assert set(made) == of_loss | {"dtype", "enable_activation_checkpointing", "gradient_accumulation_steps"}
     assert made["gradient_accumulation_steps"] == 8
 
 
