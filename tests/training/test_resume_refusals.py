@@ -139,10 +139,8 @@ def test_what_is_auto_is_that_of_the_stopped_run(stopped, monkeypatch):
     recipe.lock.release()
     cfg = recipe.cfg
     given = FinetuneConfig.load(load_config(str(stopped)))
-    assert cfg.values == given.values | {"device": "cpu"} and cfg.chosen.keys() == {
-        *CHOSEN,
-        "early_exit_loss.chunk_tokens",
-    }
+    assert cfg.values == given.values | {"device": "cpu"}
+    assert cfg.chosen.keys() == {*CHOSEN, "early_exit_loss.chunk_tokens"}
     monkeypatch.setenv("WORLD_SIZE", "2")
     stored = stored_choices(stopped.parent / "out" / "epoch_0")
     assert FinetuneConfig.load(config, stored).batch_size == given.batch_size // 2
