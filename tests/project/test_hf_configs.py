@@ -17,6 +17,8 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChooser
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
@@ -140,8 +142,9 @@ def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
     model, tokenizer = load_model("qa")
     assert generate(model, tokenizer.prompt("say 1"), 8, compile=False).stats.drafted > 0
     cfg = BenchmarkConfig.load(load_config("qa/benchmark", ["data_dir=my_data", "device=cpu"]))
-    assert cfg.tuned_draft.draft == "qa/epoch_0"
-    write_config(tmp_path / "tuned.yaml", cfg, cfg.tuned_draft, "fast")
+    draft, _ = DraftChooser(cfg, None).notes.draft_for(SelfSpeculation(), "draft")
+    assert draft.folder == "qa/epoch_0"
+    write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(draft=draft.folder), "fast")
     tuned = GenerateConfig.load(load_config("tuned.yaml", ["prompt=x"]))
     assert (tuned.model_dir, tuned.self_speculation.draft) == (f"{tmp_path}/qa", f"{tmp_path}/qa/epoch_0")
     evaluation = LayerSkipEval(load_config("qa/eval", ["data_dir=my_data", "device=cpu"]))
