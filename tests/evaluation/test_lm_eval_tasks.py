@@ -121,7 +121,7 @@ def test_a_generating_task_is_the_same_with_drafts(tmp_path, checkpoint, tasks, 
     generate = harness.LayerSkipLM.generate_until
 
     def keep(lm, requests, *args):
-        is_plain = lm.self_speculation is None
+        is_plain = lm.drafts.section is None
         found[is_plain] = [r.args[0] for r in requests], generate(lm, requests, *args)
         return found[is_plain][1]
 
