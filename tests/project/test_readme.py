@@ -39,6 +39,7 @@ ELSEWHERE = (
     "python tools/gpu_wheels",
     "python convert_hf_to_gguf",  # of llama.cpp
     "llama-server",
+    "optimum-cli",  # of optimum-intel
     "python -m vllm",
     "python tools/transformers_speed.py exported --draft",  # of a model with a chat template
     "python tools/server_speed",  # of a running server
