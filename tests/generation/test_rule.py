@@ -141,6 +141,15 @@ def test_a_cold_first_draft_is_no_measure():
     assert decode(DraftRule(), COSTS[1], 0.9, 256, slow=(1,))[1].count(PLAIN) == 2
 
 
+def test_a_busy_moment_is_forgotten():
+    """The first drafts took ten times as long, as when a server starts beside other work: the next try finds out."""
+    rule = DraftRule()
+    _, picked = decode(rule, COSTS[1], 0.9, 60, slow=range(1, 20))
+    assert picked[-30:].count(CHAIN) == 0
+    _, picked = decode(rule, COSTS[1], 0.9, 400)
+    assert CHAIN in picked[:140] and PLAIN not in picked[140:]
+
+
 @pytest.mark.parametrize("better", [CHAIN, LOOKUP])
 def test_look_ups_run_where_they_are_better(better):
     """Both are observed in every round. Look-ups are offered in each third round, and cost less."""

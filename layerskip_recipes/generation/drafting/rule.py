@@ -1,7 +1,8 @@
 """When to draft, and from what. The output never depends on it, only the speed."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
+from functools import partial
 from statistics import median_low
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftStrategy
 START, MOST = 3.5, 14.0  # of the account, in plain steps
 PAUSE = 128  # plain rounds before the first new try
 MEMORY = 0.9  # decay of earlier rounds in the mean tokens per round
-MEASURED = 9  # rounds of each kind whose seconds are measured
+MEASURED = 9  # rounds of each kind whose seconds count
 
 
 _RULES: WeakKeyDictionary[nn.Module, dict[Hashable, "DraftRule"]] = WeakKeyDictionary()
@@ -27,8 +28,9 @@ def kept_rule(model: nn.Module, settings: Hashable) -> "DraftRule":
 class DraftRule:
     """Picks the draft with the most tokens per cost in recent rounds, or none.
 
-    A round costs its seconds divided by those of a plain step, as measured in the first rounds. Drafts have an account
-    in plain steps: each round adds its tokens and takes its cost. If the account could not pay for a round that accepts
+    A round costs its seconds divided by those of a plain step. Plain steps count as the latest ones took, and drafts as
+    the first ones of a try, so a busy moment of the machine is forgotten in the next try. Drafts have an account in
+    plain steps: each round adds its tokens and takes its cost. If the account could not pay for a round that accepts
     nothing, rounds are plain, except for a new try after 128 of them, after 256 more and so on. So in 128 tokens a
     useless draft loses two rounds or 3.5 plain steps, about 4%, and in a longer text less. A good one saves up for
     harder text.
@@ -40,7 +42,7 @@ class DraftRule:
     def __init__(self, measure: bool = True) -> None:
         self.measure, self.account, self.rounds = measure, START, 0
         self.pause, self.waited = PAUSE, 0
-        self.seconds: dict[str, list[float]] = defaultdict(list)  # of the first rounds, by name
+        self.seconds: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=MEASURED))  # by name
         self.unpaid: dict[str, list[float]] = defaultdict(list)  # tokens of rounds whose cost is not known yet
         self.recent: dict[DraftStrategy, tuple[float, float]] = {}  # discounted sums: tokens, rounds
 
@@ -57,6 +59,7 @@ class DraftRule:
         if self.waited < self.pause:
             return PLAIN
         self.waited, self.pause = 0, 2 * self.pause
+        self.seconds[best.name].clear()
         return best
 
     def begin_text(self) -> None:
@@ -82,7 +85,7 @@ class DraftRule:
 
     def measures(self, strategy: DraftStrategy) -> bool:
         """Whether the seconds of the strategy's next round matter."""
-        return self.measure and len(self.seconds[strategy.name]) < MEASURED
+        return self.measure and (strategy == PLAIN or len(self.seconds[strategy.name]) < MEASURED)
 
     def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
         """After a round: mean tokens per batch row, and seconds (0: unknown)."""
