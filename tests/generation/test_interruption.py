@@ -1,12 +1,11 @@
 """Ctrl-C and kills: what was generated is reported and kept."""
 
 import json
-import signal
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
+from helpers import forks
 from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
@@ -100,18 +99,28 @@ def test_ctrl_c_within_rows(path, tmp_path, monkeypatch):
     assert all(whole[line["index"]]["text"].startswith(line["text"]) for line in lines)
 
 
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from layerskip_recipes.cli.recipes import generate
+
+def interrupt(answers):
+    while not answers.exists() or answers.read_text().count("\\n") < 3:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, args=[Path("out.jsonl.partial")], daemon=True).start()
+generate()
+"""
+
+
 def test_ctrl_c_ends_the_command_with_the_report_and_status_130(path, tmp_path):
-    """A real `tune run`, in the midst of more prompts than it gets to."""
-    file = tmp_path / "many.jsonl"
-    file.write_text('{"prompt": "def main("}\n' * 20_000)
-    command = [str(Path(sys.executable).with_name("tune")), "run", "layerskip_generate", "--config", str(path)]
-    command += [f"prompt_file={file}", "max_new_tokens=64"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
-        while not process.stdout.readline().startswith("--- prompt 3 of 20000"):
-            assert process.poll() is None, process.stderr.read()[-2000:]
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err[-2000:]
-    assert 2 <= json.loads(out.splitlines()[-1])["prompts"] < 20_000
-    assert err.count("interrupted") == 1 and "Traceback" not in err
+    """In the midst of more prompts than it gets to."""
+    (tmp_path / "many.jsonl").write_text('{"prompt": "def main("}\n' * 20_000)
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    settings = ["prompt_file=many.jsonl", "output_file=out.jsonl", "max_new_tokens=64"]
+    command = [str(tmp_path / "interrupted.py"), "--config", str(path), *settings]
+    (done,) = forks.run(command, tmp_path, [os.environ])
+    assert done.returncode == 130, done.stderr[-2000:]
+    assert 2 <= json.loads(done.stdout.splitlines()[-1])["prompts"] < 20_000
+    assert done.stderr.count("interrupted") == 1 and "Traceback" not in done.stderr
