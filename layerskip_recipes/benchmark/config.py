@@ -16,9 +16,9 @@ from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.schema import AUTO, Auto, Flag, Picture, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
-from layerskip_recipes.generation.drafting.auto_drafts import has_compiler
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation, SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES
+from layerskip_recipes.generation.kernels.when_to_compile import has_compiler
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 BASELINE = "baseline"

@@ -17,12 +17,13 @@ from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser, compiling_pays
+from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
+from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.report import Totals, make_report, print_report

@@ -14,11 +14,12 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.generation.drafting import auto_drafts
-from layerskip_recipes.generation.drafting.auto_drafts import TrainingNotes, choose_drafts, compiling_pays
+from layerskip_recipes.generation.drafting.auto_drafts import TrainingNotes, choose_drafts
 from layerskip_recipes.generation.drafting.prediction import Way, estimated_costs, measured_rounds
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES
+from layerskip_recipes.generation.kernels import when_to_compile
+from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 LAYER = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
@@ -279,7 +280,7 @@ def test_longer_drafts_than_were_measured_and_more_rows():
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_compiling_pays_for_long_runs_only(compiled_before, monkeypatch):
     """A saving of 8 seconds pays once an earlier process has compiled the C++."""
-    monkeypatch.setattr(auto_drafts, "is_library_compiled", lambda: compiled_before)
+    monkeypatch.setattr(when_to_compile, "is_library_compiled", lambda: compiled_before)
     cpu = torch.device("cpu")
     pays, why = compiling_pays(0.05, 0.01, 10_000, cpu)
     assert pays and "5.0x faster" in why and "400 s" in why

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from layerskip_recipes import generate, layerskip_decoder, load_model, stream
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation import api
-from layerskip_recipes.generation.drafting import auto_drafts
+from layerskip_recipes.generation.kernels import when_to_compile
 
 
 def trained(folder, tokenizer, base, **changes):
@@ -85,8 +85,8 @@ def test_which_exit_drafts(run, checkpoint):
 def test_compiling_is_announced_and_kept(run, monkeypatch, caplog):
     """Where ten calls gain more than it takes; the first one says so."""
     model, tokenizer = load_model(str(run))
-    monkeypatch.setattr(auto_drafts, "COMPILE_S", {"cpu": 0.0})
-    monkeypatch.setattr(auto_drafts, "LOAD_S", 0.0)
+    monkeypatch.setattr(when_to_compile, "COMPILE_S", {"cpu": 0.0})
+    monkeypatch.setattr(when_to_compile, "LOAD_S", 0.0)
     compiled = []
     monkeypatch.setattr(api, "Generation", lambda *args, compile, **kwargs: compiled.append(compile) or stop())
     with caplog.at_level(logging.INFO):

@@ -1,14 +1,10 @@
-"""Where drafts are chosen: values for the `auto` keys of `self_speculation`, by prediction.py's predictions.
-Also whether to compile."""
+"""Where drafts are chosen: values for the `auto` keys of `self_speculation`, by prediction.py's predictions."""
 
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +37,11 @@ from layerskip_recipes.generation.drafting.prediction import (
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import KEY, PLAIN_VALUES, Speculation
-from layerskip_recipes.generation.kernels.cpp_decoder import is_library_compiled
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
 
 LOOKUP = 3  # tokens of prompt look-up
-COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # compile time of a first run
-LOAD_S = 5.0  # to load C++ that an earlier run compiled, and to move weights to huge pages
 
 
 @dataclass(frozen=True)
@@ -278,26 +271,3 @@ def _untrained(folder: Path | None, trained: TrainedExits | None, num_layers: in
     else:
         why = f"{DESCRIPTION} in {folder} names no trained exit before the last one"
     return f"{why}. To draft anyway: {key}.exit_layer={usual_exit(num_layers)}"
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Whether steps can be compiled, which needs a C++ compiler on a CPU, and triton on a GPU."""
-    if device.type == "cpu":
-        return shutil.which(os.environ.get("CXX", "g++")) is not None
-    return device.type == "cuda" and find_spec("triton") is not None
-
-
-def compiling_pays(eager_s: float, compiled_s: float, steps: int, device: torch.device) -> tuple[bool, str]:
-    """Whether compiling saves more time than it takes, given the seconds per token of both; and a log line."""
-    if not has_compiler(device):
-        why = {"cpu": "no C++ compiler was found", "cuda": "triton is not installed"}
-        return False, f"Not compiled, and so slower: {why.get(device.type, f'not possible on {device.type}')}"
-    first = device.type != "cpu" or not is_library_compiled()
-    saved, needed = steps * (eager_s - compiled_s), COMPILE_S[device.type] if first else LOAD_S
-    faster = f"makes decoding about {eager_s / compiled_s:.1f}x faster"
-    if saved > needed:
-        return True, f"Compiled: it {faster} here, and saves about {saved:.0f} s. compile=false leaves it out"
-    return False, (
-        f"Not compiled: that would save about {saved:.0f} s of at most {steps} tokens, and take about {needed:.0f} s"
-        f"{' the first time' if first else ''}. For longer runs set compile=true"
-    )
