@@ -142,8 +142,8 @@ class BenchmarkConfig(DecodingConfig):
     """The maximum number of new tokens per prompt; auto is 128."""
     compile: Annotated[Flag, Auto()] = False
     """Compile the decoding steps, as in `layerskip_generate`; auto: if this machine can."""
-    repeats: PositiveInt | None = None
-    """How many times each method decodes all prompts. The report has the median and the range. null: as many as
+    repeats: Annotated[PositiveInt, Auto()] = AUTO
+    """How many times each method decodes all prompts. The report has the median and the range. auto: as many as
     decode 12 prompts, at most 3."""
     metrics: Annotated[list[Metric], Field(examples=["[rougeL]"])] | None = None
     """Scores of the outputs against the prompts' references. `correct` is the share that the task's own check accepts,

@@ -110,7 +110,9 @@ class LayerSkipBenchmark:
                 method = replace(method, prompt_lookup=None)  # always drafts its full length
             if method is not None:  # None: nothing can draft
                 self.methods[name] = method
-        self.repeats = cfg.repeats or min(3, math.ceil(12 / len(self.prompts)))
+        choices = Choices(self.cfg)
+        self.repeats = choices.pick("repeats", lambda: min(3, math.ceil(12 / len(self.prompts))))
+        self.cfg = self.cfg.with_choices(choices)
         rows = cfg.batch_size
         if len(self.prompts) % rows:
             raise ConfigError(

@@ -55,7 +55,10 @@ def test_the_logged_config_has_versions_and_a_line_the_exits_of_its_step(loss, s
     for name in ("layerskip-recipes", "torch", "torchtune", "torchao"):
         assert versions[name] == version(name)
     assert re.fullmatch(r"3\.\d+\.\d+.*", versions["python"])
-    assert logged == OmegaConf.to_container(load_config(str(path)))
+    given = OmegaConf.to_container(load_config(str(path)))
+    if loss:
+        given["early_exit_loss"]["chunk_tokens"] = 512  # chosen for a CPU
+    assert logged == given
     on, sets = [], list(exits.values())
     for step, line in sorted(read_log(tmp_path / "out").items()):
         on = exits.get(f"step {step}", on)
