@@ -42,7 +42,7 @@ def _select(selection: Selection, first: int, count: int, key: str, allowed: str
     except IndexError:
         raise wrong(f"goes beyond the model's {count} layers") from None
     except (TypeError, ValueError):
-        raise wrong("is no such selection") from None
+        raise wrong("is no list of numbers and slices") from None
     if min(chosen, default=first) < first:
         raise wrong("has a number below 1")
     if not chosen:

@@ -28,6 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
+from layerskip_recipes.config.layer_strings import Selection
 from layerskip_recipes.errors import ConfigError
 
 P = ParamSpec("P")
@@ -40,9 +41,8 @@ Picture = Annotated[str, Field(pattern=r"\.(png|pdf|svg)$", examples=["picture.p
 DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda|mps|xpu)(:\d+)?$", examples=["cpu"])]
 # null means false, as in torchtune
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
-# See layer_strings.py.
-Layers = Annotated[str | int | Sequence[int], Field(examples=[":"])]
-Exits = Annotated[str | int | Sequence[int], Field(examples=[":"])]
+Layers = Annotated[Selection, Field(examples=[":"])]
+Exits = Layers
 _OWN_TEXT = "removed. Generate text with the model first, and train on that file: see docs/training.md"
 # What the error messages of removed keys say.
 REMOVED = {

@@ -40,7 +40,7 @@ class Generation:
         max_generated_tokens: maximum number of new tokens per prompt.
         exit_layer: without speculation, take every token from this exit; None: from the whole model.
         speculation: how to draft; None decodes without drafts.
-        draft_model: what drafts; None: build it from the speculation.
+        draft_model: what drafts; None: build it from the speculation, which takes time with `draft_int8` or a draft.
         sampler: how to choose tokens; None: greedily.
         stop_tokens: an output ends with the first of these tokens.
         rows: how many prompts to decode at a time, in order: a row that has finished takes the next prompt (continuous
