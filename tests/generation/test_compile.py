@@ -10,7 +10,9 @@ from helpers.compiled import END, LONG, MAX_LEN, SHORT, WAYS, compiles, make_sma
 from helpers.speculation import plain
 
 from layerskip_recipes.generation.drafting.draft_model import DraftModel
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import compiling, cpp_decoder
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
@@ -210,3 +212,17 @@ def test_another_precision_has_graphs_and_caches_of_its_own():
     assert compiled_steps(model) is steps
     model.layers[0].attn.q_proj.to(torch.float64)  # as a quantisation changes some of the weights
     assert compiled_steps(model) is not steps
+
+
+def test_what_was_compiled_in_a_round_teaches_nothing(traced):
+    """The seconds of rounds that compiled are unknown; rounds that the limit cuts are left out."""
+    rule, learnt, speculation = DraftRule(), [], Speculation(1, 2, prompt_lookup=1)
+    learn, rule.learn = rule.learn, lambda *args: (learnt.append(args), learn(*args))
+    generation = Generation(make_small(), [LONG[0]], 60, compile=True, speculation=speculation, rule=rule)
+    rounds, before, room = [], 0.0, 60
+    for (new,) in generation:
+        rounds.append((generation.context.compile_s > before, room <= 2))  # compiled, cut
+        before, room = generation.context.compile_s, room - len(new)
+    del rounds[0]
+    assert sum(compiled for compiled, _ in rounds) >= 2
+    assert [seconds > 0 for _, _, seconds in learnt] == [not compiled for compiled, cut in rounds if not cut]

@@ -15,6 +15,7 @@ from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.draft_model import DraftModel
+from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
@@ -260,3 +261,23 @@ def test_wrong_arguments_are_named_with_what_is_allowed(prompt, arguments, messa
 def test_an_argument_that_nobody_knows_is_pythons_error(arguments):
     with pytest.raises(TypeError, match=list(arguments)[-1]):
         generate(model_of("llama3_2"), [1, 2], 4, **arguments)
+
+
+def test_rounds_without_room_for_a_draft_teach_nothing():
+    """Calls for two tokens say nothing of drafts: their only round has no draft."""
+    model, rule = model_of("llama3_2"), DraftRule()
+    for _ in range(6):
+        list(Generation(model, [PROMPT], 2, speculation=Speculation(3, 6), rule=rule))
+    assert not rule.seconds["chain"] and not rule.recent
+    one, same, other = (kept_rule(model, ("settings", longest)) for longest in (1, 1, 2))
+    assert one is same is not other
+
+
+def test_short_outputs_are_drafted_too():
+    """Their first rounds are learned, although the limit may cut them."""
+    rule, kinds = DraftRule(), Counter()
+    for _ in range(12):
+        generation = Generation(model_of("llama3_2"), [PROMPT], 7, speculation=Speculation(3, 6), rule=rule)
+        list(generation)
+        kinds += generation.stats.rounds_by_kind
+    assert kinds["plain"] and kinds["chain"]

@@ -1,5 +1,7 @@
 """At most one training at a time in an output folder."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import re
@@ -8,6 +10,7 @@ import socket
 
 import pytest
 from helpers.training import set_up, train
+from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
@@ -93,3 +96,14 @@ def test_one_of_many_has_the_lock(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert not wrong.is_set() and not any(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks(tmp_path, finetune, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level("WARNING", logger=get_logger().name):
+        train(finetune())
+    assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
+    assert (tmp_path / "out" / "epoch_0").exists() and not (tmp_path / "out" / RUNNING).exists()
