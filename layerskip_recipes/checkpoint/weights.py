@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from torchtune import training
 from torchtune.modules import TiedLinear
 
@@ -139,10 +139,10 @@ def quantise(module: M, quantizer: Component) -> M:
 
 def newest_version(quantizer: Component) -> Component:
     """torchao's int8 weights in version 2, which replaces the deprecated version 1; torchao 0.15 has both."""
-    both = quantizer.target is Int8WeightOnlyConfig and quantizer.takes("version")
-    return (
-        quantizer.replace(version=2) if both and not {"version", "group_size"} & set(quantizer.arguments) else quantizer
-    )
+    int8 = quantizer.target in (Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig)
+    only_in_old = {"version", "group_size", "layout", "weight_only_decode"}
+    both = int8 and quantizer.takes("version") and not only_in_old & set(quantizer.arguments)
+    return quantizer.replace(version=2) if both else quantizer
 
 
 def _weight_kinds(module: nn.Module) -> list[tuple[type, type, torch.dtype]]:

@@ -279,20 +279,29 @@ def test_the_code_fits_other_processors(capability, flags, tmp_path):
 
 @pytest.mark.parametrize("k", [16, 576, 2064, 9232])  # the last two by fewer rows at a time
 @pytest.mark.parametrize("n", [1, 130])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, "both int8"], ids=str)
 def test_products_of_few_rows(n, k, dtype, two_threads):
-    """scale (x W^T) + bias, and each row of it to the last bit what it is alone. bf16 instructions take x in bf16."""
+    """scale (x W^T) + bias, and each row of it to the last bit what it is alone. bf16 instructions take x in bf16.
+
+    With the sums of W's rows, x is taken as torchao's symmetric int8 per row: whole numbers times max |x| / 127.5.
+    """
     load_library()
     generator = torch.Generator().manual_seed(n * k)
     x, w = torch.randn(1, 21, k, generator=generator), torch.randn(n, k, generator=generator)
-    w = (60 * w).clamp(-128, 127).to(dtype) if dtype == torch.int8 else w.to(dtype)
+    int8, rounds_x = dtype in (torch.int8, "both int8"), dtype == "both int8"
+    w = (60 * w).clamp(-128, 127).to(torch.int8) if int8 else w.to(dtype)
     scale, bias = torch.rand(2, n, generator=generator) + 0.5
     tensors = {"output.weight": w, "output.scale": scale, "output.bias": bias}
+    if rounds_x:
+        tensors["output.sums"] = w.sum(1).float()
     head = torch.classes.layerskip.Head(tensors, {})
     alone = torch.cat([head.logits(x[:, row : row + 1]) for row in range(21)], 1)
-    atol = (6e-3 if dtype == torch.int8 else 1e-4) * max(1, k / 576)
+    atol = (6e-3 if int8 else 1e-4) * max(1, k / 576)
     instructions = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     exact = (x.bfloat16() if dtype == torch.bfloat16 and instructions else x).double()
+    if rounds_x:
+        unit = x.abs().amax(-1, keepdim=True) / 127.5
+        exact = (x * (1 / unit)).round().clamp(-128, 127).double() * unit
     torch.testing.assert_close(alone.double(), exact @ w.double().T * scale + bias, atol=atol, rtol=1e-4)
     for rows in (2, 3, 4, 7, 8, 9, 16, 21):
         assert torch.equal(head.logits(x[:, :rows]), alone[:, :rows])
@@ -310,8 +319,9 @@ def talking(precision="fp32"):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.6 if name.startswith("layers.0.") else 0.15)
     model = layerskip_decoder(model).eval()
-    if precision == "int8":
-        quantize_(model, Int8WeightOnlyConfig(version=2))
+    if "int8" in precision:
+        of_x_too = precision == "both int8"
+        quantize_(model, (Int8DynamicActivationInt8WeightConfig if of_x_too else Int8WeightOnlyConfig)(version=2))
     return model.to(torch.bfloat16) if precision == "bf16" else model
 
 
@@ -361,12 +371,12 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
     assert torch.equal(hidden, alone)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "both int8"])
 @pytest.mark.parametrize("variant", ["chain", "vocabulary", "look-up"])
 def test_no_precision_lets_drafts_change_a_token(precision, variant):
     """A verification of many tokens has the bits of steps of one, so not even ties are decided otherwise."""
     model = talking(precision)
-    if precision == "int8" and variant == "vocabulary":
+    if "int8" in precision and variant == "vocabulary":
         model = talking("bf16")  # no head of fewer rows is cut from a quantised one
     expected = run(model, PROMPTS, 24).generated
     generation = run(model, PROMPTS, 24, **drafting(variant, model))

@@ -197,7 +197,8 @@ def test_every_variant_leaves_the_output_as_it_is(path, overrides):
 @pytest.mark.filterwarnings("error:.*version 1 of Int8WeightOnlyConfig")
 def test_quantised_weights_are_what_decodes(path, quantizer):
     """The logits are those of a model that torchao quantises here: all layers, and a copy of the tied head's matrix."""
-    arguments = [f"quantizer._component_=torchao.quantization.{quantizer}", "benchmark.compare=true"]
+    # Uncompiled, one row of x and several differ in attention's last bits, which rounding to int8 can make larger.
+    arguments = [f"quantizer._component_=torchao.quantization.{quantizer}", "benchmark.compare=true", "compile=true"]
     recipe, report = run(path, *arguments)
     _, of_few_tokens = run(path, *arguments, "self_speculation.draft_vocabulary=40")
     assert report["identical"] is of_few_tokens["identical"] is True and of_few_tokens["tokens"] == report["tokens"]
@@ -212,7 +213,7 @@ def test_quantised_weights_are_what_decodes(path, quantizer):
         theirs.output.weight.data = theirs.tok_embeddings.weight.data.clone()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torchao.quantization.quantize_(theirs, getattr(torchao.quantization, quantizer)())
+            torchao.quantization.quantize_(theirs, getattr(torchao.quantization, quantizer)(version=2))
         torch.testing.assert_close(recipe.model(tokens), theirs(tokens))
 
 

@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
+from torchao.quantization import PerRow
+from torchao.quantization.quant_primitives import MappingType
 from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.gemma2._attention import Gemma2Attention
@@ -49,8 +51,8 @@ VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numb
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
-# fp32 cosines and sines by the module's table. All layers share them, since they are large for long contexts.
-_TABLES = WeakTensorKeyDictionary()
+# What was computed from a module's tensor: fp32 cosines and sines, which all layers share, and sums of int8 rows.
+_COMPUTED = WeakTensorKeyDictionary()
 
 
 class UnknownPartError(Exception):
@@ -132,10 +134,17 @@ class Parts:
         self.numbers: dict[str, float] = {}
 
     def linear(self, name: str, linear: Any) -> None:
-        """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row."""
+        """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row.
+
+        With the sums of the int8 rows, the C++ rounds the layer's input to int8.
+        """
         _require(isinstance(linear, nn.Embedding) or type(linear) is nn.Linear, name)
-        weight, scale, zero = linear.weight, None, None
-        if type(weight).__name__ == "Int8Tensor" and weight.act_quant_kwargs is None:  # torchao's version 2
+        weight, scale, zero, rounds = linear.weight, None, None, None
+        if type(weight).__name__ == "Int8Tensor":  # torchao's version 2
+            rounds = weight.act_quant_kwargs
+            if rounds is not None:
+                per_token = isinstance(rounds.granularity, PerRow) and rounds.mapping_type is MappingType.SYMMETRIC
+                _require(per_token, f"{name}: {rounds}")
             weight, scale, zero = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
         elif type(weight).__name__ == "AffineQuantizedTensor":  # its version 1
             weight, scale, zero = weight.tensor_impl.get_plain()
@@ -145,7 +154,8 @@ class Parts:
         _require(zero is None or not zero.any(), f"{name}: zero points")
         _require(weight.shape[1] % VECTOR == 0, f"{name}: {weight.shape[1]} is no multiple of {VECTOR}")
         self.tensors[f"{name}.weight"] = weight.detach()
-        for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None))):
+        sums = None if rounds is None else _computed(linear.weight, lambda: _fp32(weight.sum(1)))
+        for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None)), ("sums", sums)):
             if value is not None:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
 
@@ -166,13 +176,15 @@ class Parts:
         self.numbers["neighbours"] = type(rotation) in NEIGHBOURS
         _require(type(rotation) in (RotaryPositions, *NEIGHBOURS, *HALVES), "pos_embeddings")
         table: Any = rotation.cos if type(rotation) is RotaryPositions else rotation.cache
-        if table not in _TABLES:
+
+        def both() -> list[torch.Tensor]:
             if type(rotation) is RotaryPositions:
-                both: Any = (rotation.cos, rotation.sin)
+                parts = (rotation.cos, rotation.sin)
             else:
-                both = table.unbind(-1) if type(rotation) in NEIGHBOURS else table.chunk(4, -1)[::2]
-            _TABLES[table] = [_fp32(part) for part in both]
-        self.tensors |= dict(zip(("cos", "sin"), _TABLES[table], strict=True))
+                parts = table.unbind(-1) if type(rotation) in NEIGHBOURS else table.chunk(4, -1)[::2]
+            return [_fp32(part) for part in parts]
+
+        self.tensors |= dict(zip(("cos", "sin"), _computed(table, both), strict=True))
 
     def attention(self, attn: Any) -> None:
         _require(type(attn) in (MultiHeadAttention, NormFirstAttention, Gemma2Attention), "attn")
@@ -326,6 +338,13 @@ def _no_hooks(*modules: nn.Module) -> None:
     """Refuse modules with hooks, which the C++ would not call."""
     for module in (part for each in modules for part in each.modules()):
         _require(not (module._forward_hooks or module._forward_pre_hooks), f"hooks of {type(module).__name__}")
+
+
+def _computed(tensor: torch.Tensor, compute: Callable[[], Any]) -> Any:
+    """compute(), once per tensor."""
+    if tensor not in _COMPUTED:
+        _COMPUTED[tensor] = compute()
+    return _COMPUTED[tensor]
 
 
 def _fp32(tensor: torch.Tensor) -> torch.Tensor:

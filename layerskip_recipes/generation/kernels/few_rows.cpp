@@ -1,5 +1,6 @@
-// y = x W^T for few rows of x, with fp32 sums; W is fp32, bf16 or int8. With AVX-512 bf16 instructions, products with a
-// bf16 W take x rounded to bf16, as torch does, and compute two at a time.
+// y = x W^T for few rows of x; W is fp32, bf16 or int8. With AVX-512 bf16 instructions, products with a bf16 W take x
+// rounded to bf16, as torch does, and compute two at a time. If x is to be rounded to int8 as well, AVX-512 VNNI
+// instructions compute four at a time, with int32 sums.
 //
 // A BLAS repacks W first, which for a few rows takes as long as the product. This code reads each row of W once, in
 // place, for all rows of x. The summation order of an element of y does not depend on the number of rows, so
@@ -106,7 +107,7 @@ constexpr bool BF16_PRODUCTS = true;
 
 // Two neighbouring numbers in each lane; with `half`, only 16 numbers and zeros.
 template <bool half>
-[[gnu::always_inline]] inline __m512bh load_pairs(const at::BFloat16* numbers) {
+[[gnu::always_inline]] inline __m512bh load_packed(const at::BFloat16* numbers) {
   __m512i pairs;
   if constexpr (half)
     pairs = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
@@ -123,7 +124,43 @@ template <bool half>
 #else
 constexpr bool BF16_PRODUCTS = false;
 template <bool half>
-Vector load_pairs(const at::BFloat16* numbers);  // not called
+Vector load_packed(const at::BFloat16* numbers);  // not called
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VNNI__)
+using Int8Of = uint8_t;  // rows of x as integers plus 128, since the instruction multiplies unsigned by signed numbers
+
+// Four neighbouring numbers in each lane; with `half`, only 16 numbers and zeros.
+template <bool half, typename T, std::enable_if_t<sizeof(T) == 1, int> = 0>
+[[gnu::always_inline]] inline __m512i load_packed(const T* numbers) {
+  __m512i four;
+  if constexpr (half)
+    four = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)));
+  else
+    four = _mm512_loadu_si512(numbers);
+  asm("" : "+v"(four));  // see `in_register`
+  return four;
+}
+
+// Adds the four products of each lane to the int32 sums.
+[[gnu::always_inline]] inline Vector fmadd(__m512i weights, __m512i x, const Vector& sum) {
+  return Vector(_mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(sum), x, weights)));
+}
+
+// Stores integers from -128 to 127, plus 128.
+inline void store_whole(const Vector& numbers, uint8_t* to) {
+  const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(numbers), _mm512_set1_epi32(128));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(whole));
+}
+
+// int32 sums as fp32.
+[[gnu::always_inline]] inline Vector to_fp32(const Vector& sum) {
+  return Vector(_mm512_cvtepi32_ps(_mm512_castps_si512(in_register(sum))));
+}
+#else
+using Int8Of = float;  // rows of x as integers: exact with fp32 sums
+inline void store_whole(const Vector& numbers, float* to) { numbers.store(to); }
+Vector to_fp32(const Vector& sum);  // not called
 #endif
 
 [[gnu::always_inline]] inline Vector fmadd(const Vector& a, const Vector& b, const Vector& sum) {
@@ -174,11 +211,11 @@ template <int M, int N, bool prefetches = true, typename X, typename W>
     Totals<M * N>& total) {
   static_assert(M * N <= SUMS);
   constexpr int LINE = std::max<int>(64 / sizeof(W), LANES);  // weights per cache line
-  constexpr bool PAIRS = std::is_same_v<X, at::BFloat16>;
+  constexpr int PER_LANE = sizeof(float) / sizeof(X);
   const auto multiply = [&](int64_t i, auto half) INLINE {
     const auto load = [&](const auto* numbers) INLINE {
-      if constexpr (PAIRS)
-        return load_pairs<decltype(half)::value>(numbers);
+      if constexpr (PER_LANE > 1)
+        return load_packed<decltype(half)::value>(numbers);
       else
         return in_register(load_fp32(numbers));
     };
@@ -203,7 +240,7 @@ template <int M, int N, bool prefetches = true, typename X, typename W>
   for (; i + LINE <= count; i += LINE) {
     for (int n = 0; n < (prefetches ? N : 0); n++) fetch(w + of_line * i + of_row * n, ahead);
 #pragma GCC unroll 4
-    for (int j = 0; j < LINE; j += PAIRS ? 2 * LANES : LANES) multiply(i + j, std::false_type());
+    for (int j = 0; j < LINE; j += PER_LANE * LANES) multiply(i + j, std::false_type());
   }
   for (; i < count; i += LANES) multiply(i, std::true_type());
 }
@@ -246,6 +283,7 @@ void tile(const X* x, const W* w, float* y, int64_t k, int64_t step, int64_t str
       add<M, AT_ONCE, prefetches>(x, w + n * k, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, part);
       unrolled<M * AT_ONCE>([&](auto i) INLINE { total[n + i] = part[i]; });
     });
+  if constexpr (sizeof(X) == 1) unrolled<M * N>([&](auto i) INLINE { total[i] = to_fp32(total[i]); });
   write<M, N>(total, y, stride);
 }
 
@@ -257,8 +295,8 @@ void block(int64_t rows, const X* x, const W* w, float* y, int64_t k, int64_t co
   }
   constexpr int N = tile_rows(M);
   int64_t n = 0;
-  // A single row of x takes few rows of w at a time: memory streams slower from 16 places at once. Of int8, converting
-  // takes longer than reading.
+  // A single row of x takes few rows of w at a time: memory streams slower from 16 places at once. int8 is read slowly
+  // enough for four.
   if (M == 1 && ROW_BY_ROW && !std::is_same_v<W, int8_t>)
     for (; n + N <= columns; n += N) tile<M, N, 1, false>(x, w + n * k, y + n, k, step, stride);
   else
@@ -290,18 +328,19 @@ void in_parallel(int64_t n, int64_t grain, double bytes, double products, const 
   next_alone = late ? std::min<int64_t>(2 * next_alone, MOST_ALONE) : std::max<int64_t>(next_alone / 2, FEWEST_ALONE);
 }
 
-// y = x W^T + bias; W [n, k] is fp32, bf16 or int8 with a scale per row, k a multiple of LANES.
+// y = x W^T + bias; W [n, k] is fp32, bf16 or int8 with a scale per row, k a multiple of LANES. If the sums of W's rows
+// are given, x is rounded to int8.
 struct Linear {
-  at::Tensor weight, scale, bias;
+  at::Tensor weight, scale, bias, sums;
 
   int64_t columns() const { return weight.size(0); }
   explicit operator bool() const { return weight.defined(); }
 
   // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time, for blocks of `size` rows of x, with
-  // row stride `step`; x in bf16 needs weights in bf16.
+  // row stride `step`; x in bf16 needs weights in bf16. `units` [m] are factors of integer rows of x, or null.
   template <typename X>
   void operator()(
-      const X* x, int64_t step, float* y, int64_t m, int64_t size, int64_t stride, int64_t first, int64_t end,
+      const X* x, const float* units, int64_t step, float* y, int64_t m, int64_t size, int64_t stride, int64_t first, int64_t end,
       int64_t grain) const {
     const int64_t k = weight.size(1);
     const auto multiply_by = [&](const auto* w) {
@@ -313,6 +352,8 @@ struct Linear {
     };
     if constexpr (std::is_same_v<X, at::BFloat16>)
       multiply_by(weight.const_data_ptr<at::BFloat16>());
+    else if constexpr (sizeof(X) == 1)
+      multiply_by(weight.const_data_ptr<int8_t>());
     else if (weight.scalar_type() == at::kChar)
       multiply_by(weight.const_data_ptr<int8_t>());
     else if (weight.scalar_type() == at::kBFloat16)
@@ -324,20 +365,47 @@ struct Linear {
       for (int64_t i = first; i < end; i += LANES) {
         const int64_t count = std::min<int64_t>(LANES, end - i);
         float* const at = y + row * stride + i;
-        const Vector factor = scale.defined() ? Vector::loadu(scale.const_data_ptr<float>() + i, count) : Vector(1.f);
+        Vector sum = Vector::loadu(at, count);
+        if (sizeof(X) == 1)  // x was 128 too large
+          sum = sum - Vector(128.f) * Vector::loadu(sums.const_data_ptr<float>() + i, count);
+        Vector factor = scale.defined() ? Vector::loadu(scale.const_data_ptr<float>() + i, count) : Vector(1.f);
+        if (units != nullptr) factor = factor * Vector(units[row]);
         const Vector added = bias.defined() ? Vector::loadu(bias.const_data_ptr<float>() + i, count) : Vector(0.f);
-        at::vec::fmadd(Vector::loadu(at, count), factor, added).store(at, count);
+        at::vec::fmadd(sum, factor, added).store(at, count);
       }
   }
 };
 
-// The rows of x [m, k] with stride `step`, as X; until the next call in this thread.
+// Room for n numbers, from the start of a cache line; until the next call in this thread. Every product needs it.
+template <typename X>
+X* kept_room(int64_t n) {
+  static thread_local at::Tensor room;
+  if (!room.defined() || room.numel() < n) room = at::empty({n}, c10::CppTypeToScalarType<X>::value);
+  return room.mutable_data_ptr<X>();
+}
+
+// The rows of x [m, k] with stride `step`, as X.
 template <typename X>
 const X* rows_as(const float* x, int64_t m, int64_t k, int64_t step) {
-  static thread_local at::Tensor rows;  // kept: every product needs it
-  if (!rows.defined() || rows.numel() < m * step) rows = at::empty({m * step}, c10::CppTypeToScalarType<X>::value);
-  X* const to = rows.mutable_data_ptr<X>();  // at the start of a cache line
+  X* const to = kept_room<X>(m * step);
   for (int64_t row = 0; row < m; row++) at::vec::convert(x + row * k, to + row * step, k);
+  return to;
+}
+
+// The rows of x [m, k] with stride `step` as integers from -128 to 127 (torchao's symmetric quantisation per token); row i
+// of x is about the integers times units[i].
+const Int8Of* int8_rows(const float* x, int64_t m, int64_t k, int64_t step, float* units) {
+  Int8Of* const to = kept_room<Int8Of>(m * step);
+  for (int64_t row = 0; row < m; row++) {
+    const float largest = at::vec::map_reduce_all<float>(
+        [](Vector a) { return a.abs(); }, [](Vector a, Vector b) { return at::vec::maximum(a, b); }, x + row * k, k);
+    units[row] = std::max(largest / 127.5f, 1e-12f);
+    const Vector inverse(1.f / units[row]), least(-128.f), most(127.f);
+    for (int64_t i = 0; i < k; i += LANES) {
+      const Vector whole = at::vec::clamp((Vector::loadu(x + row * k + i) * inverse).round(), least, most);
+      store_whole(whole, to + row * step + i);
+    }
+  }
   return to;
 }
 
@@ -348,7 +416,7 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
   const int64_t k = any.size(1), bytes = k * static_cast<int64_t>(any.element_size());
   int64_t n = 0;
   for (const Linear* linear : linears) n += linear->columns();
-  const auto multiply_by = [&](const auto* x, int64_t step) {
+  const auto multiply_by = [&](const auto* x, int64_t step, const float* units = nullptr) {
     const int64_t fit = IN_L1 / (k * static_cast<int64_t>(sizeof(*x)));
     const int64_t size = equal_block(m, std::clamp<int64_t>(fit, FEWEST_ROWS, BLOCK)), tile = tile_rows(size);
     // Whole tiles of about so many bytes. For a single row wide weights stream best column by column.
@@ -363,7 +431,7 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
       int64_t offset = 0;  // the matrix's first column in y
       for (const Linear* linear : linears) {
         const int64_t from = std::max(first, offset) - offset, last = std::min(end - offset, linear->columns());
-        (*linear)(x, step, y + offset, m, size, n, from, last, grain);
+        (*linear)(x, units, step, y + offset, m, size, n, from, last, grain);
         offset += linear->columns();
       }
     });
@@ -372,6 +440,12 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
     const auto is_bf16 = [](const Linear* linear) { return linear->weight.scalar_type() == at::kBFloat16; };
     if (std::all_of(linears.begin(), linears.end(), is_bf16))
       return multiply_by(rows_as<at::BFloat16>(x, m, k, k + APART / 2), k + APART / 2);
+  }
+  if (std::all_of(linears.begin(), linears.end(), [](const Linear* linear) { return linear->sums.defined(); })) {
+    static thread_local std::vector<float> units;
+    units.resize(m);
+    const int64_t step = k + APART / static_cast<int64_t>(sizeof(Int8Of));
+    return multiply_by(int8_rows(x, m, k, step, units.data()), step, units.data());
   }
   if (m == 1) return multiply_by(x, k);
   multiply_by(rows_as<float>(x, m, k, k + APART / 4), k + APART / 4);

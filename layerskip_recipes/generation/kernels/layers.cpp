@@ -74,7 +74,7 @@ struct Parts {
   }
   float to_float(const std::string& name) const { return static_cast<float>(number(name)); }
   Linear linear(const std::string& name) const {
-    return {tensor(name + ".weight"), tensor(name + ".scale"), tensor(name + ".bias")};
+    return {tensor(name + ".weight"), tensor(name + ".scale"), tensor(name + ".bias"), tensor(name + ".sums")};
   }
   Norm norm(const std::string& name) const { return {tensor(name + ".scale"), to_float(name + ".epsilon")}; }
 };

@@ -1,0 +1,40 @@
+"""Make the files of the `qa/*` configs from a public data set: questions about university courses with SQL queries.
+
+    python examples/text_to_sql.py advising.json sql
+
+advising.json (CC BY 4.0) is data/advising.json of https://github.com/jkkummerfeld/text2sql-data, whose paper is
+https://arxiv.org/abs/1806.09029. The split is the data set's split by question.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+
+def pairs(queries: list[dict], split: str) -> list[dict[str, str]]:
+    """Questions and SQL queries of a split, with the variables' values filled in."""
+    found = []
+    for query in queries:
+        for sentence in query["sentences"]:
+            if sentence["question-split"] == split:
+                question, sql = sentence["text"], query["sql"][0]
+                values = {v["name"]: v["example"] for v in query["variables"]} | sentence["variables"]
+                for name in sorted(values, key=len, reverse=True):  # number10 before number1
+                    question, sql = question.replace(name, values[name]), sql.replace(name, values[name])
+                found.append({"input": question, "output": sql})
+    return found
+
+
+def main() -> None:
+    queries, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        lines = pairs(queries, split)
+        random.Random(0).shuffle(lines)  # the file is sorted by query
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        print(f"{folder / split}.jsonl: {len(lines)} questions")
+
+
+if __name__ == "__main__":
+    main()
