@@ -174,14 +174,15 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     draft = read_draft(read_description(str(folder), "draft"), loaded, "draft")
     assert same_tensors(draft.state_dict(), load_file(f"{own}/draft.safetensors"))
 
+    # Its weights fit the model before it is quantised, and its text is that of the quantised model.
+    int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
+    quantised = LayerSkipGenerate(load_config(str(path), [int8]))
+    quantised.setup()
+    report = quantised.generate()
+    assert quantised.speculation.draft.folder == own and report["drafted"] > 0 and report["identical"] is True
+
     # Who wants no draft gets none; a reason is given where it cannot be used.
     assert LayerSkipGenerate(load_config(str(path), ["self_speculation.draft=null"])).speculation is None
-    caplog.clear()
-    int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
-    with caplog.at_level(logging.INFO):
-        assert LayerSkipGenerate(load_config(str(path), [int8])).speculation is None
-    # Nothing is advised that may be refused: layerskip_eval, for one, takes no draft with a quantizer.
-    assert f"the draft in {own} is not chosen with a quantizer. Set quantizer=null\n" in caplog.text
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     note(folder, lambda noted: noted["base"].update(reader))
     assert own_draft(folder) == own and not read_description(own, "draft").is_for(HFCheckpointer)

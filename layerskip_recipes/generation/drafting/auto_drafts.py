@@ -129,11 +129,8 @@ class DraftChooser:
         self.cfg, self.quantizer = cfg, quantizer
         self.model = model = layerskip_decoder(cfg.meta_model)
         parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
-        no_draft = None
-        if quantizer is not None:
-            no_draft = "is not chosen with a quantizer. Set quantizer=null"
-        elif parallel > 1:
-            no_draft = "does not go with tensor parallelism, which splits the layers that it copies"
+        splits = "does not go with tensor parallelism, which splits the layers that it copies"
+        no_draft = splits if parallel > 1 else None
         folder, size = described_folder(cfg.checkpointer), (model.num_layers, model.tok_embeddings.num_embeddings)
         self.notes = TrainingNotes(folder, *size, cfg.checkpointer.target, no_draft)
 
@@ -145,7 +142,8 @@ class DraftChooser:
         plain = self.quantizer is None and one_process
         dtype = self.cfg.torch_dtype if self.quantizer is None else torch.int8
         costs = estimated_costs(self.model, dtype, gpu, compiled, rows)
-        int8, ends = plain and compiled and not gpu, one_process and not gpu
+        ends = one_process and not gpu
+        int8 = ends and compiled
         return choose_drafts(section, self.notes, costs, temperature, plain_head=plain, int8=int8, ends=ends, key=key)
 
 
@@ -165,7 +163,7 @@ def choose_drafts(
 
     Args:
         asked: draft even if it should not pay, as a section with an exit or a draft does.
-        plain_head: a draft vocabulary can take rows of the model's head.
+        plain_head: the model's layers and head are neither quantised nor split, so a draft can take rows of its head.
         int8: an int8 draft is faster on this machine.
         ends: drafts of one prompt can end at low confidence.
         key: the section's name in messages.
@@ -199,7 +197,7 @@ def choose_drafts(
     endings = [False, True] if ends and costs.batch_rows == 1 else [False]
     if section.min_confidence != AUTO and len(endings) > 1:
         endings = [section.min_confidence > 0]
-    precisions = [False, True] if int8 else [False]
+    precisions = [False, True] if int8 and (plain_head or draft is not None) else [False]
     if section.draft_int8 != AUTO:
         precisions = [section.draft_int8]
     lengths = None if section.num_speculations == AUTO else [section.num_speculations]
