@@ -1,13 +1,14 @@
 """Shared by tests of trainings: fixtures, datasets and sections of a config, runs, and what a run has logged."""
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.configs import DATASET, MODEL
+from helpers.recipes import ready
 
-from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data import standard_library as quickstart
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
@@ -63,12 +64,7 @@ VALIDATION = DATASET | {"seq_len": 48, "max_samples": 5}
 
 # ---- runs ----
 
-
-def set_up(path: Path, *overrides: str) -> LayerSkipFinetune:
-    """The recipe of a config, ready to train."""
-    recipe = LayerSkipFinetune(load_config(str(path), overrides))
-    recipe.setup()
-    return recipe
+set_up = functools.partial(ready, LayerSkipFinetune)  # (config, overrides): the recipe, ready to train
 
 
 def train(path: Path, *overrides: str) -> LayerSkipFinetune:
