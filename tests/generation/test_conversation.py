@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers.generating import run
+from helpers.recipes import run_generate as run
 from torchtune.data import Message
 
 from layerskip_recipes import generate
