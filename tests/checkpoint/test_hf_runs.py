@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.adapters import tokens_of
 from helpers.configs import MODEL, generate_config, start_section
+from helpers.configs import hf_sections as sections
 from helpers.hf_folders import model_with_tokenizer
 from helpers.resuming import resumed, same_tensors
 from helpers.training import few_texts, losses, set_up, train  # noqa: F401
@@ -20,15 +21,6 @@ from layerskip_recipes.training.config import FinetuneConfig
 
 NO_EXITS = {"layer_dropout": None, "early_exit_loss": None}
 LORA = {"rank": 3, "alpha": 6.0, "attn_modules": ["q_proj", "output_proj"]}
-
-
-def sections(folder, **model):
-    """The sections model and checkpointer of a Hugging Face folder."""
-    checkpointer = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(folder)}
-    return {
-        "model": {"_component_": "layerskip_recipes.hf_decoder", "path": str(folder), **model},
-        "checkpointer": {**checkpointer, "output_dir": "${output_dir}"},
-    }
 
 
 @pytest.fixture(scope="module")
