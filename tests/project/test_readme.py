@@ -258,18 +258,6 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return few | ({"prompt_tokens": 16} if cfg.get("random_weights") else {})
 
 
-def test_a_draft_that_won_a_benchmark_is_kept(workplace, tmp_path, monkeypatch):
-    """Whether one wins is a matter of time, and no other draft may be there yet."""
-    monkeypatch.chdir(workplace)
-    (tmp_path / "draft").mkdir()
-    for draft, kept in {str(tmp_path / "draft"): True, "out_draft/epoch_0": False}.items():
-        tuned = {"extends": "hf/generate", "model_dir": TINY, "self_speculation": {"draft": draft}}
-        (tmp_path / "tuned.yaml").write_text(OmegaConf.to_yaml(tuned))
-        words = ["tune", "run", "layerskip_generate", "--config", str(tmp_path / "tuned.yaml")]
-        short = shortened(" ".join(words), words, workplace)
-        assert any(word.startswith("self_speculation.draft=") for word in short) != kept
-
-
 @pytest.fixture(scope="module")
 def run(workplace):
     """Runs a command in its short form. Of commands that mean the same then, the first one's result serves all."""

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import VOCAB, make_tiny, unembedded
+from helpers.tiny import VOCAB, exit_logits, make_tiny, unembedded
 from helpers.training import paper_weights
 
 from layerskip_recipes import EarlyExitLoss, layerskip_decoder
@@ -28,10 +28,7 @@ def batch(rows=3, length=11, seed=0, padding=True):
 
 def plain_loss(model, tokens, labels, weights, label_smoothing=0.0):
     """J of eq. 5 and the loss of every exit, with all logits at once and ordinary autograd."""
-    h, logits = model.tok_embeddings(tokens), []
-    for layer in model.layers:
-        h = layer(h)
-        logits.append(unembedded(model, h).flatten(0, 1))
+    logits = [x.flatten(0, 1) for x in exit_logits(model, tokens)]
     losses = [F.cross_entropy(x, labels.flatten(), ignore_index=-100, label_smoothing=label_smoothing) for x in logits]
     return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)), losses
 
