@@ -39,18 +39,17 @@ def eager():
 # ---- sections of a config ----
 
 
-def text_data(file: Path, texts: list[str], **arguments) -> dict:
-    """A dataset of these texts, which are written to the file."""
+def json_data(file: Path, rows: list, dataset: str, **arguments) -> dict:
+    """A dataset of torchtune's with these rows, which are written to the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([{"text": text} for text in texts]))
-    return {
-        "_component_": "torchtune.datasets.text_completion_dataset",
-        "source": "json",
-        "data_files": str(file),
-        "column": "text",
-        "split": "train",
-        **arguments,
-    }
+    file.write_text(json.dumps(rows))
+    component = f"torchtune.datasets.{dataset}_dataset"
+    return {"_component_": component, "source": "json", "data_files": str(file), "split": "train", **arguments}
+
+
+def text_data(file: Path, texts: list[str], **arguments) -> dict:
+    """A dataset of these texts."""
+    return json_data(file, [{"text": text} for text in texts], "text_completion", **{"column": "text"} | arguments)
 
 
 def texts(folder):

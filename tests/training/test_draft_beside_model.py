@@ -203,13 +203,8 @@ def test_the_tuner_finds_the_draft(promising, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True])
 def test_resume_is_the_run_that_never_stopped(shards, tmp_path, beside_config):
-    path = beside_config(
-        epochs=2,
-        save_every_n_steps=1,
-        enable_async_checkpointing=shards,
-        keep_last_n_checkpoints=4,
-        lr_scheduler=COSINE,
-    )
+    saves = {"save_every_n_steps": 1, "enable_async_checkpointing": shards, "keep_last_n_checkpoints": 4}
+    path = beside_config(epochs=2, lr_scheduler=COSINE, **saves)
     train(path)
     whole, end = losses(tmp_path / "out"), tmp_path / "out" / "epoch_1"
     for checkpoint, done in (("step_1", 1), ("epoch_0", 2)):
