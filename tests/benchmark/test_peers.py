@@ -101,7 +101,6 @@ def timed_decoder(rates: dict, calls: list):
     ],
 )
 def test_the_fastest_setting_of_a_peer_wins(rates, setting, compiled, monkeypatch):
-    """By the second call of each; a setting that fails is noted."""
     monkeypatch.setitem(peers.PEERS, "torchtune", peers.PeerKind("torchtune", timed_decoder(rates, [])))
     peer = peers.fastest_setting("torchtune", JOB, None, compile=True)
     assert peer.setting == setting and peer.trial == {"eager": rates[False,], "compiled": compiled}

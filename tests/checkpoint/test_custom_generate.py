@@ -298,7 +298,6 @@ def test_a_mistake(settings, message):
 
 
 def test_positions_that_change_with_the_length():
-    """transformers reads the whole text again where the short factors end."""
     config = copy.deepcopy(tiny("phi3").config)
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0} | factors

@@ -110,7 +110,6 @@ generate()
 
 
 def test_ctrl_c_ends_the_command_with_the_report_and_status_130(path, tmp_path):
-    """In the midst of more prompts than it gets to."""
     (tmp_path / "many.jsonl").write_text('{"prompt": "def main("}\n' * 20_000)
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     settings = ["prompt_file=many.jsonl", "output_file=out.jsonl", "max_new_tokens=64"]

@@ -145,7 +145,6 @@ def test_device_and_dtype(checkpoint):
 
 
 def test_changed_files_do_not_change_a_loaded_model(checkpoint, tmp_path):
-    """Its weights are no views of the file."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     model, _ = load_model(str(folder), device="cpu")
     before = model.norm.scale.clone()

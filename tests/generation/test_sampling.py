@@ -68,7 +68,6 @@ def unhashed(x):
 
 
 def test_keys_depend_on_seed_prompt_and_number():
-    """And on nothing else: not on the other prompts."""
     prompts = [[1, 2], [1, 2, 3], [1, 2], [12], [1, 2]]
     keys = noise_keys(0, prompts)
     assert copies_before(prompts) == [0, 0, 1, 0, 2]

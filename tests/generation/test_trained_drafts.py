@@ -87,7 +87,6 @@ def test_the_draft_reads_all_of_the_text(kind, variant, rule):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_that_takes_another_prompt_after_rounds_without_a_draft(kind):
-    """What its old text left to be read is not read into the new one."""
     model, drafts, seen = model_of("llama3_2"), [], []
     draft = draft_of(model, kind)
     arguments = {"rule": PlainBetween([0, 1, 1, 1, 1]), "on_draft": drafts.append} | with_draft(2, 3, draft, model)
@@ -131,7 +130,6 @@ def test_a_conversation_goes_on_from_the_drafts_cache_too(kind):
 @compiles
 @pytest.mark.parametrize(("kind", "width"), [("copy", 32), ("adapter", 32), ("adapter", 16)])
 def test_compiled_text_is_the_models(kind, width, traced):
-    """In C++, and as graphs."""
     model, drafts = make_small(width=width), []
     draft = noisy(Draft(model, kind, 1))
     generation = run(model, SHORT, 12, compile=True, on_draft=drafts.append, **with_draft(1, 2, draft, model))
@@ -184,7 +182,6 @@ def test_a_folder_drafts(kind, dtype, of_draft, of_model, folders, tmp_path):
 
 
 def test_a_benchmark_takes_a_draft(folders, tmp_path):
-    """With int8 weights, whose copies draft."""
     variants = {
         "copy": {"draft": str(folders / "copy"), "num_speculations": 2},
         "exit": {"exit_layer": 2, "num_speculations": 2},

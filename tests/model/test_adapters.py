@@ -101,7 +101,6 @@ def test_it_starts_as_the_model_that_it_adapts(trained):
 
 
 def test_only_adapters_change(trained):
-    """All of them do, and the checkpoint's adapter file holds them."""
     after = trained.recipe.model.state_dict()
     moved = {name for name, value in after.items() if not torch.equal(value, trained.first[name])}
     assert moved == set(trained.adapters)
@@ -117,7 +116,6 @@ def test_only_adapters_change(trained):
 
 
 def test_the_merged_checkpoint_is_the_formula(trained):
-    """And nothing of the adapters is left in it."""
     expected = by_hand(trained.start, trained.adapters)
     merged = read_hf(trained.checkpoint, trained.family)
     assert set(merged) == set(expected)
@@ -148,7 +146,6 @@ def test_peft_opens_the_adapters(read, monkeypatch):
 
 @pytest.mark.slow
 def test_adapters_only(read, tmp_path):
-    """The same adapters in both forms, and no weights beside them."""
     train(read.path, "save_adapter_weights_only=true", f"output_dir={tmp_path}/out")
     folder, whole = tmp_path / "out" / "epoch_0", read.checkpoint / "adapter"
     files = {path.name for path in folder.iterdir()}

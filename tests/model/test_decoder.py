@@ -33,13 +33,6 @@ def test_is_the_base_decoder_bit_for_bit(any_family, tokens):
     assert torch.equal(model(tokens, exit_layer=L), expected)
 
 
-def test_packed_inputs_reach_the_layers(any_family, tokens):
-    """A mask and positions of two documents in one row give what the base decoder gives."""
-    mask = torch.block_diag(torch.ones(4, 4), torch.ones(5, 5)).tril().bool().expand(2, -1, -1)
-    inputs = {"mask": mask, "input_pos": torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, -1)}
-    assert torch.equal(layerskip_decoder(any_family)(tokens, **inputs), logits_of(any_family, tokens, **inputs))
-
-
 def test_checkpoints_are_the_base_decoders(any_family, tokens):
     """Same keys in both directions, so a file of either loads into the other."""
     expected, state = logits_of(any_family, tokens), any_family.state_dict()

@@ -86,7 +86,6 @@ def test_qloras_merged_checkpoint_is_the_formula(quantised):
 
 
 def test_qlora_in_bf16(tmp_path, tokenizer_folder):
-    """Trains, and its checkpoint, all bf16, holds the formula."""
     run = quantised_run(tmp_path, tokenizer_folder, builder={"use_dora": True}, dtype="bf16")
     expected = by_hand({n: v.float() for n, v in run.start.items()}, {n: v.float() for n, v in run.adapters.items()})
     merged = read_hf(run.checkpoint, "llama3_2")

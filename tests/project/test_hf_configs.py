@@ -160,7 +160,6 @@ def data(folder: Path, answers: bool) -> None:
 
 
 def test_a_draft_for_a_finished_model_without_answers(models, tmp_path):
-    """The message has the two commands, with which the model answers first."""
     data(tmp_path / "my_data", answers=False)
     given = [f"model_dir={models['llama']}", f"data_dir={tmp_path}/my_data", "device=cpu"]
     with pytest.raises(ConfigError) as e:

@@ -129,7 +129,6 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("line", TUNE_RUN)
 def test_command_is_valid_as_written(line, workplace, layerskip, monkeypatch):
-    """Its config, its overrides and its recipe fit each other."""
     recipe, config, overrides = split(at_home(TUNE_RUN[line], workplace))
     monkeypatch.chdir(workplace)
     status, out, err = layerskip("validate", config, *overrides, *stand_in(config, overrides, workplace))

@@ -110,7 +110,6 @@ def test_the_curriculum_decides_which_exits_weigh(step, on, tiny):
     [("llama2", "q_proj"), ("llama3_2", "q_proj"), ("gemma2", "q_proj"), ("llama2", "output.weight")],
 )
 def test_frozen_weights_get_no_gradient(family, trained):
-    """As in LoRA, or only the head; tied heads are frozen with the embedding."""
     model = layerskip_decoder(make_tiny(family))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)

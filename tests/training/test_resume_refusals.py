@@ -103,7 +103,6 @@ def test_changed_data_of_equal_length_is_refused(tmp_path, finetune):
 
 @pytest.mark.parametrize("date", ["", "{{ strftime_now('%d %B') }}"], ids=["plain", "with today's date"])
 def test_a_changed_chat_template_is_refused(date, tmp_path, finetune, monkeypatch):
-    """Another date in the prompts is no change."""
     lines = [{"input": f"{n}?", "output": str(n)} for n in range(8)]
     data = json_data(tmp_path / "qa.json", lines, "instruct")
     template = date + "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
