@@ -20,18 +20,14 @@ OURS = {
 # Small caps, so that they show; a name of helpers/hf_folders.py and what differs, torchtune's name and what differs.
 CAPS = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}
 OUR_CAPS = {"sliding_window_size": 16, "hidden_capping_value": 5.0, "final_capping_value": 2.0, "head_dim": 16}
+WIDER = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 FAMILIES = {
     "llama2": ("llama", {}, "LLAMA2", {"num_kv_heads": 6}),
-    "mistral": (
-        "mistral",
-        {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8},
-        "MISTRAL",
-        {},
-    ),
+    "mistral": ("mistral", WIDER, "MISTRAL", {}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}, "QWEN2", {"tie_word_embeddings": True, "rope_base": 10000}),
     "gemma": ("gemma", {}, "GEMMA", {"head_dim": 16}),
     "gemma2": ("gemma2", CAPS, "GEMMA2", OUR_CAPS),
-    "phi3": ("phi3", {"tie_word_embeddings": False}, "PHI3_MINI", {}),
+    "phi3": ("phi3", {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}, "PHI3_MINI", {}),
 }
 TOKENS = torch.randint(3, 97, (2, 14), generator=torch.Generator().manual_seed(0))
 
@@ -58,10 +54,10 @@ def test_logits_are_those_of_transformers(pair):
     theirs, cfg = pair
     ours, expected = load(cfg), theirs(TOKENS).logits
     torch.testing.assert_close(ours(TOKENS), expected, atol=1e-4, rtol=1e-4)
-    _, hidden = ours.hidden_states(TOKENS, [3])
+    _, hidden = ours.hidden_states(TOKENS, [3, 4])
     torch.testing.assert_close(ours(hidden=hidden[3], start_layer=3), expected, atol=1e-4, rtol=1e-4)
     some = DraftHead(ours, [5, 6, 90])
-    torch.testing.assert_close(some(hidden[3]), expected[..., [5, 6, 90]], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(some(hidden[4]), expected[..., [5, 6, 90]], atol=1e-4, rtol=1e-4)
 
 
 def test_numbers_that_contradict_the_checkpoint_are_said(pair, caplog):

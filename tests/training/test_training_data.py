@@ -27,7 +27,7 @@ def instructions(folder: Path, rows: list[dict]) -> dict:
 def cut_off(folder: Path, rows: list[dict]) -> dict:
     """The same, whose file lacks its end."""
     section = instructions(folder, rows)
-    (folder / "data.json").write_text(json.dumps(rows)[:-3])
+    (folder / "data.json").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"input": ')
     return section
 
 
