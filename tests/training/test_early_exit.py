@@ -150,26 +150,6 @@ def test_with_layer_dropout_an_exit_behind_a_dropped_layer_is_trained_through_th
     assert_same_gradients(ours, {name: plain[name] for name in ours})
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("family", ["llama2", "llama3_2"])
-def test_accumulated_over_micro_batches_weighted_by_tokens(family):
-    model = layerskip_decoder(make_tiny(family))
-    tokens, labels = batch()
-    loss_fn = EarlyExitLoss(curriculum=None, chunk_tokens=5)
-    expected, _ = plain_loss(model, tokens, labels, paper_weights([True] * L, 0.2))
-    count = (labels != -100).sum()
-    value = 0
-    for part in (slice(0, 1), slice(1, 3)):
-        loss, _ = loss_fn(model, tokens[part], labels[part], step=0, total_steps=1)
-        share = (labels[part] != -100).sum() / count
-        (loss * share).backward()
-        value += (loss * share).item()
-    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    assert value == pytest.approx(expected.item(), rel=1e-9)
-    assert_same_gradients(ours, gradients(expected, model))
-
-
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("family", ["llama2", "llama3_2"])
 def test_bf16(family):
