@@ -10,7 +10,6 @@ from helpers.sampling import N, V, filtered, p_value, penalised, rng
 
 from layerskip_recipes.generation.sampling import (
     Sampler,
-    accept,
     choose,
     copies_before,
     gumbel,
@@ -172,15 +171,6 @@ def test_a_token_of_the_draft_vocabulary_has_the_noise_of_its_id():
     expected = scores.clone()
     expected[..., [i for i in range(50) if i not in ids]] = -torch.inf
     assert torch.equal(ids[choose(scores[..., ids], keys, at[None], ids)], choose(expected, keys, at[None]))
-
-
-def test_what_is_accepted():
-    drafted = torch.tensor([[4, 5], [4, 5], [4, 5], [6, 5]])
-    chosen = torch.tensor([[4, 5, 1], [4, 0, 2], [0, 5, 3], [6, 5, 6]])
-    accepted, following = accept(drafted, chosen)
-    assert accepted.tolist() == [2, 1, 0, 2] and following.tolist() == [1, 0, 0, 6]
-    accepted, following = accept(drafted[:, :0], chosen[:, :1])
-    assert accepted.tolist() == [0] * 4 and following.tolist() == [4, 4, 0, 6]
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30])
