@@ -13,6 +13,8 @@ import pytest
 import torch
 from helpers.commands import run_tune
 from helpers.configs import benchmark_config
+from helpers.json_lines import write_lines
+from helpers.recipes import run_benchmark as run
 
 from layerskip_recipes.benchmark.measuring import Run, Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
@@ -33,12 +35,6 @@ METHODS = ["baseline", "chain", "short", *PEERS]
 @pytest.fixture
 def path(tmp_path, checkpoint) -> Path:
     return benchmark_config(tmp_path, checkpoint)
-
-
-def run(path: Path, *overrides: str) -> tuple[LayerSkipBenchmark, dict]:
-    recipe = LayerSkipBenchmark(load_config(str(path), overrides))
-    recipe.setup()
-    return recipe, recipe.benchmark()
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +118,8 @@ def test_outputs_are_the_same_by_all_methods(report):
 
 def write_prompts(path: Path, *responses: str) -> str:
     """The config's prompts with references, as an override."""
-    lines = [{"prompt": p, "response": r} for p, r in zip(("def main(", "import os"), responses, strict=True)]
-    (path.parent / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return f"prompt_file={path.parent / 'prompts.jsonl'}"
+    rows = [{"prompt": p, "response": r} for p, r in zip(("def main(", "import os"), responses, strict=True)]
+    return f"prompt_file={write_lines(path.parent / 'prompts.jsonl', rows)}"
 
 
 def test_outputs_are_compared_with_references_and_batches_and_exits_are_measured(path, capsys):
@@ -195,35 +190,23 @@ def stop_turns(monkeypatch, stops, error) -> None:
 
 
 def test_what_was_measured_before_ctrl_c_is_written(path, monkeypatch, capsys):
-    """In the middle of the second repeat: turns that are not complete count in no way."""
+    """In the middle of the second repeat: turns that are not complete count in no way. A complete report stays."""
+    folder, kinds = path.parent / "report", ("json", "md", "png")
+    folder.mkdir()
+    for kind in kinds:
+        (folder / f"benchmark.{kind}").write_text("complete")
     stop_turns(monkeypatch, lambda turn: turn > 6 + 6 + 4, KeyboardInterrupt)
     asked = ["metrics=[exact_match]", write_prompts(path, "x", "y")]
     monkeypatch.setattr("sys.argv", ["layerskip_benchmark", "--config", str(path), *asked])
     with pytest.raises(SystemExit) as caught:
         cli.benchmark()
     assert caught.value.code == 130
-    report = json.loads((path.parent / "report/benchmark.json").read_text())
-    assert report["interrupted"] is True and "Interrupted" in (path.parent / "report/benchmark.md").read_text()
+    assert all((folder / f"benchmark.{kind}").read_text() == "complete" for kind in kinds)
+    partial = {folder / f"benchmark_interrupted.{kind}" for kind in kinds}
+    assert {*map(Path, json.loads(capsys.readouterr().out.splitlines()[-1]).values())} == partial
+    report = json.loads((folder / "benchmark_interrupted.json").read_text())
+    assert report["interrupted"] is True and "Interrupted" in (folder / "benchmark_interrupted.md").read_text()
     assert {(r["temperature"], r["outputs"], r["identical"]) for r in report["results"]} == {(0.0, 3, True)}
-
-
-def test_a_complete_report_stays_where_a_later_run_is_interrupted(path, monkeypatch, capsys):
-    """The partial ones go beside it."""
-    few, folder = ["temperatures=[0.0]", "repeats=1"], path.parent / "report"
-    run(path, *few)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    stop_turns(monkeypatch, lambda turn: turn % 10 == 0, KeyboardInterrupt)  # in the first turn after the warm-up
-    there = {*before}
-    for number in ("", "1"):
-        partial = {f"benchmark_interrupted{number}.{kind}" for kind in ("json", "md", "png")}
-        there |= partial
-        capsys.readouterr()
-        assert run(path, *few)[1]["interrupted"] is True
-        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert {Path(name).name for name in printed.values()} == partial
-        assert {file.name for file in folder.iterdir()} == there
-        assert {name: (folder / name).read_bytes() for name in before} == before
-    assert json.loads((folder / "benchmark_interrupted.json").read_text())["interrupted"] is True
 
 
 def test_an_error_loses_nothing_that_was_measured(path, monkeypatch, capsys):

@@ -1,14 +1,14 @@
-"""llama.cpp as a peer of the benchmark: the same greedy tokens from GGUF files of the same weights."""
+"""llama.cpp as a peer of the benchmark: the same greedy tokens from GGUF files of an exported model and draft."""
 
 import json
 from pathlib import Path
 
 import pytest
 from helpers.hf_folders import model_with_tokenizer
+from helpers.recipes import run_benchmark
 
 from layerskip_recipes.benchmark.llama_cpp import LlamaCppServer
-from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
-from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.generation.sampling import Sampler
 
 pytest.importorskip("xllamacpp")
@@ -19,11 +19,13 @@ from helpers.gguf_files import write_gguf
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer_folder) -> Path:
-    """A random Llama of 8 layers, its GGUF file in fp32, and one in bf16 that drafts."""
-    folder = model_with_tokenizer("llama", tmp_path_factory.mktemp("llama") / "model", tokenizer_folder)
-    for name, precision in (("model", "F32"), ("draft", "BF16")):
-        write_gguf(folder, folder.parent / f"{name}.gguf", precision)
-    return folder
+    """A random Llama of 8 layers as `layerskip export` writes it, its GGUF file in fp32, and its first layers in bf16,
+    which draft."""
+    base = model_with_tokenizer("llama", tmp_path_factory.mktemp("llama") / "base", tokenizer_folder)
+    whole, draft = base.with_name("whole"), base.with_name("draft")
+    write_gguf(export(str(base), str(whole), exit_layer=2), base.with_name("model.gguf"))
+    write_gguf(export(str(base), str(draft), draft=2), base.with_name("draft.gguf"), "BF16")
+    return whole
 
 
 def run(folder: Path, tmp_path: Path, *overrides: str) -> dict:
@@ -31,9 +33,7 @@ def run(folder: Path, tmp_path: Path, *overrides: str) -> dict:
     settings = [f"model_dir={folder}", f"report_dir={tmp_path}", "device=cpu", "dtype=fp32", "compile=false", peers]
     settings += ["prompt=[def main(,import os]", "max_new_tokens=8", "repeats=1", "temperatures=[0.0]"]
     settings += ["variants={chain: {exit_layer: 2, num_speculations: 3}}", *overrides]
-    recipe = LayerSkipBenchmark(load_config("hf/benchmark", settings))
-    recipe.setup()
-    return recipe.benchmark()
+    return run_benchmark("hf/benchmark", *settings)[1]
 
 
 def test_it_decodes_the_same_tokens(folder, tmp_path):

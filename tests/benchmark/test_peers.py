@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.configs import benchmark_config, make_checkpoint
+from helpers.recipes import run_benchmark
 
 from layerskip_recipes.benchmark import peers
-from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.config.components import Component
-from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.stats import GenerationStats
 
 pytestmark = pytest.mark.slow
@@ -25,9 +24,7 @@ def path(tmp_path, checkpoint) -> Path:
 
 
 def run(path: Path, *overrides: str) -> dict:
-    recipe = LayerSkipBenchmark(load_config(str(path), overrides))
-    recipe.setup()
-    return recipe.benchmark()
+    return run_benchmark(path, *overrides)[1]
 
 
 JOB = peers.Job(*[None] * 6, exits=[3, 6])
@@ -104,7 +101,6 @@ def timed_decoder(rates: dict, calls: list):
     ],
 )
 def test_the_fastest_setting_of_a_peer_wins(rates, setting, compiled, monkeypatch):
-    """By the second call of each; a setting that fails is noted."""
     monkeypatch.setitem(peers.PEERS, "torchtune", peers.PeerKind("torchtune", timed_decoder(rates, [])))
     peer = peers.fastest_setting("torchtune", JOB, None, compile=True)
     assert peer.setting == setting and peer.trial == {"eager": rates[False,], "compiled": compiled}

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.recipes import run_benchmark
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.benchmark import measuring
-from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.config.loading import load_config
 
 TINY = (
@@ -16,10 +16,8 @@ TINY = (
 )
 
 
-def run(*overrides: str, config: str = "quickstart/generate") -> dict:
-    recipe = LayerSkipBenchmark(load_config(config, [*TINY, *overrides]))
-    recipe.setup()
-    return recipe.benchmark()
+def run(*overrides: str) -> dict:
+    return run_benchmark("quickstart/generate", *TINY, *overrides)[1]
 
 
 @pytest.fixture(autouse=True)
@@ -62,43 +60,17 @@ def test_it_needs_no_weights(monkeypatch, capsys):
 
 def test_whatever_a_config_says_of_drafts():
     """Batches, sampling, draft vocabulary, int8; look-ups only choose between such rounds. Files go to report_dir."""
-    drafts = {
-        "draft_vocabulary": 64,
-        "draft_int8": "true",
-        "num_speculations": 2,
-    }
-    settings = [f"self_speculation.{key}={value}" for key, value in drafts.items()]
+    drafts = ("draft_vocabulary=64", "draft_int8=true", "num_speculations=2")
+    settings = [f"self_speculation.{draft}" for draft in drafts]
     report = run(*settings, "batch_size=3", "temperature=0.8", "repeats=1")
     assert report["batch_size"] == 3 and {row["temperature"] for row in report["results"]} == {0.8}
     own = ["self_speculation=null", "variants.a={exit_layer: 1, num_speculations: 2}", "variants.b={early_exit: 2}"]
     report = run(*own, "repeats=1", "report_dir=out", "picture=out/x.png")
     assert [row["name"] for row in report["results"]] == ["baseline", "a", "b"]
     assert {path.name for path in Path("out").iterdir()} == {"benchmark.json", "benchmark.md", "x.png"}
-    missing = [
-        "max_new_tokens=auto",
-        "prompt_tokens=8",
-        "~self_speculation.exit_layer",
-        "self_speculation.num_speculations=2",
-    ]
-    report = run(*missing, "repeats=1")
+    missing = ["max_new_tokens=auto", "~self_speculation.exit_layer", "self_speculation.num_speculations=2"]
+    report = run(*missing, "prompt_tokens=8", "repeats=1")
     assert report["max_new_tokens"] == 128 and report["results"][1]["drafted_per_round"] == 2
     report = run("self_speculation.prompt_lookup=2", "repeats=1")
     drafted = load_config("quickstart/generate").self_speculation.num_speculations
     assert report["results"][1]["drafted_per_round"] == drafted
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("self_speculation=null", r"variants: None has nothing to compare.* variants\.chain\.exit_layer=3"),
-        ("prompt_tokens=0", "prompt_tokens: 0"),
-        ("prompt_tokens=1020", "max_new_tokens: 1020 prompt tokens and .* the model's 1024 "),
-        ("stop_strings=[a]", "stop_strings: .* needs a checkpoint, and random_weights has none"),
-        ("peers=[torchtune]", "peers: .* needs a checkpoint, and random_weights has none. Set peers=null"),
-        ("metrics=[bleu]", "metrics: .* needs a checkpoint"),
-        ("tune=true", "tune: True needs a checkpoint"),
-    ],
-)
-def test_mistakes(override, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        LayerSkipBenchmark(load_config("quickstart/generate", [*TINY, override]))

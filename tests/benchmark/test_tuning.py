@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from helpers.acceptance import tokens_per_round
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
 from helpers.decoding import make_model
+from helpers.recipes import ready, run_benchmark
 from helpers.tiny import VOCAB, make_tiny
 
 from layerskip_recipes import generate, layerskip_decoder
+from layerskip_recipes.benchmark import tuner
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
@@ -112,9 +115,9 @@ def test_costs_are_found_from_probes():
 @pytest.mark.parametrize("num_layers", [2, 3, 4])
 def test_every_probe_verifies_in_some_layers(num_layers, monkeypatch):
     monkeypatch.setattr(Tuner, "_probe", lambda self, way, d: way)
-    tuner = Tuner.__new__(Tuner)
-    tuner.model = SimpleNamespace(num_layers=num_layers)
-    assert all(1 <= way.shared_layers < num_layers for way in tuner._probes([False], 10).values())
+    one = Tuner.__new__(Tuner)
+    one.model = SimpleNamespace(num_layers=num_layers)
+    assert all(1 <= way.shared_layers < num_layers for way in one._probes([False], 10).values())
 
 
 def test_the_best_few_and_the_grid():
@@ -129,9 +132,26 @@ def test_the_best_few_and_the_grid():
     assert pairs == [(Way(e, 50), d) for e in (1, 2, 3) for d in (1, 2, 3, 4, 6, 8)]
 
 
-def tuning_config(folder, checkpoint, extends, **changes):
-    settings = {"tune": True, "tune_extends": extends, **changes}
-    return BenchmarkConfig.load(load_config(str(benchmark_config(folder, checkpoint, **settings))))
+@pytest.fixture
+def config(tmp_path, checkpoint):
+    """A benchmark that tunes: its path as a function of the generation config that it extends and of other keys."""
+
+    def config(extends=None, **changes):
+        extends = extends or str(generate_config(tmp_path / "user", checkpoint, compile=True))
+        settings = {"tune": True, "tune_extends": extends, "temperatures": [0.0], "repeats": 1}
+        return benchmark_config(tmp_path, checkpoint, **settings | changes)
+
+    return config
+
+
+def loaded(path):
+    return BenchmarkConfig.load(load_config(str(path)))
+
+
+def written_by(cfg, best, folder):
+    """The generation config that is written for a choice."""
+    write_config(folder / "tuned.yaml", cfg, best, "because")
+    return GenerateConfig.load(load_config(str(folder / "tuned.yaml")))
 
 
 CHOICE = {"exit_layer": 3, "num_speculations": 5, "draft_vocabulary": 64, "draft_int8": True}
@@ -139,23 +159,14 @@ EXIT = SelfSpeculation(**PLAIN_VALUES | {"exit_layer": 1, "num_speculations": 2}
 
 
 @pytest.mark.parametrize("best", [SelfSpeculation(**PLAIN_VALUES | CHOICE), EXIT, None])
-def test_the_config_has_what_differs_from_the_users(best, tmp_path, tokenizer_folder, monkeypatch):
+def test_the_config_has_what_differs_from_the_users(best, config, tmp_path, checkpoint, monkeypatch):
     """It loads from another folder, keeps the user's keys, and sets what was measured; null where nothing pays."""
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    theirs = {
-        "max_new_tokens": 17,
-        "compile": True,
-        "top_p": 0.5,
-        "repetition_penalty": 1.5,
-        "quantizer": {"_component_": "torchao.quantization.Int8WeightOnlyConfig"},
-    }
+    theirs = {"max_new_tokens": 17, "compile": True, "top_p": 0.5, "repetition_penalty": 1.5}
+    theirs["quantizer"] = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
     generate_config(tmp_path, checkpoint, **theirs, self_speculation={"exit_layer": 2, "prompt_lookup": 3})
     monkeypatch.chdir(tmp_path)  # a relative path
-    measured = {"temperatures": [0.8, 0.0], "top_k": 50, "batch_size": 2}
-    cfg = tuning_config(tmp_path, checkpoint, "generate.yaml", **measured)
-    write_config(tmp_path / "a" / "tuned.yaml", cfg, best, "because")
-    monkeypatch.chdir("/")
-    written = GenerateConfig.load(load_config(str(tmp_path / "a" / "tuned.yaml")))
+    cfg = loaded(config("generate.yaml", temperatures=[0.8, 0.0], top_k=50, batch_size=2))
+    written = written_by(cfg, best, tmp_path / "a")
     assert written.max_new_tokens == 17
     assert (written.temperature, written.top_k, written.batch_size, written.compile) == (0.8, 50, 2, False)
     # Keys that were not measured are off, also where the user has them on.
@@ -165,48 +176,31 @@ def test_the_config_has_what_differs_from_the_users(best, tmp_path, tokenizer_fo
     assert "because" in text and "dtype" not in text and "max_new_tokens" not in text
     # Nothing is left for generation to choose.
     assert best is None or AUTO not in dict(written.self_speculation).values()
+    monkeypatch.chdir("/")
+    assert load_config(str(tmp_path / "a" / "tuned.yaml")).max_new_tokens == 17
 
 
-def test_the_config_has_the_checkpoint_that_was_measured(tmp_path, tokenizer_folder):
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    user = generate_config(tmp_path, make_checkpoint(tmp_path / "other", tokenizer_folder))
-    write_config(tmp_path / "tuned.yaml", tuning_config(tmp_path, checkpoint, str(user)), None, "because")
-    written = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
-    assert written.given_folder == str(checkpoint)
-
-
-def test_the_config_has_the_device_that_was_measured(tmp_path, tokenizer_folder):
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    user = generate_config(tmp_path, checkpoint)
-    cfg = tuning_config(tmp_path, checkpoint, str(user))
+def test_the_config_has_checkpoint_device_and_compilation_as_measured(config, tmp_path, checkpoint, tokenizer_folder):
+    """Not the user's; and drafts take the place of the user's exit."""
+    other = make_checkpoint(tmp_path / "other", tokenizer_folder)
+    user = generate_config(tmp_path / "user", other, exit_layer=2, self_speculation=None)
+    cfg = loaded(config(str(user), compile=True))
+    written = written_by(cfg, EXIT, tmp_path)
+    assert (written.given_folder, written.compile, written.exit_layer) == (str(checkpoint), True, None)
     for device in (cfg.device, "cuda:7"):
         write_config(tmp_path / "tuned.yaml", cfg.model_copy(update={"device": device}), None, "because")
         assert load_config(str(tmp_path / "tuned.yaml")).device == device
-
-
-def test_the_config_takes_the_place_of_an_exit(tmp_path, tokenizer_folder):
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    user = generate_config(tmp_path, checkpoint, exit_layer=2, self_speculation=None)
-    cfg = tuning_config(tmp_path, checkpoint, str(user), compile=True)
-    write_config(tmp_path / "tuned.yaml", cfg, EXIT, "because")
-    written = GenerateConfig.load(load_config(str(tmp_path / "tuned.yaml")))
-    assert written.compile is True and written.exit_layer is None
-    cfg = tuning_config(tmp_path, checkpoint, "quickstart/generate")
-    write_config(tmp_path / "ours.yaml", cfg, None, "because")
+    write_config(tmp_path / "ours.yaml", loaded(config("quickstart/generate")), None, "because")
     assert load_config(str(tmp_path / "ours.yaml")).self_speculation is None
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, tmp_path, tokenizer_folder, capsys):
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
+def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp_path, checkpoint, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
     if stored:
-        (checkpoint / "layerskip.json").write_text(json.dumps({"exits": [1, 4], "vocabulary": [*range(40)]}))
-    user = generate_config(tmp_path / "user", checkpoint, compile=True)
-    settings = {"max_new_tokens": 24, "temperatures": [0.0, 0.8], "repeats": 1}
-    path = benchmark_config(tmp_path, checkpoint, tune=True, tune_extends=str(user), **settings)
-    recipe = LayerSkipBenchmark(load_config(str(path)))
-    recipe.setup()
-    report = recipe.benchmark()
+        (folder / "layerskip.json").write_text(json.dumps({"exits": [1, 4], "vocabulary": [*range(40)]}))
+    path = config(max_new_tokens=24, temperatures=[0.0, 0.8] if stored else [0.0])
+    recipe, report = run_benchmark(path, f"checkpointer.checkpoint_dir={folder}")
     variants = [row for row in report["results"] if row["kind"] == "variant"]
     rows = {row["name"]: row["speedup"]["median"] for row in variants if row["temperature"] == 0}
     assert set(rows) == set(recipe.candidates) and sum("lookup" in name for name in rows) == 1
@@ -228,20 +222,17 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, tmp_path, t
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"tune.json", "tune.md", "tune.png", "tuned.yaml"}
     written = json.loads((tmp_path / "report" / "tune.json").read_text())
     assert written["results"] == json.loads(json.dumps(report["results"]))
-    LayerSkipBenchmark(load_config(str(path)))  # its own config may be written again
+    loaded(path)  # its own config may be written again
 
 
-def test_the_grid_measures_every_exit_and_length(tmp_path, tokenizer_folder, monkeypatch):
+def test_the_grid_measures_every_exit_and_length(config, tmp_path, monkeypatch):
     """In place of variants and peers, with a heat map; after Ctrl-C no config is chosen by half of the measurements."""
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    user, prompts = generate_config(tmp_path / "user", checkpoint), ["def main(", "class", "import os", "x"]
-    settings = {"tune_extends": str(user), "temperatures": [0.0], "repeats": 1, "peers": ["torchtune"]}
-    settings |= {"prompt": prompts, "batch_size": 2, "max_new_tokens": 16}
-    recipe = LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, tune="grid", **settings))))
-    recipe.setup()
-    report = recipe.benchmark()
+    monkeypatch.setattr(tuner, "GRID_LENGTHS", (1, 4))
+    prompts = ["def main(", "class", "import os", "x"]
+    path = config(tune="grid", peers=["torchtune"], prompt=prompts, batch_size=2, max_new_tokens=16)
+    recipe, report = run_benchmark(path)
     pairs = [(row["exit_layer"], row["length"]) for row in report["results"] if row["kind"] == "variant"]
-    assert pairs == [(e, d) for e in (1, 2, 3) for d in (1, 2, 3, 4, 6, 8)]
+    assert pairs == [(e, d) for e in (1, 2, 3) for d in (1, 4)]
     assert all(row["identical"] for row in report["results"]) and len(report["results"]) == 1 + len(pairs)
     folder = tmp_path / "report"
     assert {file.name for file in folder.iterdir()} == {"grid.json", "grid.md", "grid.png", "tuned.yaml"}
@@ -267,51 +258,26 @@ def test_drafts_with_the_same_weights_share_them():
     assert built[1, 2] is built[1, 4] is not built[2, 2] is built[2, 4]
 
 
-def test_the_first_line_says_so_if_no_draft_pays(tmp_path, tokenizer_folder):
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    user = generate_config(tmp_path / "user", checkpoint)
-    path = benchmark_config(tmp_path, checkpoint, tune=True, tune_extends=str(user), temperatures=[0.0])
+def test_the_first_line_says_so_if_no_draft_pays(config, tmp_path):
     candidate = Candidate(Speculation(2), EXIT, None)
     row = {"name": "draft_6", "temperature": 0.0, "speedup": {"median": 0.7}, "predicted_speedup": None}
     report = {"results": [row], "device": "cpu"}
     written = tmp_path / "tuned.yaml"
-    write_choice(BenchmarkConfig.load(load_config(str(path))), written, report, {"draft_6": candidate})
+    write_choice(loaded(config()), written, report, {"draft_6": candidate})
     assert written.read_text().startswith(f"{FIRST_LINE}no drafts, since draft_6 had 0.70x, temperature 0.0, cpu\n")
     assert load_config(str(written)).self_speculation is None
 
 
-def test_a_file_of_somebody_elses_is_not_overwritten(tmp_path, tokenizer_folder):
+def test_a_file_of_somebody_elses_is_not_overwritten(config, tmp_path):
     """Said before anything is measured; without tune no config is written."""
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    user = generate_config(tmp_path / "user", checkpoint)
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "tuned.yaml").write_text("mine\n")
-    settings = {"tune": True, "tune_extends": str(user)}
     message = r"^report_dir: '.*tuned.yaml' exists, and layerskip_benchmark .*; for example report_dir=\S+$"
     with pytest.raises(ValueError, match=message):
-        LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
-    LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint))))
+        LayerSkipBenchmark(load_config(str(config())))
+    LayerSkipBenchmark(load_config(str(config(tune=False, tune_extends=None))))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tune_extends": "quickstart/generates"}, "^tune_extends: .*Nearest: quickstart/generate"),
-        ({"tune_extends": "quickstart/finetune"}, "^tune_extends: quickstart/finetune is not a valid .*unknown"),
-        ({"tune": 3}, "^tune: 3"),
-    ],
-)
-def test_mistakes(changes, message, tmp_path, tokenizer_folder):
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    settings = {"tune": True, "tune_extends": "quickstart/generate"} | changes
-    with pytest.raises(ValueError, match=message):
-        LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
-
-
-def test_outputs_too_short_for_a_draft(tmp_path, tokenizer_folder):
-    checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
-    user = generate_config(tmp_path / "user", checkpoint)
-    settings = {"tune": True, "tune_extends": str(user), "max_new_tokens": 2}
-    recipe = LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, checkpoint, **settings))))
+def test_outputs_too_short_for_a_draft(config):
     with pytest.raises(ValueError, match=r"^max_new_tokens: the outputs ended with .*max_new_tokens=128"):
-        recipe.setup()
+        ready(LayerSkipBenchmark, config(max_new_tokens=2))

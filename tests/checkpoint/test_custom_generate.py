@@ -117,16 +117,6 @@ def test_a_draft_ends_where_it_is_not_confident(fixed_length):
 
 
 @EXITS
-def test_a_row_gets_the_tokens_that_it_gets_alone(exit_layer, fixed_length):
-    inputs = prompts()
-    _, batch = both(tiny(), inputs, exit_layer)
-    for row, mask in enumerate(inputs["attention_mask"]):
-        _, alone = both(tiny(), {"input_ids": inputs["input_ids"][row : row + 1, mask == 1]}, exit_layer)
-        end = alone.shape[1] - int(mask.sum())
-        assert torch.equal(batch[row, 7 : 7 + end], alone[0, int(mask.sum()) :])
-
-
-@EXITS
 @pytest.mark.parametrize("rows", [1, 3])
 def test_it_stops_where_plain_decoding_stops(rows, exit_layer, fixed_length):
     plain = tiny().generate(**prompts(rows), max_new_tokens=NEW, do_sample=False)
@@ -308,7 +298,6 @@ def test_a_mistake(settings, message):
 
 
 def test_positions_that_change_with_the_length():
-    """transformers reads the whole text again where the short factors end."""
     config = copy.deepcopy(tiny("phi3").config)
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0} | factors

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers.configs import make_checkpoint, start_section
+from helpers.configs import hf_sections, make_checkpoint, start_section
 from helpers.hf_folders import make_hf_folder
 from helpers.training import VALIDATION, train
 from safetensors.torch import load_file, save_file
@@ -196,9 +196,7 @@ def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, finet
     changes = {"checkpointer": start_section(checkpoint), "layer_dropout": None, "early_exit_loss": None}
     if form == "hf":
         monkeypatch.chdir(checkpoint.parent)
-        path = {"path": checkpoint.name}
-        changes["model"] = {"_component_": "layerskip_recipes.hf_decoder", **path}
-        changes["checkpointer"] = {"_component_": "layerskip_recipes.hf_checkpointer", **path}
+        changes |= hf_sections(checkpoint.name)
     recipe = train(finetune(draft=section, **changes))
     folder = str(tmp_path / "out" / "epoch_0")
     monkeypatch.chdir(tmp_path)
@@ -226,9 +224,7 @@ def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, finet
 @pytest.mark.parametrize("form", ["torchtune", "hf"])
 def test_a_draft_beside_its_model_is_exported_from_the_models_folder(form, checkpoint, tmp_path, finetune):
     changes = {"checkpointer": start_section(checkpoint), "layer_dropout": None, "early_exit_loss": None}
-    if form == "hf":
-        changes["model"] = {"_component_": "layerskip_recipes.hf_decoder", "path": str(checkpoint)}
-        changes["checkpointer"] = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(checkpoint)}
+    changes |= hf_sections(checkpoint) if form == "hf" else {}
     recipe = train(finetune(draft={"kind": "copy", "exit_layer": 2, "finetune_model": True}, **changes))
     moved = shutil.move(tmp_path / "out" / "epoch_0", tmp_path / "moved")
     model = load(export(str(moved), str(tmp_path / "draft"), draft=0))
@@ -264,14 +260,11 @@ def test_an_exported_draft_proposes_tokens_of_its_vocabulary_only(
     if shared:
         with_shared_direction(base)
     section = {"kind": "copy", "exit_layer": 2, "vocabulary": 24, "finetune_model": True}
-    decoder, checkpointer = (
-        {"_component_": f"layerskip_recipes.hf_{part}", "path": str(base)} for part in ("decoder", "checkpointer")
-    )
     recipe = train(
         finetune(
             draft=section, layer_dropout=None, early_exit_loss=None, dataset=VALIDATION | {"max_samples": 12},
             optimizer={"_component_": "torch.optim.AdamW", "lr": 3e-3}, max_steps_per_epoch=6,
-            model=decoder, checkpointer=checkpointer,
+            **hf_sections(base),
         )
     )  # fmt: skip
     folder, vocabulary = tmp_path / "out" / "epoch_0", recipe.draft.vocabulary

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.adapters import tokens_of
 from helpers.configs import MODEL, generate_config, start_section
+from helpers.configs import hf_sections as sections
 from helpers.hf_folders import model_with_tokenizer
 from helpers.resuming import resumed, same_tensors
 from helpers.training import few_texts, losses, set_up, train  # noqa: F401
@@ -20,15 +21,6 @@ from layerskip_recipes.training.config import FinetuneConfig
 
 NO_EXITS = {"layer_dropout": None, "early_exit_loss": None}
 LORA = {"rank": 3, "alpha": 6.0, "attn_modules": ["q_proj", "output_proj"]}
-
-
-def sections(folder, **model):
-    """The sections model and checkpointer of a Hugging Face folder."""
-    checkpointer = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(folder)}
-    return {
-        "model": {"_component_": "layerskip_recipes.hf_decoder", "path": str(folder), **model},
-        "checkpointer": {**checkpointer, "output_dir": "${output_dir}"},
-    }
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +122,7 @@ def test_the_config_of_a_model_from_scratch_has_its_head(finetune):
 
 
 TORCHTUNES = start_section("BASE")
+WITHOUT_FILES = TORCHTUNES | {"checkpoint_files": []}
 
 
 @pytest.mark.parametrize(
@@ -137,10 +130,7 @@ TORCHTUNES = start_section("BASE")
     [
         (f"model={json.dumps(MODEL)}", "checkpointer._component_: layerskip_recipes.hf_checkpointer does not fit"),
         (f"checkpointer={json.dumps(TORCHTUNES)}", "FullModelHFCheckpointer does not fit .*Allowed: layerskip_recipes"),
-        (
-            f"checkpointer={json.dumps(TORCHTUNES | {'checkpoint_files': []})}",
-            "FullModelHFCheckpointer does not fit the model",
-        ),
+        (f"checkpointer={json.dumps(WITHOUT_FILES)}", "FullModelHFCheckpointer does not fit the model"),
         ("checkpointer.shard_size=5XB", "checkpointer.shard_size: '5XB' is not allowed.*shard_size=5GB"),
         ("output_dir=BASE/out", "lies in checkpointer.checkpoint_dir"),
         ("model.lora.rank=0", "model.lora.rank: 0 is not allowed. Allowed: an int"),

@@ -109,7 +109,6 @@ def test_a_config_of_another_recipe(recipe, other, paths):
 
 
 def test_two_processes_on_a_recipe_for_one(paths, monkeypatch):
-    """As torchrun sets the environment with --nproc_per_node 2."""
     for key, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(key, value)
     assert "nproc_per_node" in refusal("eval", paths["eval"])

@@ -110,6 +110,20 @@ BENCHMARK = [
     ("self_speculation={exit_layer: 2, num_speculations: 2}", "self_speculation", "2", "variants"),
 ]
 
+RANDOM = "random_weights=true; prompt=null; prompt_tokens=8"
+BENCHMARK += [
+    (f"{RANDOM}; ~variants", "variants", "None has nothing to compare", "variants.chain.exit_layer=3"),
+    (f"{RANDOM}; prompt_tokens=0", "prompt_tokens", "0", "1 or more"),
+    (f"{RANDOM}; prompt_tokens=120", "max_new_tokens", "120 prompt tokens", "the model's 128 "),
+    (f"{RANDOM}; stop_strings=[a]", "stop_strings", "random_weights has none", "needs a checkpoint"),
+    (f"{RANDOM}; peers=[torchtune]", "peers", "random_weights has none", "Set peers=null"),
+    (f"{RANDOM}; metrics=[bleu]", "metrics", "['bleu'] needs a checkpoint", ""),
+    (f"{RANDOM}; tune=true", "tune", "True needs a checkpoint", ""),
+    ("tune=true; tune_extends=quickstart/generates", "tune_extends", "generates", "Nearest: quickstart/generate"),
+    ("tune=true; tune_extends=quickstart/finetune", "tune_extends", "quickstart/finetune is not a valid", "unknown"),
+    ("tune=3", "tune", "3", ""),
+]
+
 STDLIB = "_component_: layerskip_recipes.quickstart.StdlibDataset"
 COSINE = "lr_scheduler._component_=torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
 STEP_LR = "lr_scheduler._component_=torch.optim.lr_scheduler.StepLR; lr_scheduler.step_size=1"

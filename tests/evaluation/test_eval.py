@@ -1,11 +1,10 @@
 """The config of `layerskip_eval`, its section `compare`, and its memory."""
 
-import json
-
 import pytest
 import torch
 from helpers.configs import SIZE, eval_config, make_checkpoint
-from helpers.training import few_texts  # noqa: F401
+from helpers.recipes import run_eval
+from helpers.training import few_texts, text_data  # noqa: F401
 from torchtune.models.llama3_2 import llama3_2
 
 from layerskip_recipes.checkpoint.checkpointers import checkpoint_files
@@ -50,15 +49,8 @@ def test_an_accepted_length_counts_the_ends_of_answers(length, drafts, expected)
     assert quality[4].accepted_length == expected and quality[4].agreement == 1
 
 
-def test_samples_longer_than_the_model_are_cut(tmp_path, tokenizer_folder, capsys):
-    lines = [json.dumps({"text": "if x: " * length}) for length in (5, 5, 500)]
-    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
-    component = "torchtune.datasets.text_completion_dataset"
-    dataset = {"_component_": component, "source": "json", "data_files": str(tmp_path / "texts.jsonl")}
-    dataset |= {"split": "train", "column": "text"}
+def test_samples_longer_than_the_model_are_cut(tmp_path, tokenizer_folder):
+    dataset = text_data(tmp_path / "texts.json", ["if x: " * length for length in (5, 5, 500)])
     path = eval_config(tmp_path, make_checkpoint(tmp_path / "own", tokenizer_folder), dataset=dataset, batch_size=1)
-    recipe = LayerSkipEval(load_config(str(path), ["num_speculations=64"]))
-    recipe.setup()
-    recipe.evaluate()
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = run_eval(path, "num_speculations=64")[1]
     assert report["batches"] == 3 and all(of["accepted_length"] is not None for of in report["exits"].values())

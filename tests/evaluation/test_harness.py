@@ -92,7 +92,6 @@ def test_a_whole_text_in_windows(exit_layer):
     ids=["plain", "exit", "speculation"],
 )
 def test_answers_are_those_of_plain_greedy_decoding(method):
-    """Up to a stop string, for two kinds of gen_kwargs in one call, in batches."""
     model, tokenizer, exit_layer = make_tiny(), Letters(), method.get("exit_layer")
     lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer, batch_size=2, **method, max_new_tokens=9)
     contexts = ["A", "ABC", "hello", "X+Y"]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from helpers.configs import MODEL, eval_config, make_checkpoint
 from helpers.plain_decoding import plain_logits, plain_score
+from helpers.recipes import run_eval as evaluate
 from helpers.training import few_texts  # noqa: F401
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
@@ -69,12 +70,6 @@ def source(file: Path) -> dict:
     """The keys of a task that read a JSONL file."""
     arguments = {"data_files": {"test": str(file)}, "cache_dir": str(file.parent / "cache")}
     return {"dataset_path": "json", "dataset_kwargs": arguments}
-
-
-def evaluate(path, *overrides: str):
-    recipe = LayerSkipEval(load_config(str(path), overrides))
-    recipe.setup()
-    return recipe, recipe.evaluate()
 
 
 def config(tmp_path, checkpoint, folder, **changes):

@@ -24,6 +24,7 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 LAYER = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
 VOCABULARY = 49152
+PLAIN = (30 * LAYER + VOCABULARY * 576) * 4 / 2e10 + 2e-5 + 30 * 5e-6  # seconds of a step, from the bytes that it reads
 # Tokens per round of 1, 2, .. 8 drafted tokens, greedily and at temperature 1, about as a finetuned SmolLM2 has them.
 TASK = {
     "all": ([1.84, 2.54, 3.18, 3.72, 4.13, 4.61, 4.97, 5.24], [1.82, 2.47, 3.07, 3.54, 3.91, 4.29, 4.61, 4.83]),
@@ -38,17 +39,20 @@ def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):
     return estimated_costs(model, dtype, gpu, compiled, batch_rows)
 
 
-def described(folder, exits, trained=(6, 30), draft=None, tokens=range(10, 2058)):
-    """A folder whose layerskip.json has these measurements: {exit: {vocabulary: (greedy, sampled)}}."""
+def described(folder, exits, trained=(6, 30), draft=None, tokens=range(10, 2058), ends={}, **keys):  # noqa: B006
+    """A folder whose layerskip.json has these measurements: {exit: {vocabulary: (greedy, sampled)}}, and of drafts that
+    end early {vocabulary: rates}."""
     folder.mkdir(exist_ok=True)
     measured = {
         str(e): {name: {"greedy": n, "sampled": m} for name, (n, m) in of_exit.items()} for e, of_exit in exits.items()
     }
-    content = {"exits": list(trained), "vocabulary": list(tokens)}
+    for of_exit, (name, ended) in product(measured.values(), ends.items()):
+        of_exit[name]["ended"] = {"greedy": ended, "sampled": ended}
+    content = {"exits": list(trained), "vocabulary": list(tokens)} | keys
     if exits or draft:
-        content["measured"] = {"on": "dataset_val", "labels": 999, "exits": measured}
-    if draft:
-        content["measured"]["draft"] = draft
+        content["measured"] = {"on": "dataset_val", "labels": 999, "exits": measured} | (
+            {"draft": draft} if draft else {}
+        )
     (folder / "layerskip.json").write_text(json.dumps(content))
     return folder
 
@@ -62,15 +66,14 @@ def choose(folder, temperature=0.0, compiled=True, given=None, int8=None, batch_
 
 def expected(exits, lengths=range(1, 9), precisions=(4, 1)):
     """The best (exit, vocabulary, bytes per weight, length) and its speed-up, from the bytes that steps read."""
-    plain = (30 * LAYER + VOCABULARY * 576) * 4 / 2e10 + 2e-5 + 30 * 5e-6
 
     def speedup(e, name, itemsize, d):
         tokens = exits[e][name][0][d - 1]
         rows = VOCABULARY if name == "all" else int(name)
         draft = (e * LAYER + rows * 576) * itemsize / 2e10 + 2e-5 + e * 5e-6
         layers = 30 if itemsize == 1 else 30 - e  # states of quantised layers are not kept
-        verify = plain * (1 + 0.06 * d * layers / 30)
-        return tokens * plain / (d * draft + verify + 2e-4)
+        verify = PLAIN * (1 + 0.06 * d * layers / 30)
+        return tokens * PLAIN / (d * draft + verify + 2e-4)
 
     ways = [(e, name, i, d) for e in exits for name, i, d in product(exits[e], precisions, lengths)]
     best = max(ways, key=lambda way: speedup(*way))
@@ -115,15 +118,11 @@ def test_drafts_that_end_early_are_longer_at_most_and_cost_their_mean_length(tmp
     """By the formula of prediction.py: up to 8 tokens, on average 4.5 of them drafted. In a batch all rows must end."""
     greedy, sampled = TASK["2048"]
     ended = [(n - 0.2, min(d, 0.5 * d + 0.5)) for d, n in enumerate(greedy, 1)]
-    folder = described(tmp_path, {6: {"all": ([1.0] * 8,) * 2, "2048": (greedy, sampled)}})
-    content = json.loads((folder / "layerskip.json").read_text())
-    content["measured"]["exits"]["6"]["2048"]["ended"] = {"greedy": ended, "sampled": ended}
-    (folder / "layerskip.json").write_text(json.dumps(content))
-    plain = (30 * LAYER + VOCABULARY * 576) * 4 / 2e10 + 2e-5 + 30 * 5e-6
+    folder = described(tmp_path, {6: {"all": ([1.0] * 8,) * 2, "2048": (greedy, sampled)}}, ends={"2048": ended})
     step = (6 * LAYER + 2048 * 576) / 2e10 + 2e-5 + 6 * 5e-6
 
     def speedup(tokens, drafted):
-        return tokens * plain / (drafted * step + plain * (1 + 0.06 * drafted) + 2e-4)
+        return tokens * PLAIN / (drafted * step + PLAIN * (1 + 0.06 * drafted) + 2e-4)
 
     found = choose(folder, ends=True)
     assert found.section.min_confidence == 0.4
@@ -139,11 +138,7 @@ def test_drafts_that_end_early_are_longer_at_most_and_cost_their_mean_length(tmp
 
 def test_drafts_do_not_end_early_where_the_exit_agrees_without_being_sure(tmp_path):
     """Then ended drafts would write too few tokens. Who asks for an end gets it."""
-    folder = described(tmp_path, {6: TASK})
-    content = json.loads((folder / "layerskip.json").read_text())
-    for rates in content["measured"]["exits"]["6"].values():
-        rates["ended"] = {key: [(1.8, 1.0), *[(2.0, 1.2)] * 7] for key in ("greedy", "sampled")}
-    (folder / "layerskip.json").write_text(json.dumps(content))
+    folder = described(tmp_path, {6: TASK}, ends={name: [(1.8, 1.0), *[(2.0, 1.2)] * 7] for name in TASK})
     found, fixed = choose(folder, ends=True), choose(folder)
     assert found == fixed and found.section.min_confidence == 0
     asked = choose(folder, ends=True, given={"min_confidence": 0.6})
@@ -241,26 +236,17 @@ def test_a_head_that_cannot_be_cut(tmp_path):
 @pytest.mark.parametrize(("kind", "exit_layer", "layers"), [("copy", 3, 3), ("adapter", 6, 1)])
 def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, layers):
     greedy, sampled = TASK["2048"]
-    described(tmp_path, {}, draft={"greedy": greedy, "sampled": sampled})
-    content = json.loads((tmp_path / "layerskip.json").read_text())
-    content |= {
-        "base": {"folder": "model", "hash": "0"},
-        "format": 3,
-        "kind": kind,
-        "exit_layer": exit_layer,
-        "num_layers": layers,
-        "vocabulary": [*range(1024)],
-    }
-    (tmp_path / "layerskip.json").write_text(json.dumps(content))
+    keys = {"format": 3, "base": {"folder": "model", "hash": "0"}, "kind": kind, "exit_layer": exit_layer}
+    keys |= {"num_layers": layers, "vocabulary": [*range(1024)]}
+    described(tmp_path, {}, draft={"greedy": greedy, "sampled": sampled}, **keys)
     (tmp_path / "draft.safetensors").touch()
     found = choose(None, given={"draft": str(tmp_path)})
     own = (layers * LAYER + 1024 * 576) / 2e10 + 2e-5 + layers * 5e-6
     below = (exit_layer * (LAYER * 4 / 2e10 + 5e-6)) if kind == "adapter" else 0
-    plain = (30 * LAYER + VOCABULARY * 576) * 4 / 2e10 + 2e-5 + 30 * 5e-6
     share = 0.06 * (1 if kind == "copy" else (30 - exit_layer) / 30)
 
     def speedup(d):
-        return greedy[d - 1] * plain / (d * (own + below) + plain * (1 + share * d) + 2e-4)
+        return greedy[d - 1] * PLAIN / (d * (own + below) + PLAIN * (1 + share * d) + 2e-4)
 
     best = max(range(1, 9), key=speedup)
     chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 3, "draft_vocabulary": 1024}

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers.generating import run
+from helpers.recipes import run_generate as run
 from torchtune.data import Message
 
 from layerskip_recipes import generate
@@ -97,17 +97,8 @@ def test_a_question_that_does_not_fit_is_left_out(talk, caplog):
     assert "the model's 128" in message
 
 
-def test_answers_are_shorter_at_the_end_of_the_context(talk, caplog):
-    recipe, report, turns = talk(f"{'x' * 100}\n", tokens=60)
-    (prompt, generation), room = turns[0], 128 - len(turns[0][0])
-    assert report["prompts"] == 1 and 0 < room < 60
-    alone = generate(recipe.model, torch.tensor(prompt), room, stop_tokens=recipe.stop_tokens)
-    assert generation.generated[0] == alone.tokens[0, len(prompt) :].tolist()
-
-
 @pytest.mark.parametrize("speculation", ["null", "{exit_layer: 2, num_speculations: 4}"])
 def test_a_shorter_answer_keeps_the_cache(talk, speculation):
-    """Although a draft may reach beyond the last position of the model."""
     recipe, _, turns = talk(f"{'x' * 40}\nand now\n", f"self_speculation={speculation}", tokens=36)
     (_, one), (second, two) = turns
     assert 0 < 128 - len(second) < 36 and two.cache is one.cache

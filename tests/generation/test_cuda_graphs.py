@@ -51,11 +51,8 @@ def test_cuda_graphs_of_one_row_and_other_lengths(way, width, dtype):
     for prompts, count in ((SHORT[:1], 40), (LONGER, 60), (LONGER, 60)):
         speculation = Speculation(**OTHER_WAYS[way]) if OTHER_WAYS[way] else None
         generation = run(model, prompts, count, speculation=speculation)
-        assert (
-            len(generation.generated[0]) == count
-            and not compiled_steps(model).refused
-            and not compiled_steps(model).masked
-        )
+        assert len(generation.generated[0]) == count
+        assert not compiled_steps(model).refused and not compiled_steps(model).masked
         if dtype == torch.float32:
             assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
 

@@ -227,7 +227,6 @@ def test_good_drafts_are_hardly_slower_by_the_choice(clock):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rounds_without_a_draft_change_no_token(variant):
-    """Nor what is counted of the drafts of other rounds."""
     model, drafts = model_of("llama3_2"), []
     generation = run(
         model, PROMPTS, 18, rows=3, rule=PlainBetween(), on_draft=drafts.append, **drafting(variant, model),

@@ -10,8 +10,9 @@ import torch
 import torchao.quantization
 from helpers.commands import run_tune
 from helpers.compiled import compiles
-from helpers.generating import run
+from helpers.json_lines import write_lines
 from helpers.ranks import check_success, run_tune_on_ranks
+from helpers.recipes import run_generate as run
 from torchtune.generation import generate as torchtune_generate
 
 from layerskip_recipes.checkpoint.weights import load_decoder
@@ -21,11 +22,7 @@ from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.text import text_stream
 from layerskip_recipes.generation.text.text_stream import TextStream
 
-MODES = {
-    "autoregressive": ["self_speculation=null"],
-    "early exit": ["self_speculation=null", "exit_layer=3"],
-    "self-speculative": [],
-}
+INT4 = "torchtune.training.quantization.Int8DynActInt4WeightQuantizer"
 
 
 def plain_tokens(recipe, row=0):
@@ -95,7 +92,7 @@ def test_a_comparison_measures_both_sides_alike(stream, path, monkeypatch):
 
 def test_early_exit_takes_all_tokens_from_that_exit(path, tmp_path):
     """Chosen one by one from exit 3 of the whole text, without a cache."""
-    recipe, report = run(path, *MODES["early exit"], f"output_file={tmp_path / 'out.jsonl'}")
+    recipe, report = run(path, "self_speculation=null", "exit_layer=3", f"output_file={tmp_path / 'out.jsonl'}")
     tokens, new = list(recipe.prompt_tokens[0]), []
     while len(new) < 24 and not {*new} & {*recipe.stop_tokens}:
         with torch.no_grad():
@@ -103,15 +100,6 @@ def test_early_exit_takes_all_tokens_from_that_exit(path, tmp_path):
     (line,) = answers(tmp_path / "out.jsonl")
     assert line["text"] == recipe.text_of(0).text(new) and report["tokens"] == len(new)
     assert report["acceptance_rate"] is None and report["drafted"] == 0
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_seeds_make_sampling_reproducible(path, mode, capsys):
-    texts = []
-    for seed in (1, 1, 2):
-        run(path, *MODES[mode], "temperature=0.9", "top_k=40", "top_p=0.95", f"seed={seed}")
-        texts.append(capsys.readouterr().out.split("\n---")[1])
-    assert texts[0] == texts[1] != texts[2]
 
 
 def shown(capsys):
@@ -125,9 +113,9 @@ def test_stop_strings_end_the_text_before_them_in_every_mode(path, capsys, strea
     whole = TextStream(recipe.tokenizer, recipe.stop_tokens).text(plain_tokens(recipe))
     stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
     counts = []
-    for mode in ("autoregressive", "self-speculative"):
+    for mode in (["self_speculation=null"], []):
         capsys.readouterr()
-        _, report = run(path, *MODES[mode], f"stop_strings=[{json.dumps(stop)}]", f"stream={stream}")
+        _, report = run(path, *mode, f"stop_strings=[{json.dumps(stop)}]", f"stream={stream}")
         assert shown(capsys) == [whole[: whole.index(stop)].rstrip("\n")]
         counts.append(report["tokens"])
     assert counts[0] == counts[1] < 24
@@ -145,8 +133,7 @@ def test_stop_tokens_are_the_tokenizers_and_the_configs(path):
 def test_batches_give_what_each_prompt_gives_alone_in_input_order(path, tmp_path, capsys):
     """Prompts of very different lengths, so that batches mix and reorder them; answers come back in their order."""
     texts = ["x = 1\n" * 6, "def f(", "import os\nimport sys\n" * 3, "class A:", "a", "for i in range(9):\n    print(i"]
-    file, found = tmp_path / "prompts.jsonl", []
-    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    file, found = write_lines(tmp_path / "prompts.jsonl", ({"prompt": text} for text in texts)), []
     for size in (1, 2, 4):
         out = tmp_path / f"{size}.jsonl"
         overrides = [f"prompt_file={file}", "max_new_tokens=12", "benchmark.compare=true"]
@@ -178,10 +165,7 @@ def test_a_stop_string_ends_its_row_of_a_batch_only(path, capsys):
         ["self_speculation.draft_vocabulary=40"],
         ["self_speculation.draft_vocabulary=[5,6,7,8,9,10,11]"],
         ["self_speculation.draft_int8=true"],
-        [
-            "quantizer._component_=torchtune.training.quantization.Int8DynActInt4WeightQuantizer",
-            "quantizer.groupsize=16",
-        ],
+        [f"quantizer={{_component_: {INT4}, groupsize: 16}}"],
     ],
     ids=str,
 )
@@ -255,36 +239,24 @@ def test_a_quantiser_that_does_not_work_here_is_named(arguments, message, path):
 
 
 @compiles
-def test_compile_is_reported_apart_and_changes_no_token(path, tmp_path):
-    outputs = []
-    for flag in ("false", "true"):
-        out = tmp_path / f"{flag}.jsonl"
-        _, report = run(path, f"compile={flag}", f"output_file={out}", "benchmark.compare=true")
-        assert report["identical"] is True
-        assert (report["compile_s"] > 0) is (flag == "true")
-        outputs.append(out.read_text())
-    assert outputs[0] == outputs[1]
-
-
-@compiles
 @pytest.mark.parametrize("compare", [True, False])
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_beginning_that_prompts_share_is_read_once(size, compare, path, tmp_path):
     """In C++, by both sides of a comparison alike; the answers are those of prompts that are read whole."""
     prompts = ["def main(argument):", "def make(value):", "def map_all(items, function):", "def main(argument):"]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    given = [f"prompt_file={tmp_path / 'prompts.jsonl'}", f"batch_size={size}", "temperature=0.7", "seed=1"]
-    answers = []
+    file = write_lines(tmp_path / "prompts.jsonl", ({"prompt": prompt} for prompt in prompts))
+    given = [f"prompt_file={file}", f"batch_size={size}", "temperature=0.7", "seed=1"]
+    texts = []
     for flag in ("false", "true"):
         out = tmp_path / f"{flag}.jsonl"
         overrides = [f"compile={flag}", f"output_file={out}", f"benchmark.compare={str(compare).lower()}"]
         recipe, report = run(path, *given, *overrides)
-        answers.append([json.loads(line)["text"] for line in out.read_text().splitlines()])
-        assert report.get("identical", True) is True
+        texts.append([line["text"] for line in answers(out)])
+        assert report.get("identical", True) is True and (report["compile_s"] > 0) is (flag == "true")
         read_before = 0 if compare else size  # a comparison warms up with the first batch
         assert report["reused_tokens"] == (recipe.common * (4 - read_before) if flag == "true" else 0)
         assert recipe.common == len(recipe.tokenizer.encode("def ma", add_eos=False))
-    assert answers[0] == answers[1] and answers[1][0] != answers[1][3]
+    assert texts[0] == texts[1] and texts[1][0] != texts[1][3]
 
 
 def test_tune_run_prints_only_text_and_report_on_stdout(path, tmp_path):

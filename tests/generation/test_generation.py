@@ -12,7 +12,6 @@ from helpers.decoding import PROMPT, L, greedy, make_model, model_of, until
 from helpers.speculation import VARIANTS, perturbed, run
 from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
 
-from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
@@ -176,12 +175,6 @@ def test_the_model_is_left_as_it_was(training, caches, end):
         assert torch.equal(model(tokens), walk(model, tokens, range(L)))
 
 
-def test_layer_dropout_does_not_act_in_generation():
-    model = make_model()
-    layerskip_decoder(model, layer_dropout={"prob": 1, "layers_scale": "uniform"}).train()
-    assert new_tokens(generate(model, torch.tensor(PROMPT), 8)) == greedy("llama3_2", PROMPT, 8)
-
-
 WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
@@ -255,12 +248,6 @@ def test_wrong_arguments_are_named_with_what_is_allowed(prompt, arguments, messa
         prompt = [torch.tensor(row, dtype=torch.long if not row else None) for row in prompt]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}.*{re.escape(allowed)}"):
         generate(model_of("llama3_2"), prompt, **{"max_generated_tokens": 4, **arguments})
-
-
-@pytest.mark.parametrize("arguments", [{"temp": 0.8}, {"exit_layer": 2, "num_speculations": 2, "prompt_lookpu": 2}])
-def test_an_argument_that_nobody_knows_is_pythons_error(arguments):
-    with pytest.raises(TypeError, match=list(arguments)[-1]):
-        generate(model_of("llama3_2"), [1, 2], 4, **arguments)
 
 
 def test_rounds_without_room_for_a_draft_teach_nothing():

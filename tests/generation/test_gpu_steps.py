@@ -76,7 +76,6 @@ def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
 
 
 def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monkeypatch):
-    """As where a GPU is too old for it: a line for each kind of step says so."""
     model, warnings = make_small(width=32), []
 
     def attention(*_):

@@ -1,25 +1,20 @@
 """Ctrl-C and kills: what was generated is reported and kept."""
 
+import functools
 import json
 import os
 from pathlib import Path
 
 import pytest
-from helpers import forks
+from helpers import forks, recipes
+from helpers.json_lines import write_lines
 from torchtune.utils import get_logger
 
-from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 pytestmark = pytest.mark.slow
-
-
-def ready(path, *overrides):
-    """The recipe, set up."""
-    recipe = LayerSkipGenerate(load_config(str(path), overrides))
-    recipe.setup()
-    return recipe
+ready = functools.partial(recipes.ready, LayerSkipGenerate)
 
 
 @pytest.mark.parametrize("compare", [False, True])
@@ -50,9 +45,9 @@ def test_answers_of_a_run_that_is_killed(path, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     partial, seen = out.with_name("out.jsonl.partial"), []
     out.write_text("yesterday's")
-    lines = ["a = 1; b = 2; c", "import os; x = 3", "a", "b"]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
-    recipe = ready(path, f"prompt_file={tmp_path / 'prompts.jsonl'}", f"output_file={out}", "batch_size=2")
+    lines = [{"prompt": text} for text in ("a = 1; b = 2; c", "import os; x = 3", "a", "b")]
+    file = write_lines(tmp_path / "prompts.jsonl", lines)
+    recipe = ready(path, f"prompt_file={file}", f"output_file={out}", "batch_size=2")
 
     def watched(self, new, keep=Generation._keep):
         seen.append((out.read_text(), partial.read_text().splitlines()))
@@ -115,7 +110,6 @@ generate()
 
 
 def test_ctrl_c_ends_the_command_with_the_report_and_status_130(path, tmp_path):
-    """In the midst of more prompts than it gets to."""
     (tmp_path / "many.jsonl").write_text('{"prompt": "def main("}\n' * 20_000)
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     settings = ["prompt_file=many.jsonl", "output_file=out.jsonl", "max_new_tokens=64"]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers.compiled import has_compiler
-from helpers.configs import finetune_config
+from helpers.configs import finetune_config, hf_sections
 from helpers.tiny import make_tiny
 from helpers.training import train
 from safetensors.torch import load_file, save_file
@@ -19,9 +19,7 @@ from layerskip_recipes.generation.kernels import when_to_compile
 
 def trained(folder, tokenizer, base, **changes):
     """The output folder of a training of the model."""
-    model = {"_component_": "layerskip_recipes.hf_decoder", "path": str(base)}
-    reader = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(base), "output_dir": "${output_dir}"}
-    train(finetune_config(folder, tokenizer, model=model, checkpointer=reader, **changes))
+    train(finetune_config(folder, tokenizer, **hf_sections(base), **changes))
     return folder / "out"
 
 
@@ -147,7 +145,6 @@ def test_device_and_dtype(checkpoint):
 
 
 def test_changed_files_do_not_change_a_loaded_model(checkpoint, tmp_path):
-    """Its weights are no views of the file."""
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     model, _ = load_model(str(folder), device="cpu")
     before = model.norm.scale.clone()

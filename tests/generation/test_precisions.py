@@ -39,7 +39,6 @@ def gap(model, tokens, one, other):
     *((precision, "gemma2", "chain") for precision in ("bf16", "int8")),
 ])  # fmt: skip
 def test_drafts_change_no_text_but_at_ties(precision, family, variant):
-    """In a batch, and each prompt alone."""
     model, same = model_in(precision, family), 0
     drafts = drafting(variant, model)
     expected = run(model, PROMPTS, NEW).generated

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.generating import run
 from helpers.json_lines import task_component, write_lines
+from helpers.recipes import run_generate as run
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig

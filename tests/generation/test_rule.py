@@ -35,18 +35,6 @@ def test_look_up_finds_what_a_search_finds(ngram):
     assert found > 100 and new > 100
 
 
-def test_look_up_by_hand():
-    index = TextIndex(2)
-    index.extend([1, 2, 3, 4, 1, 2, 5, 6, 1, 2])
-    assert index.find(3) == ([5, 6, 1], 0)  # the last place, not the first
-    assert index.find(6) == ([5, 6, 1, 2, 5, 6], 0)
-    index.extend([7])
-    assert index.find(3) == ([], 0)
-    short = TextIndex(3)
-    short.extend([1, 1])
-    assert short.find(2) == ([], 0)
-
-
 @pytest.mark.parametrize("ngram", [1, 2, 3])
 def test_how_much_of_the_text_a_look_up_found_again(ngram):
     """Against a search in the whole text; what longer matches promise is learned apart from that of shorter ones."""

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers.compiled import LONG, SHORT, compiles, make_small
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of, until
 from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, drafting, perturbed, plain, run
 from helpers.tiny import FAMILIES, SIZE, VOCAB
@@ -81,6 +80,7 @@ def test_generate_takes_every_setting(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"num_layers": 1}, r"draft_model: it has 1 layers\. Allowed: 2 \(exit_layer\)"),
         ({"num_layers": 7}, r"draft_model: it has 7 layers\. Allowed: 2 \(exit_layer\) to 6"),
         ({"num_kv_heads": 4}, r"draft_model: its key heads, .* are \(4, 8, 97, torch.float32\), .*model's \(2, 8, 97"),
         ({"embed_dim": 64}, r"draft_model: its key heads, .* are \(2, 16, 97"),
@@ -92,15 +92,6 @@ def test_a_drafter_that_does_not_fit(changes, message):
     drafter = layerskip_decoder(llama3_2(**SIZE | changes)).to(torch.float32 if changes else torch.float64)
     with pytest.raises(ValueError, match=f"^{message}"):
         Generation(model_of("llama3_2"), [PROMPT], 4, speculation=Speculation(2, 3), draft_model=DraftModel(drafter))
-
-
-def test_a_drafter_needs_the_layers_of_the_exit():
-    model = model_of("llama3_2")
-    drafter = perturbed(model, 0.05, 3)
-    generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2), draft_model=DraftModel(drafter))
-    assert generation.generated == [greedy("llama3_2", PROMPT, 9)]
-    with pytest.raises(ValueError, match=r"^draft_model: it has 3 layers\. Allowed: 4 \(exit_layer\)"):
-        Generation(model, [PROMPT], 4, speculation=Speculation(4, 2), draft_model=DraftModel(drafter))
 
 
 def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():
@@ -212,14 +203,3 @@ def test_prompts_are_stopped_while_they_run_and_while_they_wait():
     expected = [plain(model, prompt, 5) for prompt in PROMPTS[:4]]
     assert generation.generated == [expected[0][:2], expected[1], [], expected[3]]
     assert generation.stats.first_tokens == 3 and all(generation.finished)
-
-
-@compiles
-def test_compiled_steps_are_those_of_one_batch():
-    """Other prompts in the rows have nothing compiled again."""
-    model, prompts, arguments = make_small(width=32), [*SHORT, *LONG], {"speculation": Speculation(1, 2)}
-    expected = run(model, prompts, 6, **arguments).generated
-    run(model, LONG, 6, **arguments, compile=True)
-    generation = run(model, prompts, 6, rows=2, **arguments, compile=True)
-    assert generation.generated == expected
-    assert generation.stats.compile_s == 0

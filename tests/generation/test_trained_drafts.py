@@ -9,6 +9,7 @@ import torch
 from helpers.compiled import SHORT, compiles, make_small
 from helpers.configs import benchmark_config, eval_config, generate_config, make_checkpoint
 from helpers.decoding import make_model, model_of
+from helpers.recipes import ready, run_benchmark, run_generate
 from helpers.speculation import (
     KINDS,
     PROMPTS,
@@ -35,7 +36,6 @@ from layerskip_recipes.generation.drafting.draft_model import DraftHead, DraftMo
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
 
@@ -87,7 +87,6 @@ def test_the_draft_reads_all_of_the_text(kind, variant, rule):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_that_takes_another_prompt_after_rounds_without_a_draft(kind):
-    """What its old text left to be read is not read into the new one."""
     model, drafts, seen = model_of("llama3_2"), [], []
     draft = draft_of(model, kind)
     arguments = {"rule": PlainBetween([0, 1, 1, 1, 1]), "on_draft": drafts.append} | with_draft(2, 3, draft, model)
@@ -131,7 +130,6 @@ def test_a_conversation_goes_on_from_the_drafts_cache_too(kind):
 @compiles
 @pytest.mark.parametrize(("kind", "width"), [("copy", 32), ("adapter", 32), ("adapter", 16)])
 def test_compiled_text_is_the_models(kind, width, traced):
-    """In C++, and as graphs."""
     model, drafts = make_small(width=width), []
     draft = noisy(Draft(model, kind, 1))
     generation = run(model, SHORT, 12, compile=True, on_draft=drafts.append, **with_draft(1, 2, draft, model))
@@ -161,12 +159,6 @@ def folders(tmp_path_factory, tokenizer_folder):
 INT8 = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
 
 
-def generated(path, *overrides):
-    recipe = LayerSkipGenerate(load_config(str(path), overrides))
-    recipe.setup()
-    return recipe.generate()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype", "of_draft", "of_model"),
@@ -184,21 +176,18 @@ def test_a_folder_drafts(kind, dtype, of_draft, of_model, folders, tmp_path):
     """The text is the one without drafts; the report has the draft's exit."""
     section = {"draft": str(folders / kind), "num_speculations": 3, "draft_int8": of_draft}
     changes = {"self_speculation": section, "quantizer": of_model, "dtype": dtype, "benchmark": {"compare": True}}
-    report = generated(generate_config(tmp_path, folders / "base", **changes))
+    _, report = run_generate(generate_config(tmp_path, folders / "base", **changes))
     assert report["exit_layer"] == 2 and report["num_speculations"] == 3
     assert report["identical"] is True and report["drafted"] > 0
 
 
 def test_a_benchmark_takes_a_draft(folders, tmp_path):
-    """With int8 weights, whose copies draft."""
     variants = {
         "copy": {"draft": str(folders / "copy"), "num_speculations": 2},
         "exit": {"exit_layer": 2, "num_speculations": 2},
     }
     changes = {"variants": variants, "temperatures": [0.0], "quantizer": INT8}
-    recipe = LayerSkipBenchmark(load_config(str(benchmark_config(tmp_path, folders / "base", **changes))))
-    recipe.setup()
-    report = recipe.benchmark()
+    _, report = run_benchmark(benchmark_config(tmp_path, folders / "base", **changes))
     assert {row["name"]: row["identical"] for row in report["results"]} == dict.fromkeys(["baseline", *variants], True)
 
 
@@ -230,8 +219,7 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
         tmp_path, folders / "base", self_speculation=section, temperatures=[0.0], repeats=1, tune=True,
         tune_extends=str(user), max_new_tokens=12,
     )  # fmt: skip
-    recipe = LayerSkipBenchmark(load_config(str(path)))
-    recipe.setup()
+    recipe = ready(LayerSkipBenchmark, path)
     tried = [candidate.speculation for candidate in recipe.candidates.values()]
     longest = max(tried, key=lambda speculation: speculation.num_speculations)
     assert len({one.num_speculations for one in tried}) >= 2 and all(one.draft.folder == "adapter" for one in tried)
@@ -260,7 +248,7 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
     ):
         path = generate_config(tmp_path, model, self_speculation=section)
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}[^\n]*$"):
-            generated(path, *overrides)
+            run_generate(path, *overrides)
     with pytest.raises(ConfigError, match=r"exit_layer: 1 is not the draft model's\. Allowed: 2"):
         model = model_of("llama3_2")
         Generation(model, PROMPTS, 4, **with_draft(1, 2, draft_of(model, "copy"), model))
@@ -271,14 +259,14 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
     shutil.copy(copy / "layerskip.json", tmp_path / "damaged")
     (tmp_path / "damaged" / "draft.safetensors").write_bytes((copy / "draft.safetensors").read_bytes()[:-8])
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft: '.*damaged/draft\.safetensors' cannot be read"):
-        generated(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "damaged")}))
+        run_generate(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "damaged")}))
     described = json.loads((copy / "layerskip.json").read_text())
     write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 1})
     with pytest.raises(ConfigError, match=r"format: 1 is not allowed\. Allowed: 3"):
         read_description(str(tmp_path / "new"), "draft")
     write_draft(tmp_path / "deep", {"norm.scale": torch.ones(2)}, described | {"exit_layer": 99})
     with pytest.raises(ConfigError, match=r"draft\.safetensors in '.*deep' does not fit its layerskip.json, a copy at"):
-        generated(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "deep")}))
+        run_generate(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "deep")}))
     changes = {"dataset": None, "tasks": ["arc_easy"], "self_speculation": section, "quantizer": INT8}
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft: it was trained for unquantised weights"):
         EvalConfig.load(load_config(str(eval_config(tmp_path, base, **changes))))

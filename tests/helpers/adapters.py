@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.configs import HF_CONFIG, SIZE, finetune_config, generate_config, start_section
+from helpers.recipes import ready
+from helpers.tiny import exit_logits
+from helpers.training import paper_weights
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torchtune import config as tune_config
@@ -16,7 +19,6 @@ from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.training import FullModelHFCheckpointer
 
-from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 SHAPE = {key: value for key, value in SIZE.items() if key not in ("rope_base", "scale_factor")}
@@ -32,7 +34,6 @@ HF_CONFIGS = {
     "qwen2": HF_CONFIG | {"tie_word_embeddings": False} | QWEN2,
 }
 TOKENS = torch.arange(40).view(2, 20) * 7 % 300
-EXITS = (1, 2, 3, 4)
 FILE = "checkpointer.adapter_checkpoint"
 
 
@@ -80,11 +81,7 @@ class EveryExit(torch.nn.Module):
         self.model = tune_config.instantiate(OmegaConf.create(section))
 
     def forward(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        h, logits = self.model.tok_embeddings(tokens), []
-        for layer in self.model.layers:
-            h = layer(h)
-            logits.append(self.model.output(self.model.norm(h)))
-        return logits
+        return exit_logits(self.model, tokens)
 
     def logits(self, weights: dict, tokens: torch.Tensor) -> list[torch.Tensor]:
         """As forward, with these weights instead of the model's own."""
@@ -130,10 +127,8 @@ def by_hand(start: dict, adapters: dict, scale: float = ALPHA / RANK) -> dict:
 def papers_loss(logits: list[torch.Tensor], tokens: torch.Tensor, step: int) -> torch.Tensor:
     """J of eq. 5-6 with e_scale 0.5 and R = 2, as in `finetune_config`."""
     by_exit = [F.cross_entropy(x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for x in logits]
-    last = len(by_exit) - 1
-    e = [0.5 * layer * (layer + 1) / 2 for layer in range(last)] + [last + 0.5 * (last - 1) * last / 2]
-    on = [layer for layer in range(last + 1) if layer % 2 == step % 2 or layer == last]
-    return sum(e[layer] * by_exit[layer] for layer in on) / sum(e[layer] for layer in on)
+    on = [layer % 2 == step % 2 or layer == len(by_exit) - 1 for layer in range(len(by_exit))]
+    return sum(weight * loss for weight, loss in zip(paper_weights(on, 0.5), by_exit, strict=True))
 
 
 def check_losses(run: SimpleNamespace, rel: float) -> None:
@@ -162,8 +157,7 @@ def generate_with(trained: SimpleNamespace, folder: Path, adapters: Path | None,
 
 def tokens_of(path: Path, *overrides: str) -> list[int]:
     """What a generation config generates for its prompt."""
-    recipe = LayerSkipGenerate(load_config(str(path), overrides))
-    recipe.setup()
+    recipe = ready(LayerSkipGenerate, path, *overrides)
     assert not [name for name in recipe.model.state_dict() if "lora" in name or "magnitude" in name]
     return recipe._run([0], recipe.max_new_tokens).generated[0]
 

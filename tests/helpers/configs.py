@@ -131,6 +131,15 @@ def start_section(
     }
 
 
+def hf_sections(folder: Path | str, **model: Any) -> dict[str, Any]:
+    """The sections model and checkpointer of a Hugging Face folder."""
+    path = {"path": str(folder)}
+    return {
+        "model": {"_component_": "layerskip_recipes.hf_decoder", **path, **model},
+        "checkpointer": {"_component_": "layerskip_recipes.hf_checkpointer", **path, "output_dir": "${output_dir}"},
+    }
+
+
 def _trained(checkpoint: Path) -> dict[str, Any]:
     return {
         "model": MODEL,

@@ -1,16 +1,17 @@
 """JSONL files, and tasks over them as a config names them."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from layerskip_recipes.config.components import Component
 
 
-def write_lines(name: str, rows: list[dict]) -> str:
-    """A JSONL file of that name; returns the name."""
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return name
+def write_lines(file: Path | str, rows: Iterable[Any]) -> str:
+    """A JSONL file of these rows; returns its path."""
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
 
 
 def task_component(task: str, **arguments: Any) -> Component:

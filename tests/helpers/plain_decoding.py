@@ -1,6 +1,7 @@
 """Scores and greedy answers of a decoder by plain PyTorch, one text at a time, and a tokenizer of single letters."""
 
 import torch
+from helpers.tiny import walk
 
 
 class Letters:
@@ -19,10 +20,7 @@ class Letters:
 def plain_logits(model, tokens: list[int], exit_layer: int | None = None) -> torch.Tensor:
     """[s, v] of one text, by the layers one after the other."""
     with torch.no_grad():
-        h = model.tok_embeddings(torch.tensor([tokens]))
-        for layer in list(model.layers)[:exit_layer]:
-            h = layer(h)
-        return model.output(model.norm(h))[0].float()
+        return walk(model, torch.tensor([tokens]), range(exit_layer or len(model.layers)))[0]
 
 
 def plain_score(model, context: list[int], answer: list[int], exit_layer: int | None = None) -> tuple[float, bool]:

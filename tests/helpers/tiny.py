@@ -83,6 +83,15 @@ def walk(model: Any, tokens: torch.Tensor, layers: Any, factors: Any = None, **i
     return unembedded(model, h)
 
 
+def exit_logits(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The logits [b, s, v] of each exit, from the first layer on."""
+    h, logits = model.tok_embeddings(tokens), []
+    for layer in model.layers:
+        h = layer(h)
+        logits.append(unembedded(model, h))
+    return logits
+
+
 def logits_of(base: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """What a torchtune decoder gives, of Gemma 2 with the cap of 30 on the logits; torchtune has it on the state."""
     if not isinstance(base.norm, Gemma2FinalNorm):

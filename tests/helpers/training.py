@@ -1,13 +1,14 @@
 """Shared by tests of trainings: fixtures, datasets and sections of a config, runs, and what a run has logged."""
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.configs import DATASET, MODEL
+from helpers.recipes import ready
 
-from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data import standard_library as quickstart
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
@@ -38,18 +39,17 @@ def eager():
 # ---- sections of a config ----
 
 
-def text_data(file: Path, texts: list[str], **arguments) -> dict:
-    """A dataset of these texts, which are written to the file."""
+def json_data(file: Path, rows: list, dataset: str, **arguments) -> dict:
+    """A dataset of torchtune's with these rows, which are written to the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([{"text": text} for text in texts]))
-    return {
-        "_component_": "torchtune.datasets.text_completion_dataset",
-        "source": "json",
-        "data_files": str(file),
-        "column": "text",
-        "split": "train",
-        **arguments,
-    }
+    file.write_text(json.dumps(rows))
+    component = f"torchtune.datasets.{dataset}_dataset"
+    return {"_component_": component, "source": "json", "data_files": str(file), "split": "train", **arguments}
+
+
+def text_data(file: Path, texts: list[str], **arguments) -> dict:
+    """A dataset of these texts."""
+    return json_data(file, [{"text": text} for text in texts], "text_completion", **{"column": "text"} | arguments)
 
 
 def texts(folder):
@@ -63,12 +63,7 @@ VALIDATION = DATASET | {"seq_len": 48, "max_samples": 5}
 
 # ---- runs ----
 
-
-def set_up(path: Path, *overrides: str) -> LayerSkipFinetune:
-    """The recipe of a config, ready to train."""
-    recipe = LayerSkipFinetune(load_config(str(path), overrides))
-    recipe.setup()
-    return recipe
+set_up = functools.partial(ready, LayerSkipFinetune)  # (config, overrides): the recipe, ready to train
 
 
 def train(path: Path, *overrides: str) -> LayerSkipFinetune:

@@ -7,7 +7,7 @@ from helpers.tiny import VOCAB, logits_of, make_tiny, walk
 from torch import nn
 from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel
 
-from layerskip_recipes import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes import layerskip_decoder
 
 L = 6
 
@@ -31,13 +31,6 @@ def test_is_the_base_decoder_bit_for_bit(any_family, tokens):
     model = layerskip_decoder(any_family)
     assert torch.equal(model(tokens), expected)
     assert torch.equal(model(tokens, exit_layer=L), expected)
-
-
-def test_packed_inputs_reach_the_layers(any_family, tokens):
-    """A mask and positions of two documents in one row give what the base decoder gives."""
-    mask = torch.block_diag(torch.ones(4, 4), torch.ones(5, 5)).tril().bool().expand(2, -1, -1)
-    inputs = {"mask": mask, "input_pos": torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, -1)}
-    assert torch.equal(layerskip_decoder(any_family)(tokens, **inputs), logits_of(any_family, tokens, **inputs))
 
 
 def test_checkpoints_are_the_base_decoders(any_family, tokens):
@@ -71,17 +64,6 @@ def test_exit_runs_that_many_layers_and_the_head(any_family, tokens, exit_layer)
     assert run == list(range(exit_layer))
 
 
-@pytest.mark.usefixtures("float64")
-def test_hidden_states_are_the_outputs_of_the_layers_before_the_norm(any_family, tokens):
-    final, hidden = layerskip_decoder(any_family).hidden_states(tokens, exits=[1, 4, L])
-    h = any_family.tok_embeddings(tokens)
-    outputs = {exit_layer: (h := layer(h)) for exit_layer, layer in enumerate(any_family.layers, start=1)}
-    assert set(hidden) == {1, 4, L}
-    for exit_layer, x in hidden.items():
-        torch.testing.assert_close(x, outputs[exit_layer], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(final, outputs[L], rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("split", range(1, L + 1))
 def test_a_walk_in_two_parts_is_the_whole_walk(tiny, tokens, layers_run, split):
     """Draft and verification: x_E of the first part is all that the second needs."""
@@ -91,19 +73,6 @@ def test_a_walk_in_two_parts_is_the_whole_walk(tiny, tokens, layers_run, split):
     hidden = model(tokens, exit_layer=split, unembed=False)
     assert torch.equal(model(hidden=hidden, start_layer=split), expected)
     assert layers_run == list(range(L))
-
-
-def test_built_from_a_config_section():
-    section = {
-        "_component_": "torchtune.models.llama3_2._component_builders.llama3_2",
-        **{"vocab_size": 11, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1},
-        **{"embed_dim": 8, "intermediate_dim": 16, "max_seq_len": 16},
-    }
-    model = layerskip_decoder(section, layer_dropout={"prob": 0.5, "layers_scale": "linear"})
-    assert isinstance(model, LayerSkipDecoder) and model.num_layers == 2
-    assert model.layer_dropout.rates == [0, 0.5]
-    assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 11)
-    assert "_component_" in section  # the caller's section is still whole
 
 
 def test_wrapping_twice_is_wrapping_once(tiny):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from helpers.configs import start_section
+from helpers.hf_folders import make_hf_folder
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -10,71 +12,34 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.generation.drafting.draft_model import DraftHead
 
-transformers = pytest.importorskip("transformers")
-THEIRS = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 80,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+pytest.importorskip("transformers")
 OURS = {
-    "vocab_size": 97,
-    "num_layers": 3,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "embed_dim": 48,
-    "intermediate_dim": 80,
-    "max_seq_len": 64,
-    "norm_eps": 1e-6,
+    **{"vocab_size": 97, "num_layers": 4, "num_heads": 6, "num_kv_heads": 2, "embed_dim": 48, "intermediate_dim": 64},
+    **{"max_seq_len": 128, "norm_eps": 1e-6},
 }
-GELU = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 16}
-# Small caps, so that they show.
-CAPS = {
-    "query_pre_attn_scalar": 16,
-    "sliding_window": 64,
-    "attn_logit_softcapping": 5.0,
-    "final_logit_softcapping": 2.0,
-}
-OUR_CAPS = {"sliding_window_size": 64, "hidden_capping_value": 5.0, "final_capping_value": 2.0, "head_dim": 16}
+# Small caps, so that they show; a name of helpers/hf_folders.py and what differs, torchtune's name and what differs.
+CAPS = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}
+OUR_CAPS = {"sliding_window_size": 16, "hidden_capping_value": 5.0, "final_capping_value": 2.0, "head_dim": 16}
+WIDER = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
 FAMILIES = {
-    "llama2": ("LlamaConfig", {}, "LLAMA2", {}),
-    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 12}, "MISTRAL", {}),
-    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}, "QWEN2", {"tie_word_embeddings": True, "rope_base": 10000}),
-    "gemma": ("GemmaConfig", GELU, "GEMMA", {"head_dim": 16}),
-    "gemma2": ("Gemma2Config", GELU | CAPS, "GEMMA2", OUR_CAPS),
-    "phi3": ("Phi3Config", {"sliding_window": None, "tie_word_embeddings": False}, "PHI3_MINI", {}),
+    "llama2": ("llama", {}, "LLAMA2", {"num_kv_heads": 6}),
+    "mistral": ("mistral", WIDER, "MISTRAL", {}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}, "QWEN2", {"tie_word_embeddings": True, "rope_base": 10000}),
+    "gemma": ("gemma", {}, "GEMMA", {"head_dim": 16}),
+    "gemma2": ("gemma2", CAPS, "GEMMA2", OUR_CAPS),
+    "phi3": ("phi3", {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}, "PHI3_MINI", {}),
 }
-TOKENS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(3, 97, (2, 14), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(params=FAMILIES)
 def pair(request, tmp_path):
     """A model of transformers with no weight at its default, and the config of ours for its checkpoint."""
-    name, theirs, model_type, ours = FAMILIES[request.param]
-    torch.manual_seed(0)
-    rope = {} if request.param.startswith("gemma") else {"rope_theta": 10000.0}
-    settings = getattr(transformers, name)(**THEIRS | theirs | rope)
-    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(tmp_path / "model")
-    builder = f"torchtune.models.{request.param}._component_builders.{request.param}"
-    section = {
-        "_component_": "torchtune.training.FullModelHFCheckpointer",
-        "checkpoint_dir": str(tmp_path / "model"),
-        "checkpoint_files": ["model.safetensors"],
-        "output_dir": str(tmp_path / "out"),
-        "model_type": model_type,
-    }
+    kind, theirs, model_type, ours = FAMILIES[request.param]
+    model = make_hf_folder(kind, tmp_path / "model", **theirs)
+    section = start_section(tmp_path / "model", model_type=model_type) | {"output_dir": str(tmp_path / "out")}
     tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": "unused"}
+    builder = f"torchtune.models.{request.param}._component_builders.{request.param}"
     model_section = {"_component_": builder, **OURS, **ours}
     content = {"model": model_section, "checkpointer": section, "tokenizer": tokenizer, "dtype": "fp32"}
     return model, OmegaConf.create(content)
@@ -89,10 +54,10 @@ def test_logits_are_those_of_transformers(pair):
     theirs, cfg = pair
     ours, expected = load(cfg), theirs(TOKENS).logits
     torch.testing.assert_close(ours(TOKENS), expected, atol=1e-4, rtol=1e-4)
-    _, hidden = ours.hidden_states(TOKENS, [3])
+    _, hidden = ours.hidden_states(TOKENS, [3, 4])
     torch.testing.assert_close(ours(hidden=hidden[3], start_layer=3), expected, atol=1e-4, rtol=1e-4)
     some = DraftHead(ours, [5, 6, 90])
-    torch.testing.assert_close(some(hidden[3]), expected[..., [5, 6, 90]], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(some(hidden[4]), expected[..., [5, 6, 90]], atol=1e-4, rtol=1e-4)
 
 
 def test_numbers_that_contradict_the_checkpoint_are_said(pair, caplog):

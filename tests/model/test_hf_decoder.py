@@ -79,7 +79,6 @@ def test_which_activation_gemma_means(kind, activation, tmp_path):
 
 
 def test_a_single_file_counts_before_the_index_of_an_earlier_save(tmp_path):
-    """As in transformers."""
     make_hf_folder("llama", tmp_path)
     later = load_file(tmp_path / "model.safetensors")
     save_file({name: value + 1 for name, value in later.items()}, tmp_path / "old.safetensors", {"format": "pt"})

@@ -290,22 +290,6 @@ def test_exits_under_dropout_see_the_skipped_samples_too(tiny):
             torch.testing.assert_close(model.unembed(hidden[exit_layer][row : row + 1]), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.usefixtures("float64")
-def test_the_mean_output_of_an_inverted_layer_is_that_of_evaluation(tiny):
-    """(1 - p) x_kept + p x_dropped = x + f(x). Also if the layer keeps the whole batch."""
-    tokens = random_tokens(1, 5)
-    _, evaluated = layerskip_decoder(tiny).hidden_states(tokens, exits=[4])
-    model = layerskip_decoder(tiny, layer_dropout={"prob": 0.5, "layers": 3, "inverted": True}).train()
-    rate = 0.5 * (2 ** (3 / 5) - 1)
-    states = {}
-    while len(states) < 2:
-        (run,) = next_draw(model.layer_dropout, 1)
-        _, hidden = model.hidden_states(tokens, exits=[4])
-        states[3 in run] = hidden[4]
-    mean = (1 - rate) * states[True] + rate * states[False]
-    torch.testing.assert_close(mean, evaluated[4], rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize(
     ("dropout", "step", "training"),
     [

@@ -19,11 +19,8 @@ from helpers.adapters import (
     read_hf,
     tokens_of,
 )
-from helpers.training import few_texts, losses, read_log, train  # noqa: F401
+from helpers.training import few_texts, losses, read_log, set_up, train  # noqa: F401
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
-
-from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +30,7 @@ def quantised_run(folder: Path, tokenizer: Path, **changes) -> SimpleNamespace:
     start = make_start(folder / "start", "llama3_2", tokenizer, WIDE_PLAIN, **WIDE_HF)
     builder, dtype = WIDE | {"quantize_base": True, **changes.pop("builder", {})}, changes.get("dtype")
     path = adapter_config(folder, tokenizer, "llama3_2", folder / "start", builder, **changes)
-    recipe = LayerSkipFinetune(load_config(str(path)))
-    recipe.setup()
+    recipe = set_up(path)
     packed = {name: p for name, p in recipe.model.named_parameters() if isinstance(p, NF4Tensor)}
     for name, parameter in packed.items():
         unpacked, of_start = parameter.get_original_weight(), to_nf4(start[name]).get_original_weight()
@@ -90,7 +86,6 @@ def test_qloras_merged_checkpoint_is_the_formula(quantised):
 
 
 def test_qlora_in_bf16(tmp_path, tokenizer_folder):
-    """Trains, and its checkpoint, all bf16, holds the formula."""
     run = quantised_run(tmp_path, tokenizer_folder, builder={"use_dora": True}, dtype="bf16")
     expected = by_hand({n: v.float() for n, v in run.start.items()}, {n: v.float() for n, v in run.adapters.items()})
     merged = read_hf(run.checkpoint, "llama3_2")

@@ -86,7 +86,6 @@ def test_the_readme_is_a_front_door():
 
 
 def test_each_room_is_in_the_page_about_development():
-    """Each folder of the package with modules, and no folder that is not there."""
     text = PAGES["docs/development.md"].read_text(encoding="utf-8")
     (tree,) = re.findall(r"## Layout.*?```\n(.*?)```", text, flags=re.S)
     named = set(re.findall(r"^ {2,4}(\w+)/ ", tree, flags=re.M))

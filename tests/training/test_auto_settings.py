@@ -123,13 +123,8 @@ def test_a_sample_fits_into_the_free_memory(room, length, again, chosen, caplog)
 )
 def test_batches_are_powers_of_two_and_a_step_has_8_samples(samples, size, micro_batches, chosen, monkeypatch):
     def batches(memory, *overrides):
-        made = chosen(
-            "device=cpu",
-            *overrides,
-            "tokenizer.max_seq_len=512",
-            "enable_activation_checkpointing=false",
-            memory=memory,
-        )
+        given = ["tokenizer.max_seq_len=512", "enable_activation_checkpointing=false", *overrides]
+        made = chosen("device=cpu", *given, memory=memory)
         return made["batch_size"], made["gradient_accumulation_steps"]
 
     memory, own = 16 * WEIGHTS + HEAD + LOGITS + samples * KEPT * 512, HEAD + LOGITS + samples * KEPT * 512

@@ -182,7 +182,6 @@ def _place_until(self, name, place):
 
 
 def test_shards_are_of_their_step(finetune, monkeypatch):
-    """What is written in the background is no memory that the next step changes."""
     given, write = [], dcp.async_save
     monkeypatch.setattr(dcp, "async_save", lambda shards, **kwargs: (given.append(shards), write(shards, **kwargs))[1])
     recipe = set_up(finetune(**SHARDS))

@@ -6,7 +6,7 @@ happens once, when a test first asks for it.
 
 import pytest
 import torch
-from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, start_section
+from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, hf_sections, start_section
 from helpers.hf_folders import make_hf_folder
 from helpers.ranks import train_on_ranks
 from helpers.resuming import COSINE, keep_only
@@ -97,9 +97,7 @@ def config_changes(kind, folder, tokenizer, checkpoint):
         return {"model": QLORA, "checkpointer": start_section(folder / "wide", "TorchTune", "model.pt")}
     if kind == "gemma2":  # its cap is so low that it caps
         make_hf_folder("gemma2", folder / "Gemma2", vocab_size=300, final_logit_softcapping=1.0)
-        path = {"path": str(folder / "Gemma2")}
-        section = {"_component_": "layerskip_recipes.hf_checkpointer", "output_dir": "${output_dir}", **path}
-        return {"model": {"_component_": "layerskip_recipes.hf_decoder", **path}, "checkpointer": section}
+        return hf_sections(folder / "Gemma2")
     if kind == "untied":
         return scratch(UNTIED | two_heads, "LLAMA2", num_key_value_heads=2, tie_word_embeddings=False) | UNSPLIT
     if kind in ("dropped", "validated"):  # five samples, which no two ranks share evenly, as often as it trains

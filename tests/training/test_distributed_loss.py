@@ -52,7 +52,6 @@ def same_gradients(model, found):
 
 @pytest.mark.parametrize("name", DROPPED)
 def test_layers_that_some_samples_skip_or_all(dropped, name):
-    """No hang, and the gradients of the mean over the ranks."""
     lora, _ = DROPPED[name]
     seen = set()
     for seed in range(DRAWS):

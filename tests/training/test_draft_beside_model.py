@@ -7,11 +7,10 @@ import shutil
 
 import pytest
 import torch
-from helpers.configs import generate_config, start_section
-from helpers.ranks import check_success, run_tune_on_ranks
+from helpers.configs import generate_config, hf_sections, start_section
 from helpers.resuming import COSINE, final_weights, resumed, same_tensors
 from helpers.tiny import VOCAB, make_tiny
-from helpers.training import VALIDATION, losses, read_log, train
+from helpers.training import VALIDATION, losses, read_log, set_up, train
 from safetensors.torch import load_file
 from torchtune import training
 
@@ -31,7 +30,6 @@ from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.training.auto_settings import DRAFT_RATE
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.recipe import LayerSkipFinetune
 from layerskip_recipes.training.resuming import find_checkpoint
 
 KINDS = {"copy": {"kind": "copy", "exit_layer": 2}, "adapter": {"kind": "adapter", "exit_layer": 2, "vocabulary": 200}}
@@ -111,8 +109,7 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
 
 
 def test_without_a_learning_rate_the_draft_learns_faster_too(beside_config):
-    recipe = LayerSkipFinetune(load_config(str(beside_config()), ["~optimizer.lr"]))
-    recipe.setup()
+    recipe = set_up(beside_config(), "~optimizer.lr")
     default = inspect.signature(torch.optim.AdamW).parameters["lr"].default
     assert [group["lr"] for group in recipe.optimizers.all[0].param_groups] == [default, DRAFT_RATE * default]
 
@@ -137,13 +134,10 @@ def promising(checkpoint, tmp_path, beside_config):
     """A run's checkpoint whose draft seems to pay, and a generation config for it, as a function of the kind."""
 
     def trained(kind):
-        model = {"_component_": "layerskip_recipes.hf_decoder", "path": str(checkpoint)}
-        reader = {"_component_": "layerskip_recipes.hf_checkpointer", "path": str(checkpoint), "output_dir": "unused"}
-        config = beside_config(kind, model=model, checkpointer=reader, epochs=20, shuffle=False)
-        train(config, "optimizer.lr=3e-3", "checkpointer.output_dir=${output_dir}")
+        train(beside_config(kind, **hf_sections(checkpoint), epochs=20, shuffle=False), "optimizer.lr=3e-3")
         folder = tmp_path / "out" / "epoch_19"
         note(folder, lambda noted: noted["measured"]["draft"].update(greedy=[1.9, 2.7, 3.4, 4.0, 4.5, 5.0, 5.4, 5.7]))
-        changes = {"checkpointer": reader | {"path": str(folder)}, "self_speculation": {}, "model": model}
+        changes = hf_sections(folder) | {"self_speculation": {}, "output_dir": "unused"}
         return folder, generate_config(tmp_path, folder, **changes, benchmark={"compare": True})
 
     return trained
@@ -208,32 +202,10 @@ def test_the_tuner_finds_the_draft(promising, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_draft_with_it(promising, tmp_path):
-    """If it is faster while decoding. Tensor parallelism splits what a draft copies."""
-    folder, path = promising("copy")
-    command = ["run", "layerskip_generate", "--config", str(path)]
-    ranks = run_tune_on_ranks(*command, cwd=tmp_path)
-    check_success(ranks)
-    assert json.loads(ranks[0].stdout.splitlines()[-1])["identical"] is True
-    assert "Drafts: trained draft, " in ranks[0].stderr
-    plan = "tensor_parallel_plan._component_=torchtune.models.llama3.base_llama_tp_plan"
-    command += ["tensor_parallel_dim=2", plan, f"self_speculation.draft={folder}/draft"]
-    for rank in run_tune_on_ranks(*command, cwd=tmp_path):
-        assert rank.returncode == 1
-        assert "self_speculation.draft: does not go with tensor parallelism" in rank.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True])
 def test_resume_is_the_run_that_never_stopped(shards, tmp_path, beside_config):
-    path = beside_config(
-        epochs=2,
-        save_every_n_steps=1,
-        enable_async_checkpointing=shards,
-        keep_last_n_checkpoints=4,
-        lr_scheduler=COSINE,
-    )
+    saves = {"save_every_n_steps": 1, "enable_async_checkpointing": shards, "keep_last_n_checkpoints": 4}
+    path = beside_config(epochs=2, lr_scheduler=COSINE, **saves)
     train(path)
     whole, end = losses(tmp_path / "out"), tmp_path / "out" / "epoch_1"
     for checkpoint, done in (("step_1", 1), ("epoch_0", 2)):

@@ -4,13 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.acceptance import tokens_per_round
 from helpers.configs import finetune_config, make_checkpoint, start_section
 from helpers.ranks import train_on_ranks
 from helpers.resuming import keep_only
 from helpers.training import VALIDATION, few_texts, losses, texts, train  # noqa: F401
 
 from layerskip_recipes.checkpoint.trained_exits import exits_to_measure, read_trained_exits
+from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.training import draft_statistics
 from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
@@ -30,7 +30,7 @@ def in_order(vocabulary, counts) -> bool:
 
 
 def test_a_run_without_validation_measures_its_first_batches(tmp_path, tokenizer_folder, monkeypatch):
-    """By plain PyTorch on the same samples; the losses are those of a run that measures nothing."""
+    """As test_exit_quality.py checks it, of single samples; the losses are those of a run that measures nothing."""
     monkeypatch.setattr(draft_statistics, "DRAFT_VOCABULARIES", (4, 64, 512))
     monkeypatch.setattr(draft_statistics, "ENOUGH_SAMPLES", 4)
     path = finetune_config(
@@ -46,20 +46,14 @@ def test_a_run_without_validation_measures_its_first_batches(tmp_path, tokenizer
     early = read_trained_exits(tmp_path / "out" / "step_2")
     assert in_order(early.vocabulary, label_counts(recipe, 2)) and early.measured != measured
 
-    model = recipe.model.eval()
     samples = [recipe.data.dataset[i] for step in (0, 1) for i in recipe.data.samples(step)]
-    agrees, overlaps, counts = torch.zeros(4, 128), torch.zeros(4, 128), torch.zeros(4, 128, dtype=torch.bool)
-    ids = found.vocabulary[:64]
-    for row, sample in enumerate(samples):
-        with torch.no_grad():
-            final, hidden = model.hidden_states(torch.tensor([sample["tokens"]]), exits=[2])
-            p, q = (model.output(model.norm(x))[0, :-1].softmax(-1) for x in (final, hidden[2]))
-        agrees[row, : len(p)] = (torch.tensor(ids)[q[:, ids].argmax(-1)] == p.argmax(-1)).float()
-        overlaps[row, : len(p)] = torch.minimum(p[:, ids], q[:, ids] / q[:, ids].sum(-1, keepdim=True)).sum(-1)
-        counts[row, : len(p)] = True
-    assert measured.labels == int(counts.sum())
-    for rates, accepted in ((measured.exits[2]["64"].greedy, agrees), (measured.exits[2]["64"].sampled, overlaps)):
-        assert rates == pytest.approx(tokens_per_round(accepted, accepted, counts, range(1, 9)), abs=2e-4)
+    batches = [{key: torch.tensor([sample[key]]) for key in ("tokens", "labels")} for sample in samples]
+    options = {"num_speculations": 8, "vocabulary": found.vocabulary, "sizes": [64]}
+    expected = exit_quality(recipe.model, batches, [2, 4], torch.device("cpu"), **options)[2]
+    assert measured.labels == expected.labels
+    for kind in ("greedy", "sampled"):
+        rates = expected.tokens_per_round["64"][kind]
+        assert getattr(measured.exits[2]["64"], kind) == pytest.approx(rates, abs=2e-4)
 
     whole = losses(tmp_path / "out")
     again = keep_only(tmp_path / "out", "step_4", tmp_path / "again")

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import VOCAB, make_tiny, unembedded
+from helpers.tiny import VOCAB, exit_logits, make_tiny, unembedded
 from helpers.training import paper_weights
 
 from layerskip_recipes import EarlyExitLoss, layerskip_decoder
@@ -28,10 +28,7 @@ def batch(rows=3, length=11, seed=0, padding=True):
 
 def plain_loss(model, tokens, labels, weights, label_smoothing=0.0):
     """J of eq. 5 and the loss of every exit, with all logits at once and ordinary autograd."""
-    h, logits = model.tok_embeddings(tokens), []
-    for layer in model.layers:
-        h = layer(h)
-        logits.append(unembedded(model, h).flatten(0, 1))
+    logits = [x.flatten(0, 1) for x in exit_logits(model, tokens)]
     losses = [F.cross_entropy(x, labels.flatten(), ignore_index=-100, label_smoothing=label_smoothing) for x in logits]
     return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)), losses
 
@@ -113,7 +110,6 @@ def test_the_curriculum_decides_which_exits_weigh(step, on, tiny):
     [("llama2", "q_proj"), ("llama3_2", "q_proj"), ("gemma2", "q_proj"), ("llama2", "output.weight")],
 )
 def test_frozen_weights_get_no_gradient(family, trained):
-    """As in LoRA, or only the head; tied heads are frozen with the embedding."""
     model = layerskip_decoder(make_tiny(family))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
@@ -152,26 +148,6 @@ def test_with_layer_dropout_an_exit_behind_a_dropped_layer_is_trained_through_th
     ours, plain = gradients(total, model), gradients(expected, model)
     assert not any(ours.pop(name) is not None for name in list(ours) if name.startswith("layers.5."))
     assert_same_gradients(ours, {name: plain[name] for name in ours})
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("family", ["llama2", "llama3_2"])
-def test_accumulated_over_micro_batches_weighted_by_tokens(family):
-    model = layerskip_decoder(make_tiny(family))
-    tokens, labels = batch()
-    loss_fn = EarlyExitLoss(curriculum=None, chunk_tokens=5)
-    expected, _ = plain_loss(model, tokens, labels, paper_weights([True] * L, 0.2))
-    count = (labels != -100).sum()
-    value = 0
-    for part in (slice(0, 1), slice(1, 3)):
-        loss, _ = loss_fn(model, tokens[part], labels[part], step=0, total_steps=1)
-        share = (labels[part] != -100).sum() / count
-        (loss * share).backward()
-        value += (loss * share).item()
-    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    assert value == pytest.approx(expected.item(), rel=1e-9)
-    assert_same_gradients(ours, gradients(expected, model))
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.resuming import resumed
+from helpers.tiny import exit_logits
 from helpers.training import losses, read_log, set_up, text_data, train
 from omegaconf import OmegaConf
 
@@ -16,10 +17,10 @@ def test_first_step_is_the_papers_loss(tmp_path, finetune):
     tokens = torch.tensor([dataset[i]["tokens"] for i in range(2)])
     labels = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
     with torch.no_grad():
-        h, by_exit = base.tok_embeddings(tokens), []
-        for layer in base.layers:
-            h = layer(h)
-            by_exit.append(F.cross_entropy(base.output(base.norm(h)).flatten(0, 1), labels, ignore_index=-100).item())
+        by_exit = [
+            F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100).item()
+            for logits in exit_logits(base, tokens)
+        ]
     recipe.train()
     first = read_log(tmp_path / "out")[1]
     # Rotational with R = 2 at t = 0: layers 0 and 2, and the last. e(0) = 0, e(2) = 0.5 * 3, e(3) = 3 + 0.5 * 3.

@@ -9,7 +9,7 @@ import pytest
 import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
 from helpers.configs import HF_CONFIG, finetune_config
 from helpers.resuming import checkpoints, resumed, written
-from helpers.training import losses, set_up, text_data, train
+from helpers.training import json_data, losses, set_up, text_data, train
 from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
@@ -103,13 +103,8 @@ def test_changed_data_of_equal_length_is_refused(tmp_path, finetune):
 
 @pytest.mark.parametrize("date", ["", "{{ strftime_now('%d %B') }}"], ids=["plain", "with today's date"])
 def test_a_changed_chat_template_is_refused(date, tmp_path, finetune, monkeypatch):
-    """Another date in the prompts is no change."""
     lines = [{"input": f"{n}?", "output": str(n)} for n in range(8)]
-    (tmp_path / "qa.json").write_text(json.dumps(lines))
-    data = {
-        "_component_": "torchtune.datasets.instruct_dataset", "source": "json", "split": "train",
-        "data_files": str(tmp_path / "qa.json"),
-    }  # fmt: skip
+    data = json_data(tmp_path / "qa.json", lines, "instruct")
     template = date + "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     path = finetune(dataset=data, max_steps_per_epoch=None)
     train(path, f"tokenizer.chat_template={json.dumps(template)}")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.resuming import SHORT_TEXTS
-from helpers.training import read_log, set_up, text_data, train
+from helpers.training import json_data, read_log, set_up, text_data, train
 from torchtune.data import padded_collate_packed
 
 from layerskip_recipes.config.components import Component
@@ -19,16 +19,16 @@ from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 
 
-def instructions(folder: Path, rows: list[dict], end: str = "") -> dict:
+def instructions(folder: Path, rows: list[dict]) -> dict:
     """A dataset of questions and answers, of which only the answers are learned."""
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + end)
-    return {
-        "_component_": "torchtune.datasets.instruct_dataset",
-        "source": "json",
-        "data_files": str(folder / "data.jsonl"),
-        "split": "train",
-        "train_on_input": False,
-    }
+    return json_data(folder / "data.json", rows, "instruct", train_on_input=False)
+
+
+def cut_off(folder: Path, rows: list[dict]) -> dict:
+    """The same, whose file lacks its end."""
+    section = instructions(folder, rows)
+    (folder / "data.json").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"input": ')
+    return section
 
 
 def conversations(folder: Path, roles: list[str]) -> dict:
@@ -36,15 +36,8 @@ def conversations(folder: Path, roles: list[str]) -> dict:
     rows = [
         {"messages": [{"role": role, "content": "if"} for role in of]} for of in [["user", "assistant"]] * 20 + [roles]
     ]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {
-        "_component_": "torchtune.datasets.chat_dataset",
-        "source": "json",
-        "data_files": str(folder / "data.jsonl"),
-        "split": "train",
-        "conversation_column": "messages",
-        "conversation_style": "openai",
-    }
+    style = {"conversation_column": "messages", "conversation_style": "openai"}
+    return json_data(folder / "data.json", rows, "chat", **style)
 
 
 SHORT = {"input": "if", "output": "else:"}
@@ -196,10 +189,7 @@ FORM = r"\S* makes no tokens and labels of samples of test_training_data.made"
             lambda at: instructions(at, [{"question": "if", "answer": "else:"}]),
             r".*KeyError\('input'\).*for example \"dataset.column_map={input: question, output: answer}\"",
         ),
-        (
-            lambda at: instructions(at, [SHORT], end='\n{"input": '),
-            r"torchtune\S* cannot read its data: (?!.*column).*JSON",
-        ),
+        (lambda at: cut_off(at, [SHORT] * 3), r"torchtune\S* cannot read its data: (?!.*column).*JSON"),
         (
             lambda at: [text_data(at / f"{on}.json", SHORT_TEXTS, packed=on) for on in (True, False)],
             "some datasets of the list are packed, others not",

@@ -12,7 +12,7 @@ import yaml
 from helpers.adapters import EveryExit, adapted_section, make_start, read_hf
 from helpers.configs import MODEL, finetune_config, start_section
 from helpers.resuming import WEIGHTS, final_weights, same_tensors
-from helpers.training import VALIDATION, losses, read_log, set_up, train, validated
+from helpers.training import VALIDATION, json_data, losses, read_log, set_up, train, validated
 from torchtune.utils import get_logger
 
 from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
@@ -28,12 +28,8 @@ def chats(folder: Path) -> dict:
         [{"from": "human", "value": f"what is {n} + {n}?"}, {"from": "gpt", "value": "it is " + f"{2 * n} " * (n + 1)}]
         for n in range(7)
     ]
-    (folder / "chats.json").write_text(json.dumps([{"conversations": talk} for talk in talks]))
-    return {
-        "_component_": "torchtune.datasets.chat_dataset", "source": "json", "split": "train",
-        "data_files": str(folder / "chats.json"), "conversation_column": "conversations",
-        "conversation_style": "sharegpt", "train_on_input": False,
-    }  # fmt: skip
+    style = {"conversation_column": "conversations", "conversation_style": "sharegpt", "train_on_input": False}
+    return json_data(folder / "chats.json", [{"conversations": talk} for talk in talks], "chat", **style)
 
 
 def quality(weights: dict[str, torch.Tensor], samples: list[dict], exits: tuple[int, ...]) -> dict[str, float]:
