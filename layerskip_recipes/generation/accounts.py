@@ -13,11 +13,11 @@ from layerskip_recipes.generation.steps import StepContext
 class Accounts:
     """Fills `stats`. A round that compiled counts like the mean of the other rounds; compilation counts by itself.
 
-    `depth`: the layers whose tokens are final. `exit_layer`: the exit that drafts, None without speculation.
+    `exit_layer`: the exit that drafts, None without speculation.
     """
 
-    def __init__(self, context: StepContext, rows: Rows, depth: int, exit_layer: int | None) -> None:
-        self.context, self.rows, self.depth, self.exit_layer = context, rows, depth, exit_layer
+    def __init__(self, context: StepContext, rows: Rows, exit_layer: int | None) -> None:
+        self.context, self.rows, self.exit_layer = context, rows, exit_layer
         self.stats = GenerationStats(first_tokens=len(rows))
         self.phases = PhaseTimer(context.device, on=exit_layer is not None)
         self.timed, self.untimed_s = 0, 0.0  # rounds without compilation; seconds of the others, minus compilation
@@ -74,7 +74,7 @@ class Accounts:
             self.stats.rounds_by_kind[draft.strategy.name] += 1
         # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last
         # one. A trained draft's own layers also run once, except in rounds without a draft.
-        self.traffic.count(self.stats, slots, self.depth + (len(own) if draft.length else 0))
+        self.traffic.count(self.stats, slots, self.context.depth + (len(own) if draft.length else 0))
         if draft.hidden is not None:
             self.stats.draft_steps += draft.length
             e = own.stop or self.exit_layer or 0
