@@ -66,9 +66,8 @@ class GenerationStats:
     def acceptance_by_position(self) -> list[float]:
         """[i]: of the drafts that have a token number i + 1, the share in which it was accepted."""
         longest = max(+self.rounds_drafting, default=0)
-        reach = [
-            (_at_least(i, self.rounds_accepting), _at_least(i, self.rounds_drafting)) for i in range(1, longest + 1)
-        ]
+        kinds = (self.rounds_accepting, self.rounds_drafting)
+        reach = [[sum(n for k, n in rounds.items() if k >= i) for rounds in kinds] for i in range(1, longest + 1)]
         return [accepted / drafted for accepted, drafted in reach]
 
     @property
@@ -102,10 +101,6 @@ class GenerationStats:
 
     def __add__(self, other: "GenerationStats") -> "GenerationStats":
         return GenerationStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
-
-def _at_least(least: int, rounds: Counter) -> int:
-    return sum(count for tokens, count in rounds.items() if tokens >= least)
 
 
 def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) -> bool:

@@ -254,13 +254,11 @@ class Checkpoints:
         torch.save(dict(state), self.staging / name / RECIPE_STATE)
 
     def _write_model(self, name: str, contents: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-        """Let the checkpointer write a model or its adapters."""
         only, contents = training.MODEL_KEY not in contents, dict(contents)
         ours = isinstance(self._checkpointer, HFCheckpointer)
         biases = {} if ours else contents.pop(BIASES, {})
         self._checkpointer.save_checkpoint(contents, epoch=0, **({"adapter_only": True} if only else {}))
-        folder = self.staging / "epoch_0"
-        folder = folder.rename(self.staging / name)
+        folder = (self.staging / "epoch_0").rename(self.staging / name)
         self._side_files.write(folder)
         if training.ADAPTER_KEY in contents and not ours:
             correct_peft_form(folder, self._checkpointer._model_type.name, biases)

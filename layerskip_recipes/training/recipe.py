@@ -183,7 +183,6 @@ class LayerSkipFinetune:
         self.offloading = training.get_act_offloading_ctx_manager(self.model, cfg.enable_activation_offloading)
 
     def train(self) -> None:
-        """Run all epochs, with validation and checkpoints in between."""
         try:
             self._train()
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
@@ -195,7 +194,7 @@ class LayerSkipFinetune:
         cfg, per_epoch = self.cfg, self.data.steps_per_epoch
         if self.step >= self.total_steps:
             log.info(f"All {self.step} steps are done; for more, set epochs higher.")
-        self.profiling.start()
+        self.profiling.profiler.start()
         if self.step == 0:
             self._validate()
         while self.step < self.total_steps:
@@ -215,7 +214,7 @@ class LayerSkipFinetune:
                         self._save(f"step_{self.step}", shards=cfg.enable_async_checkpointing)
             self._save(f"epoch_{epoch}")
         self.checkpoints.finish()
-        self.profiling.stop()
+        self.profiling.profiler.stop()
 
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimizer step. The exits are chosen once per step, layer dropout is drawn per micro-batch."""
