@@ -227,8 +227,6 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
         # Within partial blocks attention calls mask_mod with row numbers of the selection.
         taken.mask_mod = lambda b, h, q_idx, kv_idx: mask_of_batch(rows[b], h, q_idx, kv_idx)
         return taken
-    if isinstance(value, Mapping):
-        return {key: take_rows(part, rows, batch_size) for key, part in value.items()}
     return value
 
 

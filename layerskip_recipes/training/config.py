@@ -231,20 +231,15 @@ class FinetuneConfig(RecipeConfig):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint: weights, and the optimizer's state of each trained weight."""
-        size, draft_size = self.torch_dtype.itemsize, torch.float32.itemsize
-        whole = weight_bytes(self.meta_model, self.torch_dtype)
-        trained = whole + self._state_bytes(size) * whole // size
-        if self.draft is not None:
-            draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
-            own = sum(parameter.numel() for parameter in draft.parameters())
-            own *= draft_size + self._state_bytes(draft_size)
-            return own + (0 if self.freezes_model else trained)
+        """Bytes of a checkpoint: weights, adapters, the draft in fp32, and the optimizer's state of trained weights."""
+        size, whole = self.torch_dtype.itemsize, weight_bytes(self.meta_model, self.torch_dtype)
         adapters = sum(p.numel() for p in get_adapter_params(self.meta_model).values())
-        if not adapters:
-            return trained
-        adapters *= size + self._state_bytes(size)
-        return adapters + (0 if self.save_adapter_weights_only else whole)
+        draft = None if self.draft is None else self.draft.build(layerskip_decoder(self.build_on_meta()))
+        of_draft = 0 if draft is None else sum(p.numel() for p in draft.parameters())
+        trained = 0 if self.freezes_model else adapters or whole // size
+        weights = 0 if self.freezes_model or self.save_adapter_weights_only else whole
+        weights += size * adapters + 4 * of_draft
+        return weights + trained * self._state_bytes(size) + of_draft * self._state_bytes(4)
 
     @property
     def checkpoint_every_layers(self) -> int:
