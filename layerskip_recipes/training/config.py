@@ -59,7 +59,7 @@ class FinetuneConfig(RecipeConfig):
         "quantizer": "it is for quantisation-aware training",
     }
     REQUIRES: ClassVar = {
-        "dataset_val": ("run_val_every_n_steps", "max_batches_val", "exits_val"),
+        "dataset_val": ("run_val_every_n_steps", "exits_val"),
         "save_every_n_steps": ("enable_async_checkpointing",),
         "ac_mode": ("ac_option",),
         "tensor_parallel_dim": ("tensor_parallel_plan",),
@@ -155,8 +155,6 @@ class FinetuneConfig(RecipeConfig):
     time."""
     run_val_every_n_steps: Annotated[int, Field(ge=1, examples=[200])] | None = None
     """Number of steps between further measurements of `dataset_val`."""
-    max_batches_val: Annotated[int, Field(ge=1, examples=[50])] | None = None
-    """At most this many batches of `dataset_val` per process."""
     exits_val: Exits | None = None
     """The exits that are measured; null: those with a loss, at most four of them. The last one is always measured."""
 
