@@ -219,13 +219,13 @@ class Generation:
         self.stats.first_tokens += 1
         self.stats.prefill_tokens += len(text) - reused
         self.stats.reused_tokens += reused
-        return self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.rows)])
+        return self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.num_rows)])
 
-    def _first_tokens(self, final: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The first new tokens [b] of these rows, from x_L of the texts' last tokens, `final` [b, d]."""
+    def _first_tokens(self, final: torch.Tensor, here: slice) -> torch.Tensor:
+        """The first new tokens [b] of the rows `here`, from x_L of the texts' last tokens, `final` [b, d]."""
         logits = self.context.unembed(final[:, None])[:, -1]
-        at = on_device(self.rows.lengths[rows], self.context.device)
-        keys, seen = (None if t is None else t[rows] for t in (self.keys, self.rows.seen))
+        at = on_device(self.rows.lengths[here], self.context.device)
+        keys, seen = (None if t is None else t[here] for t in (self.keys, self.rows.seen))
         return self.context.broadcast(self.choose_token.run(None, logits, keys, at, seen))
 
     # ---- rounds ----
@@ -240,12 +240,12 @@ class Generation:
         # Draft from the last token of each row.
         if self.first_sharded is not None:
             self.first_sharded.unshard(async_op=True)  # while the draft is made
-        with self.accounts.phases.phase("draft"):
+        with self.accounts.phase("draft"):
             draft = self.decoding.propose(now)
         if self.on_draft is not None:
             self.on_draft(draft.tokens[:, 1:].tolist())
         # Verify.
-        with self.accounts.phases.phase("verify"):
+        with self.accounts.phase("verify"):
             outcome = self.context.broadcast(self.decoding.verify(draft, now))
         self.last = outcome[:, 1].clone()
         # Accept. This is the only time in a round that the host waits for the device.

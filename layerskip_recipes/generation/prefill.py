@@ -46,11 +46,11 @@ def read_texts(
 
     `rows` are the texts' rows in the cache, None for all. Returns x_depth of each text's last token, [b, d].
     """
-    rows = range(context.cache.rows) if rows is None else rows
+    rows = range(context.cache.num_rows) if rows is None else rows
     final: dict[int, torch.Tensor] = {}
     for group, in_cpp in _groups(context, [len(text) - reused for text in texts]):
         group_texts, group_rows = [texts[i] for i in group], [rows[i] for i in group]
-        all_rows = in_cpp or len(group) == context.cache.rows
+        all_rows = in_cpp or len(group) == context.cache.num_rows
         with nullcontext() if all_rows else context.cache.only(group_rows[0]):
             states = _read_together(context, group_texts, group_rows, reused, in_cpp)
             final |= zip(group, states, strict=True)

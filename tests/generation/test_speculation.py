@@ -50,7 +50,7 @@ def test_rows_are_what_they_are_alone(family, variant):
         assert 0 < stats.accepted < stats.drafted or variant not in VARIANTS
         assert (stats.first_tokens, stats.tokens) == (len(PROMPTS), sum(map(len, expected)))
         assert stats.prefill_tokens == sum(map(len, PROMPTS))
-        assert generation.cache.rows == (rows or len(PROMPTS))
+        assert generation.cache.num_rows == (rows or len(PROMPTS))
         # A row that took another prompt drafts, and so accepts, as if that had been its first one.
         if rows == 1 and variant is not None:
             total = sum((single.stats for single in singles), GenerationStats())
