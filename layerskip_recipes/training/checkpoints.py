@@ -362,15 +362,6 @@ def restore_set_aside(output_dir: Path) -> None:
             os.rename(aside, place)
 
 
-def not_finite(what: str, output_dir: Path, lr: float) -> ConfigError:
-    """The error of a run that stops because of infinite or missing numbers; `lr` is the config's."""
-    there = bool(complete_checkpoints(output_dir))
-    under = f"under {str(output_dir)!r}"
-    last = f"The last checkpoint {under} is whole" if there else f"There is no checkpoint {under} yet"
-    resume = "resume_from_checkpoint=true " if there else ""
-    return ConfigError(f"{what}. {last}; for example {resume}optimizer.lr={lr / 2:.2g}")
-
-
 def check_shared(folder: Path) -> None:
     """Raises a ConfigError unless all ranks, on all machines, see the same folder."""
     marker = folder / f".{from_rank_zero(uuid4().hex)}"

@@ -35,7 +35,7 @@ from layerskip_recipes.processes import (
 )
 from layerskip_recipes.training.auto_settings import PER_STEP
 from layerskip_recipes.training.batches import TrainingData
-from layerskip_recipes.training.checkpoints import Checkpoints, not_finite
+from layerskip_recipes.training.checkpoints import Checkpoints
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.loss import DraftLoss
 from layerskip_recipes.training.draft_statistics import DraftStatistics
@@ -325,8 +325,12 @@ class LayerSkipFinetune:
         if not math.isfinite(change):
             name = "loss" if not loss.isfinite() else "gradient norm"
             what = f"{name}: not finite at step {self.step + 1}, with {self._samples()}"
-            raise not_finite(what, self.output_dir, self.optimizers.base_lr)
+            raise self._not_finite(what)
         return labels > 0
+
+    def _not_finite(self, what: str) -> ConfigError:
+        lower = f"Try a smaller learning rate, for example optimizer.lr={self.optimizers.base_lr / 2:.2g}"
+        return ConfigError(f"{what}. {lower}. {self.checkpoints.where_to_resume()}")
 
     def _samples(self) -> str:
         return f"samples {self.data.samples(self.step)} of the dataset"
@@ -350,7 +354,7 @@ class LayerSkipFinetune:
         if self.optimizers.in_backward:  # `_check_sums` has seen the losses only
             whole = all(bool(local_part(p).isfinite().all()) for p in self.learner.parameters() if p.requires_grad)
             if not all(from_every_rank(whole)):
-                raise not_finite(f"weights: not finite at step {self.step}", self.output_dir, self.optimizers.base_lr)
+                raise self._not_finite(f"weights: not finite at step {self.step}")
         optimizer = self.optimizers.state_dict(whole=not shards)
         if shards:
             self.checkpoints.save_shards(
