@@ -20,7 +20,7 @@ from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChooser
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
@@ -42,15 +42,15 @@ class LayerSkipEval:
         for checkpoint in self.checkpoints.values():
             self.device = prepare_device(checkpoint)
         check_one_process()
-        self.drafts = {name: self._choose(checkpoint) for name, checkpoint in self.checkpoints.items()}
+        self.drafts = {
+            name: DraftChooser(c, c.quantizer).choose(c.self_speculation, 0.0, False, c.batch_size)
+            for name, c in self.checkpoints.items()
+        }
         choices = Choices(self.cfg)
         choices.set("self_speculation", next(iter(self.drafts.values())).section)
         self.cfg = self.cfg.with_choices(choices)
         self.max_new_tokens = self.cfg.max_new_tokens or 256
         self.seed = training.set_seed(seed=self.cfg.seed)
-
-    def _choose(self, cfg: EvalConfig) -> Choice:
-        return DraftChooser(cfg, cfg.quantizer).choose(cfg.self_speculation, 0.0, False, cfg.batch_size)
 
     def setup(self) -> None:
         """Load the data, then the model. `evaluate` loads the checkpoints in `compare` one after the other."""

@@ -46,9 +46,6 @@ def _with_default_component(section: Any) -> Any:
     return section
 
 
-Count = PositiveInt | None
-
-
 class FinetuneConfig(RecipeConfig):
     """The keys of `layerskip_finetune`: torchtune's, plus `layer_dropout` and `early_exit_loss`, or `draft`."""
 
@@ -94,7 +91,7 @@ class FinetuneConfig(RecipeConfig):
     """Micro-batches per optimizer step; auto: enough for 8 samples."""
     epochs: PositiveInt = 1
     """Passes over the dataset."""
-    max_steps_per_epoch: Count = None
+    max_steps_per_epoch: PositiveInt | None = None
     """At most this many optimizer steps per epoch."""
 
     optimizer: Annotated[Component, Takes(positional=1)]
