@@ -146,15 +146,6 @@ def test_validation_data_without_a_sample_are_refused(finetune, monkeypatch):
         set_up(finetune(dataset_val=VALIDATION))
 
 
-def test_no_batch_more_than_is_measured_is_made(finetune):
-    recipe = set_up(finetune(dataset_val=VALIDATION))
-    batch, made = next(iter(recipe.validation.batches)), []
-    recipe.validation.batches = (made.append(1) or dict(batch) for _ in range(9))
-    recipe.validation.count = 2
-    recipe.validation.measure(recipe.model, torch.device("cpu"), 0)
-    assert len(made) == 2
-
-
 def test_validation_changes_no_training(tmp_path, tokenizer_folder, finetune):
     """Not a random number is moved: attention dropout, layer dropout, the adapters' dropout and the order go on."""
     make_start(tmp_path / "start", "llama3_2", tokenizer_folder)
