@@ -225,6 +225,11 @@ class Checkpoints:
             return f"There is no checkpoint under {str(self.output_dir)!r} yet"
         return f"The last whole checkpoint is {newest[0]}; go on from it with resume_from_checkpoint=true"
 
+    def not_finite(self, what: str, lr: float) -> ConfigError:
+        """The error of a run that stops because of infinite or missing numbers; `lr` is the config's."""
+        lower = f"Try a smaller learning rate, for example optimizer.lr={lr / 2:.2g}"
+        return ConfigError(f"{what}. {lower}. {self.where_to_resume()}")
+
     def save(
         self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
     ) -> None:

@@ -325,12 +325,8 @@ class LayerSkipFinetune:
         if not math.isfinite(change):
             name = "loss" if not loss.isfinite() else "gradient norm"
             what = f"{name}: not finite at step {self.step + 1}, with {self._samples()}"
-            raise self._not_finite(what)
+            raise self.checkpoints.not_finite(what, self.optimizers.base_lr)
         return labels > 0
-
-    def _not_finite(self, what: str) -> ConfigError:
-        lower = f"Try a smaller learning rate, for example optimizer.lr={self.optimizers.base_lr / 2:.2g}"
-        return ConfigError(f"{what}. {lower}. {self.checkpoints.where_to_resume()}")
 
     def _samples(self) -> str:
         return f"samples {self.data.samples(self.step)} of the dataset"
@@ -354,14 +350,18 @@ class LayerSkipFinetune:
         if self.optimizers.in_backward:  # `_check_sums` has seen the losses only
             whole = all(bool(local_part(p).isfinite().all()) for p in self.learner.parameters() if p.requires_grad)
             if not all(from_every_rank(whole)):
-                raise self._not_finite(f"weights: not finite at step {self.step}")
+                what = f"weights: not finite at step {self.step}"
+                raise self.checkpoints.not_finite(what, self.optimizers.base_lr)
         optimizer = self.optimizers.state_dict(whole=not shards)
         if shards:
             self.checkpoints.save_shards(
                 name, {"model": self._learned_weights(), training.OPT_KEY: optimizer}, self._state()
             )
         else:
-            state, description = self._state(), self._description()
+            state, statistics = self._state(), DraftStatistics(self.validation, self.data, self.labels)
+            with self._computing():
+                steps = (self.step, self.total_steps)
+                description = statistics.describe(self.cfg, self.model, self.draft, self.base, *steps)
             adapters_only = self.cfg.save_adapter_weights_only
             first, *beside = parts_of(self.learner)
             contents = checkpoint_contents(first, self.cfg.meta_model, self.device, adapters_only)
@@ -372,13 +372,6 @@ class LayerSkipFinetune:
                 self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, description)
             wait_for_all()
         log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
-
-    def _description(self) -> dict[str, Any]:
-        """The content of layerskip.json. Collective."""
-        with self._computing():
-            steps = (self.step, self.total_steps)
-            statistics = DraftStatistics(self.validation, self.data, self.labels)
-            return statistics.describe(self.cfg, self.model, self.draft, self.base, *steps)
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the trained weights, to write or to fill in place."""
