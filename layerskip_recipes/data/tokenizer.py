@@ -1,12 +1,7 @@
 """A torchtune tokenizer for any Hugging Face folder with a tokenizer.json, with its chat template.
 
 It gives the tokens of transformers' `apply_chat_template`, except where a conversation would show a reply without the
-prompt that asks for it, and torchtune's loss mask. In a config:
-
-    tokenizer:
-      _component_: layerskip_recipes.hf_tokenizer
-      path: /tmp/SmolLM2-135M-Instruct
-      max_seq_len: 2048
+prompt that asks for it, and torchtune's loss mask.
 """
 
 import re
