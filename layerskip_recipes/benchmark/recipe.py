@@ -141,7 +141,6 @@ class LayerSkipBenchmark:
         return Choice(SelfSpeculation(**keys), None, 0.0, frequent=range(model.tok_embeddings.num_embeddings))
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
-        """Encode the config's prompts."""
         cfg = self.cfg
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
@@ -153,7 +152,6 @@ class LayerSkipBenchmark:
         check_references(cfg.metrics or [], self.examples)
 
     def _draw_prompts(self, model: LayerSkipDecoder) -> None:
-        """Draw random prompts."""
         cfg, num_tokens = self.cfg, model.tok_embeddings.num_embeddings
         check_prompt_lengths(model, [cfg.prompt_tokens], self.limit, key="max_new_tokens")
         self.tokenizer, self.stop_tokens = None, []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from layerskip_recipes.benchmark.measuring import Run
-from layerskip_recipes.generation.report import answer_ratio, draft_figures, ratio, safe_divide
+from layerskip_recipes.generation.report import draft_figures, ratio, safe_divide
 from layerskip_recipes.generation.stats import GenerationStats
 
 ACCEPTANCES = (0.5, 0.7, 0.9)  # accept rates to report speed-ups for, with random weights
@@ -38,7 +38,8 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], same_noise: bool, band
     """
     stats, repeats = total(runs), by_repeat(runs)
     rate = spread([s.tokens_per_second for s in repeats])
-    speedup = spread([*map(ratio, repeats, by_repeat(baseline))])
+    by_turn = [*zip(repeats, by_repeat(baseline), strict=False)]
+    speedup = spread([ratio(*turn) for turn in by_turn])
     # Compare both methods on the batches where neither loops.
     pairs = [pair for pair in zip(runs, baseline, strict=True) if not any(run.loops for run in pair)]
     both = [by_repeat([pair[side] for pair in pairs]) for side in (0, 1)]
@@ -48,7 +49,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], same_noise: bool, band
         "speedup": speedup,
         "speedup_not_looping": spread([*map(ratio, *both)]),
         "answer_tokens_per_second": spread([s.answer_tokens_per_second for s in repeats]),
-        "answer_speedup": spread([*map(answer_ratio, repeats, by_repeat(baseline))]),
+        "answer_speedup": spread([ratio(*turn, "answer_tokens_per_second") for turn in by_turn]),
         "outputs": sum(len(run.outputs) for run in runs),
         "looping_outputs": sum(run.loops for run in runs),
         "identical": [r.outputs for r in runs] == [r.outputs for r in baseline] if same_noise and runs else None,

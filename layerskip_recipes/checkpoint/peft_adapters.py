@@ -27,11 +27,7 @@ EMBEDDING = "model.embed_tokens"
 
 
 class PeftAdapters:
-    """The adapters of a folder. Building it checks all of them against the base's config, and reads no tensors.
-
-    Raises:
-        ConfigError: if a tensor belongs to no matrix of the model, or has another shape.
-    """
+    """The adapters of a folder. Building it checks all of them against the base's config, and reads no tensors."""
 
     def __init__(self, folder: Path, config: HFConfig, key: str = "checkpointer.path") -> None:
         self.file, where = folder / FILE, f"{key}: the adapters in {str(folder)!r}"

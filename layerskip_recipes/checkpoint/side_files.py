@@ -1,6 +1,5 @@
 """SideFiles: the small files beside a model's weights, such as config and tokenizer."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from layerskip_recipes.errors import first_line
 
 log = get_logger("INFO")
 LARGEST = 100 * 2**20  # as in torchtune
-NOT_COPIED = ("adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+NOT_COPIED = ("adapter_config.json", *SUFFIXES_TO_NOT_COPY)
 
 
 class SideFiles:
@@ -37,9 +36,5 @@ class SideFiles:
 
 def files_of_torchtune(folder: Path) -> list[Path]:
     """The files that torchtune's checkpointers copy from a checkpoint's folder."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = [name for name in names if not name.startswith(".") and name not in NOT_COPIED]
-        found += [Path(place) / name for name in visible if not name.endswith(tuple(SUFFIXES_TO_NOT_COPY))]
-    return found
+    visible = (file for file in folder.rglob("*") if "/." not in f"/{file.relative_to(folder).as_posix()}")
+    return [file for file in visible if not file.name.endswith(NOT_COPIED)]

@@ -14,7 +14,6 @@ from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
 def run_from_command_line(steps: Callable[[], None]) -> Callable[[], None]:
-    """Decorator: run the function with `run_cli`."""
     return wraps(steps)(lambda: run_cli(steps))
 
 

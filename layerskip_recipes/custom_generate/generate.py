@@ -204,7 +204,6 @@ class Draft:
 
 
 def exit_draft(model: Any, exit_layer: int) -> Draft:
-    """Drafts with the model's first layers."""
     exits = range(1, model.config.num_hidden_layers)
     require(exit_layer in exits, f"exit_layer: {exit_layer} is not one of 1 to {exits.stop - 1}")
     return Draft(model, model.model.layers[:exit_layer], model.model.norm, shared=True)

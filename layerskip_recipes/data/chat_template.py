@@ -210,7 +210,6 @@ def _is_reply(turn: Turn) -> bool:
 
 
 def reasons(turns: Sequence[Turn]) -> bool:
-    """Whether a reply has reasoning."""
     return any(END_OF_THINKING in turn["content"] for turn in turns if _is_reply(turn))
 
 

@@ -60,9 +60,6 @@ def qa_dataset(
         question: the field of a line that holds the question as text, or as {"user": text, "system": text}.
         answer: the field that holds the answer.
         count: read only this number of lines. None: all.
-
-    Raises:
-        ConfigError: for the first line without a question and an answer as text, with its number.
     """
     examples = []
     for number, line in read_json_lines(path, "path").items():

@@ -1,12 +1,7 @@
 """A torchtune tokenizer for any Hugging Face folder with a tokenizer.json, with its chat template.
 
 It gives the tokens of transformers' `apply_chat_template`, except where a conversation would show a reply without the
-prompt that asks for it, and torchtune's loss mask. In a config:
-
-    tokenizer:
-      _component_: layerskip_recipes.hf_tokenizer
-      path: /tmp/SmolLM2-135M-Instruct
-      max_seq_len: 2048
+prompt that asks for it, and torchtune's loss mask.
 """
 
 import re
@@ -50,9 +45,6 @@ class HFTokenizer(ModelTokenizer, Transform):
         truncation_type: "right" drops the end (and keeps eos last), "left" drops the beginning.
         enable_thinking: let a reasoning model think when it answers. In training the replies decide: one with </think>
             follows a prompt that lets the model think.
-
-    Raises:
-        ConfigError: if tokenizer.json is missing, or an argument is out of range.
     """
 
     @checked_arguments("tokenizer.")
@@ -157,10 +149,6 @@ class HFTokenizer(ModelTokenizer, Transform):
             prompts, and at an eos that replaces a truncated end. Of an assistant's message only its content and its end
             token count, which the model writes; the tokens before them are those of the prompt. Other messages include
             their headers.
-
-        Raises:
-            ConfigError: without messages, for an image, or if the tokens cannot be assigned to messages.
-            jinja2.TemplateError: if the template rejects the conversation.
         """
         if not messages:
             raise ConfigError("messages: there are none")

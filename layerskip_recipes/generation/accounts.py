@@ -3,23 +3,30 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, RoundStart
 from layerskip_recipes.generation.rows import Rows
-from layerskip_recipes.generation.stats import GenerationStats, MemoryTraffic, PhaseTimer
+from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import StepContext
+from layerskip_recipes.model.head import head_of
+from layerskip_recipes.model.memory import tensor_bytes
 
 
 class Accounts:
     """Fills `stats`. A round that compiled counts like the mean of the other rounds; compilation counts by itself.
 
-    `depth`: the layers whose tokens are final. `exit_layer`: the exit that drafts, None without speculation.
+    `exit_layer`: the exit that drafts, None without speculation.
     """
 
-    def __init__(self, context: StepContext, rows: Rows, depth: int, exit_layer: int | None) -> None:
-        self.context, self.rows, self.depth, self.exit_layer = context, rows, depth, exit_layer
+    def __init__(self, context: StepContext, rows: Rows, exit_layer: int | None) -> None:
+        self.context, self.rows, self.exit_layer = context, rows, exit_layer
         self.stats = GenerationStats(first_tokens=len(rows))
-        self.phases = PhaseTimer(context.device, on=exit_layer is not None)
+        self.phases: list[tuple[str, Any, Any]] = []  # name, begin and end (seconds, or events of a GPU)
         self.timed, self.untimed_s = 0, 0.0  # rounds without compilation; seconds of the others, minus compilation
         self.timed_phases = 0  # number of phases in the timed rounds
         self.round_started, self.compiled_before = 0.0, 0.0
@@ -41,20 +48,45 @@ class Accounts:
         self.stats.rounds += 1
         if compile_s == 0:
             self.stats.decode_s += seconds
-            self.timed, self.timed_phases = self.timed + 1, len(self.phases.phases)
+            self.timed, self.timed_phases = self.timed + 1, len(self.phases)
         else:
             self.untimed_s += seconds - compile_s
             self.stats.compile_s += compile_s
-            self.phases.forget(self.timed_phases)
+            del self.phases[self.timed_phases :]
 
     @property
     def round_s(self) -> float:
         """Seconds since this round began; 0 if it compiled something."""
         return time.perf_counter() - self.round_started if self.context.compile_s == self.compiled_before else 0.0
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of a round, "draft" or "verify"; events are read only at the end, and delay no GPU."""
+        begin = self._now()
+        yield
+        if self.exit_layer is not None:
+            self.phases.append((name, begin, self._now()))
+
+    def _now(self) -> Any:
+        if self.context.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.context.device))
+        return event
+
     def begin_rounds(self) -> None:
-        """After the prefill, which allocates the cache."""
-        self.traffic = MemoryTraffic(self.context)
+        """Note the bytes of a layer, a head and a cache slot, which the prefill has allocated."""
+        model, draft_model, draft_head = self.context.model, self.context.draft_model, self.context.draft_head
+        head = head_of(draft_model) if draft_head is None else draft_head.output
+        self.of_model = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
+        self.of_draft = (_weight_bytes(draft_model.layers[0]), _weight_bytes(head))
+        keys = self.context.cache.layers[0].k
+        self.slot = 2 * keys[:, :, 0].numel() * keys.element_size()
+
+    def _read(self, weights: tuple[int, int], layers: int, slots: int, times: int = 1) -> None:
+        """Count the bytes of `times` steps through layers and a head, whose attention sees this many slots."""
+        self.stats.weight_bytes += times * (layers * weights[0] + weights[1])
+        self.stats.cache_bytes += times * layers * slots * self.slot
 
     def count(
         self, draft: DraftedTokens, now: RoundStart, room: Sequence[int], accepted: Sequence[int], kept: Sequence[list]
@@ -74,11 +106,10 @@ class Accounts:
             self.stats.rounds_by_kind[draft.strategy.name] += 1
         # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last
         # one. A trained draft's own layers also run once, except in rounds without a draft.
-        self.traffic.count(self.stats, slots, self.depth + (len(own) if draft.length else 0))
+        self._read(self.of_model, self.context.depth + (len(own) if draft.length else 0), slots)
         if draft.hidden is not None:
             self.stats.draft_steps += draft.length
-            e = own.stop or self.exit_layer or 0
-            self.traffic.count(self.stats, slots, e, times=draft.length, draft=True)
+            self._read(self.of_draft, own.stop or self.exit_layer or 0, slots, times=draft.length)
 
     def uncount(self, prompt: int, dropped: int) -> None:
         """The last `dropped` tokens of a prompt's output do not count, as after a stop token."""
@@ -91,8 +122,25 @@ class Accounts:
 
     def close(self) -> None:
         """Complete `stats` at the end, or at an interruption."""
-        self.phases.forget(self.timed_phases)  # the phases of an interrupted round
+        del self.phases[self.timed_phases :]  # of an interrupted round
         # Rounds that compiled count like the mean of the others.
         scale = self.stats.rounds / self.timed if self.timed else 0.0
-        self.stats.draft_s, self.stats.verify_s = (scale * s for s in self.phases.seconds().values())
+        cuda, seconds = self.context.device.type == "cuda", {"draft": 0.0, "verify": 0.0}
+        if cuda and self.phases:
+            torch.cuda.synchronize(self.context.device)
+        for name, begin, end in self.phases:
+            seconds[name] += begin.elapsed_time(end) / 1000 if cuda else end - begin
+        self.stats.draft_s, self.stats.verify_s = scale * seconds["draft"], scale * seconds["verify"]
         self.stats.decode_s = scale * self.stats.decode_s if self.timed else self.untimed_s
+
+
+def _weight_bytes(module: object) -> int:
+    """Bytes of a module's weights once they are gathered from other ranks; 0 for a plain function."""
+    return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
+
+
+def _num_shards(weight: torch.Tensor) -> int:
+    """From how many ranks a weight is gathered before a step reads it."""
+    if not isinstance(weight, DTensor) or "shards" not in (weight.device_mesh.mesh_dim_names or ()):
+        return 1
+    return weight.device_mesh["shards"].size()

@@ -82,9 +82,6 @@ def generate(
     Returns:
         `tokens` [b, s + generated] in the layout of `torchtune.generation.generate`, `stats` and `speedup`.
 
-    Raises:
-        ConfigError: if an argument is out of range, a prompt is empty, or prompt and new tokens do not fit the model.
-
     Example:
         >>> from torchtune.models.llama3._component_builders import llama3
         >>> model = llama3(vocab_size=50, num_layers=4, num_heads=2, num_kv_heads=1, embed_dim=8, max_seq_len=64)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.accounts import Accounts
-from layerskip_recipes.generation.drafting.decoding import DraftedDecoding, PlainDecoding
+from layerskip_recipes.generation.drafting.decoding import Decoding
 from layerskip_recipes.generation.drafting.draft_model import DraftModel, build_draft_model
 from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundStart
 from layerskip_recipes.generation.drafting.rule import DraftRule
@@ -58,9 +58,6 @@ class Generation:
         finished: whether the output of each prompt is complete.
         in_row: index of the prompt that each row decodes, or decoded last.
 
-    Raises:
-        ConfigError: see `generate`.
-
     Example:
         >>> from torchtune.models.llama3._component_builders import llama3
         >>> from layerskip_recipes import Generation, Speculation
@@ -94,9 +91,7 @@ class Generation:
         started = time.perf_counter()
         self.model = as_layerskip_decoder(model)
         # The layers whose tokens are final: with speculation all layers.
-        self.exit_layer = self.model.num_layers
-        if speculation is None and exit_layer is not None:
-            self.exit_layer = self.model.check_exit(exit_layer)
+        depth = self.model.check_exit(exit_layer) if speculation is None and exit_layer is not None else None
         self.rows = Rows(prompts, rows, max_generated_tokens, stop_tokens)
         # The same lists as in `rows`, for callers.
         self.generated, self.finished = self.rows.generated, self.rows.finished
@@ -122,24 +117,22 @@ class Generation:
             make = compiled.cache if compiled else DecodingCache
             cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), own)
         self.cache = cache
-        self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, shared=shared)
+        self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, depth, shared)
         # The keys of the noise: [b, 2] by row, and by prompt.
         self.keys: torch.Tensor | None = None
         if not sampler.greedy:
-            self.keys_by_prompt = noise_keys(self._seed(sampler), self.rows.prompts, numbers)
+            seed = int(torch.randint(2**31, ())) if sampler.seed is None else sampler.seed
+            seed = from_rank_zero(seed) if shared else seed
+            self.keys_by_prompt = noise_keys(seed, self.rows.prompts, numbers)
             self.keys = on_device(self.rows.values_in_rows(self.keys_by_prompt), self.context.device)
-        self.speculation = speculation
         sharded = (layer for layer in self.model.layers if isinstance(layer, FSDPModule))
         self.first_sharded = None if speculation is None else next(sharded, None)
-        self.decoding: PlainDecoding | DraftedDecoding = PlainDecoding(self.context, self.exit_layer)
-        if speculation is not None:
-            rule = rule or DraftRule(measure=False)
-            self.decoding = DraftedDecoding(self.context, speculation, self.rows.texts, rule)
+        rule = DraftRule(measure=False) if rule is None or speculation is None else rule
+        self.decoding = Decoding(self.context, speculation, self.rows.texts, rule)
         self.common = common_start(self.rows.prompts, self.context.dtype) if self.context.has_cpp else 0
         self.choose_token = Step(self.context, choose_token, layers=False)
-        self.accounts = Accounts(
-            self.context, self.rows, self.exit_layer, None if speculation is None else speculation.exit_layer
-        )
+        drafts_from = None if speculation is None else speculation.exit_layer
+        self.accounts = Accounts(self.context, self.rows, drafts_from)
         self.stats = self.accounts.stats
         self.stats.prefill_s = time.perf_counter() - started  # time to the first token includes this setup
 
@@ -176,11 +169,6 @@ class Generation:
         """End the output of prompt number `prompt` after its first `keep` tokens; call this between two iterations."""
         self.accounts.uncount(prompt, self.rows.end(prompt, keep))
 
-    def _seed(self, sampler: Sampler) -> int:
-        """The sampler's seed or a random one; the same on ranks that share the prompts."""
-        seed = int(torch.randint(2**31, ())) if sampler.seed is None else sampler.seed
-        return from_rank_zero(seed) if self.context.shared else seed
-
     # ---- the cache ----
 
     @contextmanager
@@ -204,14 +192,14 @@ class Generation:
     def _prefill(self) -> list[list[int]]:
         """Run the prompts and choose the first new token of each row."""
         prompts = self.rows.texts  # nothing is generated yet
-        held = self.cache.tokens if self.exit_layer <= self.cache.depth else [[] for _ in prompts]
+        held = self.cache.tokens if self.context.depth <= self.cache.depth else [[] for _ in prompts]
         reused = min(common_length(old, new) for old, new in zip(held, prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in prompts) - 1)
         # The prefill may be interrupted: until it ends, only the reused tokens count as cached.
-        self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in prompts], self.exit_layer
+        self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in prompts], self.context.depth
         self.stats.reused_tokens = reused * len(prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in prompts)
-        final = read_texts(self.context, prompts, self.exit_layer, reused)
+        final = read_texts(self.context, prompts, reused)
         self.decoding.begin(final)
         self.context.load_cpp()  # its head chooses each row's first token, even if torch has read the prompts
         self.last = self._first_tokens(final, slice(None))
@@ -225,19 +213,19 @@ class Generation:
             self.keys[row] = on_device(self.keys_by_prompt[self.rows.in_row[row]], self.context.device)
         self.last = self.last.clone()
         reused = self.common
-        final = read_texts(self.context, [text], self.exit_layer, reused, rows=[row])
+        final = read_texts(self.context, [text], reused, rows=[row])
         self.last[here] = self._first_tokens(final, here)
         self.decoding.replace(row, text, final[0])
         self.stats.first_tokens += 1
         self.stats.prefill_tokens += len(text) - reused
         self.stats.reused_tokens += reused
-        return self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.rows)])
+        return self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.num_rows)])
 
-    def _first_tokens(self, final: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The first new tokens [b] of these rows, from x_L of the texts' last tokens, `final` [b, d]."""
+    def _first_tokens(self, final: torch.Tensor, here: slice) -> torch.Tensor:
+        """The first new tokens [b] of the rows `here`, from x_L of the texts' last tokens, `final` [b, d]."""
         logits = self.context.unembed(final[:, None])[:, -1]
-        at = on_device(self.rows.lengths[rows], self.context.device)
-        keys, seen = (None if t is None else t[rows] for t in (self.keys, self.rows.seen))
+        at = on_device(self.rows.lengths[here], self.context.device)
+        keys, seen = (None if t is None else t[here] for t in (self.keys, self.rows.seen))
         return self.context.broadcast(self.choose_token.run(None, logits, keys, at, seen))
 
     # ---- rounds ----
@@ -252,12 +240,12 @@ class Generation:
         # Draft from the last token of each row.
         if self.first_sharded is not None:
             self.first_sharded.unshard(async_op=True)  # while the draft is made
-        with self.accounts.phases.phase("draft"):
+        with self.accounts.phase("draft"):
             draft = self.decoding.propose(now)
         if self.on_draft is not None:
             self.on_draft(draft.tokens[:, 1:].tolist())
         # Verify.
-        with self.accounts.phases.phase("verify"):
+        with self.accounts.phase("verify"):
             outcome = self.context.broadcast(self.decoding.verify(draft, now))
         self.last = outcome[:, 1].clone()
         # Accept. This is the only time in a round that the host waits for the device.

@@ -50,9 +50,6 @@ def load_model(
         device: such as "cpu" or "cuda:1"; None chooses the best device.
         dtype: "fp32" or "bf16"; None is fp32 on a CPU and bf16 elsewhere.
 
-    Raises:
-        ConfigError: if the folder holds no model that `hf_decoder` supports, or the draft is another model's.
-
     Example:
         >>> model, tokenizer = load_model("out")                                         # doctest: +SKIP
         >>> out = generate(model, tokenizer.prompt("Why is the sky blue?"), 128)         # doctest: +SKIP

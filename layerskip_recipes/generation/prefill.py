@@ -40,24 +40,24 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def read_texts(
-    context: StepContext, texts: Sequence[Sequence[int]], depth: int, reused: int = 0, rows: Sequence[int] | None = None
+    context: StepContext, texts: Sequence[Sequence[int]], reused: int = 0, rows: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """Run the first `depth` layers over texts [b][any length], whose first `reused` tokens are cached already.
+    """Run the first `context.depth` layers over texts [b][any length], whose first `reused` tokens are in the cache.
 
     `rows` are the texts' rows in the cache, None for all. Returns x_depth of each text's last token, [b, d].
     """
-    rows = range(context.cache.rows) if rows is None else rows
+    rows = range(context.cache.num_rows) if rows is None else rows
     final: dict[int, torch.Tensor] = {}
-    for group, in_cpp in _groups(context, [len(text) - reused for text in texts], depth):
+    for group, in_cpp in _groups(context, [len(text) - reused for text in texts]):
         group_texts, group_rows = [texts[i] for i in group], [rows[i] for i in group]
-        all_rows = in_cpp or len(group) == context.cache.rows
+        all_rows = in_cpp or len(group) == context.cache.num_rows
         with nullcontext() if all_rows else context.cache.only(group_rows[0]):
-            states = _read_together(context, group_texts, group_rows, depth, reused, in_cpp)
+            states = _read_together(context, group_texts, group_rows, reused, in_cpp)
             final |= zip(group, states, strict=True)
     return torch.stack([final[i] for i in range(len(texts))])
 
 
-def _groups(context: StepContext, lengths: Sequence[int], depth: int) -> list[tuple[list[int], bool]]:
+def _groups(context: StepContext, lengths: Sequence[int]) -> list[tuple[list[int], bool]]:
     """The texts to read together, and whether C++ reads them.
 
     In C++ a text's result does not depend on the other texts. In torch it may, so if C++ is available torch reads texts
@@ -65,14 +65,14 @@ def _groups(context: StepContext, lengths: Sequence[int], depth: int) -> list[tu
     """
     everything = [*range(len(lengths))]
     in_cpp = [i for i in everything if context.has_cpp and reads_in_cpp(context.dtype, lengths[i])]
-    if not context.has_cpp or (in_cpp and not context.load_cpp(depth)):
+    if not context.has_cpp or (in_cpp and not context.load_cpp()):
         return [(everything, False)]
-    context.allocate(depth)
+    context.allocate()
     return [(in_cpp, True)] * bool(in_cpp) + [([i], False) for i in everything if i not in in_cpp]
 
 
 def _read_together(
-    context: StepContext, texts: Sequence[Sequence[int]], rows: Sequence[int], depth: int, reused: int, in_cpp: bool
+    context: StepContext, texts: Sequence[Sequence[int]], rows: Sequence[int], reused: int, in_cpp: bool
 ) -> torch.Tensor:
     width, device = max(map(len, texts)), context.device
     # Pad on the right: slots behind a row's text are overwritten before any of its queries sees them.
@@ -95,7 +95,7 @@ def _read_together(
             context.cache.seek(at, end)
             mask = None if at_once else causal_mask(at, slots, context.dtype)
             run = partial(LayerSkipDecoder.__call__, input_pos=at, mask=mask, unembed=False)
-        x = _read_chunk(context, tokens[:, start:end], x[:, -1:], depth, run)
+        x = _read_chunk(context, tokens[:, start:end], x[:, -1:], run)
         # Keep the state of each text's last token if it is in this chunk.
         state = x[row_indices, (last - start).clamp(0, end - start - 1)]
         ends_here = ((last >= start) & (last < end))[:, None]
@@ -104,14 +104,14 @@ def _read_together(
 
 
 def _read_chunk(
-    context: StepContext, tokens: torch.Tensor, last_state: torch.Tensor, depth: int, run: Callable[..., torch.Tensor]
+    context: StepContext, tokens: torch.Tensor, last_state: torch.Tensor, run: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     """Run tokens [b, s] through model and draft -> x_depth; last_state [b, 1, d] is the previous token's x_L."""
     model, draft, own = context.model, context.draft_model, context.own_layers
     if not context.has_adapter:
         if own:
             run(draft, tokens)
-        return run(model, tokens, exit_layer=depth)
+        return run(model, tokens, exit_layer=context.depth)
     x = run(model, tokens, exit_layer=own.start)
     final = run(model, None, hidden=x, start_layer=own.start)
     states = model.norm(torch.cat([last_state, final[:, :-1]], 1))

@@ -132,7 +132,6 @@ class LayerSkipGenerate:
         return cfg.with_choices(choices), choice
 
     def setup(self) -> None:
-        """Load the model and the draft."""
         if self.shows and log.isEnabledFor(logging.INFO):
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
             log.setLevel(self.cfg.log_level)  # which torchtune has set to DEBUG

@@ -41,17 +41,13 @@ def speculative_decode(
     return text[len(prompt) :][:max_new_tokens]
 
 
-def greedily(logits: torch.Tensor) -> list[int]:
-    return logits[0].argmax(-1).tolist()
-
-
 @torch.no_grad()
 def speculative_round(
     model: LayerSkipDecoder,
     text: list[int],
     exit_layer: int,
     num_speculations: int,
-    choose_all: Callable[[Any], list[int]] = greedily,
+    choose_all: Callable[[Any], list[int]],
 ) -> list[int]:
     """The accepted tokens of one round, and one token of the full model. `choose_all`: see `speculative_decode`."""
     # 1. Draft token by token from g(x_E).

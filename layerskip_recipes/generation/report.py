@@ -81,7 +81,7 @@ def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> 
         "baseline_decode_s": baseline.stats.decode_s,
         "baseline_tokens": baseline.stats.tokens,
         "speedup": speedup,
-        "answer_speedup": answer_ratio(stats, baseline.stats),
+        "answer_speedup": ratio(stats, baseline.stats, "answer_tokens_per_second"),
         **draft_figures(stats, baseline.stats, speedup),
         "identical": ours.outputs == baseline.outputs if ours.outputs else None,
     }
@@ -118,15 +118,9 @@ def safe_divide(a: float, b: float) -> float | None:
     return a / b if b else None
 
 
-def ratio(a: GenerationStats, b: GenerationStats) -> float | None:
-    """a's tokens per second divided by b's."""
-    fast, slow = a.tokens_per_second, b.tokens_per_second
-    return fast / slow if fast and slow else None
-
-
-def answer_ratio(a: GenerationStats, b: GenerationStats) -> float | None:
-    """The same for whole answers, prompts included."""
-    fast, slow = a.answer_tokens_per_second, b.answer_tokens_per_second
+def ratio(a: GenerationStats, b: GenerationStats, rate: str = "tokens_per_second") -> float | None:
+    """a's tokens per second divided by b's. The rate `answer_tokens_per_second` is that of whole answers."""
+    fast, slow = getattr(a, rate), getattr(b, rate)
     return fast / slow if fast and slow else None
 
 

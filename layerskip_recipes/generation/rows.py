@@ -17,15 +17,15 @@ class Rows:
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], rows: int | None, limit: int, stop_tokens: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], num_rows: int | None, limit: int, stop_tokens: Sequence[int]
     ) -> None:
-        check("rows", rows, PositiveInt | None)
+        check("rows", num_rows, PositiveInt | None)
         self.prompts = [list(prompt) for prompt in prompts]
         count = len(self.prompts)
         self.limit, self.stop_tokens = limit, {int(token) for token in stop_tokens}
         self.generated: list[list[int]] = [[] for _ in range(count)]
         self.finished = [False] * count
-        self.in_row = list(range(min(rows or count, count)))
+        self.in_row = list(range(min(num_rows or count, count)))
         self.waiting = deque(range(len(self.in_row), count))
         self.seen: torch.Tensor | None = None
 

@@ -1,19 +1,11 @@
-"""Statistics of a generation: counts, times, acceptance and memory traffic; timers; and detection of loops."""
+"""Statistics of a generation: counts, times, acceptance and memory traffic; and detection of loops."""
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
-
-from layerskip_recipes.generation.steps import StepContext
-from layerskip_recipes.model.head import head_of
-from layerskip_recipes.model.memory import tensor_bytes
 
 
 @dataclass
@@ -66,9 +58,8 @@ class GenerationStats:
     def acceptance_by_position(self) -> list[float]:
         """[i]: of the drafts that have a token number i + 1, the share in which it was accepted."""
         longest = max(+self.rounds_drafting, default=0)
-        reach = [
-            (_at_least(i, self.rounds_accepting), _at_least(i, self.rounds_drafting)) for i in range(1, longest + 1)
-        ]
+        kinds = (self.rounds_accepting, self.rounds_drafting)
+        reach = [[sum(n for k, n in rounds.items() if k >= i) for rounds in kinds] for i in range(1, longest + 1)]
         return [accepted / drafted for accepted, drafted in reach]
 
     @property
@@ -104,10 +95,6 @@ class GenerationStats:
         return GenerationStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
-def _at_least(least: int, rounds: Counter) -> int:
-    return sum(count for tokens, count in rounds.items() if tokens >= least)
-
-
 def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) -> bool:
     """Whether a generated sequence (without its prompt) ends in a loop, which inflates the accept rate.
 
@@ -121,75 +108,6 @@ def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) 
         ):
             return True
     return False
-
-
-class PhaseTimer:
-    """Times drafts and verifications; on a GPU by events, which are read only at the end and delay nothing."""
-
-    def __init__(self, device: torch.device, on: bool = True) -> None:
-        self.device, self.on = device, on
-        self.phases: list[tuple[str, Any, Any]] = []  # name, begin and end (seconds or events)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a block as "draft" or "verify"."""
-        if not self.on:
-            yield
-            return
-        begin = self._now()
-        yield
-        self.phases.append((name, begin, self._now()))
-
-    def forget(self, first: int) -> None:
-        """Drop all phases from index `first` on, such as the phases of a round that compiled."""
-        del self.phases[first:]
-
-    def seconds(self) -> dict[str, float]:
-        """Total seconds by name; waits for a GPU."""
-        cuda = self.device.type == "cuda"
-        if cuda and self.phases:
-            torch.cuda.synchronize(self.device)
-        total = {"draft": 0.0, "verify": 0.0}
-        for name, begin, end in self.phases:
-            total[name] += begin.elapsed_time(end) / 1000 if cuda else end - begin
-        return total
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-
-def _weight_bytes(module: object) -> int:
-    """Bytes of a module's weights once they are gathered from other ranks; 0 for a plain function."""
-    return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
-
-
-def _num_shards(weight: torch.Tensor) -> int:
-    """From how many ranks a weight is gathered before a step reads it."""
-    if not isinstance(weight, DTensor) or "shards" not in (weight.device_mesh.mesh_dim_names or ()):
-        return 1
-    return weight.device_mesh["shards"].size()
-
-
-class MemoryTraffic:
-    """Bytes that steps read: weights of layers and heads, and KV-cache slots. The cache must be allocated already."""
-
-    def __init__(self, context: StepContext) -> None:
-        model, draft_model, draft_head = context.model, context.draft_model, context.draft_head
-        head_bytes = _weight_bytes(head_of(draft_model) if draft_head is None else draft_head.output)
-        self.full = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
-        self.draft = (_weight_bytes(draft_model.layers[0]), head_bytes)
-        first = context.cache.layers[0]
-        self.slot = 2 * first.k[:, :, 0].numel() * first.k.element_size()
-
-    def count(self, stats: GenerationStats, slots: int, layers: int, times: int = 1, draft: bool = False) -> None:
-        """Add `times` steps through this many layers and a head, whose attention sees this many slots."""
-        layer, head = self.draft if draft else self.full
-        stats.weight_bytes += times * (layers * layer + head)
-        stats.cache_bytes += times * layers * slots * self.slot
 
 
 @torch.inference_mode()

@@ -27,7 +27,8 @@ class StepContext:
     """State shared by all steps of one generation.
 
     Without `compiled` steps run eagerly. The draft model is the model by default, and the draft head is the draft
-    model's head. With `shared`, all ranks decode the same prompts and rank 0 decides the tokens.
+    model's head. `depth`: the number of layers whose tokens are final; None: all. With `shared`, all ranks decode the
+    same prompts and rank 0 decides the tokens.
     """
 
     def __init__(
@@ -38,11 +39,12 @@ class StepContext:
         compiled: CompiledSteps | None = None,
         draft_model: LayerSkipDecoder | None = None,
         draft_head: DraftHead | None = None,
+        depth: int | None = None,
         shared: bool = False,
     ) -> None:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
         self.draft_model, self.draft_head = draft_model or model, draft_head
-        self.own_layers = self.draft_model.own_layers
+        self.own_layers, self.depth = self.draft_model.own_layers, depth or model.num_layers
         cache.forget_other_weights(model, self.draft_model)
         # An adapter reads the model's early hidden states and its final states.
         self.has_adapter = self.own_layers.start > 0
@@ -89,21 +91,17 @@ class StepContext:
         """Whether C++ supports the model, see `load_cpp`."""
         return self._cpp_parts is not None
 
-    def load_cpp(self, depth: int | None = None) -> bool:
-        """Run steps in C++ from now on if possible; returns whether they do.
-
-        Before prefill, `depth` is the number of layers that will read the text; afterwards their caches exist.
-        """
+    def load_cpp(self) -> bool:
+        """Run steps in C++ from now on if possible; returns whether they do."""
         if self.cpp is None and self._cpp_parts is not None and self.compiled.prepare(self._cpp_parts.compile):
-            if depth is not None:
-                self.allocate(depth)
+            self.allocate()
             self._cpp_parts.load()
             self.cpp = self._cpp_parts
         return self.cpp is not None
 
-    def allocate(self, depth: int) -> None:
+    def allocate(self) -> None:
         """Allocate the caches of the layers that read the text."""
-        self.cache.allocate(self.model, depth)
+        self.cache.allocate(self.model, self.depth)
         self.cache.allocate(self.draft_model, self.own_layers.stop)
 
     def begin_round(self) -> None:

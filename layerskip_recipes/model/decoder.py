@@ -37,9 +37,6 @@ class LayerSkipDecoder(TransformerDecoder):
         base: the decoder to wrap. Its modules are shared, neither copied nor renamed. (For Gemma 2 the final norm is a
             new module with the same parameters, because torchtune caps the logits in the wrong place; see head.py.)
         layer_dropout: draws the samples that stay in each layer in training mode; None drops nothing.
-
-    Raises:
-        ConfigError: if base is not a plain `TransformerDecoder`, for example a `DeepFusionModel`.
     """
 
     def __init__(self, base: TransformerDecoder, layer_dropout: LayerDropout | None = None) -> None:
@@ -109,9 +106,6 @@ class LayerSkipDecoder(TransformerDecoder):
         Returns:
             [b, s, v] logits in fp32 (a list of chunks after `set_num_output_chunks`, as in torchtune). If `unembed` is
             False, x_E [b, s, d] before the norm.
-
-        Raises:
-            ConfigError: if exit_layer is not in 1 .. L.
         """
         # The first hidden state: the embedding, or the given one.
         exit_layer = self.check_exit(self.num_layers if exit_layer is None else exit_layer)
@@ -233,8 +227,6 @@ def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
         # Within partial blocks attention calls mask_mod with row numbers of the selection.
         taken.mask_mod = lambda b, h, q_idx, kv_idx: mask_of_batch(rows[b], h, q_idx, kv_idx)
         return taken
-    if isinstance(value, Mapping):
-        return {key: take_rows(part, rows, batch_size) for key, part in value.items()}
     return value
 
 
@@ -279,9 +271,6 @@ def layerskip_decoder(
 
     Returns:
         A decoder with the state_dict keys of base.
-
-    Raises:
-        ConfigError: if base is not a plain decoder, or a dropout argument is out of range.
 
     Example:
         >>> with torch.device("meta"):  # without memory for its weights

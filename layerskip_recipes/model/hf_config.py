@@ -216,7 +216,6 @@ def _rope(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mistakes(raw: Mapping[str, Any], config: HFConfig) -> Iterator[str]:
-    """What the builder does not support."""
     # Unsupported features.
     rope = config.rope
     unsupported = ("quantization_config", "use_bidirectional_attention", "resid_pdrop", "embd_pdrop")

@@ -69,9 +69,6 @@ def hf_decoder(path: str, max_seq_len: int | None = None, lora: Mapping[str, Any
 
     Returns:
         A decoder of torchtune's modules, on torch's default device and in its default dtype.
-
-    Raises:
-        ConfigError: if there is no such folder, its model is not supported, or max_seq_len exceeds the model's limit.
     """
     folder = base_folder(model_folder(path))
     config = read_hf_config(folder)

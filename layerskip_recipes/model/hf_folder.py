@@ -135,11 +135,7 @@ def _downloaded(name: str, key: str, patterns: tuple[str, ...]) -> Path:
 
 
 def without_code(name: str, content: bytes) -> bytes:
-    """A file of a model folder. A config loses `auto_map`, which names code for transformers to run.
-
-    Raises:
-        ValueError: for a config that is no JSON.
-    """
+    """A file of a model folder. A config loses `auto_map`, which names code for transformers to run."""
     if name.endswith("config.json"):
         config = json.loads(content)
         if isinstance(config, dict) and config.pop("auto_map", None) is not None:

@@ -45,9 +45,9 @@ class LayerCache:
         self._write(self.v, at, v)
         return self.k[:, :, :end], self.v[:, :, :end]
 
-    def allocate(self, rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
+    def allocate(self, num_rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
         """Allocate the buffers in the dtype and on the device of `like`."""
-        self.k, self.v = (like.new_zeros(rows, heads, self.max_len, head_dim) for _ in range(2))
+        self.k, self.v = (like.new_zeros(num_rows, heads, self.max_len, head_dim) for _ in range(2))
         if like.is_cuda:
             # CUDA graphs write to fixed addresses. No guard is needed, as graphs are looked up by their keys.
             torch._dynamo.mark_static_address(self.k, guard=False)
@@ -68,14 +68,14 @@ class LayerCache:
 class DecodingCache:
     """The caches of a decoder's layers and of a draft's own layers, and the slots of the next tokens."""
 
-    def __init__(self, model: LayerSkipDecoder, rows: int, max_len: int, draft_layers: int = 0) -> None:
-        self.rows, self.draft_layers = rows, draft_layers
+    def __init__(self, model: LayerSkipDecoder, num_rows: int, max_len: int, draft_layers: int = 0) -> None:
+        self.num_rows, self.draft_layers = num_rows, draft_layers
         self.max_len = max_len
         # One list instead of two attributes: torch 2.13 loses attributes that a graph sets after FlexAttention.
         self.cursor: list[Any] = [None, 0]
         # Each row's tokens whose keys and values are in slots 0, 1, ... of the first `depth` layers. A later prompt
         # with the same first tokens reuses them.
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.depth = 0
         self._prepare(model)
 
@@ -98,13 +98,13 @@ class DecodingCache:
         parameters = (p for module in (model, *own) for p in module.parameters())
         weights = [(WeakIdRef(p), 0 if p.is_inference() else p._version) for p in parameters]
         if weights != self.weights:
-            self.tokens, self.weights = [[] for _ in range(self.rows)], weights
+            self.tokens, self.weights = [[] for _ in range(self.num_rows)], weights
 
-    def fits(self, model: LayerSkipDecoder, rows: int, draft_layers: int, slots: int) -> bool:
+    def fits(self, model: LayerSkipDecoder, num_rows: int, draft_layers: int, slots: int) -> bool:
         """Whether it can serve these rows, draft layers and slots in the model's dtype and on its device."""
         weight, kept = model.tok_embeddings.weight, self.layers[0].k
         same = kept is None or (kept.dtype, kept.device) == (weight.dtype, weight.device)
-        return same and (self.rows, self.draft_layers) == (rows, draft_layers) and self.max_len >= slots
+        return same and (self.num_rows, self.draft_layers) == (num_rows, draft_layers) and self.max_len >= slots
 
     def keep_first(self, count: int) -> None:
         """Forget all but the first `count` tokens of each row."""
@@ -134,7 +134,7 @@ class DecodingCache:
             attn = layer.attn
             heads = attn.k_proj.out_features // attn.head_dim if is_plain_attention(layer) else attn.num_heads
             if cache.k is None:
-                cache.allocate(self.rows, heads, attn.head_dim, decoder.tok_embeddings.weight)
+                cache.allocate(self.num_rows, heads, attn.head_dim, decoder.tok_embeddings.weight)
 
     def seek(self, at: torch.Tensor, end: int) -> None:
         """Write the next tokens to the slots `at` [b, s] ([1, s]: the same in all rows); attention sees slots < end."""

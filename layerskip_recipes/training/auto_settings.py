@@ -151,7 +151,6 @@ class TrainingMemory:
         return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute, on_heap) * length
 
     def fits(self, dtype: str, length: int, recompute: bool) -> bool:
-        """Whether a sample fits."""
         return self.sample_bytes(dtype, length, recompute) <= self.room(dtype)
 
     @property

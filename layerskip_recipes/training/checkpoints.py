@@ -225,6 +225,11 @@ class Checkpoints:
             return f"There is no checkpoint under {str(self.output_dir)!r} yet"
         return f"The last whole checkpoint is {newest[0]}; go on from it with resume_from_checkpoint=true"
 
+    def not_finite(self, what: str, lr: float) -> ConfigError:
+        """The error of a run that stops because of infinite or missing numbers; `lr` is the config's."""
+        lower = f"Try a smaller learning rate, for example optimizer.lr={lr / 2:.2g}"
+        return ConfigError(f"{what}. {lower}. {self.where_to_resume()}")
+
     def save(
         self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
     ) -> None:
@@ -254,13 +259,11 @@ class Checkpoints:
         torch.save(dict(state), self.staging / name / RECIPE_STATE)
 
     def _write_model(self, name: str, contents: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-        """Let the checkpointer write a model or its adapters."""
         only, contents = training.MODEL_KEY not in contents, dict(contents)
         ours = isinstance(self._checkpointer, HFCheckpointer)
         biases = {} if ours else contents.pop(BIASES, {})
         self._checkpointer.save_checkpoint(contents, epoch=0, **({"adapter_only": True} if only else {}))
-        folder = self.staging / "epoch_0"
-        folder = folder.rename(self.staging / name)
+        folder = (self.staging / "epoch_0").rename(self.staging / name)
         self._side_files.write(folder)
         if training.ADAPTER_KEY in contents and not ours:
             correct_peft_form(folder, self._checkpointer._model_type.name, biases)
@@ -362,15 +365,6 @@ def restore_set_aside(output_dir: Path) -> None:
         place = output_dir / aside.name.removeprefix(REPLACED)
         if not place.exists():
             os.rename(aside, place)
-
-
-def not_finite(what: str, output_dir: Path, lr: float) -> ConfigError:
-    """The error of a run that stops because of infinite or missing numbers; `lr` is the config's."""
-    there = bool(complete_checkpoints(output_dir))
-    under = f"under {str(output_dir)!r}"
-    last = f"The last checkpoint {under} is whole" if there else f"There is no checkpoint {under} yet"
-    resume = "resume_from_checkpoint=true " if there else ""
-    return ConfigError(f"{what}. {last}; for example {resume}optimizer.lr={lr / 2:.2g}")
 
 
 def check_shared(folder: Path) -> None:

@@ -46,9 +46,6 @@ def _with_default_component(section: Any) -> Any:
     return section
 
 
-Count = PositiveInt | None
-
-
 class FinetuneConfig(RecipeConfig):
     """The keys of `layerskip_finetune`: torchtune's, plus `layer_dropout` and `early_exit_loss`, or `draft`."""
 
@@ -59,7 +56,7 @@ class FinetuneConfig(RecipeConfig):
         "quantizer": "it is for quantisation-aware training",
     }
     REQUIRES: ClassVar = {
-        "dataset_val": ("run_val_every_n_steps", "max_batches_val", "exits_val"),
+        "dataset_val": ("run_val_every_n_steps", "exits_val"),
         "save_every_n_steps": ("enable_async_checkpointing",),
         "ac_mode": ("ac_option",),
         "tensor_parallel_dim": ("tensor_parallel_plan",),
@@ -94,7 +91,7 @@ class FinetuneConfig(RecipeConfig):
     """Micro-batches per optimizer step; auto: enough for 8 samples."""
     epochs: PositiveInt = 1
     """Passes over the dataset."""
-    max_steps_per_epoch: Count = None
+    max_steps_per_epoch: PositiveInt | None = None
     """At most this many optimizer steps per epoch."""
 
     optimizer: Annotated[Component, Takes(positional=1)]
@@ -155,8 +152,6 @@ class FinetuneConfig(RecipeConfig):
     time."""
     run_val_every_n_steps: Annotated[int, Field(ge=1, examples=[200])] | None = None
     """Number of steps between further measurements of `dataset_val`."""
-    max_batches_val: Annotated[int, Field(ge=1, examples=[50])] | None = None
-    """At most this many batches of `dataset_val` per process."""
     exits_val: Exits | None = None
     """The exits that are measured; null: those with a loss, at most four of them. The last one is always measured."""
 
@@ -231,20 +226,15 @@ class FinetuneConfig(RecipeConfig):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint: weights, and the optimizer's state of each trained weight."""
-        size, draft_size = self.torch_dtype.itemsize, torch.float32.itemsize
-        whole = weight_bytes(self.meta_model, self.torch_dtype)
-        trained = whole + self._state_bytes(size) * whole // size
-        if self.draft is not None:
-            draft = self.draft.build(layerskip_decoder(self.build_on_meta()))
-            own = sum(parameter.numel() for parameter in draft.parameters())
-            own *= draft_size + self._state_bytes(draft_size)
-            return own + (0 if self.freezes_model else trained)
+        """Bytes of a checkpoint: weights, adapters, the draft in fp32, and the optimizer's state of trained weights."""
+        size, whole = self.torch_dtype.itemsize, weight_bytes(self.meta_model, self.torch_dtype)
         adapters = sum(p.numel() for p in get_adapter_params(self.meta_model).values())
-        if not adapters:
-            return trained
-        adapters *= size + self._state_bytes(size)
-        return adapters + (0 if self.save_adapter_weights_only else whole)
+        draft = None if self.draft is None else self.draft.build(layerskip_decoder(self.build_on_meta()))
+        of_draft = 0 if draft is None else sum(p.numel() for p in draft.parameters())
+        trained = 0 if self.freezes_model else adapters or whole // size
+        weights = 0 if self.freezes_model or self.save_adapter_weights_only else whole
+        weights += size * adapters + 4 * of_draft
+        return weights + trained * self._state_bytes(size) + of_draft * self._state_bytes(4)
 
     @property
     def checkpoint_every_layers(self) -> int:

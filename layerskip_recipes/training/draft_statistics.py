@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from layerskip_recipes.checkpoint.drafts import DRAFT, describe
 from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, MOST_TOKENS, exits_to_measure
 from layerskip_recipes.errors import ConfigError
@@ -114,13 +112,10 @@ def _rounded(found: Any) -> Any:
 def _first(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first batches that are enough to measure."""
     some: list[dict[str, Any]] = []
+    samples = tokens = 0
     for batch in batches:
         some.append(batch)
-        if _enough(some):
+        samples, tokens = samples + len(batch["tokens"]), tokens + batch["tokens"].numel()
+        if samples >= ENOUGH_SAMPLES or tokens >= ENOUGH_TOKENS:
             break
     return some
-
-
-def _enough(batches: Sequence[dict[str, Any]]) -> bool:
-    sizes = [batch["tokens"].shape for batch in batches]
-    return sum(rows for rows, _ in sizes) >= ENOUGH_SAMPLES or sum(map(torch.Size.numel, sizes)) >= ENOUGH_TOKENS

@@ -21,9 +21,6 @@ class Profiling:
             first = step + schedule["wait_steps"] + schedule["warmup_steps"]
             self.recorded = range(first, first + schedule["active_steps"])
 
-    def start(self) -> None:
-        self.profiler.start()
-
     def begin_step(self, step: int) -> None:
         if self.recorded and step == self.recorded.start:
             torch.cuda.memory._record_memory_history()
@@ -33,6 +30,3 @@ class Profiling:
         self.profiler.step()
         if self.recorded and step == self.recorded.stop:
             torch.cuda.memory._record_memory_history(enabled=None)
-
-    def stop(self) -> None:
-        self.profiler.stop()

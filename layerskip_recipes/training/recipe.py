@@ -35,7 +35,7 @@ from layerskip_recipes.processes import (
 )
 from layerskip_recipes.training.auto_settings import PER_STEP
 from layerskip_recipes.training.batches import TrainingData
-from layerskip_recipes.training.checkpoints import Checkpoints, not_finite
+from layerskip_recipes.training.checkpoints import Checkpoints
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft.loss import DraftLoss
 from layerskip_recipes.training.draft_statistics import DraftStatistics
@@ -183,7 +183,6 @@ class LayerSkipFinetune:
         self.offloading = training.get_act_offloading_ctx_manager(self.model, cfg.enable_activation_offloading)
 
     def train(self) -> None:
-        """Run all epochs, with validation and checkpoints in between."""
         try:
             self._train()
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
@@ -195,7 +194,7 @@ class LayerSkipFinetune:
         cfg, per_epoch = self.cfg, self.data.steps_per_epoch
         if self.step >= self.total_steps:
             log.info(f"All {self.step} steps are done; for more, set epochs higher.")
-        self.profiling.start()
+        self.profiling.profiler.start()
         if self.step == 0:
             self._validate()
         while self.step < self.total_steps:
@@ -215,7 +214,7 @@ class LayerSkipFinetune:
                         self._save(f"step_{self.step}", shards=cfg.enable_async_checkpointing)
             self._save(f"epoch_{epoch}")
         self.checkpoints.finish()
-        self.profiling.stop()
+        self.profiling.profiler.stop()
 
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimizer step. The exits are chosen once per step, layer dropout is drawn per micro-batch."""
@@ -326,7 +325,7 @@ class LayerSkipFinetune:
         if not math.isfinite(change):
             name = "loss" if not loss.isfinite() else "gradient norm"
             what = f"{name}: not finite at step {self.step + 1}, with {self._samples()}"
-            raise not_finite(what, self.output_dir, self.optimizers.base_lr)
+            raise self.checkpoints.not_finite(what, self.optimizers.base_lr)
         return labels > 0
 
     def _samples(self) -> str:
@@ -351,14 +350,18 @@ class LayerSkipFinetune:
         if self.optimizers.in_backward:  # `_check_sums` has seen the losses only
             whole = all(bool(local_part(p).isfinite().all()) for p in self.learner.parameters() if p.requires_grad)
             if not all(from_every_rank(whole)):
-                raise not_finite(f"weights: not finite at step {self.step}", self.output_dir, self.optimizers.base_lr)
+                what = f"weights: not finite at step {self.step}"
+                raise self.checkpoints.not_finite(what, self.optimizers.base_lr)
         optimizer = self.optimizers.state_dict(whole=not shards)
         if shards:
             self.checkpoints.save_shards(
                 name, {"model": self._learned_weights(), training.OPT_KEY: optimizer}, self._state()
             )
         else:
-            state, description = self._state(), self._description()
+            state, statistics = self._state(), DraftStatistics(self.validation, self.data, self.labels)
+            with self._computing():
+                steps = (self.step, self.total_steps)
+                description = statistics.describe(self.cfg, self.model, self.draft, self.base, *steps)
             adapters_only = self.cfg.save_adapter_weights_only
             first, *beside = parts_of(self.learner)
             contents = checkpoint_contents(first, self.cfg.meta_model, self.device, adapters_only)
@@ -369,13 +372,6 @@ class LayerSkipFinetune:
                 self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, description)
             wait_for_all()
         log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
-
-    def _description(self) -> dict[str, Any]:
-        """The content of layerskip.json. Collective."""
-        with self._computing():
-            steps = (self.step, self.total_steps)
-            statistics = DraftStatistics(self.validation, self.data, self.labels)
-            return statistics.describe(self.cfg, self.model, self.draft, self.base, *steps)
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the trained weights, to write or to fill in place."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -73,7 +72,6 @@ class Validation:
             collate_fn=collate,
             generator=torch.Generator(),  # draw nothing from the global generator, which training uses
         )
-        self.count = min(len(self.batches), cfg.max_batches_val or len(self.batches))
 
     def due(self, step: int) -> bool:
         """Whether to measure after optimizer step `step` (from 1)."""
@@ -83,12 +81,11 @@ class Validation:
         self, model: LayerSkipDecoder, device: torch.device, step: int, draft: Draft | None = None
     ) -> dict[str, float]:
         """The log metrics of each exit or of the draft. Warns if the last layer got worse."""
-        batches = tqdm(self.batches, total=self.count, desc="validation", leave=False, disable=not is_rank_zero())
-        some = islice(batches, self.count)
+        batches = tqdm(self.batches, desc="validation", leave=False, disable=not is_rank_zero())
         with measuring(model, draft):
             quality = exit_quality(
                 model,
-                some,
+                batches,
                 self.exits,
                 device,
                 add_up=self.mesh.sum,
@@ -96,7 +93,6 @@ class Validation:
                 draft=draft,
                 generated=self.replies.generated,
             )
-        batches.close()
         final = quality[self.exits[-1]].loss
         first = self.loss_at_start = final if self.loss_at_start is None else self.loss_at_start
         if not final <= first * (1 + MARGIN):  # also true for NaN

@@ -188,10 +188,10 @@ def test_all_mistakes_are_reported_at_once(layerskip):
     assert status == 1 and out == "" and len(lines) == len(wrong)
     for message in wrong.values():
         assert sum(line.startswith(f"ValueError: {message}") for line in lines) == 1, message
-    together = ["dtype=bf16", "compute_dtype=bf16", "ac_option=2", "early_exit_loss.exits=99", "max_batches_val=1"]
+    together = ["dtype=bf16", "compute_dtype=bf16", "ac_option=2", "early_exit_loss.exits=99", "exits_val=2"]
     status, _, err = layerskip("validate", "quickstart/finetune", *together)
     keys = [line.split(":")[1].strip() for line in err.splitlines()]
-    assert status == 1 and sorted(keys) == ["ac_option", "early_exit_loss.exits", "max_batches_val"]
+    assert status == 1 and sorted(keys) == ["ac_option", "early_exit_loss.exits", "exits_val"]
 
 
 @pytest.mark.parametrize("args", ["", "foo", "cp quickstart/finetune", "validate", "ls --all", "validate x a=1 --b=3"])

@@ -16,7 +16,7 @@ KEYS = {
         data_parallel_shard_dim dataset dataset_val device draft dtype early_exit_loss enable_activation_checkpointing
         enable_activation_offloading enable_async_checkpointing epochs exits_val float32_matmul_precision
         fsdp_cpu_offload fsdp_reshard_after_forward gradient_accumulation_steps keep_last_n_checkpoints layer_dropout
-        log_every_n_steps log_peak_memory_stats loss lr_scheduler max_batches_val
+        log_every_n_steps log_peak_memory_stats loss lr_scheduler
         max_steps_per_epoch metric_logger model model_dir optimizer optimizer_in_bwd output_dir profiler
         resume_from_checkpoint run_val_every_n_steps save_adapter_weights_only save_every_n_steps seed shuffle
         tensor_parallel_dim tensor_parallel_plan tokenizer

@@ -148,12 +148,12 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
         context = StepContext(model, cache, Sampler(), compiled, drafter)
         with torch.inference_mode(), cache.used_by(*{model, context.draft_model}), monkeypatch.context() as patched:
             if parts:
-                read_texts(StepContext(model, cache, Sampler(), draft_model=drafter), [text[:3] for text in texts], L)
+                read_texts(StepContext(model, cache, Sampler(), draft_model=drafter), [text[:3] for text in texts])
             if compiled is not None:
                 assert reads_in_cpp(context.dtype, 30)
-                context.load_cpp(L)
+                context.load_cpp()
                 patched.setattr(LayerSkipDecoder, "forward", None)  # torch reads nothing
-            read.append([read_texts(context, texts, L, **parts)])
+            read.append([read_texts(context, texts, **parts)])
         for buffer in [buffer for layer in cache.layers for buffer in (layer.k, layer.v)]:
             read[-1] += [buffer[row, :, : len(text)] for row, text in enumerate(texts)]
     for by_torch, by_cpp in zip(*read, strict=True):

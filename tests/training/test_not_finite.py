@@ -37,7 +37,7 @@ def test_a_passing_fault_is_forgotten_on_resume(in_backward, checkpoint, tmp_pat
         train(path)
     message, out = str(error.value), tmp_path / "out"
     assert message.startswith(f"loss: not finite at step 5, with samples {named} of the dataset.")
-    assert f"The last checkpoint under {str(out)!r} is whole; for example resume_from_checkpoint=true" in message
+    assert f"The last whole checkpoint is {out / 'step_4'}; go on from it with resume_from_checkpoint=true" in message
     assert checkpoints(out)[-1] == "step_4" and sorted(read_log(out)) == [1, 2, 3, 4]
     monkeypatch.undo()
     train(path, "resume_from_checkpoint=true")
@@ -67,7 +67,7 @@ def test_a_start_or_a_learning_rate_that_is_not_sound(part, checkpoint, tmp_path
     [
         ("clip_grad_norm=1.0", "gradient norm: not finite at step 2, with samples [2, 3] of the dataset"),
         ("clip_grad_norm=null", "gradient norm: not finite at step 2, with samples [2, 3] of the dataset"),
-        ("optimizer_in_bwd=true", "weights: not finite at step 2. The last checkpoint under"),
+        ("optimizer_in_bwd=true", "weights: not finite at step 2. Try a smaller learning rate"),
     ],
 )
 def test_a_gradient_that_is_not_finite(settings, what, checkpoint, tmp_path, finetune, monkeypatch):

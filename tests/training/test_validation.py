@@ -56,11 +56,11 @@ def quality(weights: dict[str, torch.Tensor], samples: list[dict], exits: tuple[
     ("changes", "count", "exits"),
     [
         ({"run_val_every_n_steps": 1, "exits_val": ":"}, 7, EXITS),
-        ({"run_val_every_n_steps": 2, "max_batches_val": 2, "exits_val": "1,3"}, 4, (1, 3, 4)),
+        ({"run_val_every_n_steps": 2, "exits_val": "1,3"}, 7, (1, 3, 4)),
         ({"exits_val": -1}, 7, (4,)),
         ({"early_exit_loss": {"exits": 2, "curriculum": None}}, 7, (2, 4)),
     ],
-    ids=["all", "some batches, some layers", "the last layer, at start and end", "the exit with a loss"],
+    ids=["all", "some layers", "the last layer, at start and end", "the exit with a loss"],
 )
 def test_the_values_are_those_of_plain_pytorch(changes, count, exits, checkpoint, tmp_path, finetune, caplog):
     """Before the training from the start's weights, after that from the checkpoints of the same steps."""
@@ -140,15 +140,6 @@ def test_validation_data_without_a_sample_are_refused(finetune, monkeypatch):
     monkeypatch.setattr("layerskip_recipes.training.validation.load_data", lambda *args: ([], None))
     with pytest.raises(ValueError, match=r"^dataset_val: it has no sample\."):
         set_up(finetune(dataset_val=VALIDATION))
-
-
-def test_no_batch_more_than_is_measured_is_made(finetune):
-    recipe = set_up(finetune(dataset_val=VALIDATION))
-    batch, made = next(iter(recipe.validation.batches)), []
-    recipe.validation.batches = (made.append(1) or dict(batch) for _ in range(9))
-    recipe.validation.count = 2
-    recipe.validation.measure(recipe.model, torch.device("cpu"), 0)
-    assert len(made) == 2
 
 
 def test_validation_changes_no_training(tmp_path, tokenizer_folder, finetune):

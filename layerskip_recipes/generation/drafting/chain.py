@@ -24,7 +24,7 @@ class ChainDrafter(Drafter):
     token at once, and shapes vary, so this needs a CPU, no graphs and one process.
     """
 
-    def __init__(self, context: StepContext, exit_layer: int, longest: int, min_confidence: float = 0.0) -> None:
+    def __init__(self, context: StepContext, exit_layer: int, longest: int = 0, min_confidence: float = 0.0) -> None:
         self.context, self.exit_layer, self.longest = context, exit_layer, longest
         can_stop = context.device.type == "cpu" and context.graphs is None and not context.shared
         self.min_confidence = min_confidence if can_stop else 0.0
@@ -111,7 +111,7 @@ class ChainDrafter(Drafter):
         """A round without a draft, at the cost of a plain step; the draft's own layers catch up later."""
         context, slots = self.context, now.slots(self.context)
         if self.last_state is None:
-            step = Step(context, next_logits, context.model.num_layers, choice=False)
+            step = Step(context, next_logits, context.depth, choice=False)
             logits, unread = step(slots, now.last, now.start), now.last[:, None]
         else:
             step = Step(context, step_with_states, self.exit_layer, choice=False)

@@ -5,87 +5,49 @@ from collections.abc import Sequence
 import torch
 
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
-from layerskip_recipes.generation.drafting.drafter import (
-    PLAIN,
-    DraftedTokens,
-    Drafter,
-    DraftStrategy,
-    RoundStart,
-    choose_next,
-)
+from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, Drafter, DraftStrategy, RoundStart
 from layerskip_recipes.generation.drafting.lookup import LookupDrafter
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.steps import Step, StepContext, next_logits
+from layerskip_recipes.generation.steps import StepContext
 
 
-class PlainDecoding:
-    """Decoding without drafts: one token per step of the model's first `exit_layer` layers."""
-
-    behind = longest = 0
-
-    def __init__(self, context: StepContext, exit_layer: int) -> None:
-        self.context, self.depth = context, exit_layer
-
-    def propose(self, now: RoundStart) -> DraftedTokens:
-        return DraftedTokens(PLAIN, now.last[:, None])
-
-    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
-        """[b, 2]: no accepted token, and the model's next token."""
-        logits = Step(self.context, next_logits, self.depth, choice=False)(now.slots(self.context), now.last, now.start)
-        return choose_next(self.context, logits, now)
-
-    def begin(self, final: torch.Tensor) -> None:
-        pass
-
-    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
-        pass
-
-    def extend(self, tokens: Sequence[Sequence[int]]) -> None:
-        pass
-
-    def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
-        pass
-
-
-class DraftedDecoding:
+class Decoding:
     """Drafts from the exit, from the text (prompt look-up) or not at all. The chain verifies all drafts.
 
-    The whole model as the exit means look-ups alone.
+    The whole model as the exit means look-ups alone. Without a speculation, nothing drafts.
     """
 
     def __init__(
-        self, context: StepContext, speculation: Speculation, texts: Sequence[Sequence[int]], rule: DraftRule
+        self, context: StepContext, speculation: Speculation | None, texts: Sequence[Sequence[int]], rule: DraftRule
     ) -> None:
-        self.context, self.rule = context, rule
-        self.longest = longest = speculation.num_speculations
-        self.chain = ChainDrafter(context, speculation.exit_layer, longest, speculation.min_confidence)
-        self.drafters: list[Drafter] = [self.chain]
-        if speculation.prompt_lookup is not None:
-            whole = speculation.exit_layer == context.model.num_layers and context.draft_model is context.model
-            look_ups = LookupDrafter(context, longest, speculation.prompt_lookup, texts)
-            self.drafters = [look_ups] if whole else [self.chain, look_ups]
-        self.offered: dict[DraftStrategy, Drafter] = {}
+        self.context, self.rule, self.offered = context, rule, dict[DraftStrategy, Drafter]()
+        self.longest, self.drafters = 0, list[Drafter]()
+        self.chain = ChainDrafter(context, context.depth)
+        if speculation is not None:
+            self.longest = longest = speculation.num_speculations
+            self.chain = ChainDrafter(context, speculation.exit_layer, longest, speculation.min_confidence)
+            self.drafters = [self.chain]
+            if speculation.prompt_lookup is not None:
+                whole = speculation.exit_layer == context.model.num_layers and context.draft_model is context.model
+                look_ups = LookupDrafter(context, longest, speculation.prompt_lookup, texts)
+                self.drafters = [look_ups] if whole else [self.chain, look_ups]
 
     @property
     def behind(self) -> int:
-        """How many of the last tokens the draft's own layers have not read."""
         return self.chain.behind
 
     def begin(self, final: torch.Tensor) -> None:
-        """See `Drafter.begin`."""
         self.rule.begin_text()
         for drafter in {*self.drafters, self.chain}:
             drafter.begin(final)
 
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
-        """See `Drafter.replace`."""
         self.rule.begin_text()
         for drafter in {*self.drafters, self.chain}:
             drafter.replace(row, text, final)
 
     def propose(self, now: RoundStart) -> DraftedTokens:
-        """The draft of the next round."""
         offers = [(drafter.offer(now), drafter) for drafter in self.drafters]
         self.offered = {strategy: drafter for strategy, drafter in offers if strategy is not None}
         picked = self.rule.pick([*self.offered])

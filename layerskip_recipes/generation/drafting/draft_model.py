@@ -71,33 +71,11 @@ class DraftModel:
     head: DraftHead | None = None
 
     def fitted(self, model: LayerSkipDecoder, speculation: Speculation) -> tuple[LayerSkipDecoder, DraftHead | None]:
-        """Its decoder, and the head of the draft vocabulary, if any; a ConfigError if they do not fit."""
-        decoder, head = model, self.head
-        if self.decoder is not None:
-            decoder = as_layerskip_decoder(self.decoder)
-            check_decoder(decoder, model, speculation.exit_layer)
+        """Its decoder, and the head of the draft vocabulary, if any."""
+        decoder, head = as_layerskip_decoder(self.decoder or model), self.head
         if head is None and speculation.draft_vocabulary is not None:
             head = draft_head_of(decoder if decoder.own_layers else model, speculation.draft_vocabulary)
         return decoder, head
-
-
-def check_decoder(decoder: LayerSkipDecoder, model: LayerSkipDecoder, exit_layer: int) -> None:
-    """Raise a ConfigError unless it has this exit, and the model's cache shapes, vocabulary and dtype."""
-    own, depth, most = decoder.own_layers, len(decoder.layers), model.num_layers
-    if own and exit_layer != (own.start or own.stop):
-        raise ConfigError(f"exit_layer: {exit_layer} is not the draft model's. Allowed: {own.start or own.stop}")
-    if not exit_layer <= depth <= most:
-        raise ConfigError(f"draft_model: it has {depth} layers. Allowed: {exit_layer} (exit_layer) to {most}")
-
-    def shape(decoder: LayerSkipDecoder) -> tuple:
-        attn, embedding = decoder.layers[0].attn, decoder.tok_embeddings
-        return attn.num_kv_heads, attn.head_dim, embedding.num_embeddings, embedding.weight.dtype
-
-    if shape(decoder) != shape(model):
-        raise ConfigError(
-            f"draft_model: its key heads, head_dim, vocabulary and dtype are {shape(decoder)}, and the model's "
-            f"{shape(model)}. Allowed: a decoder that shares cache and vocabulary, such as a quantised copy"
-        )
 
 
 def build_draft_model(

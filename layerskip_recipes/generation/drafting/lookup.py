@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.prefill import common_length
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import on_device
 
@@ -72,14 +73,8 @@ class LookupDrafter(Drafter):
         self.indices[row] = TextIndex(self.ngram, text)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:
-        given = [1 + matches(found, new) for found, new in zip(self.found, tokens, strict=False) if new]
+        given = [1 + common_length(found, new) for found, new in zip(self.found, tokens, strict=False) if new]
         self.found = []
         for index, new in zip(self.indices, tokens, strict=True):
             index.extend(new)
         return sum(given) / len(given) if given else None
-
-
-def matches(found: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many tokens of a look-up are those that came."""
-    pairs = enumerate(zip(found, tokens, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(found), len(tokens)))

@@ -33,9 +33,6 @@ class Speculation:
             tokens. Applies in one process on a CPU without graphs, where the host sees each token.
         draft_int8: draft with int8 copies of the layers and the head.
         draft: the trained draft that drafts instead of the model's early layers.
-
-    Raises:
-        ConfigError: if a number is out of range. `Generation` raises it for settings that do not fit its model.
     """
 
     exit_layer: int

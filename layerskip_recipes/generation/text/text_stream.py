@@ -80,7 +80,6 @@ class TextStream:
         return None
 
     def show(self, last: bool) -> None:
-        """Print `new_text`."""
         erase = PLAIN + ERASE if self.draft_is_shown else ""
         self.draft_is_shown = False
         print(erase + self.new_text(last), end="", flush=True)

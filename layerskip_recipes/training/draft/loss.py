@@ -40,7 +40,6 @@ class DraftSection(Section):
     """At most this many tokens have logits at a time; auto: 2048 on a GPU, 512 elsewhere."""
 
     def check_against(self, model: TransformerDecoder) -> None:
-        """Raises a ConfigError if the draft does not fit the model."""
         depth = len(model.layers)
         if depth == 1:
             raise ConfigError("draft: needs a model of 2 layers or more, and this one has 1. Set draft=null")
