@@ -182,9 +182,7 @@ class LayerSkipGenerate:
         if self.shows:
             only_looks_up = self.speculation is not None and self.speculation.only_looks_up(self.model.num_layers)
             if (plain := ours.stats.plain_share or 0.0) > 0.5 and not only_looks_up:
-                log.info(
-                    f"drafting stopped: {plain:.0%} of the rounds went without drafts, as plain decoding was faster"
-                )
+                log.info(f"drafts did not pay everywhere: {plain:.0%} of the rounds went without one")
             print_report(report)
             print(json.dumps(report), flush=True)
         return report

@@ -45,7 +45,7 @@ class GenerationStats:
 
     @property
     def plain_share(self) -> float | None:
-        """Share of rounds without a draft, because plain decoding was faster; None without speculation."""
+        """Share of rounds without a draft; None without speculation."""
         kinds = self.rounds_by_kind
         return kinds["plain"] / kinds.total() if kinds.total() else None
 

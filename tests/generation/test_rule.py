@@ -58,7 +58,7 @@ def test_how_much_of_the_text_a_look_up_found_again(ngram):
 
 # ---- when to draft ----
 
-CHAIN, LOOKUP = DraftStrategy("chain"), DraftStrategy("lookup", 1)
+CHAIN, LOOKUP = DraftStrategy("chain"), DraftStrategy("lookup", 1, untried=1.0)
 # Cost of a draft step, d, cost of a verification; in plain steps.
 COSTS = [(0.04, 8, 1.4), (0.13, 6, 1.3), (0.13, 8, 1.7), (0.3, 6, 1.3), (0.34, 4, 1.2), (0.5, 6, 1.3)]
 

@@ -15,7 +15,7 @@ from layerskip_recipes.generation.steps import StepContext
 class Decoding:
     """Drafts from the exit, from the text (prompt look-up) or not at all. The chain verifies all drafts.
 
-    The whole model as the exit means look-ups alone. Without a speculation, nothing drafts.
+    With the whole model as the exit, only the other drafters draft. Without a speculation, nothing drafts.
     """
 
     def __init__(
@@ -27,11 +27,11 @@ class Decoding:
         if speculation is not None:
             self.longest = longest = speculation.num_speculations
             self.chain = ChainDrafter(context, speculation.exit_layer, longest, speculation.min_confidence)
-            self.drafters = [self.chain]
+            others = list[Drafter]()
             if speculation.prompt_lookup is not None:
-                whole = speculation.exit_layer == context.model.num_layers and context.draft_model is context.model
-                look_ups = LookupDrafter(context, longest, speculation.prompt_lookup, texts)
-                self.drafters = [look_ups] if whole else [self.chain, look_ups]
+                others.append(LookupDrafter(context, longest, speculation.prompt_lookup, texts))
+            whole = speculation.exit_layer == context.model.num_layers and context.draft_model is context.model
+            self.drafters = others if whole and others else [self.chain, *others]
 
     @property
     def behind(self) -> int:

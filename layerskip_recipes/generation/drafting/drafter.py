@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -33,10 +34,11 @@ class RoundStart(NamedTuple):
 
 @dataclass(frozen=True)
 class DraftStrategy:
-    """A kind of draft; `DraftRule` picks one of them each round."""
+    """A kind of draft; `DraftRule` picks one of them each round. Two drafters never offer equal ones."""
 
     name: str  # "plain" (no draft), "chain", "lookup" or another drafter's
     match: int = 0  # of a look-up: the match length 0, 1 or 2, see `TextIndex.find`
+    untried: float = inf  # tokens per round that the rule expects before the first one; inf: it tries the draft soon
 
 
 PLAIN = DraftStrategy("plain")

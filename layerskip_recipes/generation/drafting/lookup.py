@@ -53,7 +53,8 @@ class LookupDrafter(Drafter):
     def __init__(self, context: StepContext, longest: int, ngram: int, texts: Sequence[Sequence[int]]) -> None:
         self.context, self.longest, self.ngram = context, longest, ngram
         self.indices = [TextIndex(ngram, text) for text in texts]
-        self.found: list[list[int]] = []  # this round's offer, [b][n]
+        self.offered: DraftStrategy  # in this round
+        self.found: list[list[int]] = []  # its tokens, [b][n]
 
     def offer(self, now: RoundStart) -> DraftStrategy | None:
         count = now.draft_length(self.context, self.longest)
@@ -63,11 +64,12 @@ class LookupDrafter(Drafter):
             return None
         of_running = iter(tokens for tokens, _ in found)
         self.found = [[0] * count if done else next(of_running) for done in now.finished]
-        return DraftStrategy("lookup", min(match for _, match in found))
+        self.offered = DraftStrategy("lookup", min(match for _, match in found), untried=1.0)
+        return self.offered
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         found = on_device(self.found, self.context.device)
-        return DraftedTokens(DraftStrategy("lookup"), torch.cat([now.last[:, None], found], 1))
+        return DraftedTokens(self.offered, torch.cat([now.last[:, None], found], 1))
 
     def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
         self.indices[row] = TextIndex(self.ngram, text)
