@@ -1,5 +1,6 @@
 """The scripts in examples/ run on something tiny."""
 
+import json
 import os
 import re
 import runpy
@@ -52,6 +53,18 @@ def test_generate(start, tiny_model):
 def test_measure_exits(start, tiny_model):
     rows = start("measure_exits.py", "--samples", "2", tiny_model).splitlines()[-4:]
     assert [row.split()[0] for row in rows] == ["1", "2", "3", "4"] and rows[-1].endswith("1.00")
+
+
+def test_text_to_sql(start, tmp_path):
+    """The sentence's values come before the query's examples, and no name is cut by a shorter one."""
+    variables = [{"name": name, "example": "EECS"} for name in ("dept1", "dept10")]
+    sentence = {"text": "any dept10 or dept1 ?", "question-split": "train", "variables": {"dept1": "MATH"}}
+    query = {"sql": ['SELECT "dept1" , "dept10" ;', "unused"], "variables": variables, "sentences": [sentence]}
+    (tmp_path / "advising.json").write_text(json.dumps([query]))
+    assert "train.jsonl: 1 questions" in start("text_to_sql.py", "advising.json", "sql")
+    line = json.loads((tmp_path / "sql" / "train.jsonl").read_text())
+    assert line == {"input": "any EECS or MATH ?", "output": 'SELECT "MATH" , "EECS" ;'}
+    assert (tmp_path / "sql" / "test.jsonl").read_text() == ""
 
 
 def test_several_nodes(tmp_path):
