@@ -36,7 +36,7 @@ class StochasticAdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override] # it takes no closure
         numbered = enumerate(((group, p) for group in self.param_groups for p in group["params"]), self.first)
         for number, (group, p) in numbered:
             if p.grad is None:
