@@ -62,9 +62,9 @@ class Accounts:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of a round, "draft" or "verify"; events are read only at the end, and delay no GPU."""
-        begin = self._now()
+        begin = None if self.exit_layer is None else self._now()
         yield
-        if self.exit_layer is not None:
+        if begin is not None:
             self.phases.append((name, begin, self._now()))
 
     def _now(self) -> Any:
