@@ -1,6 +1,6 @@
 """StochasticAdamW: AdamW for bf16 weights with stochastic rounding, so that small steps are not lost."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,7 +36,9 @@ class StochasticAdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override] # it takes no closure
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure else None
         numbered = enumerate(((group, p) for group in self.param_groups for p in group["params"]), self.first)
         for number, (group, p) in numbered:
             if p.grad is None:
@@ -54,6 +56,7 @@ class StochasticAdamW(Optimizer):
             for start in range(0, len(grad), length):
                 some = slice(start, start + length)
                 _update(w[some], m[some], v[some], grad[some], step, group, noise)
+        return loss
 
 
 def _update(
