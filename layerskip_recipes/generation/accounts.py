@@ -76,10 +76,10 @@ class Accounts:
 
     def begin_rounds(self) -> None:
         """Note the bytes of a layer, a head and a cache slot, which the prefill has allocated."""
-        model, draft_model, draft_head = self.context.model, self.context.draft_model, self.context.draft_head
-        head = head_of(draft_model) if draft_head is None else draft_head.output
+        model, draft_decoder, draft_head = self.context.model, self.context.draft_decoder, self.context.draft_head
+        head = head_of(draft_decoder) if draft_head is None else draft_head.output
         self.of_model = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
-        self.of_draft = (_weight_bytes(draft_model.layers[0]), _weight_bytes(head))
+        self.of_draft = (_weight_bytes(draft_decoder.layers[0]), _weight_bytes(head))
         keys = self.context.cache.layers[0].k
         self.slot = 2 * keys[:, :, 0].numel() * keys.element_size()
 

@@ -174,7 +174,7 @@ class Generation:
     @contextmanager
     def _models_in_use(self) -> Iterator[None]:
         """Put model and draft model into eval mode with this generation's cache, and restore them afterwards."""
-        users = list({id(user): user for user in (self.model, self.context.draft_model)}.values())
+        users = list({id(user): user for user in (self.model, self.context.draft_decoder)}.values())
         with ExitStack() as afterwards:
             for user in users:
                 for module in [module for module in user.modules() if module.training]:

@@ -59,8 +59,8 @@ def load_sharded_decoder(
 class _LateLayers(nn.Module):
     """The FSDP root of the sharded layers, outside of the decoder's module tree.
 
-    The decoder cannot be the root, because the drafter, another module, runs some of its layers. Without a common root,
-    each layer would have its own streams, and thus GPU memory that no other layer can use.
+    The decoder cannot be the root, because the draft decoder, another module, runs some of its layers. Without a common
+    root, each layer would have its own streams, and thus GPU memory that no other layer can use.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:

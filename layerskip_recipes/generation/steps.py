@@ -26,8 +26,8 @@ log = get_logger("INFO")
 class StepContext:
     """State shared by all steps of one generation.
 
-    Without `compiled` steps run eagerly. The draft model is the model by default, and the draft head is the draft
-    model's head. `depth`: the number of layers whose tokens are final; None: all. With `shared`, all ranks decode the
+    Without `compiled` steps run eagerly. The draft decoder is the model by default, and the draft head is the draft
+    decoder's head. `depth`: the number of layers whose tokens are final; None: all. With `shared`, all ranks decode the
     same prompts and rank 0 decides the tokens.
     """
 
@@ -37,19 +37,19 @@ class StepContext:
         cache: DecodingCache,
         sampler: Sampler,
         compiled: CompiledSteps | None = None,
-        draft_model: LayerSkipDecoder | None = None,
+        draft_decoder: LayerSkipDecoder | None = None,
         draft_head: DraftHead | None = None,
         depth: int | None = None,
         shared: bool = False,
     ) -> None:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
-        self.draft_model, self.draft_head = draft_model or model, draft_head
-        self.own_layers, self.depth = self.draft_model.own_layers, depth or model.num_layers
-        cache.forget_other_weights(model, self.draft_model)
+        self.draft_decoder, self.draft_head = draft_decoder or model, draft_head
+        self.own_layers, self.depth = self.draft_decoder.own_layers, depth or model.num_layers
+        cache.forget_other_weights(model, self.draft_decoder)
         # An adapter reads the model's early hidden states and its final states.
         self.has_adapter = self.own_layers.start > 0
         # Verification can start from the draft's hidden states if the model's own layers computed them.
-        self.shares_layers = self.draft_model is model or self.has_adapter
+        self.shares_layers = self.draft_decoder is model or self.has_adapter
         self.shared = shared
         self.device, self.dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
         self.settings = sampler.settings(self.device)
@@ -61,12 +61,12 @@ class StepContext:
         self.graphs = None if self._cpp_parts or (compiled and compiled.failed) else compiled
         # Graphs may use FlexAttention over the whole cache instead of masks, see `BlockAttention`. Its kernel needs
         # head_dim >= 16, and a cache of whole blocks.
-        layers = [*model.layers, *self.draft_model.layers]
+        layers = [*model.layers, *self.draft_decoder.layers]
         plain = all(is_plain_attention(layer) and layer.attn.head_dim >= 16 for layer in layers)
         on_gpu = self.graphs is not None and self.graphs.device.type == "cuda"
         self.fits_flex = on_gpu and plain and cache.max_len % BLOCK == 0
         # The parts of a graph's key: for steps that run layers, and for steps that choose tokens.
-        self.layers_key = (cache.max_len, cache.draft_layers, self.draft_model is model or self.draft_model)
+        self.layers_key = (cache.max_len, cache.draft_layers, self.draft_decoder is model or self.draft_decoder)
         self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
 
     @property
@@ -78,7 +78,7 @@ class StepContext:
         if self.compiled is None or self.compiled.failed or self.device.type != "cpu":
             return None
         try:
-            found = CppDecoder(self.cache, self.model, self.draft_model, self.draft_head)
+            found = CppDecoder(self.cache, self.model, self.draft_decoder, self.draft_head)
         except UnknownPartError as e:
             log_once(log, f"compile: steps become graphs, as the C++ does not know a part of the model ({e})")
             return None
@@ -102,7 +102,7 @@ class StepContext:
     def allocate(self) -> None:
         """Allocate the caches of the layers that read the text."""
         self.cache.allocate(self.model, self.depth)
-        self.cache.allocate(self.draft_model, self.own_layers.stop)
+        self.cache.allocate(self.draft_decoder, self.own_layers.stop)
 
     def begin_round(self) -> None:
         """Let graphs overwrite the results of the last round."""
@@ -171,7 +171,7 @@ class StepContext:
             return x
         own = self.own_layers
         part: Any = {"hidden": torch.cat([x, last_states], -1), "start_layer": own.start, "exit_layer": own.stop}
-        return self.run(self.draft_model, None, at, slots, unembed=False, **part)
+        return self.run(self.draft_decoder, None, at, slots, unembed=False, **part)
 
     def unembed(self, x: torch.Tensor) -> Any:
         """The model's logits of x_L: [b, s, d] -> [b, s, v]."""
@@ -181,11 +181,11 @@ class StepContext:
 
     def draft_scores(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """The sampler's scores for the draft: x [b, s, d], seen [b, s or 1, v] -> [b, s, v']."""
-        head = self.draft_head or self.draft_model
+        head = self.draft_head or self.draft_decoder
         if self.cpp is not None and head in self.cpp.heads:
             logits = self.cpp.logits(head, x)
         elif self.draft_head is None:
-            logits = self.draft_model(hidden=x.to(self.dtype), start_layer=self.draft_model.num_layers)
+            logits = self.draft_decoder(hidden=x.to(self.dtype), start_layer=self.draft_decoder.num_layers)
         else:
             logits = self.draft_head(x.to(self.dtype))
         if self.draft_head is not None and seen is not None:

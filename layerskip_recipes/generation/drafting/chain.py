@@ -147,7 +147,7 @@ def draft_token(context: StepContext, exit_layer: int, confident: bool, slots, l
     Returns the token [b], x_E of `last` [b, 1, d], with `confident` the `confidence` [b], `seen` with the token, and an
     adapter's state.
     """
-    model, at = context.draft_model, start[:, None]
+    model, at = context.draft_decoder, start[:, None]
     x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
     h = context.read_by_draft(x, state, at, slots)
     scores = context.draft_scores(h, None if seen is None else seen[:, None])
@@ -164,7 +164,7 @@ def read_later(context: StepContext, slots, inputs, at):
     own = context.own_layers
     tokens, hidden = (inputs, None) if inputs.dim() == 2 else (None, inputs)
     part: Any = {"hidden": hidden, "start_layer": own.start, "exit_layer": own.stop}
-    return context.run(context.draft_model, tokens, at, slots, unembed=False, **part)
+    return context.run(context.draft_decoder, tokens, at, slots, unembed=False, **part)
 
 
 def step_with_states(context: StepContext, exit_layer: int, slots, last, start):
@@ -184,11 +184,13 @@ def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
     tokens [b, n + 1], first the last token of the text; hidden [b, n, d], x_E of all but the last, or None to run all
     layers; start [b]; state [b, 1, d] or None -> logits [b, n + 1, v], and for an adapter the normed x_L [b, n + 1, d].
     """
-    model, draft, at = context.model, context.draft_model, start[:, None] + context.cache.slots[: tokens.shape[1]]
+    model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
     if not context.own_layers and (hidden is None or not context.shares_layers):
         return context.run(model, tokens, at, slots), None
     unread = slice(0 if hidden is None else tokens.shape[1] - 1, None)
-    x = context.run(draft, tokens[:, unread], at[:, unread], slots, exit_layer=exit_layer, unembed=False)
+    x = context.run(
+        context.draft_decoder, tokens[:, unread], at[:, unread], slots, exit_layer=exit_layer, unembed=False
+    )
     if not context.shares_layers:
         return context.run(model, tokens, at, slots), None
     x = x if hidden is None else torch.cat([hidden, x], 1)

@@ -30,7 +30,7 @@ class Decoding:
             others = list[Drafter]()
             if speculation.prompt_lookup is not None:
                 others.append(LookupDrafter(context, longest, speculation.prompt_lookup, texts))
-            whole = speculation.exit_layer == context.model.num_layers and context.draft_model is context.model
+            whole = speculation.exit_layer == context.model.num_layers and context.draft_decoder is context.model
             self.drafters = others if whole and others else [self.chain, *others]
 
     @property
