@@ -33,7 +33,7 @@ from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, DraftChooser
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import KEY, PLAIN_VALUES, Speculation
 from layerskip_recipes.generation.fitting_memory import check_memory
@@ -135,10 +135,10 @@ class LayerSkipBenchmark:
         return {name: method for name, method in self.methods.items() if isinstance(method, Speculation)}
 
     @staticmethod
-    def _plain_choice(section: SelfSpeculation, model: LayerSkipDecoder) -> Choice:
+    def _plain_choice(section: SelfSpeculation, model: LayerSkipDecoder) -> DraftChoice:
         """For random weights: of a draft vocabulary, only the number of tokens affects the time."""
         keys = PLAIN_VALUES | {"exit_layer": usual_exit(model.num_layers)} | section.given
-        return Choice(SelfSpeculation(**keys), None, 0.0, frequent=range(model.tok_embeddings.num_embeddings))
+        return DraftChoice(SelfSpeculation(**keys), None, 0.0, frequent=range(model.tok_embeddings.num_embeddings))
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
         cfg = self.cfg

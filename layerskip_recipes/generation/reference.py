@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layerskip_recipes.generation.sampling import Sampler, choose, noise_keys
+from layerskip_recipes.generation.sampling import Sampler, choose_tokens, noise_keys
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 
@@ -32,8 +32,8 @@ def speculative_decode(
 
     def choose_all(logits: torch.Tensor) -> list[int]:
         """The token that each position of logits [1, s, v] chooses: it follows in the text."""
-        scores, at = sampler.scores(logits, None, sampler.settings(logits.device)), torch.arange(logits.shape[1]) + 1
-        return choose(scores, None if sampler.greedy else keys, at[None])[0].tolist()
+        scores, at = sampler.scores(logits, None, sampler.tensors(logits.device)), torch.arange(logits.shape[1]) + 1
+        return choose_tokens(scores, None if sampler.greedy else keys, at[None])[0].tolist()
 
     text = list(prompt)
     while len(text) < len(prompt) + max_new_tokens:

@@ -118,7 +118,7 @@ def gumbel(one: torch.Tensor, two: torch.Tensor, ids: torch.Tensor) -> torch.Ten
     return -torch.log(-torch.log1p(-uniform))
 
 
-def choose(
+def choose_tokens(
     scores: torch.Tensor, keys: torch.Tensor | None, at: torch.Tensor, ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The index of each chosen token, [b, s, v'] -> [b, s]: the argmax of scores plus noise.
@@ -193,7 +193,7 @@ class Sampler:
         unfiltered = self.top_k is None and self.top_p is None and self.min_p is None
         return not self.penalises and (self.greedy or unfiltered)
 
-    def settings(self, device: torch.device) -> SamplerTensors:
+    def tensors(self, device: torch.device) -> SamplerTensors:
 
         def tensor(number: float) -> torch.Tensor:
             return torch.tensor(number, dtype=torch.float32, device=device)
@@ -207,15 +207,15 @@ class Sampler:
 
     @property
     def kind(self) -> tuple:
-        """What a graph of `scores` depends on besides `settings`."""
+        """What a graph of `scores` depends on besides `tensors`."""
         if self.greedy:
             return True, self.penalises
         return False, self.penalises, self.top_k, self.top_p is None, self.min_p is None
 
-    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, settings: SamplerTensors) -> torch.Tensor:
+    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, tensors: SamplerTensors) -> torch.Tensor:
         """Penalised logits if greedy, else their `token_scores`; [..., v] -> [..., v]."""
         if seen is not None:
-            logits = penalise(logits, seen, settings.repetition_penalty)
+            logits = penalise(logits, seen, tensors.repetition_penalty)
         if self.greedy:
             return logits
-        return token_scores(logits, settings.temperature, self.top_k, settings.top_p, settings.min_p)
+        return token_scores(logits, tensors.temperature, self.top_k, tensors.top_p, tensors.min_p)

@@ -15,7 +15,7 @@ from torchtune.utils._logging import log_once
 from layerskip_recipes.generation.drafting.draft_model import DraftHead
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
-from layerskip_recipes.generation.sampling import Sampler, choose
+from layerskip_recipes.generation.sampling import Sampler, choose_tokens
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, DecodingCache, causal_mask
 from layerskip_recipes.processes import broadcast_from_rank0
@@ -52,7 +52,7 @@ class StepContext:
         self.shares_layers = self.draft_decoder is model or self.has_adapter
         self.shared = shared
         self.device, self.dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
-        self.settings = sampler.settings(self.device)
+        self.sampler_tensors = sampler.tensors(self.device)
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.last_position = model.max_seq_len - 1
         self._cpp_parts = self._decoder_in_cpp()  # not loaded yet; None if C++ does not support the model
@@ -67,7 +67,7 @@ class StepContext:
         self.fits_flex = on_gpu and plain and cache.max_len % BLOCK == 0
         # The parts of a graph's key: for steps that run layers, and for steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, self.draft_decoder is model or self.draft_decoder)
-        self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
+        self.sampler_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
 
     @property
     def compile_s(self) -> float:
@@ -158,7 +158,7 @@ class StepContext:
         return out
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        return self.sampler.scores(logits, seen, self.settings)
+        return self.sampler.scores(logits, seen, self.sampler_tensors)
 
     def read_by_draft(
         self, x: torch.Tensor, last_states: torch.Tensor | None, at: torch.Tensor, slots: torch.Tensor
@@ -192,13 +192,13 @@ class StepContext:
             seen = seen[..., self.draft_head.vocabulary]
         return self.scores(logits, seen)
 
-    def choose(
+    def choose_tokens(
         self, scores: torch.Tensor, keys: torch.Tensor | None, at: torch.Tensor, ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`sampling.choose`, [b, s, v'] -> [b, s]; in C++ it costs one pass over the scores."""
+        """`sampling.choose_tokens`, [b, s, v'] -> [b, s]; in C++ it costs one pass over the scores."""
         if self.cpp is None or keys is None:
-            return choose(scores, keys, at, ids)
-        return self.cpp.choose(scores, keys, at, ids)
+            return choose_tokens(scores, keys, at, ids)
+        return self.cpp.choose_tokens(scores, keys, at, ids)
 
     @staticmethod
     def seen_at(seen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -208,22 +208,22 @@ class StepContext:
 
 
 class Step:
-    """`function(context, *settings, slots, *tensors)`, run eagerly or as a graph, and the key of that graph.
+    """`function(context, *constants, slots, *tensors)`, run eagerly or as a graph, and the key of that graph.
 
-    The function returns tensors and never reads their values on the host. `settings` are constants of the graph.
-    `slots` is None without attention. `layers`: it runs layers or writes to the cache; `choice`: it uses the sampler.
+    The function returns tensors and never reads their values on the host. `constants` become constants of the graph.
+    `slots` is None without attention. `layers`: it runs layers or writes to the cache; `samples`: it uses the sampler.
     """
 
     def __init__(
         self,
         context: StepContext,
         function: Callable,
-        *settings: Hashable,
+        *constants: Hashable,
         layers: bool = True,
-        choice: bool = True,
+        samples: bool = True,
     ) -> None:
-        self.context, self.function, self.settings = context, function, settings
-        self.own_key: Hashable = (function, settings, layers and context.layers_key, choice and context.choice_key)
+        self.context, self.function, self.constants = context, function, constants
+        self.own_key: Hashable = (function, constants, layers and context.layers_key, samples and context.sampler_key)
 
     def key(self, *args: torch.Tensor | None) -> Hashable:
         """What the graph depends on, except for values of tensors and the length of slots."""
@@ -234,7 +234,7 @@ class Step:
         return self.run(slots, *args) if graphs is None else graphs(self, slots, *args)
 
     def run(self, slots: torch.Tensor | None, *args: torch.Tensor | None) -> Any:
-        return self.function(self.context, *self.settings, slots, *args)
+        return self.function(self.context, *self.constants, slots, *args)
 
 
 # ---- the steps of plain decoding ----
@@ -247,4 +247,4 @@ def next_logits(context: StepContext, exit_layer: int, slots, last, start):
 
 def choose_token(context: StepContext, slots, logits, keys, at, seen):
     """A token for each row at the positions `at` [b]; logits, seen [b, v], keys [b, 2] (None if greedy) -> [b]."""
-    return context.choose(context.scores(logits, seen)[:, None], keys, at[:, None])[:, 0]
+    return context.choose_tokens(context.scores(logits, seen)[:, None], keys, at[:, None])[:, 0]

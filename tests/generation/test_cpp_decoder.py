@@ -42,7 +42,7 @@ from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compil
 from layerskip_recipes.generation.kernels.cpp_decoder import SOURCES, load_library
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
 from layerskip_recipes.generation.prefill import read_texts, reads_in_cpp
-from layerskip_recipes.generation.sampling import Sampler, choose, noise_keys
+from layerskip_recipes.generation.sampling import Sampler, choose_tokens, noise_keys
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -494,6 +494,8 @@ def test_choices_are_those_of_torch(ids):
     keys, at = torch.tensor(noise_keys(3, [[1], [2]])), torch.tensor([[4, 5, 6]])
     for width, factor in itertools.product((len(ids),) if ids is not None else (1, 17, 3000), (0.1, 3, 100)):
         scores = factor * torch.randn(2, 3, width)
-        assert torch.equal(torch.ops.layerskip.choose_tokens(scores, keys, at, ids), choose(scores, keys, at, ids))
+        assert torch.equal(
+            torch.ops.layerskip.choose_tokens(scores, keys, at, ids), choose_tokens(scores, keys, at, ids)
+        )
     filtered = torch.randn(2, 3, 40).masked_fill(torch.arange(40) % 7 > 0, -torch.inf)
-    assert torch.equal(torch.ops.layerskip.choose_tokens(filtered, keys, at, None), choose(filtered, keys, at))
+    assert torch.equal(torch.ops.layerskip.choose_tokens(filtered, keys, at, None), choose_tokens(filtered, keys, at))

@@ -45,7 +45,7 @@ LOOKUP = 3  # tokens of prompt look-up
 
 
 @dataclass(frozen=True)
-class Choice:
+class DraftChoice:
     """How to draft, and the expected speed."""
 
     section: SelfSpeculation | None  # without `auto`, except for the exit beside a draft; None: no drafts
@@ -68,10 +68,10 @@ class Choice:
         """
         if self.section is None:
             return None
-        settings, ids = dict(self.section), self.section.draft_vocabulary
+        keys, ids = dict(self.section), self.section.draft_vocabulary
         if self.draft is not None:
             own = self.draft.vocabulary
-            settings |= {"draft": self.draft, "exit_layer": self.draft.exit_layer}
+            keys |= {"draft": self.draft, "exit_layer": self.draft.exit_layer}
             ids = own if own and ids == len(own) else ids
         if isinstance(ids, int):
             if not (self.frequent or prompts):
@@ -80,7 +80,7 @@ class Choice:
                     f"{key}: {ids} tokens are counted in the prompts, and a conversation has none yet. Set {key}=null"
                 )
             ids = list((self.frequent or most_frequent(prompts))[:ids])
-        return Speculation(**settings | {"draft_vocabulary": ids})
+        return Speculation(**keys | {"draft_vocabulary": ids})
 
 
 def most_frequent(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -136,7 +136,7 @@ class DraftChooser:
 
     def choose(
         self, section: SelfSpeculation | None, temperature: float, compiled: bool, rows: int, key: str = KEY
-    ) -> Choice:
+    ) -> DraftChoice:
         """`choose_drafts` for a batch of `rows` prompts."""
         gpu, one_process = not self.cfg.device.startswith("cpu"), num_processes() == 1
         plain = self.quantizer is None and one_process
@@ -158,7 +158,7 @@ def choose_drafts(
     int8: bool = False,
     ends: bool = False,
     key: str = KEY,
-) -> Choice:
+) -> DraftChoice:
     """Replace `auto` in the section's keys.
 
     Args:
@@ -169,22 +169,22 @@ def choose_drafts(
         key: the section's name in messages.
     """
     if section is None:
-        return Choice(None, None, costs.plain)
+        return DraftChoice(None, None, costs.plain)
     given = section.given
     exit_layer, named = given.get("exit_layer"), given.get("draft")
     draft, unusable = notes.draft_for(section, f"{key}.draft")
     trained = notes.exits if named is None else None
     frequent = trained.vocabulary if trained else None
 
-    def choice(chosen: Mapping[str, Any], why: str | None = None, speedup: float = 1.0) -> Choice:
+    def draft_choice(chosen: Mapping[str, Any], why: str | None = None, speedup: float = 1.0) -> DraftChoice:
         """The user's values, chosen ones for the keys that are `auto`, or else plain ones."""
         values = PLAIN_VALUES | {"draft": draft and draft.folder} | dict(chosen) | given
-        return Choice(SelfSpeculation(**values), why, costs.plain, speedup, draft, frequent, key)
+        return DraftChoice(SelfSpeculation(**values), why, costs.plain, speedup, draft, frequent, key)
 
     looks_up = exit_layer == costs.num_layers and given.get("prompt_lookup") and not given.get("draft_int8")
     unmeasured = exit_layer is not None and not (trained and trained.measured)
     if draft is None and (looks_up or unmeasured):
-        return choice({})  # nothing to choose by
+        return draft_choice({})  # nothing to choose by
     ways = known_ways(trained, costs.num_layers, exit_layer) if draft is None else _trained_draft(draft)
     if not ways:
         return _without_exit(given, unusable or _untrained(notes.folder, trained, costs.num_layers, key), costs)
@@ -218,16 +218,16 @@ def choose_drafts(
     chosen = prediction_keys(best, lookup)
     lookup = given.get("prompt_lookup", lookup)
     also = "" if lookup is None else f"; look-ups of the last {lookup} tokens"
-    return choice(chosen, f"Drafts: {said}{also}" if chosen.keys() - given.keys() else None, best.speedup)
+    return draft_choice(chosen, f"Drafts: {said}{also}" if chosen.keys() - given.keys() else None, best.speedup)
 
 
-def _without_exit(given: Mapping[str, Any], why: str, costs: Costs) -> Choice:
+def _without_exit(given: Mapping[str, Any], why: str, costs: Costs) -> DraftChoice:
     """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
     if given.get("prompt_lookup") is None:
-        return Choice(None, f"No drafts: {why}", costs.plain)
+        return DraftChoice(None, f"No drafts: {why}", costs.plain)
     alone = {"exit_layer": costs.num_layers, "draft": None, "draft_vocabulary": None, "draft_int8": False}
     said = f"Drafts: look-ups of the last {given['prompt_lookup']} tokens alone, because {why}"
-    return Choice(SelfSpeculation(**PLAIN_VALUES | dict(given) | alone), said, costs.plain)
+    return DraftChoice(SelfSpeculation(**PLAIN_VALUES | dict(given) | alone), said, costs.plain)
 
 
 def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class ChainDrafter(Drafter):
             return self._step(now)
         self._catch_up(now)
         inputs = (now.slots(context, draft.length), draft.tokens, draft.hidden, now.start, self.last_state)
-        logits, states = Step(context, chain_logits, self.exit_layer, choice=False)(*inputs)
+        logits, states = Step(context, chain_logits, self.exit_layer, samples=False)(*inputs)
         tensors = (logits, draft.tokens, now.start, now.keys, now.seen, states)
         result, state = Step(context, accept_chain, layers=False)(None, *tensors)
         # A copy: the next CUDA graph replay overwrites its outputs.
@@ -111,10 +111,10 @@ class ChainDrafter(Drafter):
         """A round without a draft, at the cost of a plain step; the draft's own layers catch up later."""
         context, slots = self.context, now.slots(self.context)
         if self.last_state is None:
-            step = Step(context, next_logits, context.depth, choice=False)
+            step = Step(context, next_logits, context.depth, samples=False)
             logits, unread = step(slots, now.last, now.start), now.last[:, None]
         else:
-            step = Step(context, step_with_states, self.exit_layer, choice=False)
+            step = Step(context, step_with_states, self.exit_layer, samples=False)
             logits, x, state = step(slots, now.last, now.start)
             unread = torch.cat([x, self.last_state], -1)
             self.last_state = state.clone()
@@ -134,7 +134,7 @@ class ChainDrafter(Drafter):
         unread = [*self.unread, *[(torch.full_like(self.unread[0][0], -1), self.unread[0][1])] * spare]
         at, inputs = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
         at = torch.where(at < 0, now.start[:, None], at)
-        Step(self.context, read_later, choice=False)(now.slots(self.context), inputs, at)
+        Step(self.context, read_later, samples=False)(now.slots(self.context), inputs, at)
         self.unread = []
 
 
@@ -152,7 +152,7 @@ def draft_token(context: StepContext, exit_layer: int, confident: bool, slots, l
     h = context.read_by_draft(x, state, at, slots)
     scores = context.draft_scores(h, None if seen is None else seen[:, None])
     ids = None if context.draft_head is None else context.draft_head.vocabulary
-    token = context.choose(scores, keys, at + 1, ids)[:, 0]
+    token = context.choose_tokens(scores, keys, at + 1, ids)[:, 0]
     token = token if ids is None else ids[token]
     seen = None if seen is None else seen.scatter(1, token[:, None], True)
     sure = confidence(scores[:, 0]) if confident else None
@@ -211,7 +211,7 @@ def accept_chain(context: StepContext, slots, logits, tokens, start, keys, seen,
     """
     seen = None if seen is None else context.seen_at(seen, tokens)
     at = start[:, None] + 1 + context.cache.slots[: tokens.shape[1]]
-    chosen = context.choose(context.scores(logits, seen), keys, at)
+    chosen = context.choose_tokens(context.scores(logits, seen), keys, at)
     accepted, following = accept(tokens[:, 1:], chosen)
     result = torch.cat([accepted[:, None], following[:, None], tokens[:, 1:]], 1)
     if states is None:

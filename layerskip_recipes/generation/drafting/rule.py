@@ -20,9 +20,9 @@ MEASURED = 9  # rounds of each kind whose seconds count
 _RULES: WeakKeyDictionary[nn.Module, dict[Hashable, "DraftRule"]] = WeakKeyDictionary()
 
 
-def kept_rule(model: nn.Module, settings: Hashable) -> "DraftRule":
-    """The rule of earlier generations of this model with these settings."""
-    return _RULES.setdefault(model, {}).setdefault(settings, DraftRule())
+def kept_rule(model: nn.Module, key: Hashable) -> "DraftRule":
+    """The rule of earlier generations of this model with this key."""
+    return _RULES.setdefault(model, {}).setdefault(key, DraftRule())
 
 
 class DraftRule:

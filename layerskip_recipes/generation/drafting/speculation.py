@@ -50,8 +50,8 @@ class Speculation:
         check("draft_int8", self.draft_int8, bool)
 
     @property
-    def settings(self) -> tuple:
-        """What the speed of a round depends on."""
+    def rule_key(self) -> tuple:
+        """What the speed of a round depends on, by which rules are kept apart."""
         size = None if self.draft_vocabulary is None else len(self.draft_vocabulary)
         numbers = (self.exit_layer, self.num_speculations, size, self.prompt_lookup, self.min_confidence)
         return *numbers, self.draft_int8, self.draft and self.draft.folder

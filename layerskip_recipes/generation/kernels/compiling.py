@@ -113,7 +113,7 @@ class CompiledSteps:
                 if not cuda and slots is not None:
                     torch._dynamo.mark_dynamic(given, 0)
             graph = known or _compiled(step.function, self.device, self._is_quantised(step))
-            out = graph(step.context, *step.settings, given, *args)
+            out = graph(step.context, *step.constants, given, *args)
             if captures:
                 torch.cuda.synchronize(self.device)
                 if not self.warming:

@@ -329,8 +329,8 @@ class CppDecoder:
         cache_rows = [*range(len(x))] if rows is None else [*rows]
         return self.cpp_layers[model].run(x, at, cache_rows, end, layers.start, layers.stop)
 
-    def choose(self, *args: torch.Tensor | None) -> torch.Tensor:
-        """`sampling.choose` with keys."""
+    def choose_tokens(self, *args: torch.Tensor | None) -> torch.Tensor:
+        """`sampling.choose_tokens` with keys."""
         return torch.ops.layerskip.choose_tokens(*args)
 
     def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
