@@ -95,7 +95,7 @@ class Accounts:
         running = [row for row, done in enumerate(now.finished) if not done]
         self.stats.row_rounds += len(running)
         self.last = {}
-        for row in running if draft.strategy != PLAIN else ():
+        for row in running if draft.round_kind != PLAIN else ():
             # The last token of a round is the full model's own; tokens after a stop token are not counted.
             used = len(kept[row]) - 1
             drafted = used if used < accepted[row] else min(draft.length, room[row] - 1)
@@ -103,7 +103,7 @@ class Accounts:
             self.last[self.rows.in_row[row]] = drafted, used
         slots, own = len(now.slots(self.context, draft.length)), self.context.own_layers
         if self.exit_layer is not None:
-            self.stats.rounds_by_kind[draft.strategy.name] += 1
+            self.stats.rounds_by_kind[draft.round_kind.name] += 1
         # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last
         # one. A trained draft's own layers also run once, except in rounds without a draft.
         self._read(self.of_model, self.context.depth + (len(own) if draft.length else 0), slots)

@@ -253,10 +253,10 @@ class Generation:
         kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
         self.accounts.count(draft, now, room, [count for count, *_ in outcomes], kept)
         # Learn how fast the round was, unless a limit may have cut it. The first draft of a short output counts.
-        whole = draft.length > 0 or draft.strategy == PLAIN
+        whole = draft.length > 0 or draft.round_kind == PLAIN
         if whole and now.room > min(self.decoding.longest, self.rows.limit - 2):
             tokens = sum(map(len, kept)) / finished.count(False)
-            self.decoding.learn(draft.strategy, tokens, self.accounts.round_s)
+            self.decoding.learn(draft.round_kind, tokens, self.accounts.round_s)
         return kept
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:

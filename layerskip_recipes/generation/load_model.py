@@ -70,8 +70,8 @@ def load_model(
     named = AUTO if draft is None else str(named_folder(draft, "draft", weights=True))
     notes = TrainingNotes(folder, model.num_layers, model.tok_embeddings.num_embeddings, HFCheckpointer)
     described, _ = notes.draft_for(SelfSpeculation(draft=named), "draft")
-    trained = None if described is None else read_draft(described, model, "draft")
-    model.decoding_chooser = DecodingChooser(notes, named, DraftModels(trained), tokenizer.stop_tokens)
+    trained_draft = None if described is None else read_draft(described, model, "draft")
+    model.decoding_chooser = DecodingChooser(notes, named, DraftModels(trained_draft), tokenizer.stop_tokens)
     return model, tokenizer
 
 

@@ -137,16 +137,16 @@ class LayerSkipGenerate:
             log.setLevel(self.cfg.log_level)  # which torchtune has set to DEBUG
         # A trained draft is checked against the unquantised weights, so they are quantised after it is built.
         draft = None if self.speculation is None else self.speculation.draft
-        quantizer, trained = self.cfg.quantizer, None
+        quantizer, trained_draft = self.cfg.quantizer, None
         if num_processes() > 1:
             section = self.cfg.tensor_parallel_plan
             plan = None if section is None else section.build()
             kept, parallel = self.kept_layers, self.parallel
-            self.model, trained = load_sharded_decoder(self.cfg, self.device, kept, parallel, plan, draft)
+            self.model, trained_draft = load_sharded_decoder(self.cfg, self.device, kept, parallel, plan, draft)
         else:
             self.model = load_decoder(self.cfg, self.device, None if draft is not None else quantizer)
         self.rule = DraftRule()  # which keeps what it learns over all prompts
-        self.draft_model = DraftModels(trained).of(self.speculation, self.model)
+        self.draft_model = DraftModels(trained_draft).of(self.speculation, self.model)
         if draft is not None and quantizer is not None:
             self.model = quantise_decoder(self.model, quantizer)
 

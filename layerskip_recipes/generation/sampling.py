@@ -206,7 +206,7 @@ class Sampler:
         )
 
     @property
-    def kind(self) -> tuple:
+    def constants(self) -> tuple:
         """What a graph of `scores` depends on besides `tensors`."""
         if self.greedy:
             return True, self.penalises

@@ -67,7 +67,7 @@ class StepContext:
         self.fits_flex = on_gpu and plain and cache.max_len % BLOCK == 0
         # The parts of a graph's key: for steps that run layers, and for steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, self.draft_decoder is model or self.draft_decoder)
-        self.sampler_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
+        self.sampler_key = (sampler.constants, draft_head and len(draft_head.vocabulary))
 
     @property
     def compile_s(self) -> float:

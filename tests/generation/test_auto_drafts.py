@@ -1,4 +1,4 @@
-"""What `self_speculation: auto` chooses: the fastest way of drafting by stored acceptance and estimated costs."""
+"""What `self_speculation: auto` chooses: the fastest drafting method by stored acceptance and estimated costs."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRou
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting.auto_drafts import TrainingNotes, choose_drafts
-from layerskip_recipes.generation.drafting.prediction import Way, estimated_costs, measured_rounds
+from layerskip_recipes.generation.drafting.prediction import DraftMethod, estimated_costs, measured_rounds
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES
 from layerskip_recipes.generation.kernels import when_to_compile
@@ -75,8 +75,8 @@ def expected(exits, lengths=range(1, 9), precisions=(4, 1)):
         verify = PLAIN * (1 + 0.06 * d * layers / 30)
         return tokens * PLAIN / (d * draft + verify + 2e-4)
 
-    ways = [(e, name, i, d) for e in exits for name, i, d in product(exits[e], precisions, lengths)]
-    best = max(ways, key=lambda way: speedup(*way))
+    methods = [(e, name, i, d) for e in exits for name, i, d in product(exits[e], precisions, lengths)]
+    best = max(methods, key=lambda method: speedup(*method))
     return best, speedup(*best)
 
 
@@ -89,7 +89,7 @@ def test_costs_are_those_of_a_real_machine():
     assert costs.draft[False].seconds(6, 2048) / costs.plain == pytest.approx(0.13, abs=0.05)
     assert costs.draft[True].seconds(6, 2048) / costs.plain == pytest.approx(0.04, abs=0.01)
     for further in (4, 8):
-        verify = costs.round_s(Way(6, 2048), further) - further * costs.draft[False].seconds(6, 2048)
+        verify = costs.round_s(DraftMethod(6, 2048), further) - further * costs.draft[False].seconds(6, 2048)
         assert 1.1 < verify / costs.plain < 1.5
 
 
@@ -260,7 +260,7 @@ def test_longer_drafts_than_were_measured_and_more_rows():
     costs = smollm2_costs()
     one, eight = smollm2_costs(), smollm2_costs(batch_rows=8)
     assert one.plain < eight.plain < 2 * one.plain
-    assert costs.round_s(Way(6), 4) / one.plain < eight.round_s(Way(6), 4) / eight.plain
+    assert costs.round_s(DraftMethod(6), 4) / one.plain < eight.round_s(DraftMethod(6), 4) / eight.plain
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])

@@ -180,7 +180,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     note(folder, lambda noted: noted["base"].update(reader))
     assert own_draft(folder) == own and not read_description(own, "draft").is_for(HFCheckpointer)
-    assert load_model(str(folder))[0].decoding_chooser.draft_models.trained is None
+    assert load_model(str(folder))[0].decoding_chooser.draft_models.trained_draft is None
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert LayerSkipGenerate(load_config(str(path))).speculation is None

@@ -28,10 +28,10 @@ from layerskip_recipes.generation.drafting.prediction import (
     ASSUMED,
     LEAST_GAIN,
     Costs,
+    DraftMethod,
     Prediction,
-    Way,
     estimated_costs,
-    known_ways,
+    known_methods,
     ranked,
     rounds_of,
 )
@@ -173,8 +173,8 @@ def choose_drafts(
     given = section.given
     exit_layer, named = given.get("exit_layer"), given.get("draft")
     draft, unusable = notes.draft_for(section, f"{key}.draft")
-    trained = notes.exits if named is None else None
-    frequent = trained.vocabulary if trained else None
+    exits = notes.exits if named is None else None
+    frequent = exits.vocabulary if exits else None
 
     def draft_choice(chosen: Mapping[str, Any], why: str | None = None, speedup: float = 1.0) -> DraftChoice:
         """The user's values, chosen ones for the keys that are `auto`, or else plain ones."""
@@ -182,18 +182,18 @@ def choose_drafts(
         return DraftChoice(SelfSpeculation(**values), why, costs.plain, speedup, draft, frequent, key)
 
     looks_up = exit_layer == costs.num_layers and given.get("prompt_lookup") and not given.get("draft_int8")
-    unmeasured = exit_layer is not None and not (trained and trained.measured)
+    unmeasured = exit_layer is not None and not (exits and exits.measured)
     if draft is None and (looks_up or unmeasured):
         return draft_choice({})  # nothing to choose by
-    ways = known_ways(trained, costs.num_layers, exit_layer) if draft is None else _trained_draft(draft)
-    if not ways:
-        return _without_exit(given, unusable or _untrained(notes.folder, trained, costs.num_layers, key), costs)
+    methods = known_methods(exits, costs.num_layers, exit_layer) if draft is None else _method_of(draft)
+    if not methods:
+        return _without_exit(given, unusable or _untrained(notes.folder, exits, costs.num_layers, key), costs)
 
     # Rank the vocabularies, precisions, ends and lengths that the user left open.
     if section.draft_vocabulary != AUTO:
-        ways = _of_vocabulary(ways, section.draft_vocabulary)
+        methods = _of_vocabulary(methods, section.draft_vocabulary)
     elif draft is None and not (plain_head and frequent):
-        ways = _of_vocabulary(ways, None)
+        methods = _of_vocabulary(methods, None)
     endings = [False, True] if ends and costs.batch_rows == 1 else [False]
     if section.min_confidence != AUTO and len(endings) > 1:
         endings = [section.min_confidence > 0]
@@ -201,20 +201,20 @@ def choose_drafts(
     if section.draft_int8 != AUTO:
         precisions = [section.draft_int8]
     lengths = None if section.num_speculations == AUTO else [section.num_speculations]
-    best = ranked(rounds_of(ways, temperature, endings, precisions), costs, lengths)[0]
+    best = ranked(rounds_of(methods, temperature, endings, precisions), costs, lengths)[0]
 
     # Draft if it should pay, or if the user asked for it.
     said = (
-        f"{best.way}, {'up to ' if best.way.ends else ''}{best.num_speculations} drafted tokens per round; expected "
-        f"speed-up {best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs "
+        f"{best.method}, {'up to ' if best.method.ends else ''}{best.num_speculations} drafted tokens per round; "
+        f"expected speed-up {best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs "
         f"{best.round_s / costs.plain:.2f} plain steps; acceptance "
-        f"{'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
+        f"{'assumed' if ASSUMED in methods.values() else 'as in training'}, costs estimated)"
     )
     if best.speedup < LEAST_GAIN and not (asked or exit_layer or named):
         nothing = "no exit should pay" if draft is None else "the trained draft should not pay"
         return _without_exit(given, f"{nothing}. The best would be {said}", costs)
     # Rows of a batch rarely have a match at the same time. The whole model with look-ups would be look-ups alone.
-    lookup = LOOKUP if costs.batch_rows == 1 and best.way.exit_layer < costs.num_layers else None
+    lookup = LOOKUP if costs.batch_rows == 1 and best.method.exit_layer < costs.num_layers else None
     chosen = prediction_keys(best, lookup)
     lookup = given.get("prompt_lookup", lookup)
     also = "" if lookup is None else f"; look-ups of the last {lookup} tokens"
@@ -234,37 +234,39 @@ def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:
     """A prediction as keys of the section."""
     keys = {
         "num_speculations": best.num_speculations,
-        "min_confidence": MIN_CONFIDENCE if best.way.ends else 0.0,
-        "draft_vocabulary": best.way.vocabulary,
-        "draft_int8": best.way.int8,
+        "min_confidence": MIN_CONFIDENCE if best.method.ends else 0.0,
+        "draft_vocabulary": best.method.vocabulary,
+        "draft_int8": best.method.int8,
         "prompt_lookup": lookup,
     }
-    return keys if best.way.draft_layers else keys | {"exit_layer": best.way.exit_layer}
+    return keys if best.method.draft_layers else keys | {"exit_layer": best.method.exit_layer}
 
 
-def _trained_draft(draft: DraftDescription) -> dict[Way, TokensPerRound]:
+def _method_of(draft: DraftDescription) -> dict[DraftMethod, TokensPerRound]:
     below, rows = 0 if draft.kind == "copy" else draft.exit_layer, draft.vocabulary and len(draft.vocabulary)
     measured = draft.measured and draft.measured.draft
-    return {Way(below, rows or None, draft_layers=draft.num_layers): measured or ASSUMED}
+    return {DraftMethod(below, rows or None, draft_layers=draft.num_layers): measured or ASSUMED}
 
 
-def _of_vocabulary(ways: Mapping[Way, TokensPerRound], given: int | list[int] | None) -> dict[Way, TokensPerRound]:
+def _of_vocabulary(
+    methods: Mapping[DraftMethod, TokensPerRound], given: int | list[int] | None
+) -> dict[DraftMethod, TokensPerRound]:
     """Each exit with the user's vocabulary, and the acceptance measured for the next smaller vocabulary."""
     if given is None:
-        whole = {way: rates for way, rates in ways.items() if way.vocabulary is None or way.draft_layers}
-        return {way._replace(vocabulary=None): rates for way, rates in whole.items()}
+        whole = {method: rates for method, rates in methods.items() if method.vocabulary is None or method.draft_layers}
+        return {method._replace(vocabulary=None): rates for method, rates in whole.items()}
     size = given if isinstance(given, int) else len(given)
-    found: dict[Way, TokensPerRound] = {}
-    by_size = sorted(ways.items(), key=lambda item: item[0].vocabulary or math.inf)
-    for way, rates in by_size:
-        wanted = way._replace(vocabulary=size)
-        if (way.vocabulary or math.inf) <= size or wanted not in found:
+    found: dict[DraftMethod, TokensPerRound] = {}
+    by_size = sorted(methods.items(), key=lambda item: item[0].vocabulary or math.inf)
+    for method, rates in by_size:
+        wanted = method._replace(vocabulary=size)
+        if (method.vocabulary or math.inf) <= size or wanted not in found:
             found[wanted] = rates
     return found
 
 
-def _untrained(folder: Path | None, trained: TrainedExits | None, num_layers: int, key: str) -> str:
-    if trained is None:
+def _untrained(folder: Path | None, exits: TrainedExits | None, num_layers: int, key: str) -> str:
+    if exits is None:
         why = f"{folder or 'the model'} has no {DESCRIPTION}, so no exit is known to be trained"
     else:
         why = f"{DESCRIPTION} in {folder} names no trained exit before the last one"

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart, choose_next
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, RoundKind, RoundStart, choose_next
 from layerskip_recipes.generation.sampling import accept, confidence
 from layerskip_recipes.generation.steps import Step, StepContext, next_logits
 
-CHAIN = DraftStrategy("chain")
+CHAIN = RoundKind("chain")
 MOST_BEHIND = 128  # the most tokens that the draft's own layers leave unread during plain rounds
 
 
@@ -40,7 +40,7 @@ class ChainDrafter(Drafter):
         """How many of the last tokens the draft's own layers have not read."""
         return len(self.unread)
 
-    def offer(self, now: RoundStart) -> DraftStrategy:
+    def offer(self, now: RoundStart) -> RoundKind:
         return CHAIN
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
-from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, Drafter, RoundKind, RoundStart
 from layerskip_recipes.generation.drafting.lookup import LookupDrafter
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -21,7 +21,7 @@ class Decoding:
     def __init__(
         self, context: StepContext, speculation: Speculation | None, texts: Sequence[Sequence[int]], rule: DraftRule
     ) -> None:
-        self.context, self.rule, self.offered = context, rule, dict[DraftStrategy, Drafter]()
+        self.context, self.rule, self.offered = context, rule, dict[RoundKind, Drafter]()
         self.longest, self.drafters = 0, list[Drafter]()
         self.chain = ChainDrafter(context, context.depth)
         if speculation is not None:
@@ -49,7 +49,7 @@ class Decoding:
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         offers = [(drafter.offer(now), drafter) for drafter in self.drafters]
-        self.offered = {strategy: drafter for strategy, drafter in offers if strategy is not None}
+        self.offered = {kind: drafter for kind, drafter in offers if kind is not None}
         picked = self.rule.pick([*self.offered])
         if picked == PLAIN:
             return DraftedTokens(PLAIN, now.last[:, None])
@@ -59,17 +59,17 @@ class Decoding:
         """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
         return self.chain.verify(draft, now)
 
-    def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
+    def learn(self, kind: RoundKind, tokens: float, seconds: float) -> None:
         """After a round that no limit cut: mean tokens per running row, and seconds (0 if it compiled something)."""
-        if self.rule.measures(strategy) and self.context.shared:  # all ranks decide by rank 0's clock
+        if self.rule.measures(kind) and self.context.shared:  # all ranks decide by rank 0's clock
             told = self.context.broadcast(torch.tensor(seconds, dtype=torch.float64, device=self.context.device))
             seconds = told.item()
-        self.rule.learn(strategy, tokens, seconds)
+        self.rule.learn(kind, tokens, seconds)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
         """Append a round's final tokens [b][any number] to the rows' texts."""
         given = {drafter: drafter.extend(tokens) for drafter in self.drafters}
-        for strategy, drafter in self.offered.items():
+        for kind, drafter in self.offered.items():
             if (mean := given[drafter]) is not None:
-                self.rule.observe(strategy, mean)
+                self.rule.observe(kind, mean)
         self.offered = {}

@@ -33,22 +33,22 @@ class RoundStart(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DraftStrategy:
-    """A kind of draft; `DraftRule` picks one of them each round. Two drafters never offer equal ones."""
+class RoundKind:
+    """`DraftRule` picks the kind of each round. Two drafters never offer equal ones."""
 
     name: str  # "plain" (no draft), "chain", "lookup" or another drafter's
     match: int = 0  # of a look-up: the match length 0, 1 or 2, see `TextIndex.find`
     untried: float = inf  # tokens per round that the rule expects before the first one; inf: it tries the draft soon
 
 
-PLAIN = DraftStrategy("plain")
+PLAIN = RoundKind("plain")
 
 
 @dataclass
 class DraftedTokens:
     """The tokens drafted for one round; without any the round is a step of the full model."""
 
-    strategy: DraftStrategy
+    round_kind: RoundKind
     tokens: torch.Tensor  # [b, 1 + n], the last token of the text first
     hidden: torch.Tensor | None = None  # [b, n, d], x_E of all but the last; None: verification runs all layers
 
@@ -62,7 +62,7 @@ class Drafter(ABC):
     """Proposes drafts. A draft never changes the output, which is the full model's."""
 
     @abstractmethod
-    def offer(self, now: RoundStart) -> DraftStrategy | None:
+    def offer(self, now: RoundStart) -> RoundKind | None:
         """What kind of draft it has for this round; None: no draft."""
 
     @abstractmethod

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, RoundKind, RoundStart
 from layerskip_recipes.generation.prefill import common_length
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import on_device
@@ -53,10 +53,10 @@ class LookupDrafter(Drafter):
     def __init__(self, context: StepContext, longest: int, ngram: int, texts: Sequence[Sequence[int]]) -> None:
         self.context, self.longest, self.ngram = context, longest, ngram
         self.indices = [TextIndex(ngram, text) for text in texts]
-        self.offered: DraftStrategy  # in this round
+        self.offered: RoundKind  # in this round
         self.found: list[list[int]] = []  # its tokens, [b][n]
 
-    def offer(self, now: RoundStart) -> DraftStrategy | None:
+    def offer(self, now: RoundStart) -> RoundKind | None:
         count = now.draft_length(self.context, self.longest)
         running = [index for index, done in zip(self.indices, now.finished, strict=True) if not done]
         found = [index.find(count) for index in running] if count else []
@@ -64,7 +64,7 @@ class LookupDrafter(Drafter):
             return None
         of_running = iter(tokens for tokens, _ in found)
         self.found = [[0] * count if done else next(of_running) for done in now.finished]
-        self.offered = DraftStrategy("lookup", min(match for _, match in found), untried=1.0)
+        self.offered = RoundKind("lookup", min(match for _, match in found), untried=1.0)
         return self.offered
 
     def propose(self, now: RoundStart) -> DraftedTokens:

@@ -1,4 +1,4 @@
-"""Predicts the fastest way of drafting: expected tokens divided by seconds per round, for each exit, draft length,
+"""Predicts the fastest drafting method: expected tokens divided by seconds per round, for each exit, draft length,
 draft vocabulary, end and precision.
 
     speed-up = n t / (d c + v + o)
@@ -32,8 +32,8 @@ class Round(NamedTuple):
     drafted: float
 
 
-class Way(NamedTuple):
-    """A way of drafting, except for the draft length."""
+class DraftMethod(NamedTuple):
+    """A drafting method, except for the draft length."""
 
     exit_layer: int  # how many of the model's layers draft; 0 if a trained draft uses its own layers only
     vocabulary: int | None = None  # size of the draft vocabulary; None: all tokens
@@ -53,7 +53,7 @@ class Way(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    way: Way
+    method: DraftMethod
     num_speculations: int  # the most drafted tokens
     tokens_per_round: float
     round_s: float
@@ -84,12 +84,12 @@ class Costs:
     round: float  # bookkeeping on the host
     batch_rows: int = 1
 
-    def round_s(self, way: Way, drafted: float) -> float:
+    def round_s(self, method: DraftMethod, drafted: float) -> float:
         """Seconds of d = `drafted` draft steps and of the verification pass over d + 1 tokens."""
-        rows = self.vocabulary if way.vocabulary is None else way.vocabulary
-        draft = self.draft[way.int8].seconds(way.draft_layers or way.exit_layer, rows)
-        draft += way.exit_layer * self.draft[False].layer if way.draft_layers else 0.0
-        verified = drafted * self.batch_rows * (1 - way.shared_layers / self.num_layers)
+        rows = self.vocabulary if method.vocabulary is None else method.vocabulary
+        draft = self.draft[method.int8].seconds(method.draft_layers or method.exit_layer, rows)
+        draft += method.exit_layer * self.draft[False].layer if method.draft_layers else 0.0
+        verified = drafted * self.batch_rows * (1 - method.shared_layers / self.num_layers)
         return drafted * draft + self.plain * (1 + self.further_row * verified) + self.round
 
 
@@ -147,50 +147,53 @@ def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = F
 
 
 def rounds_of(
-    ways: Mapping[Way, TokensPerRound], temperature: float, endings: Sequence[bool], precisions: Sequence[bool]
-) -> dict[Way, Sequence[Round]]:
-    """The rounds of each way without and with an end at low confidence, as in `endings`, in each precision.
+    methods: Mapping[DraftMethod, TokensPerRound],
+    temperature: float,
+    endings: Sequence[bool],
+    precisions: Sequence[bool],
+) -> dict[DraftMethod, Sequence[Round]]:
+    """The rounds of each method without and with an end at low confidence, as in `endings`, in each precision.
 
     We measured no difference in acceptance between int8 and full precision.
     """
     return {
-        way._replace(ends=ends, int8=int8): measured_rounds(measured, temperature, ends)
-        for way, measured in ways.items()
+        method._replace(ends=ends, int8=int8): measured_rounds(measured, temperature, ends)
+        for method, measured in methods.items()
         for ends, int8 in product(endings, precisions)
     }
 
 
 def ranked(
-    rates: Mapping[Way, Sequence[Round]], costs: Costs, lengths: Iterable[int] | None = None
+    rates: Mapping[DraftMethod, Sequence[Round]], costs: Costs, lengths: Iterable[int] | None = None
 ) -> list[Prediction]:
-    """All ways with all draft lengths (None: the measured ones), fastest first; `rates` has their rounds."""
+    """All methods with all draft lengths (None: the measured ones), fastest first; `rates` has their rounds."""
     found = []
-    for way, rounds in rates.items():
+    for method, rounds in rates.items():
         for d in range(1, len(rounds) + 1) if lengths is None else lengths:
             tokens, drafted = rounds[min(d, len(rounds)) - 1]  # longer drafts than measured: at least as many tokens
-            seconds = costs.round_s(way, drafted if way.ends else d)
-            found.append(Prediction(way, d, tokens, seconds, tokens * costs.plain / seconds))
+            seconds = costs.round_s(method, drafted if method.ends else d)
+            found.append(Prediction(method, d, tokens, seconds, tokens * costs.plain / seconds))
     return sorted(found, key=lambda prediction: -prediction.speedup)
 
 
-def known_ways(
-    trained: TrainedExits | None, num_layers: int, exit_layer: int | None = None
-) -> dict[Way, TokensPerRound]:
+def known_methods(
+    exits: TrainedExits | None, num_layers: int, exit_layer: int | None = None
+) -> dict[DraftMethod, TokensPerRound]:
     """The measured exits and draft vocabularies of a checkpoint, in full precision.
 
     Without a measurement: the trained exit nearest to a quarter of the depth, with an assumed acceptance. Without
     layerskip.json: none.
     """
-    measured = trained.measured.exits if trained and trained.measured else {}
-    ways = {
-        Way(e, None if name == "all" else int(name)): rates
+    measured = exits.measured.exits if exits and exits.measured else {}
+    methods = {
+        DraftMethod(e, None if name == "all" else int(name)): rates
         for e, by_vocabulary in measured.items()
         for name, rates in by_vocabulary.items()
         if e < num_layers and (exit_layer is None or e == exit_layer)
     }
-    if ways:
-        return ways
+    if methods:
+        return methods
     found = exit_layer
-    if found is None and trained is not None:
-        found = exit_that_drafts(trained.exits or [], num_layers)
-    return {} if found is None else {Way(found): ASSUMED}
+    if found is None and exits is not None:
+        found = exit_that_drafts(exits.exits or [], num_layers)
+    return {} if found is None else {DraftMethod(found): ASSUMED}

@@ -149,8 +149,8 @@ class Parts:
         elif type(weight).__name__ == "AffineQuantizedTensor":  # its version 1
             weight, scale, zero = weight.tensor_impl.get_plain()
         plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.dim() == 2
-        kinds = [torch.float32, torch.bfloat16] if scale is None else [torch.int8]
-        _require(plain and weight.dtype in kinds and (scale is None or scale.numel() == len(weight)), name)
+        dtypes = [torch.float32, torch.bfloat16] if scale is None else [torch.int8]
+        _require(plain and weight.dtype in dtypes and (scale is None or scale.numel() == len(weight)), name)
         _require(zero is None or not zero.any(), f"{name}: zero points")
         _require(weight.shape[1] % VECTOR == 0, f"{name}: {weight.shape[1]} is no multiple of {VECTOR}")
         self.tensors[f"{name}.weight"] = weight.detach()
