@@ -74,7 +74,10 @@ class Candidate:
     @property
     def name(self) -> str:
         method = self.prediction.method
-        parts = ["draft" if method.draft_layers else f"exit{method.exit_layer}", f"{self.prediction.num_speculations}"]
+        parts = [
+            "draft" if method.draft_layers else f"exit{method.model_layers}",
+            f"{self.prediction.num_speculations}",
+        ]
         if method.vocabulary is not None and not method.draft_layers:
             parts.append(f"vocabulary{method.vocabulary}")
         flags = {"int8": method.int8, "confident": method.ends, "lookup": self.speculation.prompt_lookup}
@@ -125,7 +128,9 @@ def fitted_costs(
     for int8 in {method.int8 for method, _ in timed}:
         probes = {method: s for (method, _), s in timed.items() if method.int8 == int8}
         rows = [vocabulary if method.vocabulary is None else method.vocabulary for method in probes]
-        features = [[1.0, method.draft_layers or method.exit_layer, n] for method, n in zip(probes, rows, strict=True)]
+        features = [
+            [1.0, method.draft_layers or method.model_layers, n] for method, n in zip(probes, rows, strict=True)
+        ]
         seconds = [[s.draft_s / s.draft_steps] for s in probes.values()]
         fit = torch.linalg.lstsq(torch.tensor(features).double(), torch.tensor(seconds).double(), driver="gelsd")
         draft[int8] = StepCost(*fit.solution[:, 0].tolist())
@@ -152,7 +157,7 @@ def grid(predictions: Sequence[Prediction]) -> list[Prediction]:
     """Every exit with every length of GRID_LENGTHS, in the exit's best vocabulary and precision."""
     best: dict[int, DraftMethod] = {}
     for prediction in predictions:
-        best.setdefault(prediction.method.exit_layer, prediction.method)
+        best.setdefault(prediction.method.model_layers, prediction.method)
     found = {(p.method, p.num_speculations): p for p in predictions}
     return [found[method, d] for _, method in sorted(best.items()) for d in GRID_LENGTHS]
 

@@ -20,11 +20,11 @@ from layerskip_recipes.model.memory import tensor_bytes
 class Accounts:
     """Fills `stats`. A round that compiled counts like the mean of the other rounds; compilation counts by itself.
 
-    `exit_layer`: the exit that drafts, None without speculation.
+    `drafts_from`: the exit that drafts, None without speculation.
     """
 
-    def __init__(self, context: StepContext, rows: Rows, exit_layer: int | None) -> None:
-        self.context, self.rows, self.exit_layer = context, rows, exit_layer
+    def __init__(self, context: StepContext, rows: Rows, drafts_from: int | None) -> None:
+        self.context, self.rows, self.drafts_from = context, rows, drafts_from
         self.stats = GenerationStats(first_tokens=len(rows))
         self.phases: list[tuple[str, Any, Any]] = []  # name, begin and end (seconds, or events of a GPU)
         self.timed, self.untimed_s = 0, 0.0  # rounds without compilation; seconds of the others, minus compilation
@@ -62,7 +62,7 @@ class Accounts:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of a round, "draft" or "verify"; events are read only at the end, and delay no GPU."""
-        begin = None if self.exit_layer is None else self._now()
+        begin = None if self.drafts_from is None else self._now()
         yield
         if begin is not None:
             self.phases.append((name, begin, self._now()))
@@ -102,14 +102,14 @@ class Accounts:
             self.stats.count_round(drafted, used)
             self.last[self.rows.in_row[row]] = drafted, used
         slots, own = len(now.slots(self.context, draft.length)), self.context.own_layers
-        if self.exit_layer is not None:
+        if self.drafts_from is not None:
             self.stats.rounds_by_kind[draft.round_kind.name] += 1
         # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last
         # one. A trained draft's own layers also run once, except in rounds without a draft.
         self._read(self.of_model, self.context.depth + (len(own) if draft.length else 0), slots)
         if draft.hidden is not None:
             self.stats.draft_steps += draft.length
-            self._read(self.of_draft, own.stop or self.exit_layer or 0, slots, times=draft.length)
+            self._read(self.of_draft, own.stop or self.drafts_from or 0, slots, times=draft.length)
 
     def uncount(self, prompt: int, dropped: int) -> None:
         """The last `dropped` tokens of a prompt's output do not count, as after a stop token."""

@@ -84,7 +84,7 @@ class LayerSkipGenerate:
         self.cfg, choice = self._choose()
         cfg, self.compile = self.cfg, bool(self.cfg.compile)
         self.speculation = choice.speculation([self.prompt_tokens[i] for i in self.good])
-        kept = (self.exit_layer or 0) if self.speculation is None else self.speculation.layers_of_model
+        kept = (self.exit_layer or 0) if self.speculation is None else self.speculation.model_layers
         self.kept_layers = kept if kept < model.num_layers else 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.stop_strings = cfg.stop_strings or []

@@ -77,7 +77,7 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
             counts[row, : len(output)] = True
             with torch.no_grad():
                 tokens = torch.tensor([prompt + output])
-                p, q = model(tokens)[0], model(tokens, exit_layer=method.exit_layer)[0]
+                p, q = model(tokens)[0], model(tokens, exit_layer=method.model_layers)[0]
             rows = range(len(prompt), tokens.shape[1] - 1)
             everything = list(range(VOCAB))
             for i, r in enumerate(rows):
@@ -100,8 +100,8 @@ def test_costs_are_found_from_probes():
     costs = Costs(32, 1000, 0.033, draft, 0.04, 3e-4)
 
     def probe(method, d):
-        seconds = draft[method.int8].seconds(method.exit_layer, method.vocabulary or 1000)
-        verify = 0.033 * (1 + 0.04 * d * (1 if method.int8 else 1 - method.exit_layer / 32))
+        seconds = draft[method.int8].seconds(method.model_layers, method.vocabulary or 1000)
+        verify = 0.033 * (1 + 0.04 * d * (1 if method.int8 else 1 - method.model_layers / 32))
         stats = GenerationStats(rounds=10, draft_steps=10 * d, draft_s=10 * d * seconds, verify_s=10 * verify)
         stats.decode_s = stats.draft_s + stats.verify_s + 10 * 3e-4
         return stats

@@ -214,7 +214,7 @@ def choose_drafts(
         nothing = "no exit should pay" if draft is None else "the trained draft should not pay"
         return _without_exit(given, f"{nothing}. The best would be {said}", costs)
     # Rows of a batch rarely have a match at the same time. The whole model with look-ups would be look-ups alone.
-    lookup = LOOKUP if costs.batch_rows == 1 and best.method.exit_layer < costs.num_layers else None
+    lookup = LOOKUP if costs.batch_rows == 1 and best.method.model_layers < costs.num_layers else None
     chosen = prediction_keys(best, lookup)
     lookup = given.get("prompt_lookup", lookup)
     also = "" if lookup is None else f"; look-ups of the last {lookup} tokens"
@@ -239,7 +239,7 @@ def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:
         "draft_int8": best.method.int8,
         "prompt_lookup": lookup,
     }
-    return keys if best.method.draft_layers else keys | {"exit_layer": best.method.exit_layer}
+    return keys if best.method.draft_layers else keys | {"exit_layer": best.method.model_layers}
 
 
 def _method_of(draft: DraftDescription) -> dict[DraftMethod, TokensPerRound]:

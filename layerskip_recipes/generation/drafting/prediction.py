@@ -35,20 +35,20 @@ class Round(NamedTuple):
 class DraftMethod(NamedTuple):
     """A drafting method, except for the draft length."""
 
-    exit_layer: int  # how many of the model's layers draft; 0 if a trained draft uses its own layers only
+    model_layers: int  # how many of the model's layers draft; 0 if a trained draft uses its own layers only
     vocabulary: int | None = None  # size of the draft vocabulary; None: all tokens
     int8: bool = False
-    draft_layers: int = 0  # of a trained draft, which run after the model's first `exit_layer` layers
+    draft_layers: int = 0  # of a trained draft, which run after the model's first `model_layers` layers
     ends: bool = False  # at low confidence, see `self_speculation.min_confidence`
 
     @property
     def shared_layers(self) -> int:
         """The layers whose states verification takes from the draft; quantised layers have other states."""
-        return 0 if self.int8 and not self.draft_layers else self.exit_layer
+        return 0 if self.int8 and not self.draft_layers else self.model_layers
 
     def __str__(self) -> str:
         tokens = "" if self.vocabulary is None else f"{self.vocabulary}-token vocabulary"
-        where = "trained draft" if self.draft_layers else f"exit {self.exit_layer}"
+        where = "trained draft" if self.draft_layers else f"exit {self.model_layers}"
         return ", ".join(part for part in (where, tokens, "int8" if self.int8 else "") if part)
 
 
@@ -87,8 +87,8 @@ class Costs:
     def round_s(self, method: DraftMethod, drafted: float) -> float:
         """Seconds of d = `drafted` draft steps and of the verification pass over d + 1 tokens."""
         rows = self.vocabulary if method.vocabulary is None else method.vocabulary
-        draft = self.draft[method.int8].seconds(method.draft_layers or method.exit_layer, rows)
-        draft += method.exit_layer * self.draft[False].layer if method.draft_layers else 0.0
+        draft = self.draft[method.int8].seconds(method.draft_layers or method.model_layers, rows)
+        draft += method.model_layers * self.draft[False].layer if method.draft_layers else 0.0
         verified = drafted * self.batch_rows * (1 - method.shared_layers / self.num_layers)
         return drafted * draft + self.plain * (1 + self.further_row * verified) + self.round
 

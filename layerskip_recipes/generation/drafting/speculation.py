@@ -62,7 +62,7 @@ class Speculation:
         return 0 if self.draft is None else self.draft.num_layers
 
     @property
-    def layers_of_model(self) -> int:
+    def model_layers(self) -> int:
         """The number of the model's first layers that draft; 0 if a trained copy drafts."""
         return 0 if self.draft is not None and self.draft.kind == "copy" else self.exit_layer
 
