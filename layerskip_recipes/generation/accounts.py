@@ -135,7 +135,7 @@ class Accounts:
 
 
 def _weight_bytes(module: object) -> int:
-    """Bytes of a module's weights once they are gathered from other ranks; 0 for a plain function."""
+    """Bytes of a module's weights once they are gathered from other ranks; 0 for a function."""
     return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
 
 

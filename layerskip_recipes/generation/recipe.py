@@ -285,7 +285,7 @@ class LayerSkipGenerate:
         )
 
     def text_of(self, i: int) -> TextStream:
-        """The text stream of an output; after a plain text prompt it continues that text exactly."""
+        """The text stream of an output; after a prompt of raw text it continues that text exactly."""
         goes_on = self.prompt_tokens[i] if isinstance(self.prompts[i], str) else ()
         return TextStream(self.tokenizer, self.stop_tokens, self.stop_strings, goes_on)
 

@@ -62,9 +62,9 @@ class StepContext:
         # Graphs may use FlexAttention over the whole cache instead of masks, see `BlockAttention`. Its kernel needs
         # head_dim >= 16, and a cache of whole blocks.
         layers = [*model.layers, *self.draft_decoder.layers]
-        plain = all(is_plain_attention(layer) and layer.attn.head_dim >= 16 for layer in layers)
+        fits_layers = all(is_plain_attention(layer) and layer.attn.head_dim >= 16 for layer in layers)
         on_gpu = self.graphs is not None and self.graphs.device.type == "cuda"
-        self.fits_flex = on_gpu and plain and cache.max_len % BLOCK == 0
+        self.fits_flex = on_gpu and fits_layers and cache.max_len % BLOCK == 0
         # The parts of a graph's key: for steps that run layers, and for steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, self.draft_decoder is model or self.draft_decoder)
         self.sampler_key = (sampler.constants, draft_head and len(draft_head.vocabulary))

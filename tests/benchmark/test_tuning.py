@@ -35,7 +35,7 @@ from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.prediction import Costs, DraftMethod, Round, StepCost, ranked
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES, Speculation
+from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 
 pytestmark = pytest.mark.slow
@@ -157,10 +157,10 @@ def written_by(cfg, best, folder):
 
 
 CHOICE = {"exit_layer": 3, "num_speculations": 5, "draft_vocabulary": 64, "draft_int8": True}
-EXIT = SelfSpeculation(**PLAIN_VALUES | {"exit_layer": 1, "num_speculations": 2})
+EXIT = SelfSpeculation(**SPECULATION_DEFAULTS | {"exit_layer": 1, "num_speculations": 2})
 
 
-@pytest.mark.parametrize("best", [SelfSpeculation(**PLAIN_VALUES | CHOICE), EXIT, None])
+@pytest.mark.parametrize("best", [SelfSpeculation(**SPECULATION_DEFAULTS | CHOICE), EXIT, None])
 def test_the_config_has_what_differs_from_the_users(best, config, tmp_path, checkpoint, monkeypatch):
     """It loads from another folder, keeps the user's keys, and sets what was measured; null where nothing pays."""
     theirs = {"max_new_tokens": 17, "compile": True, "top_p": 0.5, "repetition_penalty": 1.5}

@@ -36,7 +36,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     rounds_of,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, PLAIN_VALUES, Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
@@ -50,7 +50,7 @@ class DraftChoice:
 
     section: SelfSpeculation | None  # without `auto`, except for the exit beside a draft; None: no drafts
     why: str | None  # a log line, if something was chosen
-    step_s: float  # of the whole model
+    plain_step_s: float  # see `Costs`
     speedup: float = 1.0
     draft: DraftDescription | None = None  # the trained draft of `section.draft`
     frequent: Sequence[int] | None = None  # the checkpoint's tokens, most frequent first
@@ -58,7 +58,7 @@ class DraftChoice:
 
     @property
     def token_s(self) -> float:
-        return self.step_s / max(self.speedup, 1.0)
+        return self.plain_step_s / max(self.speedup, 1.0)
 
     def speculation(self, prompts: Sequence[Sequence[int]]) -> Speculation | None:
         """The section with the exit of the draft, and with token ids instead of their number.
@@ -139,12 +139,12 @@ class DraftChooser:
     ) -> DraftChoice:
         """`choose_drafts` for a batch of `rows` prompts."""
         gpu, one_process = not self.cfg.device.startswith("cpu"), num_processes() == 1
-        plain = self.quantizer is None and one_process
+        unpacked = self.quantizer is None and one_process
         dtype = self.cfg.torch_dtype if self.quantizer is None else torch.int8
         costs = estimated_costs(self.model, dtype, gpu, compiled, rows)
         ends = one_process and not gpu
         int8 = ends and compiled
-        return choose_drafts(section, self.notes, costs, temperature, plain_head=plain, int8=int8, ends=ends, key=key)
+        return choose_drafts(section, self.notes, costs, temperature, unpacked=unpacked, int8=int8, ends=ends, key=key)
 
 
 def choose_drafts(
@@ -154,7 +154,7 @@ def choose_drafts(
     temperature: float,
     *,
     asked: bool = False,
-    plain_head: bool = True,
+    unpacked: bool = True,
     int8: bool = False,
     ends: bool = False,
     key: str = KEY,
@@ -163,13 +163,13 @@ def choose_drafts(
 
     Args:
         asked: draft even if it should not pay, as a section with an exit or a draft does.
-        plain_head: the model's layers and head are neither quantised nor split, so a draft can take rows of its head.
+        unpacked: the model's layers and head are neither quantised nor split, so a draft can take rows of its head.
         int8: an int8 draft is faster on this machine.
         ends: drafts of one prompt can end at low confidence.
         key: the section's name in messages.
     """
     if section is None:
-        return DraftChoice(None, None, costs.plain)
+        return DraftChoice(None, None, costs.plain_step_s)
     given = section.given
     exit_layer, named = given.get("exit_layer"), given.get("draft")
     draft, unusable = notes.draft_for(section, f"{key}.draft")
@@ -177,9 +177,9 @@ def choose_drafts(
     frequent = exits.vocabulary if exits else None
 
     def draft_choice(chosen: Mapping[str, Any], why: str | None = None, speedup: float = 1.0) -> DraftChoice:
-        """The user's values, chosen ones for the keys that are `auto`, or else plain ones."""
-        values = PLAIN_VALUES | {"draft": draft and draft.folder} | dict(chosen) | given
-        return DraftChoice(SelfSpeculation(**values), why, costs.plain, speedup, draft, frequent, key)
+        """The user's values, chosen ones for the keys that are `auto`, or else defaults."""
+        values = SPECULATION_DEFAULTS | {"draft": draft and draft.folder} | dict(chosen) | given
+        return DraftChoice(SelfSpeculation(**values), why, costs.plain_step_s, speedup, draft, frequent, key)
 
     looks_up = exit_layer == costs.num_layers and given.get("prompt_lookup") and not given.get("draft_int8")
     unmeasured = exit_layer is not None and not (exits and exits.measured)
@@ -192,12 +192,12 @@ def choose_drafts(
     # Rank the vocabularies, precisions, ends and lengths that the user left open.
     if section.draft_vocabulary != AUTO:
         methods = _of_vocabulary(methods, section.draft_vocabulary)
-    elif draft is None and not (plain_head and frequent):
+    elif draft is None and not (unpacked and frequent):
         methods = _of_vocabulary(methods, None)
     endings = [False, True] if ends and costs.batch_rows == 1 else [False]
     if section.min_confidence != AUTO and len(endings) > 1:
         endings = [section.min_confidence > 0]
-    precisions = [False, True] if int8 and (plain_head or draft is not None) else [False]
+    precisions = [False, True] if int8 and (unpacked or draft is not None) else [False]
     if section.draft_int8 != AUTO:
         precisions = [section.draft_int8]
     lengths = None if section.num_speculations == AUTO else [section.num_speculations]
@@ -207,7 +207,7 @@ def choose_drafts(
     said = (
         f"{best.method}, {'up to ' if best.method.ends else ''}{best.num_speculations} drafted tokens per round; "
         f"expected speed-up {best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs "
-        f"{best.round_s / costs.plain:.2f} plain steps; acceptance "
+        f"{best.round_s / costs.plain_step_s:.2f} plain steps; acceptance "
         f"{'assumed' if ASSUMED in methods.values() else 'as in training'}, costs estimated)"
     )
     if best.speedup < LEAST_GAIN and not (asked or exit_layer or named):
@@ -224,10 +224,10 @@ def choose_drafts(
 def _without_exit(given: Mapping[str, Any], why: str, costs: Costs) -> DraftChoice:
     """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
     if given.get("prompt_lookup") is None:
-        return DraftChoice(None, f"No drafts: {why}", costs.plain)
+        return DraftChoice(None, f"No drafts: {why}", costs.plain_step_s)
     alone = {"exit_layer": costs.num_layers, "draft": None, "draft_vocabulary": None, "draft_int8": False}
     said = f"Drafts: look-ups of the last {given['prompt_lookup']} tokens alone, because {why}"
-    return DraftChoice(SelfSpeculation(**PLAIN_VALUES | dict(given) | alone), said, costs.plain)
+    return DraftChoice(SelfSpeculation(**SPECULATION_DEFAULTS | dict(given) | alone), said, costs.plain_step_s)
 
 
 def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:

@@ -66,8 +66,8 @@ class ChainDrafter(Drafter):
         self._catch_up(now)
         slots = now.slots(context, count)
         running = torch.tensor([float(not done) for done in now.finished])  # the confidence of empty drafts
-        plain = self.last_state is None and context.sampler.only_temperature
-        if plain and context.cpp is not None and context.cpp.draft is not None:
+        in_one_call = self.last_state is None and context.sampler.only_temperature
+        if in_one_call and context.cpp is not None and context.cpp.draft is not None:
             temperature = context.sampler.temperature
             arguments = (now.last, now.start, count, len(slots), self.exit_layer, now.keys, temperature)
             return DraftedTokens(CHAIN, *context.cpp.draft(*arguments, running, self.min_confidence))

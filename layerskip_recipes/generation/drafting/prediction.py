@@ -78,7 +78,7 @@ class Costs:
 
     num_layers: int
     vocabulary: int
-    plain: float  # a step of the whole model, one token per batch row
+    plain_step_s: float  # a step of the whole model, one token per batch row
     draft: Mapping[bool, StepCost]  # keys: int8 or not
     further_row: float  # cost of one more token, as a share of a forward pass
     round: float  # bookkeeping on the host
@@ -90,7 +90,7 @@ class Costs:
         draft = self.draft[method.int8].seconds(method.draft_layers or method.model_layers, rows)
         draft += method.model_layers * self.draft[False].layer if method.draft_layers else 0.0
         verified = drafted * self.batch_rows * (1 - method.shared_layers / self.num_layers)
-        return drafted * draft + self.plain * (1 + self.further_row * verified) + self.round
+        return drafted * draft + self.plain_step_s * (1 + self.further_row * verified) + self.round
 
 
 class Machine(NamedTuple):
@@ -172,7 +172,7 @@ def ranked(
         for d in range(1, len(rounds) + 1) if lengths is None else lengths:
             tokens, drafted = rounds[min(d, len(rounds)) - 1]  # longer drafts than measured: at least as many tokens
             seconds = costs.round_s(method, drafted if method.ends else d)
-            found.append(Prediction(method, d, tokens, seconds, tokens * costs.plain / seconds))
+            found.append(Prediction(method, d, tokens, seconds, tokens * costs.plain_step_s / seconds))
     return sorted(found, key=lambda prediction: -prediction.speedup)
 
 

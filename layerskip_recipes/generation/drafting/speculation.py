@@ -89,8 +89,8 @@ class Speculation:
             check_draft_vocabulary(self.draft_vocabulary, model)
 
 
-# The keys of `self_speculation` that are `auto` where nothing was measured, and those left out beside an exit.
-PLAIN_VALUES: dict[str, Any] = {key.name: key.default for key in fields(Speculation)[1:]}
+# Values of the keys of `self_speculation` that are `auto` where nothing was measured, or left out beside an exit.
+SPECULATION_DEFAULTS: dict[str, Any] = {key.name: key.default for key in fields(Speculation)[1:]}
 
 
 def check_draft_vocabulary(

@@ -148,9 +148,9 @@ class Parts:
             weight, scale, zero = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
         elif type(weight).__name__ == "AffineQuantizedTensor":  # its version 1
             weight, scale, zero = weight.tensor_impl.get_plain()
-        plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.dim() == 2
+        is_matrix = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.dim() == 2
         dtypes = [torch.float32, torch.bfloat16] if scale is None else [torch.int8]
-        _require(plain and weight.dtype in dtypes and (scale is None or scale.numel() == len(weight)), name)
+        _require(is_matrix and weight.dtype in dtypes and (scale is None or scale.numel() == len(weight)), name)
         _require(zero is None or not zero.any(), f"{name}: zero points")
         _require(weight.shape[1] % VECTOR == 0, f"{name}: {weight.shape[1]} is no multiple of {VECTOR}")
         self.tensors[f"{name}.weight"] = weight.detach()
