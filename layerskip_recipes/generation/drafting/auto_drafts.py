@@ -243,9 +243,8 @@ def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:
 
 
 def _method_of(draft: DraftDescription) -> dict[DraftMethod, TokensPerRound]:
-    below, rows = 0 if draft.kind == "copy" else draft.exit_layer, draft.vocabulary and len(draft.vocabulary)
-    measured = draft.measured and draft.measured.draft
-    return {DraftMethod(below, rows or None, draft_layers=draft.num_layers): measured or ASSUMED}
+    rows, measured = draft.vocabulary and len(draft.vocabulary), draft.measured and draft.measured.draft
+    return {DraftMethod(draft.model_layers, rows or None, draft_layers=draft.num_layers): measured or ASSUMED}
 
 
 def _of_vocabulary(

@@ -64,7 +64,7 @@ class Speculation:
     @property
     def model_layers(self) -> int:
         """The number of the model's first layers that draft; 0 if a trained copy drafts."""
-        return 0 if self.draft is not None and self.draft.kind == "copy" else self.exit_layer
+        return self.exit_layer if self.draft is None else self.draft.model_layers
 
     def only_looks_up(self, num_layers: int) -> bool:
         """Whether look-ups draft alone, as the exit is the whole model."""
