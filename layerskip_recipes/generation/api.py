@@ -64,7 +64,7 @@ def generate(
             decodes without drafts.
         exit_layer: E. With num_speculations, the exit of the draft. Without num_speculations, every token comes from
             this exit; None uses the whole model.
-        num_speculations: d, the most tokens to draft per round; 1 or more.
+        num_speculations: the most tokens to draft per round; 1 or more.
         temperature: 0 is greedy.
         top_k, top_p, min_p: filters of draft and verification, see `token_scores`.
         repetition_penalty: above 1, tokens of the prompt and the output become less likely, see `penalise`.
@@ -186,8 +186,9 @@ def prepare(
         name = next(iter(given))
         raise ConfigError(f"{name}: is for drafts, and draft=None decodes without. Leave one of them out")
     if given:
-        one, longest = (1 if number is None else number for number in (exit_layer, num_speculations))
-        drafts = Speculation(one, longest, **speculation)  # checks them
+        # This checks them; an exit or a number that is still open is valid.
+        given_exit, given_number = (1 if number is None else number for number in (exit_layer, num_speculations))
+        drafts = Speculation(given_exit, given_number, **speculation)
     if chooser is None or exit_layer is not None or draft_model is not None:
         _needs_both(exit_layer, num_speculations, speculation)
         if drafts is not None:
@@ -206,8 +207,8 @@ def prepare(
         raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
     rule = None
     if drafts is not None:
-        longest = min(drafts.num_speculations, max_generated_tokens - 2)
-        rule = kept_rule(model, (drafts.rule_key, longest, len(prompts), compile))
+        num_to_draft = min(drafts.num_speculations, max_generated_tokens - 2)
+        rule = kept_rule(model, (drafts.rule_key, num_to_draft, len(prompts), compile))
     # C++ computes the same keys and values however the prompts are split, so later prompts can reuse them.
     alone = chooser is not None and compile and len(prompts) == 1
     keeps_cache = alone and reads_in_cpp(model.tok_embeddings.weight.dtype, len(prompts[0]))

@@ -250,11 +250,11 @@ class Generation:
         self.last = outcome[:, 1].clone()
         # Accept. This is the only time in a round that the host waits for the device.
         outcomes = outcome.tolist()
-        kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
-        self.accounts.count(draft, now, room, [count for count, *_ in outcomes], kept)
+        kept = self._keep([[*tokens[:num_accepted], following] for num_accepted, following, *tokens in outcomes])
+        self.accounts.count(draft, now, room, [num_accepted for num_accepted, *_ in outcomes], kept)
         # Learn how fast the round was, unless a limit may have cut it. The first draft of a short output counts.
-        whole = draft.length > 0 or draft.round_kind == PLAIN
-        if whole and now.room > min(self.decoding.longest, self.rows.limit - 2):
+        whole = draft.num_drafted > 0 or draft.round_kind == PLAIN
+        if whole and now.room > min(self.decoding.num_speculations, self.rows.limit - 2):
             tokens = sum(map(len, kept)) / finished.count(False)
             self.decoding.learn(draft.round_kind, tokens, self.accounts.round_s)
         return kept

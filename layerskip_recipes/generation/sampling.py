@@ -138,8 +138,8 @@ def accept(drafted: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, t
 
     Returns the number of accepted tokens [b], and the model's choice behind them [b].
     """
-    accepted = (drafted == chosen[:, :-1]).long().cumprod(1).sum(1)
-    return accepted, chosen.gather(1, accepted[:, None])[:, 0]
+    num_accepted = (drafted == chosen[:, :-1]).long().cumprod(1).sum(1)
+    return num_accepted, chosen.gather(1, num_accepted[:, None])[:, 0]
 
 
 # ---- settings ----

@@ -91,7 +91,7 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
     assert {method: rates for method, rates in both.items() if not method.ends} == found
     for method, rates in found.items():
         for (tokens, drafted), ended in zip(rates, both[method._replace(ends=True)], strict=True):
-            assert 1 <= ended.drafted <= drafted and 1 <= ended.tokens <= tokens
+            assert 1 <= ended.num_drafted <= drafted and 1 <= ended.tokens <= tokens
 
 
 def test_costs_are_found_from_probes():

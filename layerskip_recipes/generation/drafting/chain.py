@@ -18,14 +18,16 @@ MOST_BEHIND = 128  # the most tokens that the draft's own layers leave unread du
 
 
 class ChainDrafter(Drafter):
-    """Drafts up to `longest` tokens one by one from the exit E = `exit_layer`.
+    """Drafts up to `num_speculations` tokens one by one from the exit E = `exit_layer`.
 
     A draft ends once the confidence that all of it is accepted falls below `min_confidence`. The host must see each
     token at once, and shapes vary, so this needs a CPU, no graphs and one process.
     """
 
-    def __init__(self, context: StepContext, exit_layer: int, longest: int = 0, min_confidence: float = 0.0) -> None:
-        self.context, self.exit_layer, self.longest = context, exit_layer, longest
+    def __init__(
+        self, context: StepContext, exit_layer: int, num_speculations: int = 0, min_confidence: float = 0.0
+    ) -> None:
+        self.context, self.exit_layer, self.num_speculations = context, exit_layer, num_speculations
         can_stop = context.device.type == "cpu" and context.graphs is None and not context.shared
         self.min_confidence = min_confidence if can_stop else 0.0
         # For an adapter: the normed x_L of the token before the last one, [b, 1, d].
@@ -59,27 +61,27 @@ class ChainDrafter(Drafter):
             at[row] = -1  # skip the old text's tokens
 
     def propose(self, now: RoundStart) -> DraftedTokens:
-        context, count = self.context, now.draft_length(self.context, self.longest)
-        if count == 0:
+        context, num_to_draft = self.context, now.num_to_draft(self.context, self.num_speculations)
+        if num_to_draft == 0:
             return DraftedTokens(CHAIN, now.last[:, None])
         self.drafted = True
         self._catch_up(now)
-        slots = now.slots(context, count)
+        slots = now.slots(context, num_to_draft)
         running = torch.tensor([float(not done) for done in now.finished])  # the confidence of empty drafts
         in_one_call = self.last_state is None and context.sampler.only_temperature
         if in_one_call and context.cpp is not None and context.cpp.draft is not None:
             temperature = context.sampler.temperature
-            arguments = (now.last, now.start, count, len(slots), self.exit_layer, now.keys, temperature)
+            arguments = (now.last, now.start, num_to_draft, len(slots), self.exit_layer, now.keys, temperature)
             return DraftedTokens(CHAIN, *context.cpp.draft(*arguments, running, self.min_confidence))
-        return self._token_by_token(now, count, slots, running)
+        return self._token_by_token(now, num_to_draft, slots, running)
 
     def _token_by_token(
-        self, now: RoundStart, count: int, slots: torch.Tensor, confident: torch.Tensor
+        self, now: RoundStart, num_to_draft: int, slots: torch.Tensor, confident: torch.Tensor
     ) -> DraftedTokens:
         context, seen, state = self.context, now.seen, self.last_state
         tokens, hidden = [now.last], []
         step = Step(context, draft_token, self.exit_layer, self.min_confidence > 0)
-        for i in range(count):
+        for i in range(num_to_draft):
             results = step(slots, tokens[-1], now.start + i, now.keys, seen, state)
             if context.graphs is not None and context.device.type == "cuda":
                 # The next replay of this CUDA graph overwrites its outputs.
@@ -96,10 +98,10 @@ class ChainDrafter(Drafter):
     def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
         """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
         context = self.context
-        if draft.length == 0:
+        if draft.num_drafted == 0:
             return self._step(now)
         self._catch_up(now)
-        inputs = (now.slots(context, draft.length), draft.tokens, draft.hidden, now.start, self.last_state)
+        inputs = (now.slots(context, draft.num_drafted), draft.tokens, draft.hidden, now.start, self.last_state)
         logits, states = Step(context, chain_logits, self.exit_layer, samples=False)(*inputs)
         tensors = (logits, draft.tokens, now.start, now.keys, now.seen, states)
         result, state = Step(context, accept_chain, layers=False)(None, *tensors)
@@ -212,8 +214,8 @@ def accept_chain(context: StepContext, slots, logits, tokens, start, keys, seen,
     seen = None if seen is None else context.seen_at(seen, tokens)
     at = start[:, None] + 1 + context.cache.slots[: tokens.shape[1]]
     chosen = context.choose_tokens(context.scores(logits, seen), keys, at)
-    accepted, following = accept(tokens[:, 1:], chosen)
-    result = torch.cat([accepted[:, None], following[:, None], tokens[:, 1:]], 1)
+    num_accepted, following = accept(tokens[:, 1:], chosen)
+    result = torch.cat([num_accepted[:, None], following[:, None], tokens[:, 1:]], 1)
     if states is None:
         return result, None
-    return result, states.gather(1, accepted[:, None, None].expand(-1, 1, states.shape[-1]))
+    return result, states.gather(1, num_accepted[:, None, None].expand(-1, 1, states.shape[-1]))

@@ -22,14 +22,14 @@ class Decoding:
         self, context: StepContext, speculation: Speculation | None, texts: Sequence[Sequence[int]], rule: DraftRule
     ) -> None:
         self.context, self.rule, self.offered = context, rule, dict[RoundKind, Drafter]()
-        self.longest, self.drafters = 0, list[Drafter]()
+        self.num_speculations, self.drafters = 0, list[Drafter]()
         self.chain = ChainDrafter(context, context.depth)
         if speculation is not None:
-            self.longest = longest = speculation.num_speculations
-            self.chain = ChainDrafter(context, speculation.exit_layer, longest, speculation.min_confidence)
+            self.num_speculations = num_speculations = speculation.num_speculations
+            self.chain = ChainDrafter(context, speculation.exit_layer, num_speculations, speculation.min_confidence)
             others = list[Drafter]()
             if speculation.prompt_lookup is not None:
-                others.append(LookupDrafter(context, longest, speculation.prompt_lookup, texts))
+                others.append(LookupDrafter(context, num_speculations, speculation.prompt_lookup, texts))
             whole = speculation.exit_layer == context.model.num_layers and context.draft_decoder is context.model
             self.drafters = others if whole and others else [self.chain, *others]
 

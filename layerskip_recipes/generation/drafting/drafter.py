@@ -23,13 +23,13 @@ class RoundStart(NamedTuple):
     finished: Sequence[bool]  # [b]
     room: int  # the most tokens that any row may still get
 
-    def draft_length(self, context: StepContext, longest: int) -> int:
-        """How many tokens to draft: no more than fit, but always `longest` with graphs, which have one shape."""
-        return longest if context.graphs is not None else min(longest, self.room - 1)
+    def num_to_draft(self, context: StepContext, num_speculations: int) -> int:
+        """How many tokens to draft: no more than fit, but always `num_speculations` with graphs (one shape)."""
+        return num_speculations if context.graphs is not None else min(num_speculations, self.room - 1)
 
-    def slots(self, context: StepContext, drafted: int = 0) -> torch.Tensor:
+    def slots(self, context: StepContext, num_drafted: int = 0) -> torch.Tensor:
         """0 .. end-1, the slots that attention sees with so many drafted tokens."""
-        return context.cache.slots[: self.last_slot + drafted + 1]
+        return context.cache.slots[: self.last_slot + num_drafted + 1]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class DraftedTokens:
     hidden: torch.Tensor | None = None  # [b, n, d], x_E of all but the last; None: verification runs all layers
 
     @property
-    def length(self) -> int:
-        """n, the drafted tokens per row."""
+    def num_drafted(self) -> int:
+        """n, per row."""
         return self.tokens.shape[1] - 1
 
 

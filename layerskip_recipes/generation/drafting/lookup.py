@@ -45,25 +45,25 @@ class TextIndex:
 
 
 class LookupDrafter(Drafter):
-    """Drafts up to `longest` tokens from the text, if every running row has a match.
+    """Drafts up to `num_speculations` tokens from the text, if every running row has a match.
 
     The tokens that come out of a round tell how good its look-up was, whether it was the draft or not.
     """
 
-    def __init__(self, context: StepContext, longest: int, ngram: int, texts: Sequence[Sequence[int]]) -> None:
-        self.context, self.longest, self.ngram = context, longest, ngram
+    def __init__(self, context: StepContext, num_speculations: int, ngram: int, texts: Sequence[Sequence[int]]) -> None:
+        self.context, self.num_speculations, self.ngram = context, num_speculations, ngram
         self.indices = [TextIndex(ngram, text) for text in texts]
         self.offered: RoundKind  # in this round
         self.found: list[list[int]] = []  # its tokens, [b][n]
 
     def offer(self, now: RoundStart) -> RoundKind | None:
-        count = now.draft_length(self.context, self.longest)
+        num_to_draft = now.num_to_draft(self.context, self.num_speculations)
         running = [index for index, done in zip(self.indices, now.finished, strict=True) if not done]
-        found = [index.find(count) for index in running] if count else []
+        found = [index.find(num_to_draft) for index in running] if num_to_draft else []
         if not found or not all(tokens for tokens, _ in found):
             return None
         of_running = iter(tokens for tokens, _ in found)
-        self.found = [[0] * count if done else next(of_running) for done in now.finished]
+        self.found = [[0] * num_to_draft if done else next(of_running) for done in now.finished]
         self.offered = RoundKind("lookup", min(match for _, match in found), untried=1.0)
         return self.offered
 

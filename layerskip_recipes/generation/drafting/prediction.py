@@ -1,11 +1,11 @@
 """Predicts the fastest drafting method: expected tokens divided by seconds per round, for each exit, draft length,
 draft vocabulary, end and precision.
 
-    speed-up = n t / (d c + v + o)
+    speed-up = m t / (n c + v + o)
 
-n is the expected number of tokens in a round of d drafted tokens, t the time of a plain step, c of a draft step, v of
-the verification pass over d + 1 tokens, and o the overhead of a round. Training stores n in the checkpoint for each
-maximum of d, and where drafts end at low confidence the mean of d; `estimated_costs` estimates the times from the
+m is the expected number of tokens in a round of n drafted tokens, t the time of a plain step, c of a draft step, v of
+the verification pass over n + 1 tokens, and o the overhead of a round. Training stores m in the checkpoint for each
+maximum of n, and where drafts end at low confidence the mean of n; `estimated_costs` estimates the times from the
 weights' bytes. The tuner measures both.
 """
 
@@ -29,7 +29,7 @@ class Round(NamedTuple):
     """The expected tokens of a round, and how many tokens it drafts."""
 
     tokens: float
-    drafted: float
+    num_drafted: float
 
 
 class DraftMethod(NamedTuple):
@@ -54,7 +54,7 @@ class DraftMethod(NamedTuple):
 
 class Prediction(NamedTuple):
     method: DraftMethod
-    num_speculations: int  # the most drafted tokens
+    num_speculations: int
     tokens_per_round: float
     round_s: float
     speedup: float  # over autoregressive decoding
@@ -84,13 +84,13 @@ class Costs:
     round: float  # bookkeeping on the host
     batch_rows: int = 1
 
-    def round_s(self, method: DraftMethod, drafted: float) -> float:
-        """Seconds of d = `drafted` draft steps and of the verification pass over d + 1 tokens."""
+    def round_s(self, method: DraftMethod, num_drafted: float) -> float:
+        """Seconds of n = `num_drafted` draft steps and of the verification pass over n + 1 tokens."""
         rows = self.vocabulary if method.vocabulary is None else method.vocabulary
         draft = self.draft[method.int8].seconds(method.draft_layers or method.model_layers, rows)
         draft += method.model_layers * self.draft[False].layer if method.draft_layers else 0.0
-        verified = drafted * self.batch_rows * (1 - method.shared_layers / self.num_layers)
-        return drafted * draft + self.plain_step_s * (1 + self.further_row * verified) + self.round
+        verified = num_drafted * self.batch_rows * (1 - method.shared_layers / self.num_layers)
+        return num_drafted * draft + self.plain_step_s * (1 + self.further_row * verified) + self.round
 
 
 class Machine(NamedTuple):
@@ -141,9 +141,10 @@ def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = F
     if ends and measured.ended is not None:
         greedy, sampled = measured.ended.greedy, measured.ended.sampled
     else:
-        greedy, sampled = ([(n, float(d)) for d, n in enumerate(of, 1)] for of in (measured.greedy, measured.sampled))
+        greedy, sampled = ([(m, float(n)) for n, m in enumerate(of, 1)] for of in (measured.greedy, measured.sampled))
     w = min(temperature, 1.0)
-    return [Round((1 - w) * n + w * m, (1 - w) * d + w * e) for (n, d), (m, e) in zip(greedy, sampled, strict=True)]
+    both = zip(greedy, sampled, strict=True)
+    return [Round(*((1 - w) * g + w * s for g, s in zip(*pair, strict=True))) for pair in both]
 
 
 def rounds_of(
@@ -169,10 +170,12 @@ def ranked(
     """All methods with all draft lengths (None: the measured ones), fastest first; `rates` has their rounds."""
     found = []
     for method, rounds in rates.items():
-        for d in range(1, len(rounds) + 1) if lengths is None else lengths:
-            tokens, drafted = rounds[min(d, len(rounds)) - 1]  # longer drafts than measured: at least as many tokens
-            seconds = costs.round_s(method, drafted if method.ends else d)
-            found.append(Prediction(method, d, tokens, seconds, tokens * costs.plain_step_s / seconds))
+        for length in range(1, len(rounds) + 1) if lengths is None else lengths:
+            tokens, num_drafted = rounds[
+                min(length, len(rounds)) - 1
+            ]  # longer drafts than measured: at least as many tokens
+            seconds = costs.round_s(method, num_drafted if method.ends else length)
+            found.append(Prediction(method, length, tokens, seconds, tokens * costs.plain_step_s / seconds))
     return sorted(found, key=lambda prediction: -prediction.speedup)
 
 

@@ -26,11 +26,11 @@ class Speculation:
 
     Args:
         exit_layer: E (1..L), the exit that drafts; for a trained draft its own.
-        num_speculations: d, the most tokens drafted per round.
+        num_speculations: the draft length, the most tokens drafted per round.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: n-gram length for prompt look-up, which runs where it is faster; None: no look-up.
-        min_confidence: end a draft after a token at which the product of `sampling.confidence` is lower; 0: always d
-            tokens. Applies in one process on a CPU without graphs, where the host sees each token.
+        min_confidence: end a draft after a token at which the product of `sampling.confidence` is lower; 0: always
+            `num_speculations` tokens. Applies in one process on a CPU without graphs, where the host sees each token.
         draft_int8: draft with int8 copies of the layers and the head.
         draft: the trained draft that drafts instead of the model's early layers.
     """
