@@ -224,9 +224,9 @@ class Generation:
     def _first_tokens(self, final: torch.Tensor, here: slice) -> torch.Tensor:
         """The first new tokens [b] of the rows `here`, from x_L of the texts' last tokens, `final` [b, d]."""
         logits = self.context.unembed(final[:, None])[:, -1]
-        at = on_device(self.rows.lengths[here], self.context.device)
+        positions = on_device(self.rows.lengths[here], self.context.device)
         keys, seen = (None if t is None else t[here] for t in (self.keys, self.rows.seen))
-        return self.context.broadcast(self.choose_token.run(None, logits, keys, at, seen))
+        return self.context.broadcast(self.choose_token.run(None, logits, keys, positions, seen))
 
     # ---- rounds ----
 

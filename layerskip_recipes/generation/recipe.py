@@ -193,7 +193,7 @@ class LayerSkipGenerate:
             order = sorted(order, key=lambda i: len(self.prompt_tokens[i]))
         # A comparison decodes each batch twice. Otherwise one generation takes all prompts, unless batch_size is 1.
         size = self.batch_size if self.compare or self.batch_size == 1 else len(order)
-        batches = [order[at : at + size] for at in range(0, len(order), size)]
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
         if self.compare:
             # Warm-up: the first steps of a process allocate, tune and compile.
             for plain in (True, False):

@@ -32,8 +32,9 @@ def speculative_decode(
 
     def choose_all(logits: torch.Tensor) -> list[int]:
         """The token that each position of logits [1, s, v] chooses: it follows in the text."""
-        scores, at = sampler.scores(logits, None, sampler.tensors(logits.device)), torch.arange(logits.shape[1]) + 1
-        return choose_tokens(scores, None if sampler.greedy else keys, at[None])[0].tolist()
+        scores = sampler.scores(logits, None, sampler.tensors(logits.device))
+        positions = torch.arange(logits.shape[1])[None] + 1
+        return choose_tokens(scores, None if sampler.greedy else keys, positions)[0].tolist()
 
     text = list(prompt)
     while len(text) < len(prompt) + max_new_tokens:

@@ -119,16 +119,16 @@ def gumbel(one: torch.Tensor, two: torch.Tensor, ids: torch.Tensor) -> torch.Ten
 
 
 def choose_tokens(
-    scores: torch.Tensor, keys: torch.Tensor | None, at: torch.Tensor, ids: torch.Tensor | None = None
+    scores: torch.Tensor, keys: torch.Tensor | None, positions: torch.Tensor, ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The index of each chosen token, [b, s, v'] -> [b, s]: the argmax of scores plus noise.
 
-    keys: [b, 2], see `noise_keys`; None is greedy. at: [b or 1, s], the positions of the tokens in their texts. ids:
+    keys: [b, 2], see `noise_keys`; None is greedy. positions: [b or 1, s], of the chosen tokens in their texts. ids:
     the token ids [v'] of a draft vocabulary.
     """
     if keys is None:
         return scores.argmax(-1)
-    one, two = (mixed(keys[:, i, None] ^ at)[..., None] for i in (0, 1))
+    one, two = (mixed(keys[:, i, None] ^ positions)[..., None] for i in (0, 1))
     ids = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
     return (scores + gumbel(one, two, ids)).argmax(-1)
 

@@ -1,8 +1,9 @@
 """The context that all steps of a generation share, and the steps of plain decoding.
 
 A compiled step is one graph (kernels/compiling.py); on a CPU its layers and heads run in C++ (kernels/cpp_decoder.py).
-Shapes: b rows, n drafted tokens, v vocabulary, v' draft vocabulary, d width. `start` [b] is the slot of each row's last
-token. `slots` is 0 .. end-1, the slots that attention sees; in a graph there may be more, up to the whole cache.
+Shapes: b rows, n drafted tokens, v vocabulary, v' draft vocabulary, d width. A token's slot in
+the KV cache is its position in the text. `start` [b] is the slot of each row's last token, `at` the slots of the tokens
+that run. `slots` is 0 .. end-1, the slots that attention sees; in a graph there may be more, up to the whole cache.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -193,12 +194,12 @@ class StepContext:
         return self.scores(logits, seen)
 
     def choose_tokens(
-        self, scores: torch.Tensor, keys: torch.Tensor | None, at: torch.Tensor, ids: torch.Tensor | None = None
+        self, scores: torch.Tensor, keys: torch.Tensor | None, positions: torch.Tensor, ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`sampling.choose_tokens`, [b, s, v'] -> [b, s]; in C++ it costs one pass over the scores."""
         if self.cpp is None or keys is None:
-            return choose_tokens(scores, keys, at, ids)
-        return self.cpp.choose_tokens(scores, keys, at, ids)
+            return choose_tokens(scores, keys, positions, ids)
+        return self.cpp.choose_tokens(scores, keys, positions, ids)
 
     @staticmethod
     def seen_at(seen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -245,6 +246,6 @@ def next_logits(context: StepContext, exit_layer: int, slots, last, start):
     return context.run(context.model, last[:, None], start[:, None], slots, exit_layer=exit_layer)[:, -1]
 
 
-def choose_token(context: StepContext, slots, logits, keys, at, seen):
-    """A token for each row at the positions `at` [b]; logits, seen [b, v], keys [b, 2] (None if greedy) -> [b]."""
-    return context.choose_tokens(context.scores(logits, seen)[:, None], keys, at[:, None])[:, 0]
+def choose_token(context: StepContext, slots, logits, keys, positions, seen):
+    """A token for each row at `positions` [b] of its text; logits, seen [b, v], keys [b, 2] (None if greedy) -> [b]."""
+    return context.choose_tokens(context.scores(logits, seen)[:, None], keys, positions[:, None])[:, 0]

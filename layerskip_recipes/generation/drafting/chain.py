@@ -212,8 +212,8 @@ def accept_chain(context: StepContext, slots, logits, tokens, start, keys, seen,
     [b, 2 + n] in one tensor, so that the host waits once, and [b, 1, d] or None.
     """
     seen = None if seen is None else context.seen_at(seen, tokens)
-    at = start[:, None] + 1 + context.cache.slots[: tokens.shape[1]]
-    chosen = context.choose_tokens(context.scores(logits, seen), keys, at)
+    positions = start[:, None] + 1 + context.cache.slots[: tokens.shape[1]]
+    chosen = context.choose_tokens(context.scores(logits, seen), keys, positions)
     num_accepted, following = accept(tokens[:, 1:], chosen)
     result = torch.cat([num_accepted[:, None], following[:, None], tokens[:, 1:]], 1)
     if states is None:

@@ -33,13 +33,13 @@ class TextIndex:
 
         The match length is 0 for a match of less than 2 n-grams, 1 for less than 4, 2 for more.
         """
-        at = self.after.get(tuple(self.tokens[-self.ngram :]))
-        if at is None:
+        start = self.after.get(tuple(self.tokens[-self.ngram :]))
+        if start is None:
             return [], 0
-        same, most = self.ngram, min(4 * self.ngram, at)
-        while same < most and self.tokens[at - 1 - same] == self.tokens[-1 - same]:
+        same, most = self.ngram, min(4 * self.ngram, start)
+        while same < most and self.tokens[start - 1 - same] == self.tokens[-1 - same]:
             same += 1
-        found = self.tokens[at : at + count]
+        found = self.tokens[start : start + count]
         # Repeat a continuation that is shorter than the draft.
         return [found[i % len(found)] for i in range(count)], (same // self.ngram).bit_length() - 1
 
