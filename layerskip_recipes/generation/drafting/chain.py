@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, RoundKind, RoundStart, choose_next
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, RoundKind, RoundStart
 from layerskip_recipes.generation.sampling import accept, confidence
-from layerskip_recipes.generation.steps import Step, StepContext, next_logits
+from layerskip_recipes.generation.steps import Step, StepContext, choose_token, next_logits
 
 CHAIN = RoundKind("chain")
 MOST_BEHIND = 128  # the most tokens that the draft's own layers leave unread during plain rounds
@@ -122,7 +123,10 @@ class ChainDrafter(Drafter):
             self.last_state = state.clone()
         if context.own_layers:
             self.unread.append((now.start[:, None].clone(), unread))
-        outcome = choose_next(context, logits, now)
+        choose = Step(context, choose_token, layers=False)
+        run = choose.run if context.sampler.greedy else choose
+        following = run(None, logits, now.keys, now.start + 1, now.seen)
+        outcome = F.pad(following[:, None], (1, 0))  # no accepted token
         if len(self.unread) == MOST_BEHIND:
             self._catch_up(now)
         return outcome

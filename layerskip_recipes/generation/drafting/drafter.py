@@ -7,9 +7,8 @@ from math import inf
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from layerskip_recipes.generation.steps import Step, StepContext, choose_token
+from layerskip_recipes.generation.steps import StepContext
 
 
 class RoundStart(NamedTuple):
@@ -81,10 +80,3 @@ class Drafter(ABC):
 
         Returns the mean tokens per running row that this round's offer gave, or would have given; None: unknown.
         """
-
-
-def choose_next(context: StepContext, logits: torch.Tensor, now: RoundStart) -> torch.Tensor:
-    """No accepted token, and the next token of a step with logits [b, v] -> [b, 2]."""
-    step = Step(context, choose_token, layers=False)
-    run = step.run if context.sampler.greedy else step
-    return F.pad(run(None, logits, now.keys, now.start + 1, now.seen)[:, None], (1, 0))
