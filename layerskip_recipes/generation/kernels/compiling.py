@@ -144,7 +144,7 @@ class CompiledSteps:
         return out
 
     def _is_quantised(self, step: Any) -> bool:
-        models = (step.context.model, step.context.draft_model)
+        models = (step.context.model, step.context.draft_decoder)
         return any(type(weight) is not torch.nn.Parameter for model in models for weight in model.parameters())
 
 
