@@ -17,7 +17,7 @@ from layerskip_recipes.config.schema import AUTO, Auto, Flag, Picture, PositiveI
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation, SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES
+from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS
 from layerskip_recipes.generation.kernels.when_to_compile import has_compiler
 from layerskip_recipes.model.decoder import layerskip_decoder
 
@@ -63,7 +63,7 @@ def _with_plain_values(section: Any) -> Any:
     has_draft = given.get("draft", AUTO) not in (None, AUTO)
     if not has_draft and given.get("exit_layer", AUTO) == AUTO:
         return section
-    return PLAIN_VALUES | ({"draft_vocabulary": AUTO} if has_draft else {}) | given
+    return SPECULATION_DEFAULTS | ({"draft_vocabulary": AUTO} if has_draft else {}) | given
 
 
 class FastestSetting(Section):
@@ -123,7 +123,7 @@ class BenchmarkConfig(DecodingConfig):
     variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
     """Methods to compare with autoregressive decoding: named sections with the keys of `self_speculation`, or
     `{early_exit: E}` to take every token from exit E. auto: as `layerskip_generate` would choose. In a section with an
-    exit or a draft, missing keys have plain values: 6 drafted tokens, and nothing else. null drops a variant of the
+    exit or a draft, missing keys have defaults: 6 drafted tokens, and nothing else. null drops a variant of the
     extended config."""
     self_speculation: OptionalSpeculation = None
     """The only variant if `variants` is missing, so a generation config can be measured unchanged."""

@@ -33,9 +33,9 @@ from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, DraftChooser
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, PLAIN_VALUES, Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.report import report_path
@@ -75,7 +75,7 @@ class LayerSkipBenchmark:
         self.frequent: Sequence[int] | None = None  # the checkpoint's tokens, for `tune`
         self.tuned_draft: DraftDescription | None = None  # whose length and precision `tune` chooses
         if cfg.random_weights:
-            drafts = {name: self._plain_choice(section, model) for name, section in cfg.drafting.items()}
+            drafts = {name: self._default_choice(section, model) for name, section in cfg.drafting.items()}
         else:
             chooser = DraftChooser(cfg, cfg.quantizer)
             settings = (cfg.all_temperatures[0], cfg.compile, cfg.batch_size)
@@ -135,10 +135,10 @@ class LayerSkipBenchmark:
         return {name: method for name, method in self.methods.items() if isinstance(method, Speculation)}
 
     @staticmethod
-    def _plain_choice(section: SelfSpeculation, model: LayerSkipDecoder) -> Choice:
+    def _default_choice(section: SelfSpeculation, model: LayerSkipDecoder) -> DraftChoice:
         """For random weights: of a draft vocabulary, only the number of tokens affects the time."""
-        keys = PLAIN_VALUES | {"exit_layer": usual_exit(model.num_layers)} | section.given
-        return Choice(SelfSpeculation(**keys), None, 0.0, frequent=range(model.tok_embeddings.num_embeddings))
+        keys = SPECULATION_DEFAULTS | {"exit_layer": usual_exit(model.num_layers)} | section.given
+        return DraftChoice(SelfSpeculation(**keys), None, 0.0, frequent=range(model.tok_embeddings.num_embeddings))
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
         cfg = self.cfg

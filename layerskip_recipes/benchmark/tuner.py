@@ -1,4 +1,4 @@
-"""`layerskip_benchmark tune=true` finds the fastest way of drafting on this machine.
+"""`layerskip_benchmark tune=true` finds the fastest drafting method on this machine.
 
 1. Decode the prompts autoregressively.
 2. Run one teacher-forced pass over the texts: it gives the tokens per round of every exit and draft vocabulary, with
@@ -36,10 +36,10 @@ from layerskip_recipes.generation.drafting.auto_drafts import LOOKUP, most_frequ
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.prediction import (
     Costs,
+    DraftMethod,
     Prediction,
     Round,
     StepCost,
-    Way,
     ranked,
     rounds_of,
 )
@@ -65,7 +65,7 @@ NOTHING_TO_DRAFT = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way of drafting to measure."""
+    """A drafting method to measure."""
 
     speculation: Speculation  # to measure
     written: SelfSpeculation  # for tuned.yaml: its draft vocabulary may be a number of the checkpoint's tokens
@@ -73,11 +73,14 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        way = self.prediction.way
-        parts = ["draft" if way.draft_layers else f"exit{way.exit_layer}", f"{self.prediction.num_speculations}"]
-        if way.vocabulary is not None and not way.draft_layers:
-            parts.append(f"vocabulary{way.vocabulary}")
-        flags = {"int8": way.int8, "confident": way.ends, "lookup": self.speculation.prompt_lookup}
+        method = self.prediction.method
+        parts = [
+            "draft" if method.draft_layers else f"exit{method.model_layers}",
+            f"{self.prediction.num_speculations}",
+        ]
+        if method.vocabulary is not None and not method.draft_layers:
+            parts.append(f"vocabulary{method.vocabulary}")
+        flags = {"int8": method.int8, "confident": method.ends, "lookup": self.speculation.prompt_lookup}
         return "_".join([*parts, *(name for name, on in flags.items() if on)])
 
 
@@ -90,7 +93,7 @@ def measured_rates(
     longest: int = LONGEST_DRAFT,
     endings: Sequence[bool] = (False,),
     precisions: Sequence[bool] = (False,),
-) -> dict[Way, Sequence[Round]]:
+) -> dict[DraftMethod, Sequence[Round]]:
     """The rounds of drafts of at most 1 to `longest` tokens, for each exit, draft vocabulary and end.
 
     One pass over `texts`, pairs of a prompt and the model's output. A draft vocabulary is the first n tokens of
@@ -105,38 +108,44 @@ def measured_rates(
     )
     exits, device = range(1, model.num_layers + 1), model.tok_embeddings.weight.device
     quality = exit_quality(model, batches, exits, device, num_speculations=longest, vocabulary=vocabulary, sizes=sizes)
-    ways = {
-        Way(e, None if name == ALL else int(name)): TokensPerRound(**rates)
+    methods = {
+        DraftMethod(e, None if name == ALL else int(name)): TokensPerRound(**rates)
         for e in exits[:-1]
         for name, rates in quality[e].tokens_per_round.items()
     }
-    return rounds_of(ways, temperature, endings, precisions)
+    return rounds_of(methods, temperature, endings, precisions)
 
 
 def fitted_costs(
-    timed: Mapping[tuple[Way, int], GenerationStats], plain_s: float, num_layers: int, vocabulary: int, batch_rows: int
+    timed: Mapping[tuple[DraftMethod, int], GenerationStats],
+    plain_s: float,
+    num_layers: int,
+    vocabulary: int,
+    batch_rows: int,
 ) -> Costs:
-    """Fit the costs of prediction.py by least squares to the times of probes, by way and draft length."""
+    """Fit the costs of prediction.py by least squares to the times of probes, by method and draft length."""
     draft, further = {}, []
-    for int8 in {way.int8 for way, _ in timed}:
-        probes = {way: s for (way, _), s in timed.items() if way.int8 == int8}
-        rows = [vocabulary if way.vocabulary is None else way.vocabulary for way in probes]
-        features = [[1.0, way.draft_layers or way.exit_layer, n] for way, n in zip(probes, rows, strict=True)]
+    for int8 in {method.int8 for method, _ in timed}:
+        probes = {method: s for (method, _), s in timed.items() if method.int8 == int8}
+        rows = [vocabulary if method.vocabulary is None else method.vocabulary for method in probes]
+        features = [
+            [1.0, method.draft_layers or method.model_layers, n] for method, n in zip(probes, rows, strict=True)
+        ]
         seconds = [[s.draft_s / s.draft_steps] for s in probes.values()]
         fit = torch.linalg.lstsq(torch.tensor(features).double(), torch.tensor(seconds).double(), driver="gelsd")
         draft[int8] = StepCost(*fit.solution[:, 0].tolist())
-    for (way, d), s in timed.items():
-        verified = d * batch_rows * (1 - way.shared_layers / num_layers)
+    for (method, d), s in timed.items():
+        verified = d * batch_rows * (1 - method.shared_layers / num_layers)
         further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
     rest = statistics.median(s.accept_s / s.rounds for s in timed.values())
     return Costs(num_layers, vocabulary, plain_s, draft, max(statistics.median(further), 0.0), rest, batch_rows)
 
 
 def pick(predictions: Sequence[Prediction], count: int = 4) -> list[Prediction]:
-    """The best few to measure, with at most two draft lengths per way, at least three tokens apart."""
+    """The best few to measure, with at most two draft lengths per method, at least three tokens apart."""
     picked: list[Prediction] = []
     for prediction in predictions:
-        same = [other.num_speculations for other in picked if other.way == prediction.way]
+        same = [other.num_speculations for other in picked if other.method == prediction.method]
         if len(same) < 2 and all(abs(prediction.num_speculations - other) >= 3 for other in same):
             picked.append(prediction)
         if len(picked) == count:
@@ -146,15 +155,15 @@ def pick(predictions: Sequence[Prediction], count: int = 4) -> list[Prediction]:
 
 def grid(predictions: Sequence[Prediction]) -> list[Prediction]:
     """Every exit with every length of GRID_LENGTHS, in the exit's best vocabulary and precision."""
-    best: dict[int, Way] = {}
+    best: dict[int, DraftMethod] = {}
     for prediction in predictions:
-        best.setdefault(prediction.way.exit_layer, prediction.way)
-    found = {(p.way, p.num_speculations): p for p in predictions}
-    return [found[way, d] for _, way in sorted(best.items()) for d in GRID_LENGTHS]
+        best.setdefault(prediction.method.model_layers, prediction.method)
+    found = {(p.method, p.num_speculations): p for p in predictions}
+    return [found[method, d] for _, method in sorted(best.items()) for d in GRID_LENGTHS]
 
 
 class Tuner:
-    """Finds the ways of drafting to measure.
+    """Finds the drafting methods to measure.
 
     `stored` has the checkpoint's frequent tokens, most frequent first; None: count the prompts' tokens.
     `draft` is the trained draft whose length and precision to choose; None: choose an exit.
@@ -178,7 +187,7 @@ class Tuner:
             raise ConfigError(NOTHING_TO_DRAFT)
         plain_s = plain.decode_s / plain.rounds
         precisions = [False, True] if self.cfg.compile and self.device.type == "cpu" else [False]
-        # Tokens per round of each way, and times of the probes.
+        # Tokens per round of each method, and times of the probes.
         if self.draft is not None:
             rates, timed = self._trained_draft(self.draft, precisions)
         else:
@@ -208,22 +217,22 @@ class Tuner:
             written = SelfSpeculation(**keys | {"draft": draft.folder, "draft_vocabulary": AUTO})
             keys |= {"exit_layer": draft.exit_layer, "draft": draft, "draft_vocabulary": draft.vocabulary}
             return Candidate(Speculation(**keys), written, prediction)
-        num_tokens = prediction.way.vocabulary
+        num_tokens = prediction.method.vocabulary
         ids = None if num_tokens is None else self.frequent[:num_tokens]
         # Generation would count a number of tokens in its own prompts if the checkpoint stores none.
         written = SelfSpeculation(**keys | {"draft": None} | ({} if self.stored else {"draft_vocabulary": ids}))
         return Candidate(Speculation(**keys | {"draft_vocabulary": ids}), written, prediction)
 
-    def _probes(self, precisions: Sequence[bool], small: int) -> dict[tuple[Way, int], GenerationStats]:
+    def _probes(self, precisions: Sequence[bool], small: int) -> dict[tuple[DraftMethod, int], GenerationStats]:
         """Probes that differ in layers, head rows and draft length, so that `fitted_costs` can separate the costs."""
         early = max(self.model.num_layers // 8, 1)
         late = max(self.model.num_layers // 2, min(early + 1, self.model.num_layers - 1))
-        kinds = [(Way(early, small), 8), (Way(late, small), 4), (Way(early), 4)]
-        ways = [(way._replace(int8=int8), d) for int8 in precisions for way, d in kinds]
-        return {(way, d): self._probe(way, d) for way, d in ways}
+        kinds = [(DraftMethod(early, small), 8), (DraftMethod(late, small), 4), (DraftMethod(early), 4)]
+        methods = [(method._replace(int8=int8), d) for int8 in precisions for method, d in kinds]
+        return {(method, d): self._probe(method, d) for method, d in methods}
 
-    def _probe(self, way: Way, num_speculations: int) -> GenerationStats:
-        speculation = self._candidate(Prediction(way, num_speculations, 0, 0, 0)).speculation
+    def _probe(self, method: DraftMethod, num_speculations: int) -> GenerationStats:
+        speculation = self._candidate(Prediction(method, num_speculations, 0, 0, 0)).speculation
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
         turns.draft_models = DraftModels()  # which goes with the probe
         stats = sum((stats for _, stats in self._decode_all(speculation, turns)), GenerationStats())
@@ -233,19 +242,19 @@ class Tuner:
 
     def _trained_draft(
         self, draft: DraftDescription, precisions: Sequence[bool]
-    ) -> tuple[dict[Way, Sequence[Round]], dict[tuple[Way, int], GenerationStats]]:
+    ) -> tuple[dict[DraftMethod, Sequence[Round]], dict[tuple[DraftMethod, int], GenerationStats]]:
         """Rounds and times of a trained draft, from probes with drafts of up to 8 tokens."""
-        rates, timed = dict[Way, Sequence[Round]](), {}
+        rates, timed = dict[DraftMethod, Sequence[Round]](), {}
         for int8, ends in itertools.product(precisions, self.endings):
-            way = Way(0, None, int8, draft_layers=draft.num_layers, ends=ends)
-            stats = self._probe(way, 8)
+            method = DraftMethod(0, None, int8, draft_layers=draft.num_layers, ends=ends)
+            stats = self._probe(method, 8)
             if not ends:
-                timed[way, 8] = stats
+                timed[method, 8] = stats
             rounds = sum(stats.rounds_accepting.values())
             # The tokens that the same rounds would have written with shorter drafts.
             written = [sum(n * min(k, d) for k, n in stats.rounds_accepting.items()) for d in range(1, 9)]
             drafted = [min(d, stats.drafted / rounds) for d in range(1, 9)]
-            rates[way] = [Round(1 + accepted / rounds, m) for accepted, m in zip(written, drafted, strict=True)]
+            rates[method] = [Round(1 + accepted / rounds, m) for accepted, m in zip(written, drafted, strict=True)]
         return rates, timed
 
     def _decode_all(self, method: Any, turns: Turns | None = None) -> list[tuple[list, GenerationStats]]:

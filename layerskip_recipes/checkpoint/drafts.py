@@ -74,6 +74,11 @@ class DraftDescription(Section):
         """The number of the draft's own layers."""
         return self.exit_layer if self.kind == "copy" else 1
 
+    @property
+    def model_layers(self) -> int:
+        """The number of the model's first layers that run below the draft's own."""
+        return 0 if self.kind == "copy" else self.exit_layer
+
     def is_for(self, checkpointer: Any) -> bool:
         """Whether a checkpointer class reads the base as it was read in training."""
         return _name_of(checkpointer) == self.base.checkpointer

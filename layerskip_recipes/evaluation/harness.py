@@ -28,7 +28,7 @@ from tqdm import tqdm
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.drafting.auto_drafts import Choice
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
@@ -169,7 +169,7 @@ class LayerSkipLM(TemplateLM):
         *,
         batch_size: int = 1,
         exit_layer: int | None = None,
-        drafts: Choice | None = None,
+        drafts: DraftChoice | None = None,
         seed: int = 0,
         max_new_tokens: int = 256,
     ) -> None:

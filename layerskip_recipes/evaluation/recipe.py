@@ -20,7 +20,7 @@ from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, DraftChooser
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -50,7 +50,7 @@ class LayerSkipEval:
         self.max_new_tokens = self.cfg.max_new_tokens or 256
         self.seed = training.set_seed(seed=self.cfg.seed)
 
-    def _choose(self, cfg: EvalConfig) -> Choice:
+    def _choose(self, cfg: EvalConfig) -> DraftChoice:
         section = cfg.self_speculation
         if section is not None and cfg.quantizer is not None:  # a trained draft cannot read quantised weights
             section = SelfSpeculation(**{**section.given, "draft": None})

@@ -20,11 +20,11 @@ from layerskip_recipes.model.memory import tensor_bytes
 class Accounts:
     """Fills `stats`. A round that compiled counts like the mean of the other rounds; compilation counts by itself.
 
-    `exit_layer`: the exit that drafts, None without speculation.
+    `drafts_from`: the exit that drafts, None without speculation.
     """
 
-    def __init__(self, context: StepContext, rows: Rows, exit_layer: int | None) -> None:
-        self.context, self.rows, self.exit_layer = context, rows, exit_layer
+    def __init__(self, context: StepContext, rows: Rows, drafts_from: int | None) -> None:
+        self.context, self.rows, self.drafts_from = context, rows, drafts_from
         self.stats = GenerationStats(first_tokens=len(rows))
         self.phases: list[tuple[str, Any, Any]] = []  # name, begin and end (seconds, or events of a GPU)
         self.timed, self.untimed_s = 0, 0.0  # rounds without compilation; seconds of the others, minus compilation
@@ -62,7 +62,7 @@ class Accounts:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of a round, "draft" or "verify"; events are read only at the end, and delay no GPU."""
-        begin = None if self.exit_layer is None else self._now()
+        begin = None if self.drafts_from is None else self._now()
         yield
         if begin is not None:
             self.phases.append((name, begin, self._now()))
@@ -76,10 +76,10 @@ class Accounts:
 
     def begin_rounds(self) -> None:
         """Note the bytes of a layer, a head and a cache slot, which the prefill has allocated."""
-        model, draft_model, draft_head = self.context.model, self.context.draft_model, self.context.draft_head
-        head = head_of(draft_model) if draft_head is None else draft_head.output
+        model, draft_decoder, draft_head = self.context.model, self.context.draft_decoder, self.context.draft_head
+        head = head_of(draft_decoder) if draft_head is None else draft_head.output
         self.of_model = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
-        self.of_draft = (_weight_bytes(draft_model.layers[0]), _weight_bytes(head))
+        self.of_draft = (_weight_bytes(draft_decoder.layers[0]), _weight_bytes(head))
         keys = self.context.cache.layers[0].k
         self.slot = 2 * keys[:, :, 0].numel() * keys.element_size()
 
@@ -89,35 +89,40 @@ class Accounts:
         self.stats.cache_bytes += times * layers * slots * self.slot
 
     def count(
-        self, draft: DraftedTokens, now: RoundStart, room: Sequence[int], accepted: Sequence[int], kept: Sequence[list]
+        self,
+        draft: DraftedTokens,
+        now: RoundStart,
+        room: Sequence[int],
+        num_accepted: Sequence[int],
+        kept: Sequence[list],
     ) -> None:
-        """Count a round: the room of each row before it, the accepted tokens of each row, and the tokens kept."""
+        """Count a round: the room of each row before it, its number of accepted tokens, and the tokens kept."""
         running = [row for row, done in enumerate(now.finished) if not done]
         self.stats.row_rounds += len(running)
         self.last = {}
-        for row in running if draft.strategy != PLAIN else ():
+        for row in running if draft.round_kind != PLAIN else ():
             # The last token of a round is the full model's own; tokens after a stop token are not counted.
             used = len(kept[row]) - 1
-            drafted = used if used < accepted[row] else min(draft.length, room[row] - 1)
-            self.stats.count_round(drafted, used)
-            self.last[self.rows.in_row[row]] = drafted, used
-        slots, own = len(now.slots(self.context, draft.length)), self.context.own_layers
-        if self.exit_layer is not None:
-            self.stats.rounds_by_kind[draft.strategy.name] += 1
+            num_drafted = used if used < num_accepted[row] else min(draft.num_drafted, room[row] - 1)
+            self.stats.count_round(num_drafted, used)
+            self.last[self.rows.in_row[row]] = num_drafted, used
+        slots, own = len(now.slots(self.context, draft.num_drafted)), self.context.own_layers
+        if self.drafts_from is not None:
+            self.stats.rounds_by_kind[draft.round_kind.name] += 1
         # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last
         # one. A trained draft's own layers also run once, except in rounds without a draft.
-        self._read(self.of_model, self.context.depth + (len(own) if draft.length else 0), slots)
+        self._read(self.of_model, self.context.depth + (len(own) if draft.num_drafted else 0), slots)
         if draft.hidden is not None:
-            self.stats.draft_steps += draft.length
-            self._read(self.of_draft, own.stop or self.exit_layer or 0, slots, times=draft.length)
+            self.stats.draft_steps += draft.num_drafted
+            self._read(self.of_draft, own.stop or self.drafts_from or 0, slots, times=draft.num_drafted)
 
     def uncount(self, prompt: int, dropped: int) -> None:
         """The last `dropped` tokens of a prompt's output do not count, as after a stop token."""
         self.stats.tokens -= dropped
         if dropped and prompt in self.last:
-            drafted, accepted = self.last.pop(prompt)
-            kept = max(accepted - dropped, 0)
-            self.stats.count_round(drafted, accepted, times=-1)
+            num_drafted, num_accepted = self.last.pop(prompt)
+            kept = max(num_accepted - dropped, 0)
+            self.stats.count_round(num_drafted, num_accepted, times=-1)
             self.stats.count_round(kept, kept)
 
     def close(self) -> None:
@@ -135,7 +140,7 @@ class Accounts:
 
 
 def _weight_bytes(module: object) -> int:
-    """Bytes of a module's weights once they are gathered from other ranks; 0 for a plain function."""
+    """Bytes of a module's weights once they are gathered from other ranks; 0 for a function."""
     return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
 
 

@@ -64,7 +64,7 @@ def generate(
             decodes without drafts.
         exit_layer: E. With num_speculations, the exit of the draft. Without num_speculations, every token comes from
             this exit; None uses the whole model.
-        num_speculations: d, the most tokens to draft per round; 1 or more.
+        num_speculations: the most tokens to draft per round; 1 or more.
         temperature: 0 is greedy.
         top_k, top_p, min_p: filters of draft and verification, see `token_scores`.
         repetition_penalty: above 1, tokens of the prompt and the output become less likely, see `penalise`.
@@ -137,25 +137,25 @@ def stream(
     *,
     temperature: float = 0.0,
     seed: int | None = None,
-    **settings: Any,
+    **arguments: Any,
 ) -> Iterator[str]:
     """The answer to one prompt as pieces of text, as they become final.
 
     Args:
         model, tokenizer: from `load_model`.
         prompt: a question, see `tokenizer.prompt`.
-        **settings: see `generate`; without `pad_id`.
+        **arguments: see `generate`; without `pad_id`.
 
     Example:
         >>> for text in stream(model, tokenizer, "Why is the sky blue?"):  # doctest: +SKIP
         ...     print(text, end="", flush=True)
     """
     filters = {
-        name: settings.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in settings
+        name: arguments.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in arguments
     }
     sampler = Sampler(temperature, seed=seed, **filters)
     tokens = tokenizer.prompt(prompt)
-    generation, _ = prepare(model, [tokens], max_generated_tokens, sampler=sampler, **settings)
+    generation, _ = prepare(model, [tokens], max_generated_tokens, sampler=sampler, **arguments)
     goes_on = () if tokenizer.has_chat_template else tokens
     text = TextStream(tokenizer, sorted(generation.rows.stop_tokens), prompt=goes_on)
     for (new,) in generation:
@@ -179,16 +179,17 @@ def prepare(
 ) -> tuple[Generation, DraftRule | None]:
     """A generation that has not started, and its rule of when to draft; see `generate`."""
     # How to draft: as the caller says, else as chosen for a model from `load_model`.
-    choice, drafts = getattr(model, "decoding_choice", None), None
+    chooser, drafts = getattr(model, "decoding_chooser", None), None
     draft_model: DraftModel | None = speculation.pop("draft_model", None)
     given = dict(speculation) if num_speculations is None else speculation | {"num_speculations": num_speculations}
     if given and draft is None:
         name = next(iter(given))
         raise ConfigError(f"{name}: is for drafts, and draft=None decodes without. Leave one of them out")
     if given:
-        one, longest = (1 if number is None else number for number in (exit_layer, num_speculations))
-        drafts = Speculation(one, longest, **speculation)  # checks them
-    if choice is None or exit_layer is not None or draft_model is not None:
+        # This checks them; an exit or a number that is still open is valid.
+        given_exit, given_number = (1 if number is None else number for number in (exit_layer, num_speculations))
+        drafts = Speculation(given_exit, given_number, **speculation)
+    if chooser is None or exit_layer is not None or draft_model is not None:
         _needs_both(exit_layer, num_speculations, speculation)
         if drafts is not None:
             drafts.check(as_layerskip_decoder(model))
@@ -197,19 +198,19 @@ def prepare(
         if vocabulary is not None and not isinstance(vocabulary, int):
             given["draft_vocabulary"] = [int(token) for token in vocabulary]
         arguments = (prompts, sampler.temperature, max_generated_tokens, compile)
-        compile, drafts, draft_model = choice.choose(model, *arguments, None if draft is None else given)
+        compile, drafts, draft_model = chooser.choose(model, *arguments, None if draft is None else given)
     if stop_tokens is None:
-        stop_tokens = () if choice is None else choice.stop_tokens
+        stop_tokens = () if chooser is None else chooser.stop_tokens
     # Ranks that share a model need the same prompts. Other ranks are independent.
     shared = is_split(model)
     if shared and not same_on_all(prompts):
         raise ConfigError("prompt: differs between ranks. Allowed: ranks that share a model decode the same prompts")
     rule = None
     if drafts is not None:
-        longest = min(drafts.num_speculations, max_generated_tokens - 2)
-        rule = kept_rule(model, (drafts.settings, longest, len(prompts), compile))
+        num_to_draft = min(drafts.num_speculations, max_generated_tokens - 2)
+        rule = kept_rule(model, (drafts.rule_key, num_to_draft, len(prompts), compile))
     # C++ computes the same keys and values however the prompts are split, so later prompts can reuse them.
-    alone = choice is not None and compile and len(prompts) == 1
+    alone = chooser is not None and compile and len(prompts) == 1
     keeps_cache = alone and reads_in_cpp(model.tok_embeddings.weight.dtype, len(prompts[0]))
     generation = Generation(
         model,
@@ -223,11 +224,11 @@ def prepare(
         compile=bool(compile),
         shared=shared,
         rule=rule,
-        cache=choice.caches.get(drafts is None) if keeps_cache else None,
+        cache=chooser.caches.get(drafts is None) if keeps_cache else None,
     )
-    if choice is not None:
+    if chooser is not None:
         kept = {drafts is None: generation.cache} if keeps_cache and generation.context.has_cpp else {}
-        choice.caches = choice.caches | kept if kept else {}
+        chooser.caches = chooser.caches | kept if kept else {}
     return generation, rule
 
 

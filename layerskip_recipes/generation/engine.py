@@ -174,7 +174,7 @@ class Generation:
     @contextmanager
     def _models_in_use(self) -> Iterator[None]:
         """Put model and draft model into eval mode with this generation's cache, and restore them afterwards."""
-        users = list({id(user): user for user in (self.model, self.context.draft_model)}.values())
+        users = list({id(user): user for user in (self.model, self.context.draft_decoder)}.values())
         with ExitStack() as afterwards:
             for user in users:
                 for module in [module for module in user.modules() if module.training]:
@@ -224,9 +224,9 @@ class Generation:
     def _first_tokens(self, final: torch.Tensor, here: slice) -> torch.Tensor:
         """The first new tokens [b] of the rows `here`, from x_L of the texts' last tokens, `final` [b, d]."""
         logits = self.context.unembed(final[:, None])[:, -1]
-        at = on_device(self.rows.lengths[here], self.context.device)
+        positions = on_device(self.rows.lengths[here], self.context.device)
         keys, seen = (None if t is None else t[here] for t in (self.keys, self.rows.seen))
-        return self.context.broadcast(self.choose_token.run(None, logits, keys, at, seen))
+        return self.context.broadcast(self.choose_token.run(None, logits, keys, positions, seen))
 
     # ---- rounds ----
 
@@ -250,13 +250,13 @@ class Generation:
         self.last = outcome[:, 1].clone()
         # Accept. This is the only time in a round that the host waits for the device.
         outcomes = outcome.tolist()
-        kept = self._keep([[*tokens[:count], following] for count, following, *tokens in outcomes])
-        self.accounts.count(draft, now, room, [count for count, *_ in outcomes], kept)
+        kept = self._keep([[*tokens[:num_accepted], following] for num_accepted, following, *tokens in outcomes])
+        self.accounts.count(draft, now, room, [num_accepted for num_accepted, *_ in outcomes], kept)
         # Learn how fast the round was, unless a limit may have cut it. The first draft of a short output counts.
-        whole = draft.length > 0 or draft.strategy == PLAIN
-        if whole and now.room > min(self.decoding.longest, self.rows.limit - 2):
+        whole = draft.num_drafted > 0 or draft.round_kind == PLAIN
+        if whole and now.room > min(self.decoding.num_speculations, self.rows.limit - 2):
             tokens = sum(map(len, kept)) / finished.count(False)
-            self.decoding.learn(draft.strategy, tokens, self.accounts.round_s)
+            self.decoding.learn(draft.round_kind, tokens, self.accounts.round_s)
         return kept
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from layerskip_recipes.config.auto import best_device
 from layerskip_recipes.config.schema import AUTO, DeviceName, Text, checked_arguments
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, TrainingNotes, choose_drafts
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, TrainingNotes, choose_drafts
 from layerskip_recipes.generation.drafting.draft_model import DraftModel, DraftModels
 from layerskip_recipes.generation.drafting.prediction import estimated_costs
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -40,7 +40,7 @@ def load_model(
 ) -> tuple[LayerSkipDecoder, HFTokenizer]:
     """Load a model in eval mode, and its tokenizer.
 
-    `generate` then decodes with the settings that `layerskip_generate` would choose, see `DecodingChoice`.
+    `generate` then decodes with the settings that `layerskip_generate` would choose, see `DecodingChooser`.
 
     Args:
         path: a run of layerskip_finetune (loads its newest checkpoint), a checkpoint, a Hugging Face folder, or a name
@@ -70,13 +70,13 @@ def load_model(
     named = AUTO if draft is None else str(named_folder(draft, "draft", weights=True))
     notes = TrainingNotes(folder, model.num_layers, model.tok_embeddings.num_embeddings, HFCheckpointer)
     described, _ = notes.draft_for(SelfSpeculation(draft=named), "draft")
-    trained = None if described is None else read_draft(described, model, "draft")
-    model.decoding_choice = DecodingChoice(notes, named, DraftModels(trained), tokenizer.stop_tokens)
+    trained_draft = None if described is None else read_draft(described, model, "draft")
+    model.decoding_chooser = DecodingChooser(notes, named, DraftModels(trained_draft), tokenizer.stop_tokens)
     return model, tokenizer
 
 
 @dataclass
-class DecodingChoice:
+class DecodingChooser:
     """Chooses how a loaded model decodes: the draft, its length, vocabulary and precision, and whether to compile."""
 
     notes: TrainingNotes
@@ -116,7 +116,7 @@ class DecodingChoice:
 
     def _choice(
         self, model: LayerSkipDecoder, section: SelfSpeculation | None, temperature: float, rows: int, compiled: bool
-    ) -> Choice:
+    ) -> DraftChoice:
         weight = model.tok_embeddings.weight
         cpu = weight.device.type == "cpu"
         costs = estimated_costs(model, weight.dtype, not cpu, compiled, rows)

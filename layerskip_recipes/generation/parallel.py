@@ -47,20 +47,20 @@ def load_sharded_decoder(
             state = read_weights(reading_checkpointer(cfg))
             check_state_dict(model, state)
     without_adapters(model)
-    trained = None
+    trained_draft = None
     if draft is not None:  # a copy of the model's layers before they are sharded
         own_hash = from_rank_zero(weights_hash(state) if is_rank_zero() else None)
-        trained = read_draft(draft, model, "self_speculation.draft", own_hash)
-        make_position_tables(trained, device, cfg.torch_dtype)
-        trained.to(device, cfg.torch_dtype)
-    return shard_decoder(model, state, device, cfg.torch_dtype, kept_layers, tensor_parallel_dim, plan), trained
+        trained_draft = read_draft(draft, model, "self_speculation.draft", own_hash)
+        make_position_tables(trained_draft, device, cfg.torch_dtype)
+        trained_draft.to(device, cfg.torch_dtype)
+    return shard_decoder(model, state, device, cfg.torch_dtype, kept_layers, tensor_parallel_dim, plan), trained_draft
 
 
 class _LateLayers(nn.Module):
     """The FSDP root of the sharded layers, outside of the decoder's module tree.
 
-    The decoder cannot be the root, because the drafter, another module, runs some of its layers. Without a common root,
-    each layer would have its own streams, and thus GPU memory that no other layer can use.
+    The decoder cannot be the root, because the draft decoder, another module, runs some of its layers. Without a common
+    root, each layer would have its own streams, and thus GPU memory that no other layer can use.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:

@@ -106,14 +106,14 @@ def _read_together(
 def _read_chunk(
     context: StepContext, tokens: torch.Tensor, last_state: torch.Tensor, run: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
-    """Run tokens [b, s] through model and draft -> x_depth; last_state [b, 1, d] is the previous token's x_L."""
-    model, draft, own = context.model, context.draft_model, context.own_layers
+    """Run tokens [b, s] through the model and the draft -> x_depth; last_state [b, 1, d]: the previous token's x_L."""
+    model, draft_decoder, own = context.model, context.draft_decoder, context.own_layers
     if not context.has_adapter:
         if own:
-            run(draft, tokens)
+            run(draft_decoder, tokens)
         return run(model, tokens, exit_layer=context.depth)
     x = run(model, tokens, exit_layer=own.start)
     final = run(model, None, hidden=x, start_layer=own.start)
     states = model.norm(torch.cat([last_state, final[:, :-1]], 1))
-    run(draft, None, hidden=torch.cat([x, states], -1), start_layer=own.start)
+    run(draft_decoder, None, hidden=torch.cat([x, states], -1), start_layer=own.start)
     return final

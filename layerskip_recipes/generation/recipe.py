@@ -17,7 +17,7 @@ from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import Choice, DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, DraftChooser
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.engine import Generation
@@ -84,7 +84,7 @@ class LayerSkipGenerate:
         self.cfg, choice = self._choose()
         cfg, self.compile = self.cfg, bool(self.cfg.compile)
         self.speculation = choice.speculation([self.prompt_tokens[i] for i in self.good])
-        kept = (self.exit_layer or 0) if self.speculation is None else self.speculation.layers_of_model
+        kept = (self.exit_layer or 0) if self.speculation is None else self.speculation.model_layers
         self.kept_layers = kept if kept < model.num_layers else 0
         self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.stop_strings = cfg.stop_strings or []
@@ -111,7 +111,7 @@ class LayerSkipGenerate:
         self.seed = training.set_seed(seed=cfg.seed)
         self.shows = is_rank_zero()
 
-    def _choose(self) -> tuple[GenerateConfig, Choice]:
+    def _choose(self) -> tuple[GenerateConfig, DraftChoice]:
         """The config with the choices of whether to compile and how to draft."""
         cfg, choices, chooser = self.cfg, Choices(self.cfg), DraftChooser(self.cfg, self.cfg.quantizer)
         drafts = {c: chooser.choose(cfg.self_speculation, cfg.temperature, c, self.batch_size) for c in (False, True)}
@@ -137,16 +137,16 @@ class LayerSkipGenerate:
             log.setLevel(self.cfg.log_level)  # which torchtune has set to DEBUG
         # A trained draft is checked against the unquantised weights, so they are quantised after it is built.
         draft = None if self.speculation is None else self.speculation.draft
-        quantizer, trained = self.cfg.quantizer, None
+        quantizer, trained_draft = self.cfg.quantizer, None
         if num_processes() > 1:
             section = self.cfg.tensor_parallel_plan
             plan = None if section is None else section.build()
             kept, parallel = self.kept_layers, self.parallel
-            self.model, trained = load_sharded_decoder(self.cfg, self.device, kept, parallel, plan, draft)
+            self.model, trained_draft = load_sharded_decoder(self.cfg, self.device, kept, parallel, plan, draft)
         else:
             self.model = load_decoder(self.cfg, self.device, None if draft is not None else quantizer)
         self.rule = DraftRule()  # which keeps what it learns over all prompts
-        self.draft_model = DraftModels(trained).of(self.speculation, self.model)
+        self.draft_model = DraftModels(trained_draft).of(self.speculation, self.model)
         if draft is not None and quantizer is not None:
             self.model = quantise_decoder(self.model, quantizer)
 
@@ -193,7 +193,7 @@ class LayerSkipGenerate:
             order = sorted(order, key=lambda i: len(self.prompt_tokens[i]))
         # A comparison decodes each batch twice. Otherwise one generation takes all prompts, unless batch_size is 1.
         size = self.batch_size if self.compare or self.batch_size == 1 else len(order)
-        batches = [order[at : at + size] for at in range(0, len(order), size)]
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
         if self.compare:
             # Warm-up: the first steps of a process allocate, tune and compile.
             for plain in (True, False):
@@ -285,7 +285,7 @@ class LayerSkipGenerate:
         )
 
     def text_of(self, i: int) -> TextStream:
-        """The text stream of an output; after a plain text prompt it continues that text exactly."""
+        """The text stream of an output; after a prompt of raw text it continues that text exactly."""
         goes_on = self.prompt_tokens[i] if isinstance(self.prompts[i], str) else ()
         return TextStream(self.tokenizer, self.stop_tokens, self.stop_strings, goes_on)
 

@@ -1,11 +1,11 @@
 """Self-speculative decoding on one screen: the engine's algorithm without cache, batch or compilation.
 
-A round drafts d tokens with the layers below exit E, and verifies all of them with the layers from E up in one pass
+A round drafts n tokens with the layers below exit E, and verifies all of them with the layers from E up in one pass
 (LayerSkip, arXiv 2404.16710, section 4.3). Draft and model choose tokens with the same noise, and a drafted token is
 accepted exactly if it is the model's own choice (arXiv 2408.07978). So the output equals plain decoding, greedy or
 sampled.
 
-Notation: x_E is the hidden state after E layers, g the norm and head, s the length of the text, D the model's width, v
+Notation: x_E is the hidden state after E layers, g the norm and head, s the length of the text, d the model's width, v
 the vocabulary size.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layerskip_recipes.generation.sampling import Sampler, choose, noise_keys
+from layerskip_recipes.generation.sampling import Sampler, choose_tokens, noise_keys
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 
@@ -32,8 +32,9 @@ def speculative_decode(
 
     def choose_all(logits: torch.Tensor) -> list[int]:
         """The token that each position of logits [1, s, v] chooses: it follows in the text."""
-        scores, at = sampler.scores(logits, None, sampler.settings(logits.device)), torch.arange(logits.shape[1]) + 1
-        return choose(scores, None if sampler.greedy else keys, at[None])[0].tolist()
+        scores = sampler.scores(logits, None, sampler.tensors(logits.device))
+        positions = torch.arange(logits.shape[1])[None] + 1
+        return choose_tokens(scores, None if sampler.greedy else keys, positions)[0].tolist()
 
     text = list(prompt)
     while len(text) < len(prompt) + max_new_tokens:
@@ -53,15 +54,15 @@ def speculative_round(
     # 1. Draft token by token from g(x_E).
     tokens = list(text)
     for _ in range(num_speculations):
-        x = model(torch.tensor([tokens]), exit_layer=exit_layer, unembed=False)  # x_E [1, s + i, D]
+        x = model(torch.tensor([tokens]), exit_layer=exit_layer, unembed=False)  # x_E [1, s + i, d]
         tokens.append(choose_all(model.unembed(x))[-1])
 
     # 2. Verify: one late pass over all tokens. The draft has computed x_E of every token but the last drafted one.
     last = model(torch.tensor([tokens]), exit_layer=exit_layer, unembed=False)[:, -1:]
-    x = torch.cat([x, last], 1)  # [1, s + d, D]
-    chosen = choose_all(model(hidden=x, start_layer=exit_layer))[len(text) - 1 :]  # the model's own d + 1 choices
+    x = torch.cat([x, last], 1)  # [1, s + n, d]
+    chosen = choose_all(model(hidden=x, start_layer=exit_layer))[len(text) - 1 :]  # the model's own n + 1 choices
 
     # 3. Accept drafted tokens while they are the model's own choices. Then comes one more token of the model.
     drafted = tokens[len(text) :]
-    accepted = next((i for i, token in enumerate(drafted) if token != chosen[i]), num_speculations)
-    return [*drafted[:accepted], chosen[accepted]]
+    num_accepted = next((i for i, token in enumerate(drafted) if token != chosen[i]), num_speculations)
+    return [*drafted[:num_accepted], chosen[num_accepted]]

@@ -91,23 +91,23 @@ def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> 
 def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, Any]:
     """Acceptance and cost of drafting, the ideal speed-up, and the share of it that was measured (engine efficiency).
 
-    The ideal is (rho d + 1) / (s c + 1), with d drafted tokens and s draft steps per round (fewer with look-ups), and c
+    The ideal is (rho n + 1) / (s c + 1), with n drafted tokens and s draft steps per round (fewer with look-ups), and c
     the time of a draft step divided by that of an autoregressive step.
     """
     rounds = stats.row_rounds
-    d, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)
+    num_drafted, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)
     plain_s, draft_s = safe_divide(baseline.decode_s, baseline.rounds), safe_divide(stats.draft_s, stats.draft_steps)
-    cost = draft_s / plain_s if d and draft_s and plain_s else None
+    cost = draft_s / plain_s if num_drafted and draft_s and plain_s else None
     ideal = None
-    if d and steps is not None and plain_s and stats.acceptance_rate is not None:
-        ideal = (stats.acceptance_rate * d + 1) / ((cost or 0.0) * steps + 1)
+    if num_drafted and steps is not None and plain_s and stats.acceptance_rate is not None:
+        ideal = (stats.acceptance_rate * num_drafted + 1) / ((cost or 0.0) * steps + 1)
     return {
         "tokens_per_round": safe_divide(stats.tokens - stats.first_tokens, rounds) if stats.rounds else None,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "acceptance_rate": stats.acceptance_rate,
-        "drafted_per_round": d or None,
-        "draft_steps_per_round": steps if d else None,
+        "drafted_per_round": num_drafted or None,
+        "draft_steps_per_round": steps if num_drafted else None,
         "draft_cost": cost,
         "ideal_speedup": ideal,
         "engine_efficiency": speedup / ideal if speedup and ideal else None,

@@ -103,5 +103,5 @@ class Rows:
             return
         pairs = [(row, token) for row, of_row in enumerate(tokens) for token in of_row]
         if pairs:
-            at = on_device(pairs, self.seen.device)
-            self.seen[at[:, 0], at[:, 1]] = True
+            rows, ids = on_device(pairs, self.seen.device).unbind(1)
+            self.seen[rows, ids] = True

@@ -118,17 +118,17 @@ def gumbel(one: torch.Tensor, two: torch.Tensor, ids: torch.Tensor) -> torch.Ten
     return -torch.log(-torch.log1p(-uniform))
 
 
-def choose(
-    scores: torch.Tensor, keys: torch.Tensor | None, at: torch.Tensor, ids: torch.Tensor | None = None
+def choose_tokens(
+    scores: torch.Tensor, keys: torch.Tensor | None, positions: torch.Tensor, ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The index of each chosen token, [b, s, v'] -> [b, s]: the argmax of scores plus noise.
 
-    keys: [b, 2], see `noise_keys`; None is greedy. at: [b or 1, s], the positions of the tokens in their texts. ids:
+    keys: [b, 2], see `noise_keys`; None is greedy. positions: [b or 1, s], of the chosen tokens in their texts. ids:
     the token ids [v'] of a draft vocabulary.
     """
     if keys is None:
         return scores.argmax(-1)
-    one, two = (mixed(keys[:, i, None] ^ at)[..., None] for i in (0, 1))
+    one, two = (mixed(keys[:, i, None] ^ positions)[..., None] for i in (0, 1))
     ids = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
     return (scores + gumbel(one, two, ids)).argmax(-1)
 
@@ -138,8 +138,8 @@ def accept(drafted: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, t
 
     Returns the number of accepted tokens [b], and the model's choice behind them [b].
     """
-    accepted = (drafted == chosen[:, :-1]).long().cumprod(1).sum(1)
-    return accepted, chosen.gather(1, accepted[:, None])[:, 0]
+    num_accepted = (drafted == chosen[:, :-1]).long().cumprod(1).sum(1)
+    return num_accepted, chosen.gather(1, num_accepted[:, None])[:, 0]
 
 
 # ---- settings ----
@@ -193,7 +193,7 @@ class Sampler:
         unfiltered = self.top_k is None and self.top_p is None and self.min_p is None
         return not self.penalises and (self.greedy or unfiltered)
 
-    def settings(self, device: torch.device) -> SamplerTensors:
+    def tensors(self, device: torch.device) -> SamplerTensors:
 
         def tensor(number: float) -> torch.Tensor:
             return torch.tensor(number, dtype=torch.float32, device=device)
@@ -206,16 +206,16 @@ class Sampler:
         )
 
     @property
-    def kind(self) -> tuple:
-        """What a graph of `scores` depends on besides `settings`."""
+    def constants(self) -> tuple:
+        """What a graph of `scores` depends on besides `tensors`."""
         if self.greedy:
             return True, self.penalises
         return False, self.penalises, self.top_k, self.top_p is None, self.min_p is None
 
-    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, settings: SamplerTensors) -> torch.Tensor:
+    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, tensors: SamplerTensors) -> torch.Tensor:
         """Penalised logits if greedy, else their `token_scores`; [..., v] -> [..., v]."""
         if seen is not None:
-            logits = penalise(logits, seen, settings.repetition_penalty)
+            logits = penalise(logits, seen, tensors.repetition_penalty)
         if self.greedy:
             return logits
-        return token_scores(logits, settings.temperature, self.top_k, settings.top_p, settings.min_p)
+        return token_scores(logits, tensors.temperature, self.top_k, tensors.top_p, tensors.min_p)

@@ -85,11 +85,11 @@ class GenerationStats:
         count = self.tokens - self.first_tokens
         return (self.weight_bytes + self.cache_bytes) / count if count > 0 else None
 
-    def count_round(self, drafted: int, accepted: int, times: int = 1) -> None:
-        self.drafted += times * drafted
-        self.accepted += times * accepted
-        self.rounds_accepting[accepted] += times
-        self.rounds_drafting[drafted] += times
+    def count_round(self, num_drafted: int, num_accepted: int, times: int = 1) -> None:
+        self.drafted += times * num_drafted
+        self.accepted += times * num_accepted
+        self.rounds_accepting[num_accepted] += times
+        self.rounds_drafting[num_drafted] += times
 
     def __add__(self, other: "GenerationStats") -> "GenerationStats":
         return GenerationStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

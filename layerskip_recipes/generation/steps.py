@@ -1,8 +1,9 @@
 """The context that all steps of a generation share, and the steps of plain decoding.
 
 A compiled step is one graph (kernels/compiling.py); on a CPU its layers and heads run in C++ (kernels/cpp_decoder.py).
-Shapes: b rows, n drafted tokens, v vocabulary, v' draft vocabulary, d width. `start` [b] is the slot of each row's last
-token. `slots` is 0 .. end-1, the slots that attention sees; in a graph there may be more, up to the whole cache.
+Shapes: b rows, n drafted tokens, v vocabulary, v' draft vocabulary, d width. A token's slot in
+the KV cache is its position in the text. `start` [b] is the slot of each row's last token, `at` the slots of the tokens
+that run. `slots` is 0 .. end-1, the slots that attention sees; in a graph there may be more, up to the whole cache.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -15,7 +16,7 @@ from torchtune.utils._logging import log_once
 from layerskip_recipes.generation.drafting.draft_model import DraftHead
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
-from layerskip_recipes.generation.sampling import Sampler, choose
+from layerskip_recipes.generation.sampling import Sampler, choose_tokens
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, DecodingCache, causal_mask
 from layerskip_recipes.processes import broadcast_from_rank0
@@ -26,8 +27,8 @@ log = get_logger("INFO")
 class StepContext:
     """State shared by all steps of one generation.
 
-    Without `compiled` steps run eagerly. The draft model is the model by default, and the draft head is the draft
-    model's head. `depth`: the number of layers whose tokens are final; None: all. With `shared`, all ranks decode the
+    Without `compiled` steps run eagerly. The draft decoder is the model by default, and the draft head is the draft
+    decoder's head. `depth`: the number of layers whose tokens are final; None: all. With `shared`, all ranks decode the
     same prompts and rank 0 decides the tokens.
     """
 
@@ -37,22 +38,22 @@ class StepContext:
         cache: DecodingCache,
         sampler: Sampler,
         compiled: CompiledSteps | None = None,
-        draft_model: LayerSkipDecoder | None = None,
+        draft_decoder: LayerSkipDecoder | None = None,
         draft_head: DraftHead | None = None,
         depth: int | None = None,
         shared: bool = False,
     ) -> None:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
-        self.draft_model, self.draft_head = draft_model or model, draft_head
-        self.own_layers, self.depth = self.draft_model.own_layers, depth or model.num_layers
-        cache.forget_other_weights(model, self.draft_model)
+        self.draft_decoder, self.draft_head = draft_decoder or model, draft_head
+        self.own_layers, self.depth = self.draft_decoder.own_layers, depth or model.num_layers
+        cache.forget_other_weights(model, self.draft_decoder)
         # An adapter reads the model's early hidden states and its final states.
         self.has_adapter = self.own_layers.start > 0
         # Verification can start from the draft's hidden states if the model's own layers computed them.
-        self.shares_layers = self.draft_model is model or self.has_adapter
+        self.shares_layers = self.draft_decoder is model or self.has_adapter
         self.shared = shared
         self.device, self.dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
-        self.settings = sampler.settings(self.device)
+        self.sampler_tensors = sampler.tensors(self.device)
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.last_position = model.max_seq_len - 1
         self._cpp_parts = self._decoder_in_cpp()  # not loaded yet; None if C++ does not support the model
@@ -61,13 +62,13 @@ class StepContext:
         self.graphs = None if self._cpp_parts or (compiled and compiled.failed) else compiled
         # Graphs may use FlexAttention over the whole cache instead of masks, see `BlockAttention`. Its kernel needs
         # head_dim >= 16, and a cache of whole blocks.
-        layers = [*model.layers, *self.draft_model.layers]
-        plain = all(is_plain_attention(layer) and layer.attn.head_dim >= 16 for layer in layers)
+        layers = [*model.layers, *self.draft_decoder.layers]
+        fits_layers = all(is_plain_attention(layer) and layer.attn.head_dim >= 16 for layer in layers)
         on_gpu = self.graphs is not None and self.graphs.device.type == "cuda"
-        self.fits_flex = on_gpu and plain and cache.max_len % BLOCK == 0
+        self.fits_flex = on_gpu and fits_layers and cache.max_len % BLOCK == 0
         # The parts of a graph's key: for steps that run layers, and for steps that choose tokens.
-        self.layers_key = (cache.max_len, cache.draft_layers, self.draft_model is model or self.draft_model)
-        self.choice_key = (sampler.kind, draft_head and len(draft_head.vocabulary))
+        self.layers_key = (cache.max_len, cache.draft_layers, self.draft_decoder is model or self.draft_decoder)
+        self.sampler_key = (sampler.constants, draft_head and len(draft_head.vocabulary))
 
     @property
     def compile_s(self) -> float:
@@ -78,7 +79,7 @@ class StepContext:
         if self.compiled is None or self.compiled.failed or self.device.type != "cpu":
             return None
         try:
-            found = CppDecoder(self.cache, self.model, self.draft_model, self.draft_head)
+            found = CppDecoder(self.cache, self.model, self.draft_decoder, self.draft_head)
         except UnknownPartError as e:
             log_once(log, f"compile: steps become graphs, as the C++ does not know a part of the model ({e})")
             return None
@@ -102,7 +103,7 @@ class StepContext:
     def allocate(self) -> None:
         """Allocate the caches of the layers that read the text."""
         self.cache.allocate(self.model, self.depth)
-        self.cache.allocate(self.draft_model, self.own_layers.stop)
+        self.cache.allocate(self.draft_decoder, self.own_layers.stop)
 
     def begin_round(self) -> None:
         """Let graphs overwrite the results of the last round."""
@@ -158,7 +159,7 @@ class StepContext:
         return out
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        return self.sampler.scores(logits, seen, self.settings)
+        return self.sampler.scores(logits, seen, self.sampler_tensors)
 
     def read_by_draft(
         self, x: torch.Tensor, last_states: torch.Tensor | None, at: torch.Tensor, slots: torch.Tensor
@@ -171,7 +172,7 @@ class StepContext:
             return x
         own = self.own_layers
         part: Any = {"hidden": torch.cat([x, last_states], -1), "start_layer": own.start, "exit_layer": own.stop}
-        return self.run(self.draft_model, None, at, slots, unembed=False, **part)
+        return self.run(self.draft_decoder, None, at, slots, unembed=False, **part)
 
     def unembed(self, x: torch.Tensor) -> Any:
         """The model's logits of x_L: [b, s, d] -> [b, s, v]."""
@@ -181,24 +182,24 @@ class StepContext:
 
     def draft_scores(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """The sampler's scores for the draft: x [b, s, d], seen [b, s or 1, v] -> [b, s, v']."""
-        head = self.draft_head or self.draft_model
+        head = self.draft_head or self.draft_decoder
         if self.cpp is not None and head in self.cpp.heads:
             logits = self.cpp.logits(head, x)
         elif self.draft_head is None:
-            logits = self.draft_model(hidden=x.to(self.dtype), start_layer=self.draft_model.num_layers)
+            logits = self.draft_decoder(hidden=x.to(self.dtype), start_layer=self.draft_decoder.num_layers)
         else:
             logits = self.draft_head(x.to(self.dtype))
         if self.draft_head is not None and seen is not None:
             seen = seen[..., self.draft_head.vocabulary]
         return self.scores(logits, seen)
 
-    def choose(
-        self, scores: torch.Tensor, keys: torch.Tensor | None, at: torch.Tensor, ids: torch.Tensor | None = None
+    def choose_tokens(
+        self, scores: torch.Tensor, keys: torch.Tensor | None, positions: torch.Tensor, ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`sampling.choose`, [b, s, v'] -> [b, s]; in C++ it costs one pass over the scores."""
+        """`sampling.choose_tokens`, [b, s, v'] -> [b, s]; in C++ it costs one pass over the scores."""
         if self.cpp is None or keys is None:
-            return choose(scores, keys, at, ids)
-        return self.cpp.choose(scores, keys, at, ids)
+            return choose_tokens(scores, keys, positions, ids)
+        return self.cpp.choose_tokens(scores, keys, positions, ids)
 
     @staticmethod
     def seen_at(seen: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -208,22 +209,22 @@ class StepContext:
 
 
 class Step:
-    """`function(context, *settings, slots, *tensors)`, run eagerly or as a graph, and the key of that graph.
+    """`function(context, *constants, slots, *tensors)`, run eagerly or as a graph, and the key of that graph.
 
-    The function returns tensors and never reads their values on the host. `settings` are constants of the graph.
-    `slots` is None without attention. `layers`: it runs layers or writes to the cache; `choice`: it uses the sampler.
+    The function returns tensors and never reads their values on the host. `constants` become constants of the graph.
+    `slots` is None without attention. `layers`: it runs layers or writes to the cache; `samples`: it uses the sampler.
     """
 
     def __init__(
         self,
         context: StepContext,
         function: Callable,
-        *settings: Hashable,
+        *constants: Hashable,
         layers: bool = True,
-        choice: bool = True,
+        samples: bool = True,
     ) -> None:
-        self.context, self.function, self.settings = context, function, settings
-        self.own_key: Hashable = (function, settings, layers and context.layers_key, choice and context.choice_key)
+        self.context, self.function, self.constants = context, function, constants
+        self.own_key: Hashable = (function, constants, layers and context.layers_key, samples and context.sampler_key)
 
     def key(self, *args: torch.Tensor | None) -> Hashable:
         """What the graph depends on, except for values of tensors and the length of slots."""
@@ -234,7 +235,7 @@ class Step:
         return self.run(slots, *args) if graphs is None else graphs(self, slots, *args)
 
     def run(self, slots: torch.Tensor | None, *args: torch.Tensor | None) -> Any:
-        return self.function(self.context, *self.settings, slots, *args)
+        return self.function(self.context, *self.constants, slots, *args)
 
 
 # ---- the steps of plain decoding ----
@@ -245,6 +246,6 @@ def next_logits(context: StepContext, exit_layer: int, slots, last, start):
     return context.run(context.model, last[:, None], start[:, None], slots, exit_layer=exit_layer)[:, -1]
 
 
-def choose_token(context: StepContext, slots, logits, keys, at, seen):
-    """A token for each row at the positions `at` [b]; logits, seen [b, v], keys [b, 2] (None if greedy) -> [b]."""
-    return context.choose(context.scores(logits, seen)[:, None], keys, at[:, None])[:, 0]
+def choose_token(context: StepContext, slots, logits, keys, positions, seen):
+    """A token for each row at `positions` [b] of its text; logits, seen [b, v], keys [b, 2] (None if greedy) -> [b]."""
+    return context.choose_tokens(context.scores(logits, seen)[:, None], keys, positions[:, None])[:, 0]

@@ -67,7 +67,7 @@ class LayerSkipDecoder(TransformerDecoder):
             if isinstance(hook, partial):
                 hook.keywords["dtype"] = base.tok_embeddings.weight.dtype
         self.layer_dropout = layer_dropout
-        self.decoding_choice: Any = None  # how `generate` decodes a model from `load_model`
+        self.decoding_chooser: Any = None  # how `generate` decodes a model from `load_model`
         self.decoding = False  # True while a generation engine's own KV caches are in the attention layers
 
     own_layers = range(0)  # in a draft model, the layers that belong to a trained draft (draft.py)

@@ -124,11 +124,11 @@ class Draft(nn.Module):
         return states[1:]
 
     def decoder(self, model: LayerSkipDecoder) -> LayerSkipDecoder:
-        """The draft model: the model's layers below `start`, the draft's layers and norm, the model's head."""
+        """The decoder that drafts: the model's layers below `start`, the draft's layers and norm, the model's head."""
         layers = nn.ModuleList([*model.layers[: self.start], *self.layers])
-        drafter = model.with_modules(layers=layers, norm=self.norm)
-        drafter.own_layers = range(self.start, self.start + self.num_layers)
-        return drafter
+        decoder = model.with_modules(layers=layers, norm=self.norm)
+        decoder.own_layers = range(self.start, self.start + self.num_layers)
+        return decoder
 
 
 def previous_states(states: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:

@@ -113,7 +113,7 @@ class DecodingCache:
     @contextmanager
     def used_by(self, *decoders: LayerSkipDecoder) -> Iterator[None]:
         """Within this context the decoders' attention layers use these caches."""
-        # Undone in reverse order, as a drafter may share layers with the model.
+        # Undone in reverse order, as a draft decoder may share layers with the model.
         with ExitStack() as afterwards:
             for decoder in decoders:
                 afterwards.callback(setattr, decoder, "decoding", decoder.decoding)

@@ -33,9 +33,9 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
-from layerskip_recipes.generation.drafting.prediction import Costs, Round, StepCost, Way, ranked
+from layerskip_recipes.generation.drafting.prediction import Costs, DraftMethod, Round, StepCost, ranked
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES, Speculation
+from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
     some = list(range(0, VOCAB, 2))
     texts = list(zip(prompts, outputs, strict=True))
     found = measured_rates(model, texts, some, [len(some)], temperature, longest)
-    assert set(found) == {Way(e, n) for e in range(1, L) for n in (None, len(some))}
+    assert set(found) == {DraftMethod(e, n) for e in range(1, L) for n in (None, len(some))}
 
     def distribution(logits, allowed):
         masked = torch.full_like(logits, -torch.inf)
@@ -70,14 +70,14 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
             return torch.nn.functional.one_hot(masked.argmax(), len(logits)).float()
         return masked.softmax(-1)
 
-    for way, rates in found.items():
-        allowed = some if way.vocabulary else list(range(VOCAB))
+    for method, rates in found.items():
+        allowed = some if method.vocabulary else list(range(VOCAB))
         accepted, counts = torch.zeros(2, 12), torch.zeros(2, 12, dtype=torch.bool)
         for row, (prompt, output) in enumerate(texts):
             counts[row, : len(output)] = True
             with torch.no_grad():
                 tokens = torch.tensor([prompt + output])
-                p, q = model(tokens)[0], model(tokens, exit_layer=way.exit_layer)[0]
+                p, q = model(tokens)[0], model(tokens, exit_layer=method.model_layers)[0]
             rows = range(len(prompt), tokens.shape[1] - 1)
             everything = list(range(VOCAB))
             for i, r in enumerate(rows):
@@ -86,12 +86,12 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
         expected = tokens_per_round(accepted, accepted, counts, range(1, longest + 1))
         assert [n for n, _ in rates] == pytest.approx(expected, abs=1e-5)
         assert [d for _, d in rates] == [1, 2, 3, 4]
-    assert found[Way(5)][0] > found[Way(1)][0]  # the later exit knows more
+    assert found[DraftMethod(5)][0] > found[DraftMethod(1)][0]  # the later exit knows more
     both = measured_rates(model, texts, some, [len(some)], temperature, longest, endings=[False, True])
-    assert {way: rates for way, rates in both.items() if not way.ends} == found
-    for way, rates in found.items():
-        for (tokens, drafted), ended in zip(rates, both[way._replace(ends=True)], strict=True):
-            assert 1 <= ended.drafted <= drafted and 1 <= ended.tokens <= tokens
+    assert {method: rates for method, rates in both.items() if not method.ends} == found
+    for method, rates in found.items():
+        for (tokens, drafted), ended in zip(rates, both[method._replace(ends=True)], strict=True):
+            assert 1 <= ended.num_drafted <= drafted and 1 <= ended.tokens <= tokens
 
 
 def test_costs_are_found_from_probes():
@@ -99,37 +99,39 @@ def test_costs_are_found_from_probes():
     draft = {False: StepCost(2e-4, 1e-3, 1e-6), True: StepCost(2e-4, 2.5e-4, 2.5e-7)}
     costs = Costs(32, 1000, 0.033, draft, 0.04, 3e-4)
 
-    def probe(way, d):
-        seconds = draft[way.int8].seconds(way.exit_layer, way.vocabulary or 1000)
-        verify = 0.033 * (1 + 0.04 * d * (1 if way.int8 else 1 - way.exit_layer / 32))
+    def probe(method, d):
+        seconds = draft[method.int8].seconds(method.model_layers, method.vocabulary or 1000)
+        verify = 0.033 * (1 + 0.04 * d * (1 if method.int8 else 1 - method.model_layers / 32))
         stats = GenerationStats(rounds=10, draft_steps=10 * d, draft_s=10 * d * seconds, verify_s=10 * verify)
         stats.decode_s = stats.draft_s + stats.verify_s + 10 * 3e-4
         return stats
 
-    probes = [(Way(e, n, i), d) for i in (False, True) for e, n, d in ((4, 100, 8), (16, 100, 4), (4, None, 4))]
+    probes = [(DraftMethod(e, n, i), d) for i in (False, True) for e, n, d in ((4, 100, 8), (16, 100, 4), (4, None, 4))]
     found = fitted_costs({key: probe(*key) for key in probes}, 0.033, 32, 1000, 1)
-    for way, d in ((Way(8), 3), (Way(8, 500, True), 7), (Way(20, 100), 1)):
-        assert found.round_s(way, d) == pytest.approx(costs.round_s(way, d))
+    for method, d in ((DraftMethod(8), 3), (DraftMethod(8, 500, True), 7), (DraftMethod(20, 100), 1)):
+        assert found.round_s(method, d) == pytest.approx(costs.round_s(method, d))
 
 
 @pytest.mark.parametrize("num_layers", [2, 3, 4])
 def test_every_probe_verifies_in_some_layers(num_layers, monkeypatch):
-    monkeypatch.setattr(Tuner, "_probe", lambda self, way, d: way)
+    monkeypatch.setattr(Tuner, "_probe", lambda self, method, d: method)
     one = Tuner.__new__(Tuner)
     one.model = SimpleNamespace(num_layers=num_layers)
-    assert all(1 <= way.shared_layers < num_layers for way in one._probes([False], 10).values())
+    assert all(1 <= method.shared_layers < num_layers for method in one._probes([False], 10).values())
 
 
 def test_the_best_few_and_the_grid():
     costs = Costs(8, 100, 1.0, {False: StepCost(0.0, 0.1, 0.001)}, 0.05, 0.0)
-    rates = {Way(e, n): [Round(10 - 9 * 0.9**d, d) for d in range(1, 13)] for e in (1, 2, 3) for n in (None, 50)}
+    rates = {
+        DraftMethod(e, n): [Round(10 - 9 * 0.9**d, d) for d in range(1, 13)] for e in (1, 2, 3) for n in (None, 50)
+    }
     predictions = ranked(rates, costs)
     picked = pick(predictions)
-    assert picked[0] == predictions[0] and picked[0].way == Way(1, 50) and len(picked) == 4
+    assert picked[0] == predictions[0] and picked[0].method == DraftMethod(1, 50) and len(picked) == 4
     for a, b in itertools.combinations(picked, 2):
-        assert a.way != b.way or abs(a.num_speculations - b.num_speculations) >= 3
-    pairs = [(p.way, p.num_speculations) for p in grid(predictions)]
-    assert pairs == [(Way(e, 50), d) for e in (1, 2, 3) for d in (1, 2, 3, 4, 6, 8)]
+        assert a.method != b.method or abs(a.num_speculations - b.num_speculations) >= 3
+    pairs = [(p.method, p.num_speculations) for p in grid(predictions)]
+    assert pairs == [(DraftMethod(e, 50), d) for e in (1, 2, 3) for d in (1, 2, 3, 4, 6, 8)]
 
 
 @pytest.fixture
@@ -155,10 +157,10 @@ def written_by(cfg, best, folder):
 
 
 CHOICE = {"exit_layer": 3, "num_speculations": 5, "draft_vocabulary": 64, "draft_int8": True}
-EXIT = SelfSpeculation(**PLAIN_VALUES | {"exit_layer": 1, "num_speculations": 2})
+EXIT = SelfSpeculation(**SPECULATION_DEFAULTS | {"exit_layer": 1, "num_speculations": 2})
 
 
-@pytest.mark.parametrize("best", [SelfSpeculation(**PLAIN_VALUES | CHOICE), EXIT, None])
+@pytest.mark.parametrize("best", [SelfSpeculation(**SPECULATION_DEFAULTS | CHOICE), EXIT, None])
 def test_the_config_has_what_differs_from_the_users(best, config, tmp_path, checkpoint, monkeypatch):
     """It loads from another folder, keeps the user's keys, and sets what was measured; null where nothing pays."""
     theirs = {"max_new_tokens": 17, "compile": True, "top_p": 0.5, "repetition_penalty": 1.5}

@@ -6,9 +6,9 @@ from helpers.plain_decoding import Letters, plain_answer, plain_logits, plain_sc
 from helpers.tiny import make_tiny
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.generation.drafting.auto_drafts import Choice
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES
+from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
@@ -88,7 +88,11 @@ def test_a_whole_text_in_windows(exit_layer):
 
 @pytest.mark.parametrize(
     "method",
-    [{}, {"exit_layer": 3}, {"drafts": Choice(SelfSpeculation(**PLAIN_VALUES | {"exit_layer": 2}), None, 1.0)}],
+    [
+        {},
+        {"exit_layer": 3},
+        {"drafts": DraftChoice(SelfSpeculation(**SPECULATION_DEFAULTS | {"exit_layer": 2}), None, 1.0)},
+    ],
     ids=["plain", "exit", "speculation"],
 )
 def test_answers_are_those_of_plain_greedy_decoding(method):

@@ -1,4 +1,4 @@
-"""What `self_speculation: auto` chooses: the fastest way of drafting by stored acceptance and estimated costs."""
+"""What `self_speculation: auto` chooses: the fastest drafting method by stored acceptance and estimated costs."""
 
 import json
 import logging
@@ -15,9 +15,9 @@ from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRou
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting.auto_drafts import TrainingNotes, choose_drafts
-from layerskip_recipes.generation.drafting.prediction import Way, estimated_costs, measured_rounds
+from layerskip_recipes.generation.drafting.prediction import DraftMethod, estimated_costs, measured_rounds
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import PLAIN_VALUES
+from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS
 from layerskip_recipes.generation.kernels import when_to_compile
 from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
@@ -75,8 +75,8 @@ def expected(exits, lengths=range(1, 9), precisions=(4, 1)):
         verify = PLAIN * (1 + 0.06 * d * layers / 30)
         return tokens * PLAIN / (d * draft + verify + 2e-4)
 
-    ways = [(e, name, i, d) for e in exits for name, i, d in product(exits[e], precisions, lengths)]
-    best = max(ways, key=lambda way: speedup(*way))
+    methods = [(e, name, i, d) for e in exits for name, i, d in product(exits[e], precisions, lengths)]
+    best = max(methods, key=lambda method: speedup(*method))
     return best, speedup(*best)
 
 
@@ -84,13 +84,13 @@ def test_costs_are_those_of_a_real_machine():
     """Seen on SmolLM2: exit 6 takes .34 of a plain step, .11 to .13 with 2048 tokens, .04 of that in int8; a pass over
     5 to 9 tokens takes 1.1 to 1.5 steps."""
     costs = smollm2_costs()
-    assert costs.plain == pytest.approx(1 / 37.9, rel=0.1)
-    assert costs.draft[False].seconds(6, VOCABULARY) / costs.plain == pytest.approx(0.34, abs=0.05)
-    assert costs.draft[False].seconds(6, 2048) / costs.plain == pytest.approx(0.13, abs=0.05)
-    assert costs.draft[True].seconds(6, 2048) / costs.plain == pytest.approx(0.04, abs=0.01)
+    assert costs.plain_step_s == pytest.approx(1 / 37.9, rel=0.1)
+    assert costs.draft[False].seconds(6, VOCABULARY) / costs.plain_step_s == pytest.approx(0.34, abs=0.05)
+    assert costs.draft[False].seconds(6, 2048) / costs.plain_step_s == pytest.approx(0.13, abs=0.05)
+    assert costs.draft[True].seconds(6, 2048) / costs.plain_step_s == pytest.approx(0.04, abs=0.01)
     for further in (4, 8):
-        verify = costs.round_s(Way(6, 2048), further) - further * costs.draft[False].seconds(6, 2048)
-        assert 1.1 < verify / costs.plain < 1.5
+        verify = costs.round_s(DraftMethod(6, 2048), further) - further * costs.draft[False].seconds(6, 2048)
+        assert 1.1 < verify / costs.plain_step_s < 1.5
 
 
 @pytest.mark.parametrize("precisions", [(4, 1), (4,)])
@@ -187,7 +187,7 @@ def test_look_ups(tmp_path):
     for folder in (bad, tmp_path / "nowhere"):
         found = choose(folder, given={"prompt_lookup": 2, "num_speculations": 4})
         assert found.section == SelfSpeculation(
-            **PLAIN_VALUES | {"exit_layer": 30, "num_speculations": 4, "prompt_lookup": 2}
+            **SPECULATION_DEFAULTS | {"exit_layer": 30, "num_speculations": 4, "prompt_lookup": 2}
         )
         assert found.why.startswith("Drafts: look-ups of the last 2 tokens alone, because ")
 
@@ -196,7 +196,7 @@ def test_the_whole_model_as_the_exit(tmp_path):
     """With look-ups it is look-ups alone; quantised, it drafts."""
     folder = described(tmp_path, {6: TASK})
     found = choose(folder, given={"exit_layer": 30, "prompt_lookup": 2})
-    assert found.section == SelfSpeculation(**PLAIN_VALUES | LOOKS_UP) and found.why is None
+    assert found.section == SelfSpeculation(**SPECULATION_DEFAULTS | LOOKS_UP) and found.why is None
     found = choose(folder, given={"exit_layer": 30, "draft_int8": True})
     assert found.section.draft_int8 and found.section.prompt_lookup is None
 
@@ -205,7 +205,7 @@ def test_a_trained_exit_that_nobody_measured(tmp_path):
     found = choose(described(tmp_path, {}, trained=(6, 8, 30)))
     assert found.section.exit_layer == 8 and "acceptance assumed" in found.why
     given = {"exit_layer": 3, "num_speculations": 5}
-    assert choose(tmp_path, given=given).section == SelfSpeculation(**PLAIN_VALUES | given)
+    assert choose(tmp_path, given=given).section == SelfSpeculation(**SPECULATION_DEFAULTS | given)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_keys_that_are_given_stay(tmp_path, given):
 
 
 def test_a_head_that_cannot_be_cut(tmp_path):
-    found = choose(described(tmp_path, {6: TASK}), plain_head=False, int8=False).section
+    found = choose(described(tmp_path, {6: TASK}), unpacked=False, int8=False).section
     assert found.draft_vocabulary is None and not found.draft_int8
 
 
@@ -259,8 +259,8 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
 def test_longer_drafts_than_were_measured_and_more_rows():
     costs = smollm2_costs()
     one, eight = smollm2_costs(), smollm2_costs(batch_rows=8)
-    assert one.plain < eight.plain < 2 * one.plain
-    assert costs.round_s(Way(6), 4) / one.plain < eight.round_s(Way(6), 4) / eight.plain
+    assert one.plain_step_s < eight.plain_step_s < 2 * one.plain_step_s
+    assert costs.round_s(DraftMethod(6), 4) / one.plain_step_s < eight.round_s(DraftMethod(6), 4) / eight.plain_step_s
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])

@@ -26,7 +26,7 @@ def count_positions(model):
 
 
 @pytest.mark.parametrize("chunk", [512, 3])
-@pytest.mark.parametrize("variant", [None, "chain", "drafter", "look-up"])
+@pytest.mark.parametrize("variant", [None, "chain", "perturbed", "look-up"])
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
 def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypatch):
     """The next prompt is the text so far and more: only what is new runs, and the tokens are those from scratch."""
@@ -175,7 +175,7 @@ def test_after_an_interruption_the_cache_holds_what_ran(when):
     assert again.generated == [greedy("llama3_2", prompt, 12)]
 
 
-@pytest.mark.parametrize("variant", [None, "chain", "drafter"])
+@pytest.mark.parametrize("variant", [None, "chain", "perturbed"])
 @pytest.mark.parametrize("family", ["llama3_2", "qwen2", "phi3"])
 def test_attention_reads_the_cache_in_place_and_only_what_is_filled(family, variant, monkeypatch):
     """The keys of every call are a view of the cache, of its own heads, up to the last slot that is in use."""

@@ -162,10 +162,10 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, monkeypatch, caplo
         return failing if function.__name__ == "draft_token" else function
 
     monkeypatch.setattr(compiling, "_compiled", made)
-    drafter, packed = make_small(), type("Packed", (torch.nn.Parameter,), {})
-    drafter.norm.scale = packed(drafter.norm.scale.data)
+    draft_decoder, packed = make_small(), type("Packed", (torch.nn.Parameter,), {})
+    draft_decoder.norm.scale = packed(draft_decoder.norm.scale.data)
     for way in ways:
-        draft_model = DraftModel(drafter) if way == "drafted apart" else None
+        draft_model = DraftModel(draft_decoder) if way == "drafted apart" else None
         arguments = (WAYS | {"drafted apart": WAYS["chain"]})[way]
         speculation = Speculation(**arguments) if arguments else None
         generation = run(model, SHORT, 9, speculation=speculation, draft_model=draft_model)

@@ -42,7 +42,7 @@ from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compil
 from layerskip_recipes.generation.kernels.cpp_decoder import SOURCES, load_library
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
 from layerskip_recipes.generation.prefill import read_texts, reads_in_cpp
-from layerskip_recipes.generation.sampling import Sampler, choose, noise_keys
+from layerskip_recipes.generation.sampling import Sampler, choose_tokens, noise_keys
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -138,17 +138,19 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
     """What the caches hold and the last token's state, of two texts; at once, and in bf16 in parts behind three tokens
     that are there already."""
     model, texts = make(family, precision), [texts_of(1, length)[0] for length in (30, 19)]
-    drafter = None if draft is None else Draft(model, draft, 1).requires_grad_(False).eval().decoder(model)
+    draft_decoder = None if draft is None else Draft(model, draft, 1).requires_grad_(False).eval().decoder(model)
     parts, near = ({}, 1e-5) if precision == "fp32" else ({"reused": 3}, 3e-2)
     monkeypatch.setattr(prefill, "CPP_CHUNK", 30 if precision == "fp32" else 7)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     read = []
     for compiled in (None, CompiledSteps(CPU)):
-        cache = DecodingCache(model, 2, 64, 0 if drafter is None else len(drafter.own_layers))
-        context = StepContext(model, cache, Sampler(), compiled, drafter)
-        with torch.inference_mode(), cache.used_by(*{model, context.draft_model}), monkeypatch.context() as patched:
+        cache = DecodingCache(model, 2, 64, 0 if draft_decoder is None else len(draft_decoder.own_layers))
+        context = StepContext(model, cache, Sampler(), compiled, draft_decoder)
+        with torch.inference_mode(), cache.used_by(*{model, context.draft_decoder}), monkeypatch.context() as patched:
             if parts:
-                read_texts(StepContext(model, cache, Sampler(), draft_model=drafter), [text[:3] for text in texts])
+                read_texts(
+                    StepContext(model, cache, Sampler(), draft_decoder=draft_decoder), [text[:3] for text in texts]
+                )
             if compiled is not None:
                 assert reads_in_cpp(context.dtype, 30)
                 context.load_cpp()
@@ -340,7 +342,7 @@ def test_every_way_of_drafting_gives_the_models_tokens(variant, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("variant", ["chain", "confident", "vocabulary", "drafter"])
+@pytest.mark.parametrize("variant", ["chain", "confident", "vocabulary", "perturbed"])
 @pytest.mark.parametrize("family", ["llama3", "gemma"])
 def test_a_chain_of_drafts_is_one_call(family, variant, temperature, monkeypatch):
     """Its drafts and outputs are those of torch's operations, token by token."""
@@ -438,12 +440,12 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("part", ["drafter", "quantised", "copy, chain", "copy, head", "adapter, chain", "head"])
+@pytest.mark.parametrize("part", ["perturbed", "quantised", "copy, chain", "copy, head", "adapter, chain", "head"])
 def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, monkeypatch):
     """Its steps have the same bits as without drafts; the draft runs in torch, also over texts that C++ reads."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     model = talking(precision)
-    variants = {"quantised": "drafter", "head": "vocabulary", "copy, head": "copy, vocabulary"}
+    variants = {"quantised": "perturbed", "head": "vocabulary", "copy, head": "copy, vocabulary"}
     arguments = drafting(variants.get(part, part), model)
     decoder = arguments["draft_model"] and arguments["draft_model"].decoder
     if "head" in part:
@@ -457,9 +459,9 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
             quantize_(layers, Int8DynamicActivationInt8WeightConfig())
         else:
             hooked(layers[-1])
-        drafter = decoder.with_modules(layers=layers)
-        drafter.own_layers = decoder.own_layers
-        arguments["draft_model"] = DraftModel(drafter)
+        draft_decoder = decoder.with_modules(layers=layers)
+        draft_decoder.own_layers = decoder.own_layers
+        arguments["draft_model"] = DraftModel(draft_decoder)
     plainly = run(model, PROMPTS, 16, rows=2)
     drafts = [], []
     torchs, ours = (
@@ -492,6 +494,8 @@ def test_choices_are_those_of_torch(ids):
     keys, at = torch.tensor(noise_keys(3, [[1], [2]])), torch.tensor([[4, 5, 6]])
     for width, factor in itertools.product((len(ids),) if ids is not None else (1, 17, 3000), (0.1, 3, 100)):
         scores = factor * torch.randn(2, 3, width)
-        assert torch.equal(torch.ops.layerskip.choose_tokens(scores, keys, at, ids), choose(scores, keys, at, ids))
+        assert torch.equal(
+            torch.ops.layerskip.choose_tokens(scores, keys, at, ids), choose_tokens(scores, keys, at, ids)
+        )
     filtered = torch.randn(2, 3, 40).masked_fill(torch.arange(40) % 7 > 0, -torch.inf)
-    assert torch.equal(torch.ops.layerskip.choose_tokens(filtered, keys, at, None), choose(filtered, keys, at))
+    assert torch.equal(torch.ops.layerskip.choose_tokens(filtered, keys, at, None), choose_tokens(filtered, keys, at))

@@ -88,16 +88,16 @@ def test_a_draft_ends_where_the_exit_is_not_sure(temperature):
     assert len(lengths) > 2
 
 
-def test_a_drafter_drafts_in_the_models_place():
-    """From exit 1 of a drafter whose attention is the model's, so that what stands in the cache is its own too."""
+def test_a_decoder_drafts_in_the_models_place():
+    """From exit 1 of a decoder whose attention is the model's, so that what stands in the cache is its own too."""
     model = model_of("llama3_2")
-    drafter = perturbed(model, 0.3, 1)
-    drafter.layers[0].attn = copy.deepcopy(model.layers[0].attn)
-    drafter.layers[0].sa_norm = copy.deepcopy(model.layers[0].sa_norm)
+    decoder = perturbed(model, 0.3, 1)
+    decoder.layers[0].attn = copy.deepcopy(model.layers[0].attn)
+    decoder.layers[0].sa_norm = copy.deepcopy(model.layers[0].sa_norm)
     differs = 0
-    for (text,), (draft,) in drafts_of(model, [PROMPT], 18, Speculation(1, 3), draft_model=DraftModel(drafter))[1]:
+    for (text,), (draft,) in drafts_of(model, [PROMPT], 18, Speculation(1, 3), draft_model=DraftModel(decoder))[1]:
         tokens = tuple(text)
-        assert draft == plain(drafter, tokens, len(draft), 1.0, 1)
+        assert draft == plain(decoder, tokens, len(draft), 1.0, 1)
         differs += draft != plain(model, tokens, len(draft), 1.0, 1)
     assert differs > 2
 
@@ -132,8 +132,8 @@ def test_look_ups_alone():
         kinds += generation.stats.rounds_by_kind
     assert kinds["lookup"] > 3 and kinds["plain"] > 3 and not kinds["chain"]
     # Another model's layers draft also as a whole.
-    drafter = DraftModel(perturbed.__wrapped__(model, 0.3))
-    generation, _ = drafts_of(model, [(1, 3, 0)], 24, speculation, draft_model=drafter)
+    draft_model = DraftModel(perturbed.__wrapped__(model, 0.3))
+    generation, _ = drafts_of(model, [(1, 3, 0)], 24, speculation, draft_model=draft_model)
     assert generation.generated == [plain(model, (1, 3, 0), 24)] and generation.stats.rounds_by_kind["chain"] > 0
 
 
@@ -147,20 +147,20 @@ def test_a_look_up_needs_every_row_that_still_runs():
 
 
 @pytest.mark.parametrize("kind", ["copies", "the model itself", "shared layers"])
-def test_a_drafter_and_the_model_are_left_as_they_were(kind):
+def test_a_draft_decoder_and_the_model_are_left_as_they_were(kind):
     model = make_model()
-    drafter = model if kind == "the model itself" else perturbed(model)
+    decoder = model if kind == "the model itself" else perturbed(model)
     if kind == "shared layers":
-        drafter.layers[0] = model.layers[0]
-    drafter.train()
-    layers = {*model.layers, *drafter.layers}
-    generation = run(model, [PROMPT], 10, speculation=Speculation(2, 3), draft_model=DraftModel(drafter))
+        decoder.layers[0] = model.layers[0]
+    decoder.train()
+    layers = {*model.layers, *decoder.layers}
+    generation = run(model, [PROMPT], 10, speculation=Speculation(2, 3), draft_model=DraftModel(decoder))
     assert generation.generated == [greedy("llama3_2", PROMPT, 10)]
-    assert drafter.training and not model.decoding and not drafter.decoding
+    assert decoder.training and not model.decoding and not decoder.decoding
     assert all(layer.attn.kv_cache is None and not layer.attn.cache_enabled for layer in layers)
     assert all(layer.attn.num_kv_heads == 2 for layer in layers)
     tokens = torch.tensor([PROMPT])
-    assert torch.equal(drafter.eval()(tokens), walk(drafter, tokens, range(L)))
+    assert torch.equal(decoder.eval()(tokens), walk(decoder, tokens, range(L)))
 
 
 # ---- where drafts do not pay ----
@@ -189,8 +189,8 @@ def clock(monkeypatch):
 def bad_draft(model, kind):
     """A speculation and a draft model whose drafts the model never says."""
     if kind in ("exit", "look-up"):
-        drafter = perturbed.__wrapped__(model, 40.0, 2)
-        return Speculation(2, 4, prompt_lookup=1 if kind == "look-up" else None), DraftModel(drafter)
+        decoder = perturbed.__wrapped__(model, 40.0, 2)
+        return Speculation(2, 4, prompt_lookup=1 if kind == "look-up" else None), DraftModel(decoder)
     torch.manual_seed(3)
     draft = Draft(model, kind, 2 if kind == "adapter" else 1)
     for parameter in draft.parameters():

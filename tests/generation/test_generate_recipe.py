@@ -206,15 +206,15 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary)
     """Of a draft vocabulary the rows of the head; the model and what it shares are as they were."""
     drafts = {"draft_int8": "true", "draft_vocabulary": vocabulary or "null"}
     recipe, _ = run(path, *(f"self_speculation.{key}={value}" for key, value in drafts.items()))
-    drafter, model = recipe.draft_model.decoder, recipe.model
-    linears = [part for part in drafter.layers.modules() if isinstance(part, torch.nn.Linear)]
-    assert len(drafter.layers) == recipe.speculation.exit_layer == len(linears) / 7
+    draft_decoder, model = recipe.draft_model.decoder, recipe.model
+    linears = [part for part in draft_decoder.layers.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(draft_decoder.layers) == recipe.speculation.exit_layer == len(linears) / 7
     assert all(type(part.weight) is not torch.nn.Parameter for part in linears)
     assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
-    assert drafter.norm is model.norm and drafter.tok_embeddings is model.tok_embeddings
-    assert drafter.layers[0].attn.pos_embeddings is model.layers[0].attn.pos_embeddings  # as long as the context
-    assert (drafter.output is model.output) == (vocabulary is not None)
-    rows, head = slice(None), drafter.output
+    assert draft_decoder.norm is model.norm and draft_decoder.tok_embeddings is model.tok_embeddings
+    assert draft_decoder.layers[0].attn.pos_embeddings is model.layers[0].attn.pos_embeddings  # as long as the context
+    assert (draft_decoder.output is model.output) == (vocabulary is not None)
+    rows, head = slice(None), draft_decoder.output
     if vocabulary is not None:
         rows, head = recipe.draft_model.head.vocabulary, recipe.draft_model.head.output
     x = torch.randn(1, 3, model.tok_embeddings.embedding_dim)

@@ -50,7 +50,7 @@ def test_every_family(family, exit_layer):
     assert 0 < generation.stats.acceptance_rate < 1 or exit_layer == L
     assert len(set(generation.generated[0])) > 5
     all_drafts = VARIANTS["all"] | {"exit_layer": exit_layer, "draft_model": DraftModel(perturbed(model))}
-    del all_drafts["drafter"]
+    del all_drafts["decoder"]
     assert new_tokens(generate(model, prompt, 16, **all_drafts)) == greedy(family, PROMPT, 16)
     assert new_tokens(generate(model, prompt, 16, exit_layer=exit_layer)) == greedy(family, PROMPT, 16, exit_layer)
 

@@ -49,7 +49,7 @@ def test_five_lines(run):
         settings = {"temperature": temperature, "seed": 3}
         plain, out = generated(model, tokenizer, draft=None, **settings)
         assert out.stats.drafted == 0 and out.speedup is None and not model.training
-        assert temperature or not model.decoding_choice.draft_models.built  # no draft is built that nobody wants
+        assert temperature or not model.decoding_chooser.draft_models.built  # no draft is built that nobody wants
         text, out = generated(model, tokenizer, num_speculations=4, **settings)
         assert text == plain and out.stats.drafted > 0 and out.speedup > 0
         pieces = list(stream(model, tokenizer, "def read(path):", 24, num_speculations=4, **settings))
@@ -125,7 +125,7 @@ def test_a_trained_draft(checkpoint, draft):
         assert text == plain and out.stats.drafted > 0
         assert not any("join" in name for name in model.state_dict())
         generated(model, tokenizer, num_speculations=2)  # with the same weights
-        (built,) = model.decoding_choice.draft_models.built.values()
+        (built,) = model.decoding_chooser.draft_models.built.values()
         assert built.decoder.own_layers.start == 1 and len(built.head.vocabulary) <= 60
 
 

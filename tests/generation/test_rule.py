@@ -8,7 +8,7 @@ import pytest
 from helpers.speculation import PROMPTS, run, search
 from helpers.tiny import make_tiny
 
-from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftStrategy
+from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundKind
 from layerskip_recipes.generation.drafting.lookup import TextIndex
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -58,7 +58,7 @@ def test_how_much_of_the_text_a_look_up_found_again(ngram):
 
 # ---- when to draft ----
 
-CHAIN, LOOKUP = DraftStrategy("chain"), DraftStrategy("lookup", 1, untried=1.0)
+CHAIN, LOOKUP = RoundKind("chain"), RoundKind("lookup", 1, untried=1.0)
 # Cost of a draft step, d, cost of a verification; in plain steps.
 COSTS = [(0.04, 8, 1.4), (0.13, 6, 1.3), (0.13, 8, 1.7), (0.3, 6, 1.3), (0.34, 4, 1.2), (0.5, 6, 1.3)]
 
@@ -71,16 +71,16 @@ def decode(rule, cost, accept, tokens, seed=0, slow=()):
     (step, d, verify), generator, picked, time, done = cost, random.Random(seed), [], 0.0, 0
     rule.begin_text()
     while done < tokens:
-        strategy, new, seconds = rule.pick([CHAIN]), 1, 1.0
-        if strategy != PLAIN:
+        kind, new, seconds = rule.pick([CHAIN]), 1, 1.0
+        if kind != PLAIN:
             seconds = d * step + verify
             while new <= d and generator.random() < accept:
                 new += 1
         seconds *= generator.uniform(0.95, 1.05) * (10 if len(picked) in slow else 1)
-        rule.learn(strategy, new, seconds)
-        if strategy != PLAIN:
-            rule.observe(strategy, new)
-        picked.append(strategy)
+        rule.learn(kind, new, seconds)
+        if kind != PLAIN:
+            rule.observe(kind, new)
+        picked.append(kind)
         time, done = time + seconds, done + new
     return time * tokens / done, picked
 
@@ -144,14 +144,14 @@ def test_look_ups_run_where_they_are_better(better):
     rule, generator, picked = DraftRule(), random.Random(3), Counter()
     for number in range(300):
         offered = [CHAIN, LOOKUP] if number % 3 == 0 else [CHAIN]
-        strategy = rule.pick(offered)
+        kind = rule.pick(offered)
         tokens = {CHAIN: generator.randrange(2, 6), LOOKUP: 7 if better == LOOKUP else 1, PLAIN: 1}
-        rule.learn(strategy, tokens[strategy], {CHAIN: 2.0, LOOKUP: 1.4, PLAIN: 1.0}[strategy])
-        if strategy == CHAIN:
+        rule.learn(kind, tokens[kind], {CHAIN: 2.0, LOOKUP: 1.4, PLAIN: 1.0}[kind])
+        if kind == CHAIN:
             rule.observe(CHAIN, tokens[CHAIN])
         if LOOKUP in offered:
             rule.observe(LOOKUP, tokens[LOOKUP])
-        picked[strategy] += 1
+        picked[kind] += 1
     assert picked[LOOKUP] > 90 if better == LOOKUP else picked[LOOKUP] == 0
 
 
@@ -171,8 +171,8 @@ def test_the_text_tells_how_good_a_look_up_would_have_been():
         def pick(self, offered):
             return CHAIN
 
-        def observe(self, strategy, tokens):
-            observed.append((strategy, tokens))
+        def observe(self, kind, tokens):
+            observed.append((kind, tokens))
 
     model, d = make_tiny("llama3_2"), 3
     speculation = Speculation(2, d, prompt_lookup=1)
@@ -180,11 +180,11 @@ def test_the_text_tells_how_good_a_look_up_would_have_been():
         observed.clear()
         generation = run(model, [prompt], 24, speculation=speculation, rule=Watching())
         text, at, expected = [*prompt, *generation.generated[0]], len(prompt) + 1, []
-        chains = [tokens for strategy, tokens in observed if strategy == CHAIN]
+        chains = [tokens for kind, tokens in observed if kind == CHAIN]
         for new in chains:
             found, after, matches = search(text[:at], 1, d)[: len(text) - at - 1], text[at : at + int(new)], 0
             while matches < min(len(found), len(after)) and found[matches] == after[matches]:
                 matches += 1
             expected += [1 + matches] if found else []
             at += int(new)
-        assert [tokens for strategy, tokens in observed if strategy != CHAIN] == expected
+        assert [tokens for kind, tokens in observed if kind != CHAIN] == expected

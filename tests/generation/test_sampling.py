@@ -10,7 +10,7 @@ from helpers.sampling import N, V, filtered, p_value, penalised, rng
 
 from layerskip_recipes.generation.sampling import (
     Sampler,
-    choose,
+    choose_tokens,
     copies_before,
     gumbel,
     mixed,
@@ -129,7 +129,7 @@ def test_the_penalty_comes_before_temperature_and_filters():
     logits, seen = 2 * torch.randn(4, 9, generator=rng(32)), torch.rand(4, 9, generator=rng(33)) < 0.5
     settings = {"temperature": 0.6, "top_k": 6, "top_p": 0.9, "min_p": 0.05}
     for sampler in (Sampler(**settings, repetition_penalty=1.7), Sampler(repetition_penalty=1.7)):
-        scores = sampler.scores(logits, seen, sampler.settings(logits.device))
+        scores = sampler.scores(logits, seen, sampler.tensors(logits.device))
         for row in range(4):
             expected = penalised(logits[row].tolist(), seen[row].nonzero().flatten().tolist(), 1.7)
             if not sampler.greedy:
@@ -151,7 +151,7 @@ def test_half_precision_logits_are_filtered_in_fp32():
 def draws(p, seed, rows=20, steps=N // 20):
     """Tokens [rows, steps] that are chosen from scores log p."""
     keys = torch.tensor(noise_keys(seed, [[7]] * rows))
-    return choose(p.log().expand(rows, steps, len(p)), keys, torch.arange(5, 5 + steps)[None])
+    return choose_tokens(p.log().expand(rows, steps, len(p)), keys, torch.arange(5, 5 + steps)[None])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -170,15 +170,17 @@ def test_a_token_of_the_draft_vocabulary_has_the_noise_of_its_id():
     ids = torch.tensor([3, 7, 8, 20, 49])
     expected = scores.clone()
     expected[..., [i for i in range(50) if i not in ids]] = -torch.inf
-    assert torch.equal(ids[choose(scores[..., ids], keys, at[None], ids)], choose(expected, keys, at[None]))
+    assert torch.equal(
+        ids[choose_tokens(scores[..., ids], keys, at[None], ids)], choose_tokens(expected, keys, at[None])
+    )
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30])
 def test_tiny_temperatures_are_greedy(temperature):
     logits, sampler = 5 * torch.randn(3, 1, 40, generator=rng(6)), Sampler(temperature)
     keys = None if sampler.greedy else torch.tensor(noise_keys(0, [[1]] * 3))
-    scores = sampler.scores(logits, None, sampler.settings(logits.device))
-    assert torch.equal(choose(scores, keys, torch.ones(1, 1, dtype=torch.long)), logits.argmax(-1))
+    scores = sampler.scores(logits, None, sampler.tensors(logits.device))
+    assert torch.equal(choose_tokens(scores, keys, torch.ones(1, 1, dtype=torch.long)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from layerskip_recipes.model.kv_cache import decoding_kernels
 CASES = {
     "llama3_2": (1.4, [None, *VARIANTS, "copy, chain", "copy, look-up", *(v for v in TRAINED if "adapter" in v)]),
     "qwen2": (1.0, [None, "chain", "copy, chain"]),
-    "gemma2": (1.0, [None, "chain", "vocabulary", "drafter", "adapter, chain", "adapter, vocabulary"]),
+    "gemma2": (1.0, [None, "chain", "vocabulary", "perturbed", "adapter, chain", "adapter, vocabulary"]),
     "phi3": (0.8, [None, "chain", "all"]),
 }
 
@@ -75,13 +75,13 @@ def test_generate_takes_every_setting(monkeypatch):
     assert len(set(seen)) == len(seen)
 
 
-def test_a_drafter_needs_the_layers_of_the_exit():
+def test_a_draft_decoder_needs_the_layers_of_the_exit():
     model = model_of("llama3_2")
-    drafter = perturbed(model, 0.05, 3)
-    generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2), draft_model=DraftModel(drafter))
+    draft_decoder = perturbed(model, 0.05, 3)
+    generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2), draft_model=DraftModel(draft_decoder))
     assert generation.generated == [greedy("llama3_2", PROMPT, 9)]
     with pytest.raises(ValueError, match=r"^exit_layer: 4 is not an exit of this model\. Allowed: 1\.\.3"):
-        run(model, [PROMPT], 4, speculation=Speculation(4, 2), draft_model=DraftModel(drafter))
+        run(model, [PROMPT], 4, speculation=Speculation(4, 2), draft_model=DraftModel(draft_decoder))
 
 
 def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():

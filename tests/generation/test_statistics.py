@@ -146,12 +146,12 @@ def test_is_looping(tokens, looping):
     assert is_looping(tokens) is looping
 
 
-@pytest.mark.parametrize("drafter", [False, True])
+@pytest.mark.parametrize("perturbs", [False, True])
 @pytest.mark.parametrize(("exit_layer", "d"), [(1, 2), (4, 3)])
-def test_bytes_of_drafts(exit_layer, d, drafter):
-    """n early passes and heads, one early pass more, a late one with the head: with a drafter a whole one."""
+def test_bytes_of_drafts(exit_layer, d, perturbs):
+    """n early passes and heads, one early pass more, a late one with the head: with other weights a whole one."""
     model = model_of("llama3_2")
-    draft_model = DraftModel(perturbed(model, 0.0)) if drafter else None
+    draft_model = DraftModel(perturbed(model, 0.0)) if perturbs else None
     stats = run(model, [PROMPT], 18, speculation=Speculation(exit_layer, d), draft_model=draft_model).stats
     weights = cache = 0
     for root, n, _ in rounds_of(PROMPT, 18, exit_layer, d):

@@ -201,8 +201,8 @@ def trained_rank(folder):
     for file in folder.glob("*.yaml"):
         cfg = GenerateConfig.load(load_config(str(file)))
         ours = trained_speculation(cfg.self_speculation.draft)
-        model, draft = parallel.load_sharded_decoder(cfg, CPU, ours.layers_of_model, draft=ours.draft)
-        draft_model = build_draft_model(model, ours, trained=draft)
+        model, draft = parallel.load_sharded_decoder(cfg, CPU, ours.model_layers, draft=ours.draft)
+        draft_model = build_draft_model(model, ours, trained_draft=draft)
         generation = speculation.run(model, PROMPTS, NEW, speculation=ours, draft_model=draft_model)
         stats = generation.stats
         result[file.stem] = [generation.generated, stats.drafted, stats.accepted]

@@ -21,11 +21,11 @@ PROMPTS = [(5,), (9, 60, 2, 41, 41, 7, 3, 88, 1), PROMPT, (30, 31), (8, 8, 8, 8,
 @functools.cache
 def perturbed(model, noise=0.05, layers=None):
     """A decoder whose layers are copies of the model's that say something else now and then."""
-    drafter = model.with_modules(layers=copy.deepcopy(model.layers[:layers]))
+    decoder = model.with_modules(layers=copy.deepcopy(model.layers[:layers]))
     torch.manual_seed(60)
-    for parameter in drafter.layers.parameters():
+    for parameter in decoder.layers.parameters():
         parameter.data += noise * parameter.data.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0
-    return drafter
+    return decoder
 
 
 KINDS = {"copy": ("copy", 2), "adapter": ("adapter", 2)}  # of trained drafts
@@ -50,19 +50,19 @@ VARIANTS = {
     "confident": {"exit_layer": 2, "num_speculations": 6, "min_confidence": 0.02},
     "vocabulary": {"exit_layer": 2, "num_speculations": 4, "draft_vocabulary": [*range(0, VOCAB, 3), 70, 8, 21]},
     "look-up": {"exit_layer": 2, "num_speculations": 4, "prompt_lookup": 1},
-    "drafter": {"exit_layer": 2, "num_speculations": 4, "drafter": perturbed},
+    "perturbed": {"exit_layer": 2, "num_speculations": 4, "decoder": perturbed},
     "all": {
         "exit_layer": 1,
         "num_speculations": 5,
         "draft_vocabulary": torch.arange(0, VOCAB, 2),
         "prompt_lookup": 1,
-        "drafter": perturbed,
+        "decoder": perturbed,
     },
 }
 
 
 TRAINED = {
-    f"{kind}, {name}": {"exit_layer": 2, "drafter": lambda model, kind=kind: draft_of(model, kind).decoder(model)} | way
+    f"{kind}, {name}": {"exit_layer": 2, "decoder": lambda model, kind=kind: draft_of(model, kind).decoder(model)} | way
     for kind in KINDS
     for name, way in {
         "one token": {"num_speculations": 1},
@@ -78,8 +78,8 @@ def drafting(variant, model):
     if variant is None:
         return {}
     settings = dict((VARIANTS | TRAINED)[variant])
-    drafter = settings.pop("drafter", None)
-    return {"draft_model": drafter and DraftModel(drafter(model)), "speculation": Speculation(**settings)}
+    make = settings.pop("decoder", None)
+    return {"draft_model": make and DraftModel(make(model)), "speculation": Speculation(**settings)}
 
 
 def run(model, prompts, count, **arguments):

@@ -201,8 +201,8 @@ def test_a_draft_is_found_beside_newer_shards(tmp_path):
 def test_a_draft_is_a_part_of_the_model_at_first():
     model = layerskip_decoder(make_tiny())
     tokens = torch.randint(VOCAB, (2, 9))
-    drafter = Draft(model, "copy", 2).decoder(model)
-    assert torch.equal(drafter(tokens), model(tokens, exit_layer=2))
+    decoder = Draft(model, "copy", 2).decoder(model)
+    assert torch.equal(decoder(tokens), model(tokens, exit_layer=2))
 
 
 def test_an_adapter_is_the_next_layer_at_first():

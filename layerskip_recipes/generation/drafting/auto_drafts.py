@@ -28,15 +28,15 @@ from layerskip_recipes.generation.drafting.prediction import (
     ASSUMED,
     LEAST_GAIN,
     Costs,
+    DraftMethod,
     Prediction,
-    Way,
     estimated_costs,
-    known_ways,
+    known_methods,
     ranked,
     rounds_of,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, PLAIN_VALUES, Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
@@ -45,12 +45,12 @@ LOOKUP = 3  # tokens of prompt look-up
 
 
 @dataclass(frozen=True)
-class Choice:
+class DraftChoice:
     """How to draft, and the expected speed."""
 
     section: SelfSpeculation | None  # without `auto`, except for the exit beside a draft; None: no drafts
     why: str | None  # a log line, if something was chosen
-    step_s: float  # of the whole model
+    plain_step_s: float  # see `Costs`
     speedup: float = 1.0
     draft: DraftDescription | None = None  # the trained draft of `section.draft`
     frequent: Sequence[int] | None = None  # the checkpoint's tokens, most frequent first
@@ -58,7 +58,7 @@ class Choice:
 
     @property
     def token_s(self) -> float:
-        return self.step_s / max(self.speedup, 1.0)
+        return self.plain_step_s / max(self.speedup, 1.0)
 
     def speculation(self, prompts: Sequence[Sequence[int]]) -> Speculation | None:
         """The section with the exit of the draft, and with token ids instead of their number.
@@ -68,10 +68,10 @@ class Choice:
         """
         if self.section is None:
             return None
-        settings, ids = dict(self.section), self.section.draft_vocabulary
+        keys, ids = dict(self.section), self.section.draft_vocabulary
         if self.draft is not None:
             own = self.draft.vocabulary
-            settings |= {"draft": self.draft, "exit_layer": self.draft.exit_layer}
+            keys |= {"draft": self.draft, "exit_layer": self.draft.exit_layer}
             ids = own if own and ids == len(own) else ids
         if isinstance(ids, int):
             if not (self.frequent or prompts):
@@ -80,7 +80,7 @@ class Choice:
                     f"{key}: {ids} tokens are counted in the prompts, and a conversation has none yet. Set {key}=null"
                 )
             ids = list((self.frequent or most_frequent(prompts))[:ids])
-        return Speculation(**settings | {"draft_vocabulary": ids})
+        return Speculation(**keys | {"draft_vocabulary": ids})
 
 
 def most_frequent(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -136,15 +136,15 @@ class DraftChooser:
 
     def choose(
         self, section: SelfSpeculation | None, temperature: float, compiled: bool, rows: int, key: str = KEY
-    ) -> Choice:
+    ) -> DraftChoice:
         """`choose_drafts` for a batch of `rows` prompts."""
         gpu, one_process = not self.cfg.device.startswith("cpu"), num_processes() == 1
-        plain = self.quantizer is None and one_process
+        unpacked = self.quantizer is None and one_process
         dtype = self.cfg.torch_dtype if self.quantizer is None else torch.int8
         costs = estimated_costs(self.model, dtype, gpu, compiled, rows)
         ends = one_process and not gpu
         int8 = ends and compiled
-        return choose_drafts(section, self.notes, costs, temperature, plain_head=plain, int8=int8, ends=ends, key=key)
+        return choose_drafts(section, self.notes, costs, temperature, unpacked=unpacked, int8=int8, ends=ends, key=key)
 
 
 def choose_drafts(
@@ -154,117 +154,118 @@ def choose_drafts(
     temperature: float,
     *,
     asked: bool = False,
-    plain_head: bool = True,
+    unpacked: bool = True,
     int8: bool = False,
     ends: bool = False,
     key: str = KEY,
-) -> Choice:
+) -> DraftChoice:
     """Replace `auto` in the section's keys.
 
     Args:
         asked: draft even if it should not pay, as a section with an exit or a draft does.
-        plain_head: the model's layers and head are neither quantised nor split, so a draft can take rows of its head.
+        unpacked: the model's layers and head are neither quantised nor split, so a draft can take rows of its head.
         int8: an int8 draft is faster on this machine.
         ends: drafts of one prompt can end at low confidence.
         key: the section's name in messages.
     """
     if section is None:
-        return Choice(None, None, costs.plain)
+        return DraftChoice(None, None, costs.plain_step_s)
     given = section.given
     exit_layer, named = given.get("exit_layer"), given.get("draft")
     draft, unusable = notes.draft_for(section, f"{key}.draft")
-    trained = notes.exits if named is None else None
-    frequent = trained.vocabulary if trained else None
+    exits = notes.exits if named is None else None
+    frequent = exits.vocabulary if exits else None
 
-    def choice(chosen: Mapping[str, Any], why: str | None = None, speedup: float = 1.0) -> Choice:
-        """The user's values, chosen ones for the keys that are `auto`, or else plain ones."""
-        values = PLAIN_VALUES | {"draft": draft and draft.folder} | dict(chosen) | given
-        return Choice(SelfSpeculation(**values), why, costs.plain, speedup, draft, frequent, key)
+    def draft_choice(chosen: Mapping[str, Any], why: str | None = None, speedup: float = 1.0) -> DraftChoice:
+        """The user's values, chosen ones for the keys that are `auto`, or else defaults."""
+        values = SPECULATION_DEFAULTS | {"draft": draft and draft.folder} | dict(chosen) | given
+        return DraftChoice(SelfSpeculation(**values), why, costs.plain_step_s, speedup, draft, frequent, key)
 
     looks_up = exit_layer == costs.num_layers and given.get("prompt_lookup") and not given.get("draft_int8")
-    unmeasured = exit_layer is not None and not (trained and trained.measured)
+    unmeasured = exit_layer is not None and not (exits and exits.measured)
     if draft is None and (looks_up or unmeasured):
-        return choice({})  # nothing to choose by
-    ways = known_ways(trained, costs.num_layers, exit_layer) if draft is None else _trained_draft(draft)
-    if not ways:
-        return _without_exit(given, unusable or _untrained(notes.folder, trained, costs.num_layers, key), costs)
+        return draft_choice({})  # nothing to choose by
+    methods = known_methods(exits, costs.num_layers, exit_layer) if draft is None else _method_of(draft)
+    if not methods:
+        return _without_exit(given, unusable or _untrained(notes.folder, exits, costs.num_layers, key), costs)
 
     # Rank the vocabularies, precisions, ends and lengths that the user left open.
     if section.draft_vocabulary != AUTO:
-        ways = _of_vocabulary(ways, section.draft_vocabulary)
-    elif draft is None and not (plain_head and frequent):
-        ways = _of_vocabulary(ways, None)
+        methods = _of_vocabulary(methods, section.draft_vocabulary)
+    elif draft is None and not (unpacked and frequent):
+        methods = _of_vocabulary(methods, None)
     endings = [False, True] if ends and costs.batch_rows == 1 else [False]
     if section.min_confidence != AUTO and len(endings) > 1:
         endings = [section.min_confidence > 0]
-    precisions = [False, True] if int8 and (plain_head or draft is not None) else [False]
+    precisions = [False, True] if int8 and (unpacked or draft is not None) else [False]
     if section.draft_int8 != AUTO:
         precisions = [section.draft_int8]
     lengths = None if section.num_speculations == AUTO else [section.num_speculations]
-    best = ranked(rounds_of(ways, temperature, endings, precisions), costs, lengths)[0]
+    best = ranked(rounds_of(methods, temperature, endings, precisions), costs, lengths)[0]
 
     # Draft if it should pay, or if the user asked for it.
     said = (
-        f"{best.way}, {'up to ' if best.way.ends else ''}{best.num_speculations} drafted tokens per round; expected "
-        f"speed-up {best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs "
-        f"{best.round_s / costs.plain:.2f} plain steps; acceptance "
-        f"{'assumed' if ASSUMED in ways.values() else 'as in training'}, costs estimated)"
+        f"{best.method}, {'up to ' if best.method.ends else ''}{best.num_speculations} drafted tokens per round; "
+        f"expected speed-up {best.speedup:.2f}x ({best.tokens_per_round:.1f} tokens per round, which costs "
+        f"{best.round_s / costs.plain_step_s:.2f} plain steps; acceptance "
+        f"{'assumed' if ASSUMED in methods.values() else 'as in training'}, costs estimated)"
     )
     if best.speedup < LEAST_GAIN and not (asked or exit_layer or named):
         nothing = "no exit should pay" if draft is None else "the trained draft should not pay"
         return _without_exit(given, f"{nothing}. The best would be {said}", costs)
     # Rows of a batch rarely have a match at the same time. The whole model with look-ups would be look-ups alone.
-    lookup = LOOKUP if costs.batch_rows == 1 and best.way.exit_layer < costs.num_layers else None
+    lookup = LOOKUP if costs.batch_rows == 1 and best.method.model_layers < costs.num_layers else None
     chosen = prediction_keys(best, lookup)
     lookup = given.get("prompt_lookup", lookup)
     also = "" if lookup is None else f"; look-ups of the last {lookup} tokens"
-    return choice(chosen, f"Drafts: {said}{also}" if chosen.keys() - given.keys() else None, best.speedup)
+    return draft_choice(chosen, f"Drafts: {said}{also}" if chosen.keys() - given.keys() else None, best.speedup)
 
 
-def _without_exit(given: Mapping[str, Any], why: str, costs: Costs) -> Choice:
+def _without_exit(given: Mapping[str, Any], why: str, costs: Costs) -> DraftChoice:
     """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
     if given.get("prompt_lookup") is None:
-        return Choice(None, f"No drafts: {why}", costs.plain)
+        return DraftChoice(None, f"No drafts: {why}", costs.plain_step_s)
     alone = {"exit_layer": costs.num_layers, "draft": None, "draft_vocabulary": None, "draft_int8": False}
     said = f"Drafts: look-ups of the last {given['prompt_lookup']} tokens alone, because {why}"
-    return Choice(SelfSpeculation(**PLAIN_VALUES | dict(given) | alone), said, costs.plain)
+    return DraftChoice(SelfSpeculation(**SPECULATION_DEFAULTS | dict(given) | alone), said, costs.plain_step_s)
 
 
 def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:
     """A prediction as keys of the section."""
     keys = {
         "num_speculations": best.num_speculations,
-        "min_confidence": MIN_CONFIDENCE if best.way.ends else 0.0,
-        "draft_vocabulary": best.way.vocabulary,
-        "draft_int8": best.way.int8,
+        "min_confidence": MIN_CONFIDENCE if best.method.ends else 0.0,
+        "draft_vocabulary": best.method.vocabulary,
+        "draft_int8": best.method.int8,
         "prompt_lookup": lookup,
     }
-    return keys if best.way.draft_layers else keys | {"exit_layer": best.way.exit_layer}
+    return keys if best.method.draft_layers else keys | {"exit_layer": best.method.model_layers}
 
 
-def _trained_draft(draft: DraftDescription) -> dict[Way, TokensPerRound]:
-    below, rows = 0 if draft.kind == "copy" else draft.exit_layer, draft.vocabulary and len(draft.vocabulary)
-    measured = draft.measured and draft.measured.draft
-    return {Way(below, rows or None, draft_layers=draft.num_layers): measured or ASSUMED}
+def _method_of(draft: DraftDescription) -> dict[DraftMethod, TokensPerRound]:
+    rows, measured = draft.vocabulary and len(draft.vocabulary), draft.measured and draft.measured.draft
+    return {DraftMethod(draft.model_layers, rows or None, draft_layers=draft.num_layers): measured or ASSUMED}
 
 
-def _of_vocabulary(ways: Mapping[Way, TokensPerRound], given: int | list[int] | None) -> dict[Way, TokensPerRound]:
+def _of_vocabulary(
+    methods: Mapping[DraftMethod, TokensPerRound], given: int | list[int] | None
+) -> dict[DraftMethod, TokensPerRound]:
     """Each exit with the user's vocabulary, and the acceptance measured for the next smaller vocabulary."""
     if given is None:
-        whole = {way: rates for way, rates in ways.items() if way.vocabulary is None or way.draft_layers}
-        return {way._replace(vocabulary=None): rates for way, rates in whole.items()}
+        whole = {method: rates for method, rates in methods.items() if method.vocabulary is None or method.draft_layers}
+        return {method._replace(vocabulary=None): rates for method, rates in whole.items()}
     size = given if isinstance(given, int) else len(given)
-    found: dict[Way, TokensPerRound] = {}
-    by_size = sorted(ways.items(), key=lambda item: item[0].vocabulary or math.inf)
-    for way, rates in by_size:
-        wanted = way._replace(vocabulary=size)
-        if (way.vocabulary or math.inf) <= size or wanted not in found:
+    found: dict[DraftMethod, TokensPerRound] = {}
+    by_size = sorted(methods.items(), key=lambda item: item[0].vocabulary or math.inf)
+    for method, rates in by_size:
+        wanted = method._replace(vocabulary=size)
+        if (method.vocabulary or math.inf) <= size or wanted not in found:
             found[wanted] = rates
     return found
 
 
-def _untrained(folder: Path | None, trained: TrainedExits | None, num_layers: int, key: str) -> str:
-    if trained is None:
+def _untrained(folder: Path | None, exits: TrainedExits | None, num_layers: int, key: str) -> str:
+    if exits is None:
         why = f"{folder or 'the model'} has no {DESCRIPTION}, so no exit is known to be trained"
     else:
         why = f"{DESCRIPTION} in {folder} names no trained exit before the last one"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
-from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, Drafter, RoundKind, RoundStart
 from layerskip_recipes.generation.drafting.lookup import LookupDrafter
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -21,16 +21,16 @@ class Decoding:
     def __init__(
         self, context: StepContext, speculation: Speculation | None, texts: Sequence[Sequence[int]], rule: DraftRule
     ) -> None:
-        self.context, self.rule, self.offered = context, rule, dict[DraftStrategy, Drafter]()
-        self.longest, self.drafters = 0, list[Drafter]()
+        self.context, self.rule, self.offered = context, rule, dict[RoundKind, Drafter]()
+        self.num_speculations, self.drafters = 0, list[Drafter]()
         self.chain = ChainDrafter(context, context.depth)
         if speculation is not None:
-            self.longest = longest = speculation.num_speculations
-            self.chain = ChainDrafter(context, speculation.exit_layer, longest, speculation.min_confidence)
+            self.num_speculations = num_speculations = speculation.num_speculations
+            self.chain = ChainDrafter(context, speculation.exit_layer, num_speculations, speculation.min_confidence)
             others = list[Drafter]()
             if speculation.prompt_lookup is not None:
-                others.append(LookupDrafter(context, longest, speculation.prompt_lookup, texts))
-            whole = speculation.exit_layer == context.model.num_layers and context.draft_model is context.model
+                others.append(LookupDrafter(context, num_speculations, speculation.prompt_lookup, texts))
+            whole = speculation.exit_layer == context.model.num_layers and context.draft_decoder is context.model
             self.drafters = others if whole and others else [self.chain, *others]
 
     @property
@@ -49,7 +49,7 @@ class Decoding:
 
     def propose(self, now: RoundStart) -> DraftedTokens:
         offers = [(drafter.offer(now), drafter) for drafter in self.drafters]
-        self.offered = {strategy: drafter for strategy, drafter in offers if strategy is not None}
+        self.offered = {kind: drafter for kind, drafter in offers if kind is not None}
         picked = self.rule.pick([*self.offered])
         if picked == PLAIN:
             return DraftedTokens(PLAIN, now.last[:, None])
@@ -59,17 +59,17 @@ class Decoding:
         """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
         return self.chain.verify(draft, now)
 
-    def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
+    def learn(self, kind: RoundKind, tokens: float, seconds: float) -> None:
         """After a round that no limit cut: mean tokens per running row, and seconds (0 if it compiled something)."""
-        if self.rule.measures(strategy) and self.context.shared:  # all ranks decide by rank 0's clock
+        if self.rule.measures(kind) and self.context.shared:  # all ranks decide by rank 0's clock
             told = self.context.broadcast(torch.tensor(seconds, dtype=torch.float64, device=self.context.device))
             seconds = told.item()
-        self.rule.learn(strategy, tokens, seconds)
+        self.rule.learn(kind, tokens, seconds)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
         """Append a round's final tokens [b][any number] to the rows' texts."""
         given = {drafter: drafter.extend(tokens) for drafter in self.drafters}
-        for strategy, drafter in self.offered.items():
+        for kind, drafter in self.offered.items():
             if (mean := given[drafter]) is not None:
-                self.rule.observe(strategy, mean)
+                self.rule.observe(kind, mean)
         self.offered = {}

@@ -79,15 +79,15 @@ class DraftModel:
 
 
 def build_draft_model(
-    model: LayerSkipDecoder, speculation: Speculation, key: str = KEY, trained: Draft | None = None
+    model: LayerSkipDecoder, speculation: Speculation, key: str = KEY, trained_draft: Draft | None = None
 ) -> DraftModel:
-    """The draft model of a loaded model. `trained` is the draft of `speculation.draft`, if it has been read.
+    """The draft model of a loaded model. `trained_draft` is that of `speculation.draft`, if it has been read.
 
     `key` names the section in messages.
     """
     decoder, head, layers = None, None, range(speculation.exit_layer)
     if speculation.draft is not None:
-        decoder = (trained or read_draft(speculation.draft, model, f"{key}.draft")).decoder(model)
+        decoder = (trained_draft or read_draft(speculation.draft, model, f"{key}.draft")).decoder(model)
         layers = decoder.own_layers
     if speculation.draft_vocabulary is not None:
         # Quantising changes a head in place, so it must not be the one that is kept for the model.
@@ -115,11 +115,11 @@ def quantised_layers(
 class DraftModels:
     """The draft models of one loaded model. Speculations that draft with the same weights share one.
 
-    `trained`: the trained draft of all speculations, if it has been read.
+    `trained_draft`: that of all speculations, if it has been read.
     """
 
-    def __init__(self, trained: Draft | None = None) -> None:
-        self.trained = trained
+    def __init__(self, trained_draft: Draft | None = None) -> None:
+        self.trained_draft = trained_draft
         self.built: dict[Hashable, DraftModel] = {}
 
     def of(self, speculation: Speculation | None, model: LayerSkipDecoder, key: str = KEY) -> DraftModel | None:
@@ -129,5 +129,5 @@ class DraftModels:
         draft, ids = speculation.draft and speculation.draft.folder, speculation.draft_vocabulary
         weights = (draft, speculation.exit_layer, None if ids is None else tuple(ids), speculation.draft_int8)
         if weights not in self.built:
-            self.built[weights] = build_draft_model(model, speculation, key, self.trained)
+            self.built[weights] = build_draft_model(model, speculation, key, self.trained_draft)
         return self.built[weights]

@@ -7,9 +7,8 @@ from math import inf
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from layerskip_recipes.generation.steps import Step, StepContext, choose_token
+from layerskip_recipes.generation.steps import StepContext
 
 
 class RoundStart(NamedTuple):
@@ -23,38 +22,38 @@ class RoundStart(NamedTuple):
     finished: Sequence[bool]  # [b]
     room: int  # the most tokens that any row may still get
 
-    def draft_length(self, context: StepContext, longest: int) -> int:
-        """How many tokens to draft: no more than fit, but always `longest` with graphs, which have one shape."""
-        return longest if context.graphs is not None else min(longest, self.room - 1)
+    def num_to_draft(self, context: StepContext, num_speculations: int) -> int:
+        """How many tokens to draft: no more than fit, but always `num_speculations` with graphs (one shape)."""
+        return num_speculations if context.graphs is not None else min(num_speculations, self.room - 1)
 
-    def slots(self, context: StepContext, drafted: int = 0) -> torch.Tensor:
+    def slots(self, context: StepContext, num_drafted: int = 0) -> torch.Tensor:
         """0 .. end-1, the slots that attention sees with so many drafted tokens."""
-        return context.cache.slots[: self.last_slot + drafted + 1]
+        return context.cache.slots[: self.last_slot + num_drafted + 1]
 
 
 @dataclass(frozen=True)
-class DraftStrategy:
-    """A kind of draft; `DraftRule` picks one of them each round. Two drafters never offer equal ones."""
+class RoundKind:
+    """`DraftRule` picks the kind of each round. Two drafters never offer equal ones."""
 
     name: str  # "plain" (no draft), "chain", "lookup" or another drafter's
     match: int = 0  # of a look-up: the match length 0, 1 or 2, see `TextIndex.find`
     untried: float = inf  # tokens per round that the rule expects before the first one; inf: it tries the draft soon
 
 
-PLAIN = DraftStrategy("plain")
+PLAIN = RoundKind("plain")
 
 
 @dataclass
 class DraftedTokens:
     """The tokens drafted for one round; without any the round is a step of the full model."""
 
-    strategy: DraftStrategy
+    round_kind: RoundKind
     tokens: torch.Tensor  # [b, 1 + n], the last token of the text first
     hidden: torch.Tensor | None = None  # [b, n, d], x_E of all but the last; None: verification runs all layers
 
     @property
-    def length(self) -> int:
-        """n, the drafted tokens per row."""
+    def num_drafted(self) -> int:
+        """n, per row."""
         return self.tokens.shape[1] - 1
 
 
@@ -62,7 +61,7 @@ class Drafter(ABC):
     """Proposes drafts. A draft never changes the output, which is the full model's."""
 
     @abstractmethod
-    def offer(self, now: RoundStart) -> DraftStrategy | None:
+    def offer(self, now: RoundStart) -> RoundKind | None:
         """What kind of draft it has for this round; None: no draft."""
 
     @abstractmethod
@@ -81,10 +80,3 @@ class Drafter(ABC):
 
         Returns the mean tokens per running row that this round's offer gave, or would have given; None: unknown.
         """
-
-
-def choose_next(context: StepContext, logits: torch.Tensor, now: RoundStart) -> torch.Tensor:
-    """No accepted token, and the next token of a step with logits [b, v] -> [b, 2]."""
-    step = Step(context, choose_token, layers=False)
-    run = step.run if context.sampler.greedy else step
-    return F.pad(run(None, logits, now.keys, now.start + 1, now.seen)[:, None], (1, 0))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, DraftStrategy, RoundStart
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, RoundKind, RoundStart
 from layerskip_recipes.generation.prefill import common_length
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import on_device
@@ -33,38 +33,38 @@ class TextIndex:
 
         The match length is 0 for a match of less than 2 n-grams, 1 for less than 4, 2 for more.
         """
-        at = self.after.get(tuple(self.tokens[-self.ngram :]))
-        if at is None:
+        start = self.after.get(tuple(self.tokens[-self.ngram :]))
+        if start is None:
             return [], 0
-        same, most = self.ngram, min(4 * self.ngram, at)
-        while same < most and self.tokens[at - 1 - same] == self.tokens[-1 - same]:
+        same, most = self.ngram, min(4 * self.ngram, start)
+        while same < most and self.tokens[start - 1 - same] == self.tokens[-1 - same]:
             same += 1
-        found = self.tokens[at : at + count]
+        found = self.tokens[start : start + count]
         # Repeat a continuation that is shorter than the draft.
         return [found[i % len(found)] for i in range(count)], (same // self.ngram).bit_length() - 1
 
 
 class LookupDrafter(Drafter):
-    """Drafts up to `longest` tokens from the text, if every running row has a match.
+    """Drafts up to `num_speculations` tokens from the text, if every running row has a match.
 
     The tokens that come out of a round tell how good its look-up was, whether it was the draft or not.
     """
 
-    def __init__(self, context: StepContext, longest: int, ngram: int, texts: Sequence[Sequence[int]]) -> None:
-        self.context, self.longest, self.ngram = context, longest, ngram
+    def __init__(self, context: StepContext, num_speculations: int, ngram: int, texts: Sequence[Sequence[int]]) -> None:
+        self.context, self.num_speculations, self.ngram = context, num_speculations, ngram
         self.indices = [TextIndex(ngram, text) for text in texts]
-        self.offered: DraftStrategy  # in this round
+        self.offered: RoundKind  # in this round
         self.found: list[list[int]] = []  # its tokens, [b][n]
 
-    def offer(self, now: RoundStart) -> DraftStrategy | None:
-        count = now.draft_length(self.context, self.longest)
+    def offer(self, now: RoundStart) -> RoundKind | None:
+        num_to_draft = now.num_to_draft(self.context, self.num_speculations)
         running = [index for index, done in zip(self.indices, now.finished, strict=True) if not done]
-        found = [index.find(count) for index in running] if count else []
+        found = [index.find(num_to_draft) for index in running] if num_to_draft else []
         if not found or not all(tokens for tokens, _ in found):
             return None
         of_running = iter(tokens for tokens, _ in found)
-        self.found = [[0] * count if done else next(of_running) for done in now.finished]
-        self.offered = DraftStrategy("lookup", min(match for _, match in found), untried=1.0)
+        self.found = [[0] * num_to_draft if done else next(of_running) for done in now.finished]
+        self.offered = RoundKind("lookup", min(match for _, match in found), untried=1.0)
         return self.offered
 
     def propose(self, now: RoundStart) -> DraftedTokens:

@@ -1,11 +1,11 @@
-"""Predicts the fastest way of drafting: expected tokens divided by seconds per round, for each exit, draft length,
+"""Predicts the fastest drafting method: expected tokens divided by seconds per round, for each exit, draft length,
 draft vocabulary, end and precision.
 
-    speed-up = n t / (d c + v + o)
+    speed-up = m t / (n c + v + o)
 
-n is the expected number of tokens in a round of d drafted tokens, t the time of a plain step, c of a draft step, v of
-the verification pass over d + 1 tokens, and o the overhead of a round. Training stores n in the checkpoint for each
-maximum of d, and where drafts end at low confidence the mean of d; `estimated_costs` estimates the times from the
+m is the expected number of tokens in a round of n drafted tokens, t the time of a plain step, c of a draft step, v of
+the verification pass over n + 1 tokens, and o the overhead of a round. Training stores m in the checkpoint for each
+maximum of n, and where drafts end at low confidence the mean of n; `estimated_costs` estimates the times from the
 weights' bytes. The tuner measures both.
 """
 
@@ -29,32 +29,32 @@ class Round(NamedTuple):
     """The expected tokens of a round, and how many tokens it drafts."""
 
     tokens: float
-    drafted: float
+    num_drafted: float
 
 
-class Way(NamedTuple):
-    """A way of drafting, except for the draft length."""
+class DraftMethod(NamedTuple):
+    """A drafting method, except for the draft length."""
 
-    exit_layer: int  # how many of the model's layers draft; 0 if a trained draft uses its own layers only
+    model_layers: int  # how many of the model's layers draft; 0 if a trained draft uses its own layers only
     vocabulary: int | None = None  # size of the draft vocabulary; None: all tokens
     int8: bool = False
-    draft_layers: int = 0  # of a trained draft, which run after the model's first `exit_layer` layers
+    draft_layers: int = 0  # of a trained draft, which run after the model's first `model_layers` layers
     ends: bool = False  # at low confidence, see `self_speculation.min_confidence`
 
     @property
     def shared_layers(self) -> int:
         """The layers whose states verification takes from the draft; quantised layers have other states."""
-        return 0 if self.int8 and not self.draft_layers else self.exit_layer
+        return 0 if self.int8 and not self.draft_layers else self.model_layers
 
     def __str__(self) -> str:
         tokens = "" if self.vocabulary is None else f"{self.vocabulary}-token vocabulary"
-        where = "trained draft" if self.draft_layers else f"exit {self.exit_layer}"
+        where = "trained draft" if self.draft_layers else f"exit {self.model_layers}"
         return ", ".join(part for part in (where, tokens, "int8" if self.int8 else "") if part)
 
 
 class Prediction(NamedTuple):
-    way: Way
-    num_speculations: int  # the most drafted tokens
+    method: DraftMethod
+    num_speculations: int
     tokens_per_round: float
     round_s: float
     speedup: float  # over autoregressive decoding
@@ -78,19 +78,19 @@ class Costs:
 
     num_layers: int
     vocabulary: int
-    plain: float  # a step of the whole model, one token per batch row
+    plain_step_s: float  # a step of the whole model, one token per batch row
     draft: Mapping[bool, StepCost]  # keys: int8 or not
     further_row: float  # cost of one more token, as a share of a forward pass
     round: float  # bookkeeping on the host
     batch_rows: int = 1
 
-    def round_s(self, way: Way, drafted: float) -> float:
-        """Seconds of d = `drafted` draft steps and of the verification pass over d + 1 tokens."""
-        rows = self.vocabulary if way.vocabulary is None else way.vocabulary
-        draft = self.draft[way.int8].seconds(way.draft_layers or way.exit_layer, rows)
-        draft += way.exit_layer * self.draft[False].layer if way.draft_layers else 0.0
-        verified = drafted * self.batch_rows * (1 - way.shared_layers / self.num_layers)
-        return drafted * draft + self.plain * (1 + self.further_row * verified) + self.round
+    def round_s(self, method: DraftMethod, num_drafted: float) -> float:
+        """Seconds of n = `num_drafted` draft steps and of the verification pass over n + 1 tokens."""
+        rows = self.vocabulary if method.vocabulary is None else method.vocabulary
+        draft = self.draft[method.int8].seconds(method.draft_layers or method.model_layers, rows)
+        draft += method.model_layers * self.draft[False].layer if method.draft_layers else 0.0
+        verified = num_drafted * self.batch_rows * (1 - method.shared_layers / self.num_layers)
+        return num_drafted * draft + self.plain_step_s * (1 + self.further_row * verified) + self.round
 
 
 class Machine(NamedTuple):
@@ -141,56 +141,62 @@ def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = F
     if ends and measured.ended is not None:
         greedy, sampled = measured.ended.greedy, measured.ended.sampled
     else:
-        greedy, sampled = ([(n, float(d)) for d, n in enumerate(of, 1)] for of in (measured.greedy, measured.sampled))
+        greedy, sampled = ([(m, float(n)) for n, m in enumerate(of, 1)] for of in (measured.greedy, measured.sampled))
     w = min(temperature, 1.0)
-    return [Round((1 - w) * n + w * m, (1 - w) * d + w * e) for (n, d), (m, e) in zip(greedy, sampled, strict=True)]
+    both = zip(greedy, sampled, strict=True)
+    return [Round(*((1 - w) * g + w * s for g, s in zip(*pair, strict=True))) for pair in both]
 
 
 def rounds_of(
-    ways: Mapping[Way, TokensPerRound], temperature: float, endings: Sequence[bool], precisions: Sequence[bool]
-) -> dict[Way, Sequence[Round]]:
-    """The rounds of each way without and with an end at low confidence, as in `endings`, in each precision.
+    methods: Mapping[DraftMethod, TokensPerRound],
+    temperature: float,
+    endings: Sequence[bool],
+    precisions: Sequence[bool],
+) -> dict[DraftMethod, Sequence[Round]]:
+    """The rounds of each method without and with an end at low confidence, as in `endings`, in each precision.
 
     We measured no difference in acceptance between int8 and full precision.
     """
     return {
-        way._replace(ends=ends, int8=int8): measured_rounds(measured, temperature, ends)
-        for way, measured in ways.items()
+        method._replace(ends=ends, int8=int8): measured_rounds(measured, temperature, ends)
+        for method, measured in methods.items()
         for ends, int8 in product(endings, precisions)
     }
 
 
 def ranked(
-    rates: Mapping[Way, Sequence[Round]], costs: Costs, lengths: Iterable[int] | None = None
+    rates: Mapping[DraftMethod, Sequence[Round]], costs: Costs, lengths: Iterable[int] | None = None
 ) -> list[Prediction]:
-    """All ways with all draft lengths (None: the measured ones), fastest first; `rates` has their rounds."""
+    """All methods with all draft lengths (None: the measured ones), fastest first; `rates` has their rounds."""
     found = []
-    for way, rounds in rates.items():
-        for d in range(1, len(rounds) + 1) if lengths is None else lengths:
-            tokens, drafted = rounds[min(d, len(rounds)) - 1]  # longer drafts than measured: at least as many tokens
-            seconds = costs.round_s(way, drafted if way.ends else d)
-            found.append(Prediction(way, d, tokens, seconds, tokens * costs.plain / seconds))
+    for method, rounds in rates.items():
+        for length in range(1, len(rounds) + 1) if lengths is None else lengths:
+            tokens, num_drafted = rounds[
+                min(length, len(rounds)) - 1
+            ]  # longer drafts than measured: at least as many tokens
+            seconds = costs.round_s(method, num_drafted if method.ends else length)
+            found.append(Prediction(method, length, tokens, seconds, tokens * costs.plain_step_s / seconds))
     return sorted(found, key=lambda prediction: -prediction.speedup)
 
 
-def known_ways(
-    trained: TrainedExits | None, num_layers: int, exit_layer: int | None = None
-) -> dict[Way, TokensPerRound]:
+def known_methods(
+    exits: TrainedExits | None, num_layers: int, exit_layer: int | None = None
+) -> dict[DraftMethod, TokensPerRound]:
     """The measured exits and draft vocabularies of a checkpoint, in full precision.
 
     Without a measurement: the trained exit nearest to a quarter of the depth, with an assumed acceptance. Without
     layerskip.json: none.
     """
-    measured = trained.measured.exits if trained and trained.measured else {}
-    ways = {
-        Way(e, None if name == "all" else int(name)): rates
+    measured = exits.measured.exits if exits and exits.measured else {}
+    methods = {
+        DraftMethod(e, None if name == "all" else int(name)): rates
         for e, by_vocabulary in measured.items()
         for name, rates in by_vocabulary.items()
         if e < num_layers and (exit_layer is None or e == exit_layer)
     }
-    if ways:
-        return ways
+    if methods:
+        return methods
     found = exit_layer
-    if found is None and trained is not None:
-        found = exit_that_drafts(trained.exits or [], num_layers)
-    return {} if found is None else {Way(found): ASSUMED}
+    if found is None and exits is not None:
+        found = exit_that_drafts(exits.exits or [], num_layers)
+    return {} if found is None else {DraftMethod(found): ASSUMED}

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftStrategy
+from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundKind
 
 START, MOST = 3.5, 14.0  # of the account, in plain steps
 PAUSE = 128  # plain rounds before the first new try
@@ -20,9 +20,9 @@ MEASURED = 9  # rounds of each kind whose seconds count
 _RULES: WeakKeyDictionary[nn.Module, dict[Hashable, "DraftRule"]] = WeakKeyDictionary()
 
 
-def kept_rule(model: nn.Module, settings: Hashable) -> "DraftRule":
-    """The rule of earlier generations of this model with these settings."""
-    return _RULES.setdefault(model, {}).setdefault(settings, DraftRule())
+def kept_rule(model: nn.Module, key: Hashable) -> "DraftRule":
+    """The rule of earlier generations of this model with this key."""
+    return _RULES.setdefault(model, {}).setdefault(key, DraftRule())
 
 
 class DraftRule:
@@ -49,15 +49,15 @@ class DraftRule:
         self.pause, self.waited = PAUSE, 0
         self.seconds: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=MEASURED))  # by name
         self.unpaid: dict[str, list[float]] = defaultdict(list)  # tokens of rounds whose cost is not known yet
-        self.recent: dict[DraftStrategy, tuple[float, float]] = {}  # discounted sums: tokens, rounds
+        self.recent: dict[RoundKind, tuple[float, float]] = {}  # discounted sums: tokens, rounds
 
-    def pick(self, offered: Sequence[DraftStrategy]) -> DraftStrategy:
-        """The strategy of the next round: one of these, or PLAIN."""
+    def pick(self, offered: Sequence[RoundKind]) -> RoundKind:
+        """The kind of the next round: one of the offered ones, or PLAIN."""
         # Plain rounds are measured first, and once more when everything is warm.
         known = len(self.seconds[PLAIN.name]) if self.measure else MEASURED
         if not offered or known < (1 if self.rounds < 8 else 2):
             return PLAIN
-        best = max(offered, key=lambda strategy: self.tokens(strategy) / self.cost(strategy))
+        best = max(offered, key=lambda kind: self.tokens(kind) / self.cost(kind))
         if self.account >= self.cost(best) - 1:
             return best
         self.waited += 1
@@ -71,14 +71,14 @@ class DraftRule:
         """Another text may suit drafts better: the next try comes as early as in the first text."""
         self.pause = PAUSE
 
-    def tokens(self, strategy: DraftStrategy) -> float:
+    def tokens(self, kind: RoundKind) -> float:
         """Mean tokens of recent rounds."""
-        tokens, rounds = self.recent.get(strategy, (strategy.untried, 1.0))
+        tokens, rounds = self.recent.get(kind, (kind.untried, 1.0))
         return tokens / rounds
 
-    def cost(self, strategy: DraftStrategy) -> float:
+    def cost(self, kind: RoundKind) -> float:
         """Plain steps that a round takes; 1 until it is measured twice, as the first round may be slow."""
-        ours, plain = self.seconds[strategy.name], self.seconds[PLAIN.name]
+        ours, plain = self.seconds[kind.name], self.seconds[PLAIN.name]
         return median_low(ours) / median_low(plain) if len(ours) > 1 and plain else 1.0
 
     def speedup(self, stats: Any) -> float | None:
@@ -88,27 +88,27 @@ class DraftRule:
             return None
         return stats.tokens_per_second * median_low(plain) * stats.rounds / stats.row_rounds
 
-    def measures(self, strategy: DraftStrategy) -> bool:
-        """Whether the seconds of the strategy's next round matter."""
-        return self.measure and (strategy == PLAIN or len(self.seconds[strategy.name]) < MEASURED)
+    def measures(self, kind: RoundKind) -> bool:
+        """Whether the seconds of the kind's next round matter."""
+        return self.measure and (kind == PLAIN or len(self.seconds[kind.name]) < MEASURED)
 
-    def learn(self, strategy: DraftStrategy, tokens: float, seconds: float) -> None:
+    def learn(self, kind: RoundKind, tokens: float, seconds: float) -> None:
         """After a round: mean tokens per batch row, and seconds (0: unknown)."""
         self.rounds += 1
-        if seconds and self.measures(strategy):
-            self.seconds[strategy.name].append(seconds)
-        if strategy == PLAIN:
+        if seconds and self.measures(kind):
+            self.seconds[kind.name].append(seconds)
+        if kind == PLAIN:
             return
         # The first round is paid with the second one.
-        unpaid = self.unpaid[strategy.name]
+        unpaid = self.unpaid[kind.name]
         unpaid.append(tokens)
-        if not self.measure or len(self.seconds[strategy.name]) > 1:
-            gained = sum(unpaid) - len(unpaid) * self.cost(strategy)
+        if not self.measure or len(self.seconds[kind.name]) > 1:
+            gained = sum(unpaid) - len(unpaid) * self.cost(kind)
             self.account = min(max(self.account + gained, 0.0), MOST)
             self.pause = PAUSE if gained > 0 else self.pause
             unpaid.clear()
 
-    def observe(self, strategy: DraftStrategy, tokens: float) -> None:
-        """The tokens per batch row that a round of this strategy gave, or would have given."""
-        total, rounds = self.recent.get(strategy, (0.0, 0.0))
-        self.recent[strategy] = MEMORY * total + tokens, MEMORY * rounds + 1
+    def observe(self, kind: RoundKind, tokens: float) -> None:
+        """The tokens per batch row that a round of this kind gave, or would have given."""
+        total, rounds = self.recent.get(kind, (0.0, 0.0))
+        self.recent[kind] = MEMORY * total + tokens, MEMORY * rounds + 1

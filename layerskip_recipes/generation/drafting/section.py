@@ -22,7 +22,7 @@ class SelfSpeculation(Section):
     """How tokens are drafted. The output is always that of the whole model.
 
     `auto` keys are chosen by the acceptance that training stored in layerskip.json and the estimated costs on this
-    machine. Without such a measurement they have plain values.
+    machine. Without such a measurement they have `Speculation`'s defaults.
     """
 
     exit_layer: Annotated[int, Auto(), Field(examples=[8])] = AUTO
@@ -33,7 +33,7 @@ class SelfSpeculation(Section):
     training with a section `draft`. auto: the draft beside the model, if there is one and no exit is given; null:
     none."""
     num_speculations: Annotated[NumSpeculations, Auto()] = AUTO
-    """The most tokens drafted per round. Plain value: 6."""
+    """The most tokens drafted per round. auto without a measurement: 6."""
     min_confidence: Annotated[Confidence, Auto()] = AUTO
     """Ends a draft early, on a CPU and in one process: after a token at which the product of the draft's largest
     probabilities is below this, as further tokens would probably be rejected. 0: drafts always have `num_speculations`

@@ -26,11 +26,11 @@ class Speculation:
 
     Args:
         exit_layer: E (1..L), the exit that drafts; for a trained draft its own.
-        num_speculations: d, the most tokens drafted per round.
+        num_speculations: the draft length, the most tokens drafted per round.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: n-gram length for prompt look-up, which runs where it is faster; None: no look-up.
-        min_confidence: end a draft after a token at which the product of `sampling.confidence` is lower; 0: always d
-            tokens. Applies in one process on a CPU without graphs, where the host sees each token.
+        min_confidence: end a draft after a token at which the product of `sampling.confidence` is lower; 0: always
+            `num_speculations` tokens. Applies in one process on a CPU without graphs, where the host sees each token.
         draft_int8: draft with int8 copies of the layers and the head.
         draft: the trained draft that drafts instead of the model's early layers.
     """
@@ -50,8 +50,8 @@ class Speculation:
         check("draft_int8", self.draft_int8, bool)
 
     @property
-    def settings(self) -> tuple:
-        """What the speed of a round depends on."""
+    def rule_key(self) -> tuple:
+        """What the speed of a round depends on, by which rules are kept apart."""
         size = None if self.draft_vocabulary is None else len(self.draft_vocabulary)
         numbers = (self.exit_layer, self.num_speculations, size, self.prompt_lookup, self.min_confidence)
         return *numbers, self.draft_int8, self.draft and self.draft.folder
@@ -62,9 +62,9 @@ class Speculation:
         return 0 if self.draft is None else self.draft.num_layers
 
     @property
-    def layers_of_model(self) -> int:
+    def model_layers(self) -> int:
         """The number of the model's first layers that draft; 0 if a trained copy drafts."""
-        return 0 if self.draft is not None and self.draft.kind == "copy" else self.exit_layer
+        return self.exit_layer if self.draft is None else self.draft.model_layers
 
     def only_looks_up(self, num_layers: int) -> bool:
         """Whether look-ups draft alone, as the exit is the whole model."""
@@ -89,8 +89,8 @@ class Speculation:
             check_draft_vocabulary(self.draft_vocabulary, model)
 
 
-# The keys of `self_speculation` that are `auto` where nothing was measured, and those left out beside an exit.
-PLAIN_VALUES: dict[str, Any] = {key.name: key.default for key in fields(Speculation)[1:]}
+# Values of the keys of `self_speculation` that are `auto` where nothing was measured, or left out beside an exit.
+SPECULATION_DEFAULTS: dict[str, Any] = {key.name: key.default for key in fields(Speculation)[1:]}
 
 
 def check_draft_vocabulary(

@@ -113,7 +113,7 @@ class CompiledSteps:
                 if not cuda and slots is not None:
                     torch._dynamo.mark_dynamic(given, 0)
             graph = known or _compiled(step.function, self.device, self._is_quantised(step))
-            out = graph(step.context, *step.settings, given, *args)
+            out = graph(step.context, *step.constants, given, *args)
             if captures:
                 torch.cuda.synchronize(self.device)
                 if not self.warming:
@@ -144,7 +144,7 @@ class CompiledSteps:
         return out
 
     def _is_quantised(self, step: Any) -> bool:
-        models = (step.context.model, step.context.draft_model)
+        models = (step.context.model, step.context.draft_decoder)
         return any(type(weight) is not torch.nn.Parameter for model in models for weight in model.parameters())
 
 

@@ -148,9 +148,9 @@ class Parts:
             weight, scale, zero = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
         elif type(weight).__name__ == "AffineQuantizedTensor":  # its version 1
             weight, scale, zero = weight.tensor_impl.get_plain()
-        plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.dim() == 2
-        kinds = [torch.float32, torch.bfloat16] if scale is None else [torch.int8]
-        _require(plain and weight.dtype in kinds and (scale is None or scale.numel() == len(weight)), name)
+        is_matrix = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.dim() == 2
+        dtypes = [torch.float32, torch.bfloat16] if scale is None else [torch.int8]
+        _require(is_matrix and weight.dtype in dtypes and (scale is None or scale.numel() == len(weight)), name)
         _require(zero is None or not zero.any(), f"{name}: zero points")
         _require(weight.shape[1] % VECTOR == 0, f"{name}: {weight.shape[1]} is no multiple of {VECTOR}")
         self.tensors[f"{name}.weight"] = weight.detach()
@@ -243,7 +243,7 @@ def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
 
 
 class CppDecoder:
-    """The layers and heads of a generation's target model and draft model in C++.
+    """The layers and heads of a generation's target model and draft decoder in C++.
 
     Raises an `UnknownPartError` if the C++ does not support a part of the target model. If it does not support a part
     of the draft, `unknown` says which, and `models` or `heads` lack it. `draft` is `Layers::draft` of layers.cpp with
@@ -251,22 +251,26 @@ class CppDecoder:
     """
 
     def __init__(
-        self, cache: DecodingCache, model: LayerSkipDecoder, draft_model: LayerSkipDecoder, draft_head: DraftHead | None
+        self,
+        cache: DecodingCache,
+        model: LayerSkipDecoder,
+        draft_decoder: LayerSkipDecoder,
+        draft_head: DraftHead | None,
     ) -> None:
         dtype = model.tok_embeddings.weight.dtype  # the cache's too
         _require(dtype in (torch.float32, torch.bfloat16), str(dtype))
         self.models = {model: (cache.of(model), [layer_parts(layer) for layer in model.layers])}
         self.heads: dict[nn.Module, Parts] = {model: head_parts(model.norm, head_of(model), model.logit_cap)}
-        self.model, self.draft_model, self.draft_head = model, draft_model, draft_head
+        self.model, self.draft_decoder, self.draft_head = model, draft_decoder, draft_head
         self.unknown: UnknownPartError | None = None
         try:
             if draft_head is not None:
                 self.heads[draft_head] = head_parts(draft_head.norm, draft_head.output, draft_head.cap)
-            if draft_model is not model:
-                of_draft = [layer_parts(layer) for layer in draft_model.layers]
-                self.models[draft_model] = (cache.of(draft_model), of_draft)
-                head = head_of(draft_model)
-                self.heads[draft_model] = head_parts(draft_model.norm, head, draft_model.logit_cap)
+            if draft_decoder is not model:
+                of_draft = [layer_parts(layer) for layer in draft_decoder.layers]
+                self.models[draft_decoder] = (cache.of(draft_decoder), of_draft)
+                head = head_of(draft_decoder)
+                self.heads[draft_decoder] = head_parts(draft_decoder.norm, head, draft_decoder.logit_cap)
         except UnknownPartError as e:
             self.unknown = e
 
@@ -292,7 +296,7 @@ class CppDecoder:
         self.draft = self._draft()
 
     def _draft(self) -> Callable | None:
-        draft_head, embeddings = self.draft_head, self.draft_model.tok_embeddings
+        draft_head, embeddings = self.draft_head, self.draft_decoder.tok_embeddings
         is_gemma = type(embeddings) is GemmaNormEmbeddings
         if self.unknown or not (is_gemma or type(embeddings) is nn.Embedding):
             return None
@@ -301,8 +305,8 @@ class CppDecoder:
         # Gemma multiplies by the root of the width, rounded to the weights' dtype.
         factor = torch.tensor(embeddings.embedding_dim**0.5 if is_gemma else 1, dtype=embeddings.weight.dtype)
         return partial(
-            self.cpp_layers[self.draft_model].draft,
-            self.cpp_heads[draft_head or self.draft_model],
+            self.cpp_layers[self.draft_decoder].draft,
+            self.cpp_heads[draft_head or self.draft_decoder],
             embeddings.weight.detach(),
             factor.item(),
             draft_head and draft_head.vocabulary,
@@ -317,7 +321,7 @@ class CppDecoder:
         layers: range,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """`layers` of the target or draft model: x [b, s, d], or for layer 0 token ids [b, s] -> fp32 [b, s, d].
+        """`layers` of the model or the draft decoder: x [b, s, d], or for layer 0 token ids [b, s] -> fp32 [b, s, d].
 
         The tokens are in the slots `at` [b or 1, s], below `end`, of the cache's `rows` [b] (None: all rows).
         """
@@ -325,8 +329,8 @@ class CppDecoder:
         cache_rows = [*range(len(x))] if rows is None else [*rows]
         return self.cpp_layers[model].run(x, at, cache_rows, end, layers.start, layers.stop)
 
-    def choose(self, *args: torch.Tensor | None) -> torch.Tensor:
-        """`sampling.choose` with keys."""
+    def choose_tokens(self, *args: torch.Tensor | None) -> torch.Tensor:
+        """`sampling.choose_tokens` with keys."""
         return torch.ops.layerskip.choose_tokens(*args)
 
     def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ log = utils.get_logger("INFO")
 
 # A draft is dim and stays in its line, since a terminal cannot restore the cursor once the screen has scrolled. So
 # wrapping is off while it is printed. The leading space makes a full line wrap first.
-DRAFT, PLAIN, ERASE = " \b\x1b7\x1b[?7l\x1b[2m", "\x1b[0m\x1b[?7h", "\x1b8\x1b[J"
+DRAFT, NORMAL, ERASE = " \b\x1b7\x1b[?7l\x1b[2m", "\x1b[0m\x1b[?7h", "\x1b8\x1b[J"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to this
 
 
@@ -80,7 +80,7 @@ class TextStream:
         return None
 
     def show(self, last: bool) -> None:
-        erase = PLAIN + ERASE if self.draft_is_shown else ""
+        erase = NORMAL + ERASE if self.draft_is_shown else ""
         self.draft_is_shown = False
         print(erase + self.new_text(last), end="", flush=True)
 
@@ -104,7 +104,7 @@ class TextStream:
         text = self.grown + self._continue(self.window, self.window_text, [*self.unread, *drafts[0]])
         line = next(iter(text[len(self.shown) :].splitlines()), "")
         self.draft_is_shown = True  # set before printing: Ctrl-C may come between
-        print(f"{DRAFT}{line}{PLAIN}", end="", flush=True)
+        print(f"{DRAFT}{line}{NORMAL}", end="", flush=True)
         self.draft_s += time.perf_counter() - started
 
     def _continue(self, window: Sequence[int], window_text: str, tokens: Sequence[int]) -> str:
