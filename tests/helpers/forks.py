@@ -8,6 +8,7 @@ computed in it, and its one thread beside the main one is of an allocator (jemal
 the environment at import is as the server has it.
 """
 
+import faulthandler
 import functools
 import gc
 import importlib
@@ -119,6 +120,7 @@ def begin(job: Mapping) -> None:
     for number, file in enumerate(job["said"], start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.modules["numpy"].random.seed()  # from the system, as at its import
+    faulthandler.enable()  # a crash in C++ says where, on the new standard error
     signal.alarm(job["timeout"])  # ends the process
 
 
