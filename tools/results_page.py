@@ -89,21 +89,11 @@ def speed(report: Report) -> list[str]:
     return lines
 
 
-def _variants(report: Report) -> list[Report]:
-    """The measured variants, fastest first."""
-    variants = [row for row in report["results"] if row["kind"] == "variant" and row["speedup"]]
-    return sorted(variants, key=lambda row: -row["speedup"]["median"])
-
-
 def tuner(report: Report) -> list[str]:
-    """Predicted and measured speeds. For a grid only the fastest variant, since its picture shows the others."""
-    if report["tune"] == "grid":
-        best, *others = _variants(report)
-        fastest = f"\nFastest of {1 + len(others)} ways: {best['name']}, {best['speedup']['median']:.2f}x."
-        return [_measured_on(report), fastest]
-    rows = [
-        [row["name"], show(row["predicted_speedup"], ".2f"), show(row["speedup"], ".2f")] for row in _variants(report)
-    ]
+    """Predicted and measured speeds, the fastest variant first."""
+    variants = [row for row in report["results"] if row["kind"] == "variant" and row["speedup"]]
+    variants.sort(key=lambda row: -row["speedup"]["median"])
+    rows = [[row["name"], show(row["predicted_speedup"], ".2f"), show(row["speedup"], ".2f")] for row in variants]
     return [f"{_measured_on(report)}\n", *table(["pair", "predicted", "measured"], rows)]
 
 

@@ -153,17 +153,16 @@ class BenchmarkConfig(DecodingConfig):
     times, and the speed-ups at accept rates of 0.5, 0.7 and 0.9."""
     prompt_tokens: PositiveInt = 128
     """The length of each random prompt, for `random_weights`."""
-    tune: Literal[True, False, "grid"] = False
-    """`true` predicts the speed of every exit, draft length and draft vocabulary (and of int8 drafts if compiled for a
-    CPU), then measures the best few instead of `variants`. For a trained draft (`self_speculation.draft`, or the one
-    beside the model) it chooses length and precision. `grid` measures six draft lengths, of each exit or of the trained
-    draft. Writes tune.json or grid.json, a table in .md, and a picture."""
+    tune: Flag = False
+    """Predict the speed of every exit, draft length and draft vocabulary (and of int8 drafts if compiled for a
+    CPU), then measure the best few instead of `variants`. For a trained draft (`self_speculation.draft`, or the one
+    beside the model) it chooses length and precision. Writes tune.json, a table in .md, and a picture."""
     tune_extends: Annotated[Text, Field(examples=["quickstart/generate"])] | None = None
     """The generation config that the tuned config, `report_dir`/tuned.yaml, extends. null: `tune` writes no config."""
     report_dir: Annotated[Text, Field(examples=["benchmark"])] | None = None
     """The folder for benchmark.json, benchmark.md and tuned.yaml. Required except with `random_weights`."""
     picture: Picture | None = None
-    """A bar chart of tokens per second; a heat map with `tune=grid`. With `tune` the file is named tune or grid."""
+    """A bar chart of tokens per second. With `tune` the file is named tune."""
 
     def choose(self, choices: Choices) -> None:
         choices.pick("max_new_tokens", lambda: NEW_TOKENS)

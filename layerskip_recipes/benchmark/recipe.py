@@ -23,7 +23,7 @@ from tqdm import tqdm
 from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Peers
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
 from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, find_peers
-from layerskip_recipes.benchmark.report import device_name, figures, heat_map, markdown, plot, speedup_by_acceptance
+from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
@@ -180,7 +180,7 @@ class LayerSkipBenchmark:
         if cfg.quantizer is not None and quantise_late:
             self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
         self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)
-        if cfg.peers and cfg.tune != "grid":
+        if cfg.peers:
             self._find_peers(cfg.peers)
 
     def _find_peers(self, peers: Peers) -> None:
@@ -239,13 +239,9 @@ class LayerSkipBenchmark:
                 "predicted_speedup": None,
             }
             candidate = self.candidates.get(name)
-            if candidate is not None:
-                row |= {
-                    "exit_layer": candidate.speculation.exit_layer,
-                    "length": candidate.speculation.num_speculations,
-                }
-                if temperature == self.cfg.all_temperatures[0] and not candidate.speculation.prompt_lookup:
-                    row["predicted_speedup"] = candidate.prediction.speedup
+            predicted = candidate is not None and not candidate.speculation.prompt_lookup
+            if predicted and temperature == self.cfg.all_temperatures[0]:
+                row["predicted_speedup"] = candidate.prediction.speedup
             row |= figures(runs, self.runs[temperature, BASELINE], not peer or temperature == 0, self.bandwidth)
             row |= self._quality(runs)
             results.append(row)
@@ -301,8 +297,8 @@ class LayerSkipBenchmark:
         if self.cfg.report_dir is None:
             print(json.dumps(report), flush=True)
             return
-        stem = {True: "tune", "grid": "grid", False: "benchmark"}[self.cfg.tune]
-        document = report_path(Path(self.cfg.report_dir) / f"{stem}.json", "report_dir", report["interrupted"])
+        name = "tune.json" if self.cfg.tune else "benchmark.json"
+        document = report_path(Path(self.cfg.report_dir) / name, "report_dir", report["interrupted"])
         document.parent.mkdir(parents=True, exist_ok=True)
         files = {"json": document, "markdown": document.with_suffix(".md")}
         files["json"].write_text(json.dumps(report, indent=1) + "\n")
@@ -311,6 +307,5 @@ class LayerSkipBenchmark:
             picture = Path(self.cfg.picture)
             files["picture"] = picture if document.stem == "benchmark" else picture.with_stem(document.stem)
             files["picture"].parent.mkdir(parents=True, exist_ok=True)
-            draw = heat_map if self.cfg.tune == "grid" else plot
-            draw(report["results"], files["picture"], str(self.cfg.given_folder))
+            plot(report["results"], files["picture"], str(self.cfg.given_folder))
         print(json.dumps({name: str(path) for name, path in files.items()}), flush=True)

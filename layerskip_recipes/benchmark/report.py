@@ -2,7 +2,7 @@
 
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,9 +161,15 @@ def markdown(report: Mapping[str, Any]) -> str:
 def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw bars of tokens per second, with a panel for each temperature: of whole answers, with their range over the
     repeats, and in light colours of decoding alone."""
-    figure, panels = _panels(results, lambda n: (5 * n + 2, 1.5 + 0.4 * len(results) / n), sharey=True)
+    from matplotlib.figure import Figure  # takes a second to import
+
+    temperatures = list(dict.fromkeys(row["temperature"] for row in results))
+    count = len(temperatures)
+    figure = Figure(figsize=(5 * count + 2, 1.5 + 0.4 * len(results) / count), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False, sharey=True)[0]
     colours = {"baseline": "tab:gray", "variant": "tab:blue", "peer": "tab:orange"}
-    for temperature, panel in panels.items():
+    for temperature, panel in zip(temperatures, panels, strict=True):
+        panel.set_title(f"temperature {temperature}")
         rows = [r for r in results if r["temperature"] == temperature and r["tokens_per_second"]]
         names, colour = [row["name"] for row in rows], [colours[row["kind"]] for row in rows]
         answers = [row["answer_tokens_per_second"] for row in rows]
@@ -173,40 +179,6 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         panel.barh(names, medians, xerr=reach, color=colour, capsize=3)
         panel.set_xlabel("tokens per second: whole answers; light: decoding alone")
         panel.grid(alpha=0.3, axis="x")
-    next(iter(panels.values())).invert_yaxis()
+    panels[0].invert_yaxis()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-
-
-def heat_map(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw the speed-up by exit and draft length, with a panel for each temperature."""
-    rows = [row for row in results if row["kind"] == "variant"]
-    exits, lengths = (sorted({row[key] for row in rows}) for key in ("exit_layer", "length"))
-    figure, panels = _panels(rows, lambda n: (1.5 + 0.6 * len(lengths) * n, 1.6 + 0.3 * len(exits)))
-    for temperature, panel in panels.items():
-        speedups = {
-            (row["exit_layer"], row["length"]): row["speedup"]["median"]
-            for row in rows
-            if row["temperature"] == temperature and row["speedup"]
-        }
-        shown = [[speedups.get((e, d), float("nan")) for d in lengths] for e in exits]
-        panel.set_facecolor("lightgrey")
-        figure.colorbar(panel.imshow(shown, aspect="auto", origin="lower"), ax=panel)
-        panel.set_xticks(range(len(lengths)), lengths)
-        panel.set_yticks(range(len(exits)), exits)
-        panel.set_xlabel("drafted tokens")
-        panel.set_ylabel("exit layer (layers run)")
-    figure.suptitle(f"speed-up, {title}", fontsize=9)
-    figure.savefig(path, dpi=120)
-
-
-def _panels(rows: Sequence[Mapping[str, Any]], size: Callable[[int], Any], **options: Any) -> tuple[Any, dict]:
-    """A figure and its panels by temperature; `size` takes the number of panels."""
-    from matplotlib.figure import Figure  # takes a second to import
-
-    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
-    figure = Figure(figsize=size(len(temperatures)), layout="constrained")
-    panels = figure.subplots(1, len(temperatures), squeeze=False, **options)[0]
-    for temperature, panel in zip(temperatures, panels, strict=True):
-        panel.set_title(f"temperature {temperature}")
-    return figure, dict(zip(temperatures, panels, strict=True))

@@ -5,7 +5,7 @@
    drafts of a fixed length and with drafts that end at low confidence.
 3. Time a few short probes: they give the cost of the parts of a round.
 4. Predict the speed of every exit, draft length, draft vocabulary, end and draft precision with prediction.py.
-5. Measure the best few like any variant, and the best one also with prompt lookup. `tune=grid` measures every exit.
+5. Measure the best few like any variant, and the best one also with prompt lookup.
 
 For a trained draft, given or the model's own, probes replace step 2, and step 4 predicts lengths, ends and precisions.
 """
@@ -49,7 +49,6 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.exit_quality import ALL, exit_quality
 
-GRID_LENGTHS = (1, 2, 3, 4, 6, 8)
 PROBE_TOKENS = 48  # new tokens per prompt in a probe
 FIRST_LINE = "# Written by layerskip_benchmark: "  # marks a tuned config
 # Settings that affect the choice, besides the temperature.
@@ -153,15 +152,6 @@ def pick(predictions: Sequence[Prediction], count: int = 4) -> list[Prediction]:
     return picked
 
 
-def grid(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Every exit with every length of GRID_LENGTHS, in the exit's best vocabulary and precision."""
-    best: dict[int, DraftMethod] = {}
-    for prediction in predictions:
-        best.setdefault(prediction.method.model_layers, prediction.method)
-    found = {(p.method, p.num_speculations): p for p in predictions}
-    return [found[method, d] for _, method in sorted(best.items()) for d in GRID_LENGTHS]
-
-
 class Tuner:
     """Finds the drafting methods to measure.
 
@@ -200,15 +190,13 @@ class Tuner:
         # Predict, and choose what to measure.
         size = self.model.tok_embeddings.num_embeddings
         costs = fitted_costs(timed, plain_s, self.model.num_layers, size, self.batch_rows)
-        predictions = ranked(rates, costs)
-        chosen = grid(predictions) if self.cfg.tune == "grid" else pick(predictions)
+        chosen = pick(ranked(rates, costs))
         print(f"{'predicted':<36}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
         candidates = [self._candidate(prediction) for prediction in chosen]
         for c in candidates:
             p = c.prediction
             print(f"{c.name:<36}{p.tokens_per_round:>15.2f}{1000 * p.round_s:>12.2f}{p.speedup:>9.2f}x")
-        if self.cfg.tune is True:
-            candidates.append(self._candidate(chosen[0], LOOKUP))
+        candidates.append(self._candidate(chosen[0], LOOKUP))
         return {candidate.name: candidate for candidate in candidates}
 
     def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:

@@ -55,7 +55,6 @@ REPORTS = {
     },
     "quality": {"exits": {"2": {"loss": 3.125, "accuracy": 0.25, "agreement": 0.375, "accepted_length": 0.75}}},
     "speed": BENCHMARK,
-    "grid": BENCHMARK | {"tune": "grid"},
     "tuner": BENCHMARK | {"tune": True},
 }
 LINES = {
@@ -67,7 +66,6 @@ LINES = {
         "transformers is left out (not installed).",
         f"| exit3_draft5 {2 * '| 2.0 (1.5-2.5) | 2.00 (1.50-2.50) '}| - | 0 of 8 | 0.75 | 3.50 | - | - | - |",
     ],
-    "grid": ["Fastest of 1 ways: exit3_draft5, 2.00x."],
     "tuner": ["| exit3_draft5 | 1.90 | 2.00 (1.50-2.50) |"],
 }
 
@@ -83,7 +81,7 @@ def page(tmp_path):
         printed = tmp_path / f"{name}.printed"
         files = {"json": str(document), "picture": str(picture)}
         # An evaluation prints the report, a benchmark where the report is.
-        last = json.dumps(files if name in ("speed", "grid", "tuner") else report)
+        last = json.dumps(files if name in ("speed", "tuner") else report)
         printed.write_text(f"a table\n{last}\n")
         command = shlex.join([sys.executable, "-c", f"print(open({str(printed)!r}).read())"])
         blocks.append(f"Before {name}.\n\n<!-- run {name}: {command} -->\n<!-- end -->\n\nAfter {name}.\n")
@@ -100,7 +98,7 @@ def test_the_page_gets_the_figures_of_its_commands(page):
         block = text.partition(f"Before {name}.")[2].partition(f"After {name}.")[0]
         assert all(line in block for line in lines), block
         assert f"\n    {sys.executable} -c " in block and block.rstrip().endswith("<!-- end -->")
-    for name in ("speed", "grid", "tuner"):
+    for name in ("speed", "tuner"):
         assert f"![{name}](page_{name}.png)" in text
         assert page.with_name(f"page_{name}.png").read_bytes() == b"a picture"
 
@@ -108,12 +106,12 @@ def test_the_page_gets_the_figures_of_its_commands(page):
 def test_a_page_is_updated_in_place(page, tmp_path):
     script = load("results_page")
     script.main([str(page), "--only", "cost", "quality"])
-    assert "1.250" in page.read_text() and "Fastest" not in page.read_text()
+    assert "1.250" in page.read_text() and "| predicted |" not in page.read_text()
     page.write_text(page.read_text() + "\nBy hand.\n")
     (tmp_path / "cost.printed").write_text(json.dumps(REPORTS["cost"] | {"batch": 99}))
     script.main([str(page), "--missing"])
     text = page.read_text()
-    assert "Fastest" in text and "8 x 256" in text and "99 x 256" not in text and text.endswith("\nBy hand.\n")
+    assert "| predicted |" in text and "8 x 256" in text and "99 x 256" not in text and text.endswith("\nBy hand.\n")
     script.main([str(page)])
     again = page.read_text()
     assert again == text.replace("8 x 256", "99 x 256")
