@@ -43,15 +43,11 @@ DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda|mps|xpu)(:\d+)?$", exampl
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
 Layers = Annotated[Selection, Field(examples=[":"])]
 Exits = Layers
-_OWN_TEXT = "removed. Generate text with the model first, and train on that file: see docs/training.md"
 # What the error messages of removed keys say.
 REMOVED = {
     "draft_quantizer": "replaced by draft_int8, since no other quantizer paid. Write draft_int8=true",
-    "own_text": _OWN_TEXT,
-    "own_text_temperature": _OWN_TEXT,
     "layers": "replaced by exits, which count from 1: the output of layer 3 is exit 4. For example exits=4",
     "layers_val": "replaced by exits_val, which counts from 1. For example exits_val=4",
-    "keep_states": "removed. Leave it out: each epoch runs the model again",
 }
 
 

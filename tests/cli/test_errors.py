@@ -195,8 +195,6 @@ FINETUNE = [
     (f"{DRAFT}; {DROPPING}", "model.layer_dropout", "does not go with draft", ""),
     (f"{DRAFT}; {SMOOTHED}", "loss.label_smoothing", "0.1 does nothing with draft", ""),
     (f"{DRAFT}; checkpointer.checkpoint_files=[]", "draft", "this one has no weights", ""),
-    (f"{DRAFT}; draft.keep_states=true", "draft.keep_states", "removed", ""),
-    (f"{DRAFT}; draft.own_text=0.25", "draft.own_text", "removed", "train on that file"),
     (f"{DRAFT}; model.num_layers=1", "draft", "this one has 1", "Set draft=null"),
     (f"{DRAFT}; draft.finetune_model=true; early_exit_loss={{scale: 0.1}}", "early_exit_loss", "draft", "Set "),
 ]
