@@ -25,10 +25,10 @@ from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft
 from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, TokensPerRound
-from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.config.paths import check_file
+from layerskip_recipes.config.recipe_config import as_yaml
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
@@ -281,7 +281,7 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
     wanted |= {key: getattr(cfg, key) for key in ("model", "checkpointer", "tokenizer")}
     for key, value in wanted.items():
         if value != getattr(base, key):
-            content[key] = _as_yaml(value)
+            content[key] = as_yaml(value)
     if best is None:
         content["self_speculation"] = None
     else:
@@ -293,10 +293,6 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
                 content["model_dir"] = str(draft.parent)  # the run's newest checkpoint may change
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{FIRST_LINE}{why}\n{yaml.safe_dump(content, sort_keys=False)}")
-
-
-def _as_yaml(value: Any) -> Any:
-    return dict(value.section) if isinstance(value, Component) else value
 
 
 def write_choice(

@@ -138,7 +138,7 @@ class RecipeConfig(Section):
         cfg._chosen, cfg._asked = self._chosen | choices.chosen, self._asked + choices.asked
         cfg._source = copy.deepcopy(self._source)
         for key, value in choices.chosen.items():
-            OmegaConf.update(cfg._source, key, _as_yaml(value), merge=False)
+            OmegaConf.update(cfg._source, key, as_yaml(value), merge=False)
         return cfg
 
     def choose(self, choices: Choices) -> None:
@@ -221,9 +221,9 @@ def _by_the_users_key(mistake: str, source: DictConfig) -> str:
     return re.sub(rf"(?<![\w.]){re.escape(key)}\b", read[1], mistake) if read and read[1] in source else mistake
 
 
-def _as_yaml(value: Any) -> Any:
+def as_yaml(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _as_yaml(part) for name, part in value.items()}
+        return {name: as_yaml(part) for name, part in value.items()}
     return value.section if isinstance(value, Component) else value.given if isinstance(value, Section) else value
 
 
