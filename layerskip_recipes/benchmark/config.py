@@ -25,22 +25,14 @@ BASELINE = "baseline"
 EXAMPLE = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
 
 
-class EarlyExitVariant(Section):
-    """Takes every token from an exit without verification, so the output changes."""
-
-    early_exit: PositiveInt
-    """The exit E: each token runs through the first E of the L layers."""
-
-
-Variant = Annotated[SelfSpeculation, Auto()] | EarlyExitVariant
 NEW_TOKENS = 128
 
 
-def _parse_variants(value: Any) -> dict[str, Variant]:
+def _parse_variants(value: Any) -> dict[str, SelfSpeculation]:
     """Parse the sections by name. null drops a variant of the extended config."""
     if not isinstance(value, Mapping):
         raise ConfigError(f": {value!r} is not allowed. Allowed: named sections; {EXAMPLE}")
-    variants: dict[str, Variant] = {}
+    variants: dict[str, SelfSpeculation] = {}
     for name, section in value.items():
         if section is None:
             continue
@@ -49,11 +41,7 @@ def _parse_variants(value: Any) -> dict[str, Variant]:
             raise ConfigError(
                 f"{key}: the name is taken. Allowed: any except {', '.join([BASELINE, *PEERS])}; {EXAMPLE}"
             )
-        section = {} if section == AUTO else section
-        if isinstance(section, Mapping) and "early_exit" in section:
-            variants[name] = EarlyExitVariant.parse(section, key)
-        else:
-            variants[name] = SelfSpeculation.parse(_with_plain_values(section), key)
+        variants[name] = SelfSpeculation.parse(_with_plain_values({} if section == AUTO else section), key)
     return variants
 
 
@@ -120,11 +108,10 @@ class BenchmarkConfig(DecodingConfig):
         if key != "benchmark"
     }
 
-    variants: Annotated[dict[str, Variant], BeforeValidator(_parse_variants)] | None = None
-    """Methods to compare with autoregressive decoding: named sections with the keys of `self_speculation`, or
-    `{early_exit: E}` to take every token from exit E. auto: as `layerskip_generate` would choose. In a section with an
-    exit or a draft, missing keys have defaults: 6 drafted tokens, and nothing else. null drops a variant of the
-    extended config."""
+    variants: Annotated[dict[str, Annotated[SelfSpeculation, Auto()]], BeforeValidator(_parse_variants)] | None = None
+    """Methods to compare with autoregressive decoding: named sections with the keys of `self_speculation`. auto: as
+    `layerskip_generate` would choose. In a section with an exit or a draft, missing keys have defaults: 6 drafted
+    tokens, and nothing else. null drops a variant of the extended config."""
     self_speculation: OptionalSpeculation = None
     """The only variant if `variants` is missing, so a generation config can be measured unchanged."""
     peers: Annotated[
@@ -170,16 +157,11 @@ class BenchmarkConfig(DecodingConfig):
         choices.pick("compile", lambda: has_compiler(torch.device(choices.value("device"))))
 
     @property
-    def compared(self) -> dict[str, Variant]:
+    def compared(self) -> dict[str, SelfSpeculation]:
         """The variants by name; empty with `tune`, which chooses them after loading the model."""
         if self.tune:
             return {}
         return self.variants or ({"self_speculation": self.self_speculation} if self.self_speculation else {})
-
-    @property
-    def drafting(self) -> dict[str, SelfSpeculation]:
-        """The compared variants that draft."""
-        return {name: one for name, one in self.compared.items() if isinstance(one, SelfSpeculation)}
 
     def key_of(self, variant: str) -> str:
         return f"variants.{variant}" if self.variants else "self_speculation"
@@ -201,18 +183,14 @@ class BenchmarkConfig(DecodingConfig):
         # Each variant against the model.
         model = layerskip_decoder(self.meta_model)
         for name, variant in self.compared.items():
-            key = self.key_of(name)
-            if isinstance(variant, SelfSpeculation):
-                yield from mistakes_of(variant.check_against, model, key, self.quantizer)
-            else:
-                yield from mistakes_of(model.check_exit, variant.early_exit, f"{key}.early_exit")
+            yield from mistakes_of(variant.check_against, model, self.key_of(name), self.quantizer)
         if self.tune and self.self_speculation is not None:
             yield from mistakes_of(self.self_speculation.check_against, model)
         if self.random_weights:
             for key in ("peers", "metrics", "tune", "stop_strings"):
                 if value := getattr(self, key):
                     yield f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null"
-            for name, variant in self.drafting.items():
+            for name, variant in self.compared.items():
                 if variant.given.get("draft") is not None:
                     key = f"{self.key_of(name)}.draft"
                     yield f"{key}: {variant.draft!r} needs its model, and random_weights has none. Set {key}=null"

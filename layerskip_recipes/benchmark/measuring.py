@@ -20,7 +20,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 log = utils.get_logger("INFO")
 
-Method = int | Speculation | Peer | None  # early exit, self-speculation, another library, autoregressive
+Method = Speculation | Peer | None  # self-speculation, another library, autoregressive
 
 
 @dataclass
@@ -68,14 +68,12 @@ class Turns:
         if isinstance(method, Peer):
             rows, stats = method.decode(batch, self.cfg.sampler(temperature), seed)
             return [row[: text.extend(row)] for row, text in zip(rows, texts, strict=True)] if texts else rows, stats
-        speculation = method if isinstance(method, Speculation) else None
         generation = Generation(
             self.model,
             batch,
             self.limit,
-            exit_layer=method if isinstance(method, int) else None,
-            speculation=speculation,
-            draft_model=self.draft_models.of(speculation, self.model),
+            speculation=method,
+            draft_model=self.draft_models.of(method, self.model),
             sampler=self.cfg.sampler(temperature, seed),
             stop_tokens=self.stop_tokens,
             compile=self.cfg.compile,

@@ -75,12 +75,12 @@ class LayerSkipBenchmark:
         self.frequent: Sequence[int] | None = None  # the checkpoint's tokens, for `tune`
         self.tuned_draft: DraftDescription | None = None  # whose length and precision `tune` chooses
         if cfg.random_weights:
-            drafts = {name: self._default_choice(section, model) for name, section in cfg.drafting.items()}
+            drafts = {name: self._default_choice(section, model) for name, section in cfg.compared.items()}
         else:
             chooser = DraftChooser(cfg, cfg.quantizer)
             settings = (cfg.all_temperatures[0], cfg.compile, cfg.batch_size)
             drafts = {
-                name: chooser.choose(section, *settings, cfg.key_of(name)) for name, section in cfg.drafting.items()
+                name: chooser.choose(section, *settings, cfg.key_of(name)) for name, section in cfg.compared.items()
             }
             if cfg.tune:
                 exits = chooser.notes.exits
@@ -90,7 +90,7 @@ class LayerSkipBenchmark:
         for name, choice in drafts.items():
             if choice.why is not None:
                 log.info("%s: %s", name, choice.why)
-        chosen = cfg.compared | {name: choice.section for name, choice in drafts.items()}
+        chosen = {name: choice.section for name, choice in drafts.items()}
         choices = Choices(cfg)
         for key, value in ({"variants": chosen} if chosen and cfg.variants else chosen).items():
             choices.set(key, value)
@@ -104,12 +104,11 @@ class LayerSkipBenchmark:
         else:
             self._read_prompts(model)
         self.methods: dict[str, Method] = {BASELINE: None}
-        for name, variant in cfg.compared.items():
-            method = drafts[name].speculation(self.prompts) if name in drafts else variant.early_exit
-            if isinstance(method, Speculation) and cfg.random_weights:
-                method = replace(method, prompt_lookup=None)  # always drafts its full length
+        for name, choice in drafts.items():
+            method = choice.speculation(self.prompts)
             if method is not None:  # None: nothing can draft
-                self.methods[name] = method
+                # Random weights always draft the full length.
+                self.methods[name] = replace(method, prompt_lookup=None) if cfg.random_weights else method
         choices = Choices(self.cfg)
         self.repeats = choices.pick("repeats", lambda: min(3, math.ceil(12 / len(self.prompts))))
         self.cfg = self.cfg.with_choices(choices)

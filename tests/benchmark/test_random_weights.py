@@ -64,7 +64,7 @@ def test_whatever_a_config_says_of_drafts():
     settings = [f"self_speculation.{draft}" for draft in drafts]
     report = run(*settings, "batch_size=3", "temperature=0.8", "repeats=1")
     assert report["batch_size"] == 3 and {row["temperature"] for row in report["results"]} == {0.8}
-    own = ["self_speculation=null", "variants.a={exit_layer: 1, num_speculations: 2}", "variants.b={early_exit: 2}"]
+    own = ["self_speculation=null", "variants.a={exit_layer: 1, num_speculations: 2}", "variants.b.exit_layer=2"]
     report = run(*own, "repeats=1", "report_dir=out", "picture=out/x.png")
     assert [row["name"] for row in report["results"]] == ["baseline", "a", "b"]
     assert {path.name for path in Path("out").iterdir()} == {"benchmark.json", "benchmark.md", "x.png"}

@@ -57,9 +57,6 @@ KEYS = {
         repeats repetition_penalty report_dir seed self_speculation stop_strings stop_tokens temperature
         temperatures tokenizer top_k top_p tune tune_extends variants
     """,
-    "EarlyExitVariant": """
-        early_exit
-    """,
     "Peers": """
         llama_cpp torchtune transformers transformers_early_exit
     """,
