@@ -85,16 +85,17 @@ class LayerDropoutSection(Section):
     """The layers that may be skipped, such as ":", "0::4" or "8,12,16"."""
     schedule: Schedule = "constant"
     """S(t), how the probabilities change during the training; `exp` grows from 0 to 1, `linear_decay` falls to 0."""
-    inverted: bool = False
-    """Divide what a kept layer adds by the probability that it is kept, as in inverted dropout."""
+    inverted: bool = True
+    """Divide what a kept layer adds by the probability that it is kept, as in inverted dropout; false: LayerSkip's sum."""
 
 
 class LayerDropout:
     """Draws the samples that stay in each layer: M(p_{l,t}) of eq. 1, with p_{l,t} = S(t) D(l) p_max.
 
-    A kept sample gets x_{l+1} = x_l + r f_l(x_l). LayerSkip and torchtune have r = 1: evaluation, which runs every
-    layer, then adds more to the residual stream than training did on average. With `inverted`, r = 1 / (1 - p_{l,t}),
-    as in Don't Drop Dropout (arXiv 2609.05275): for a given x_l, the mean of x_{l+1} is then that of evaluation.
+    A kept sample gets x_{l+1} = x_l + r f_l(x_l) with r = 1 / (1 - p_{l,t}), as in Don't Drop Dropout (arXiv
+    2609.05275): for a given x_l, the mean of x_{l+1} is that of evaluation, which runs every layer. With
+    `inverted=False`, r = 1 as in LayerSkip and torchtune: evaluation then adds more to the residual stream than
+    training did on average.
 
     The draw has its own random generator on the CPU: other random numbers do not affect it, and a GPU need not wait.
     Ranks with the same seed and batch size draw the same rows, so they run the same layers. `settings` are the keys of

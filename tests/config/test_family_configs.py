@@ -182,6 +182,7 @@ def test_the_papers_values(name):
     config = merged(f"paper/{name}")
     dropout, loss = config.layer_dropout, config.early_exit_loss
     assert (dropout.prob, dropout.layers_scale, dropout.schedule) == (prob, "exp", schedule)
+    assert dropout.inverted is False
     assert (loss.scale, loss.curriculum, loss.get("interval")) == (scale, curriculum, interval)
     for given, expected in (
         (config.optimizer.lr, lr),
@@ -212,7 +213,7 @@ def test_related_methods():
     assert weights[on].tolist() == pytest.approx([1 / 7] * 7)
     assert merged("related/lite_llama2_7B").get("layer_dropout") is None
     layerdrop = merged("related/layerdrop_llama2_7B").layer_dropout
-    assert set(dropout_rates(32, layerdrop.prob, layerdrop.layers_scale)) == {0.2}
+    assert set(dropout_rates(32, layerdrop.prob, layerdrop.layers_scale)) == {0.2} and not layerdrop.inverted
     pld = merged("related/pld_scratch").layer_dropout
     rates = dropout_rates(24, pld.prob, pld.layers_scale)
     assert rates == pytest.approx([0.5 * layer / 23 for layer in range(24)])

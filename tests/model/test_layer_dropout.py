@@ -16,9 +16,9 @@ from layerskip_recipes.model.layer_dropout import LayerDropout, dropout_rates, s
 
 L = 6
 # Half of the samples leave each layer: most draws mix kept and dropped samples.
-HALF = {"prob": 0.5, "layers_scale": "uniform"}
+HALF = {"prob": 0.5, "layers_scale": "uniform", "inverted": False}
 # (settings, p_l at step 3 of 11, factors of what kept layers add)
-INVERTED = {"prob": 0.9, "layers_scale": "linear", "schedule": "linear_decay", "inverted": True}
+INVERTED = {"prob": 0.9, "layers_scale": "linear", "schedule": "linear_decay"}
 FALLEN = [0.9 * layer / (L - 1) * 0.7 for layer in range(L)]
 DROPOUTS = {"plain": (HALF, None), "inverted": (INVERTED, [1 / (1 - p) for p in FALLEN])}
 each_dropout = pytest.mark.parametrize(("settings", "factors"), DROPOUTS.values(), ids=DROPOUTS)
@@ -168,14 +168,14 @@ def test_schedule_scale():
 
 
 def test_the_factors_of_inverted_dropout():
-    """1 / (1 - p_{l,t}); 1 where no sample is kept, and in every layer without `inverted`."""
+    """1 / (1 - p_{l,t}), by default; 1 where no sample is kept, and in every layer with inverted=False."""
     dropout = LayerDropout(L, **INVERTED)
     assert dropout.factors() == pytest.approx([1 / (1 - 0.9 * layer / 5) for layer in range(L)])
     dropout.set_step(3, 11)
     assert dropout.factors() == pytest.approx([1 / (1 - p) for p in FALLEN])
     dropout.set_step(10, 11)
     assert dropout.factors() == [1] * L
-    assert LayerDropout(L, prob=1, layers_scale="step", inverted=True).factors() == [1] * L
+    assert LayerDropout(L, prob=1, layers_scale="step").factors() == [1] * L
     assert LayerDropout(L, **HALF).factors() == [1] * L
 
 
