@@ -86,7 +86,7 @@ class LayerDropoutSection(Section):
     schedule: Schedule = "constant"
     """S(t), how the probabilities change during the training; `exp` grows from 0 to 1, `linear_decay` falls to 0."""
     inverted: bool = True
-    """Divide what a kept layer adds by the probability that it is kept, as in inverted dropout; false: LayerSkip's sum."""
+    """Divide what a kept layer adds by its keep probability, as in inverted dropout; false: LayerSkip's plain sum."""
 
 
 class LayerDropout:
