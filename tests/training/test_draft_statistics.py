@@ -49,7 +49,7 @@ def test_a_run_without_validation_measures_its_first_batches(tmp_path, tokenizer
     samples = [recipe.data.dataset[i] for step in (0, 1) for i in recipe.data.samples(step)]
     batches = [{key: torch.tensor([sample[key]]) for key in ("tokens", "labels")} for sample in samples]
     options = {"num_speculations": 8, "vocabulary": found.vocabulary, "sizes": [64]}
-    expected = exit_quality(recipe.model, batches, [2, 4], torch.device("cpu"), **options)[2]
+    expected = exit_quality(recipe.model.eval(), batches, [2, 4], torch.device("cpu"), **options)[2]
     assert measured.labels == expected.labels
     for kind in ("greedy", "sampled"):
         rates = expected.tokens_per_round["64"][kind]
