@@ -41,11 +41,11 @@ def _parse_variants(value: Any) -> dict[str, SelfSpeculation]:
             raise ConfigError(
                 f"{key}: the name is taken. Allowed: any except {', '.join([BASELINE, *PEERS])}; {EXAMPLE}"
             )
-        variants[name] = SelfSpeculation.parse(_with_plain_values({} if section == AUTO else section), key)
+        variants[name] = SelfSpeculation.parse(_with_defaults({} if section == AUTO else section), key)
     return variants
 
 
-def _with_plain_values(section: Any) -> Any:
+def _with_defaults(section: Any) -> Any:
     """With an exit or a draft, missing keys are not `auto`."""
     given = dict(section) if isinstance(section, Mapping) else {}
     has_draft = given.get("draft", AUTO) not in (None, AUTO)
