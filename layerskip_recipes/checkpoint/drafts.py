@@ -13,6 +13,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     ModelType,
     checkpoint_files,
     corrected,
+    described_folder,
     reads_hf_folder,
     weights_folder,
 )
@@ -114,6 +115,19 @@ def own_draft(model: Path | None) -> str | None:
     draft's."""
     found = [] if model is None else [place for place in (model, model / DRAFT) if (place / DRAFT_FILE).is_file()]
     return str(found[0]) if found else None
+
+
+def earlier_draft(
+    section: Component, kind: Kind, exit_layer: int, weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """The draft in a model's folder, if it has this form and was trained for these weights."""
+    own = own_draft(described_folder(section))
+    if own is None:
+        return None
+    described = read_description(own, "checkpointer")
+    if (described.kind, described.exit_layer, described.base.hash) != (kind, exit_layer, weights_hash(weights)):
+        return None
+    return load_file(readable(Path(own) / DRAFT_FILE, "checkpointer"))
 
 
 def _name_of(checkpointer: Any) -> str:

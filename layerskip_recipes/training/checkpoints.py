@@ -35,7 +35,7 @@ from layerskip_recipes.checkpoint.checkpointers import (
     starts_from_scratch,
     warn_of_contradictions,
 )
-from layerskip_recipes.checkpoint.drafts import BESIDE, DRAFT, DRAFT_FILE, describe_base, write_draft
+from layerskip_recipes.checkpoint.drafts import BESIDE, DRAFT, DRAFT_FILE, describe_base, earlier_draft, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.side_files import SideFiles, files_of_torchtune
 from layerskip_recipes.checkpoint.trained_exits import write_description
@@ -103,7 +103,7 @@ class Checkpoints:
         self.draft_file = DRAFT_FILE if cfg.freezes_model else f"{DRAFT}/{DRAFT_FILE}" if cfg.draft else None
         self.trained_file = ADAPTER_FILE if has_adapters else self.draft_file
         whole = None if has_adapters or cfg.freezes_model or self.sharded else self.resumed_from
-        section = cfg.checkpointer
+        section, self.draft = cfg.checkpointer, cfg.draft
         self.from_scratch = not whole and starts_from_scratch(section)
         self._section = _resumed_section(section, whole) if whole else section
         # torch cannot copy the low-bit state of torchao's optimizers for a background write.
@@ -129,7 +129,8 @@ class Checkpoints:
     def load_weights(self, model: TransformerDecoder) -> tuple[Weights | None, Weights | None]:
         """The model's weights (None: from scratch), and those of its adapters or draft (None: fresh).
 
-        Ranks other than 0 get empty mappings.
+        A new run trains the draft in the model's folder further, if its kind and exit are those of the config. Ranks
+        other than 0 get empty mappings.
         """
         weights: Weights | None = None if self.from_scratch else {}
         trained = None
@@ -144,6 +145,10 @@ class Checkpoints:
                 weights = read_weights(self._checkpointer)
             if self.draft_file != DRAFT_FILE:
                 self._read_side_files()
+            if self.draft is not None and self.resumed_from is None:
+                trained = earlier_draft(self._section, self.draft.kind, self.draft.exit_layer, weights or {})
+                if trained is not None:
+                    log.info("The draft in the model's folder is trained further.")
         if self.trained_file and self.resumed_from is not None and not self.sharded:
             read = load_file if self.draft_file else partial(torch.load, weights_only=True)
             trained = read(self.resumed_from / self.trained_file) if is_rank_zero() else {}

@@ -11,7 +11,7 @@ from helpers.configs import generate_config, hf_sections, start_section
 from helpers.resuming import COSINE, final_weights, resumed, same_tensors
 from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, losses, read_log, set_up, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchtune import training
 
 from layerskip_recipes import generate, load_model
@@ -30,6 +30,7 @@ from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.training.auto_settings import DRAFT_RATE
 from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
+from layerskip_recipes.training.model_setup import fresh_draft
 from layerskip_recipes.training.resuming import find_checkpoint
 
 KINDS = {"copy": {"kind": "copy", "exit_layer": 2}, "adapter": {"kind": "adapter", "exit_layer": 2, "vocabulary": 200}}
@@ -106,6 +107,21 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
     draft = read_draft(described, recipe.model, "draft")
     assert same_tensors(draft.state_dict(), recipe.draft.state_dict())
     assert json.loads((moved / "layerskip.json").read_text())["exits"] == [4]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_second_run_trains_the_draft_further(beside, checkpoint, tmp_path, beside_config):
+    """A draft of another form starts afresh, and so does one whose model was replaced."""
+    path, first, second = beside_config(**hf_sections(checkpoint), epochs=4), tmp_path / "out", tmp_path / "second"
+    train(path, "optimizer.lr=3e-3")
+    again = [f"model.path={first}", f"checkpointer.path={first}", f"draft.finetune_model={str(beside).lower()}"]
+    own = load_file(first / "epoch_3" / "draft" / "draft.safetensors")
+    assert same_tensors(set_up(path, *again, f"output_dir={second}").draft.state_dict(), own)
+    other = set_up(path, *again, f"output_dir={second}", "draft.exit_layer=1")
+    file = first / "epoch_3" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    for recipe in (other, set_up(path, *again, f"output_dir={second}")):
+        assert same_tensors(recipe.draft.state_dict(), fresh_draft(recipe.draft, recipe.model.state_dict()))
 
 
 def test_without_a_learning_rate_the_draft_learns_faster_too(beside_config):
