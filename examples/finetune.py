@@ -2,8 +2,8 @@
 
     python examples/finetune.py [--steps 200] [--out FOLDER]
 
-The model is a small Llama that is trained from scratch on the source of Python's standard library. For a real training
-take `tune run layerskip_finetune`, which adds loading and saving, schedules, validation, resuming and several GPUs.
+The script trains a small Llama from scratch on the source of Python's standard library. For a real training, use
+`tune run layerskip_finetune`, which adds loading and saving, schedules, validation, resuming and several GPUs.
 """
 
 import argparse
@@ -29,14 +29,14 @@ def main() -> None:
     torch.manual_seed(0)
 
     tokenizer = stdlib_tokenizer(str(args.out / "tokenizer"), vocab_size=SIZE["vocab_size"])
-    # The held-out split is small, so that tokenizing it takes seconds. A real training takes "train".
+    # The held-out split is small, so it is tokenized in seconds. Use split="train" for a real training.
     data = StdlibDataset(tokenizer, split="heldout", seq_len=SIZE["max_seq_len"], max_samples=4 * args.steps)
     loader = DataLoader(data, batch_size=4, shuffle=True, collate_fn=padded_collate_sft)
 
-    # The decoder has the parameters of the base model by the same names; in training it skips layers for some samples.
+    # The decoder has the base model's parameters under the same names. In training it skips layers for some samples.
     base = llama3_2(**SIZE, intermediate_dim=192, scale_factor=1)
     model = layerskip_decoder(base, layer_dropout={"prob": 0.1})
-    # Each step trains the last layer and every fourth exit; the others have their turn at the following steps.
+    # Each step trains the last layer and every fourth exit. The following steps train the other exits.
     loss_fn = EarlyExitLoss(scale=0.5, curriculum="rotational", interval=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 

@@ -2,9 +2,9 @@
 
     python examples/generate.py FOLDER
 
-FOLDER is a run of `tune run layerskip_finetune`, such as quickstart after the quickstart's training, a Hugging Face
-folder, or a name on the hub. One prompt is decoded four times: without drafts, with the settings chosen for the model,
-as a stream of text, and with drafts from an exit as a stream of tokens. The tokens are the same.
+FOLDER is the output folder of `tune run layerskip_finetune`, for example quickstart, a Hugging Face folder, or a model
+name on the hub. The script decodes one prompt four times: without drafts, with the settings chosen for the model, as a
+stream of text, and with drafts from an exit as a stream of tokens. All four give the same tokens.
 """
 
 import argparse

@@ -2,9 +2,8 @@
 
     python examples/measure_exits.py FOLDER
 
-FOLDER is a run of `tune run layerskip_finetune`, such as quickstart after the quickstart's training.
-The text is the held-out part of Python's standard library. `tune run layerskip_eval` measures any dataset, and draws a
-picture.
+FOLDER is the output folder of `tune run layerskip_finetune`, for example quickstart. The text is the held-out part of
+Python's standard library. `tune run layerskip_eval` measures any dataset, and draws a picture.
 """
 
 import argparse

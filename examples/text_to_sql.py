@@ -1,9 +1,10 @@
-"""Make the files of the `qa/*` configs from a public data set: questions about university courses with SQL queries.
+"""Write train.jsonl and test.jsonl for the `qa/*` configs, from a public data set of questions with SQL queries.
 
     python examples/text_to_sql.py advising.json sql
 
 advising.json (CC BY 4.0) is data/advising.json of https://github.com/jkkummerfeld/text2sql-data, whose paper is
-https://arxiv.org/abs/1806.09029. The split is the data set's split by question.
+https://arxiv.org/abs/1806.09029. The questions are about university courses. The script keeps
+the data set's split by question.
 """
 
 import json
