@@ -94,13 +94,20 @@ def _read_together(
         else:
             context.cache.seek(at, end)
             mask = None if at_once else causal_mask(at, slots, context.dtype)
-            run = partial(LayerSkipDecoder.__call__, input_pos=at, mask=mask, unembed=False)
+            run = partial(_run_in_torch, input_pos=at, mask=mask)
         x = _read_chunk(context, tokens[:, start:end], x[:, -1:], run)
         # Keep the state of each text's last token if it is in this chunk.
         state = x[row_indices, (last - start).clamp(0, end - start - 1)]
         ends_here = ((last >= start) & (last < end))[:, None]
         final = state if final is None else torch.where(ends_here, state, final)
     return final
+
+
+def _run_in_torch(
+    model: LayerSkipDecoder, tokens: torch.Tensor | None, only_cache: bool = False, **inputs: Any
+) -> torch.Tensor:
+    """As `StepContext.run`; torch has no shorter way to fill the cache."""
+    return model(tokens, unembed=False, **inputs)
 
 
 def _read_chunk(
@@ -110,10 +117,10 @@ def _read_chunk(
     model, draft_decoder, own = context.model, context.draft_decoder, context.own_layers
     if not context.has_adapter:
         if own:
-            run(draft_decoder, tokens)
+            run(draft_decoder, tokens, only_cache=True)
         return run(model, tokens, exit_layer=context.depth)
     x = run(model, tokens, exit_layer=own.start)
     final = run(model, None, hidden=x, start_layer=own.start)
     states = model.norm(torch.cat([last_state, final[:, :-1]], 1))
-    run(draft_decoder, None, hidden=torch.cat([x, states], -1), start_layer=own.start)
+    run(draft_decoder, None, hidden=torch.cat([x, states], -1), start_layer=own.start, only_cache=True)
     return final

@@ -126,16 +126,20 @@ class StepContext:
         start_layer: int = 0,
         exit_layer: int | None = None,
         unembed: bool = True,
+        only_cache: bool = False,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run layers over tokens, or their x_{start_layer}, at slots `at` [b, s]; `rows`: the cache rows, with C++."""
+        """Run layers over tokens, or their x_{start_layer}, at slots `at` [b, s]; `rows`: the cache rows, with C++.
+
+        `only_cache`: the result is not needed, only the keys and values in the cache.
+        """
         if self.cpp is not None:
             layers = range(start_layer, model.num_layers if exit_layer is None else exit_layer)
             if layers.stop <= self.own_layers.start and not unembed:
                 model = self.model  # the layers below an adapter are the model's
             if model in self.cpp.models:
                 x: Any = tokens if hidden is None else hidden
-                x = self.cpp.run(model, x, at, slots.shape[0], layers, rows)
+                x = self.cpp.run(model, x, at, slots.shape[0], layers, rows, only_cache)
                 return self.cpp.logits(model, x) if unembed else x
             hidden = None if hidden is None else hidden.to(self.dtype)  # fp32 from C++
         part: Any = {"start_layer": start_layer, "exit_layer": exit_layer, "unembed": unembed}
@@ -162,9 +166,14 @@ class StepContext:
         return self.sampler.scores(logits, seen, self.sampler_tensors)
 
     def read_by_draft(
-        self, x: torch.Tensor, last_states: torch.Tensor | None, at: torch.Tensor, slots: torch.Tensor
+        self,
+        x: torch.Tensor,
+        last_states: torch.Tensor | None,
+        at: torch.Tensor,
+        slots: torch.Tensor,
+        only_cache: bool = False,
     ) -> torch.Tensor:
-        """The hidden state for the draft's head: x_E [b, s, d], or the adapter's output.
+        """The hidden state for the draft's head: x_E [b, s, d], or the adapter's output; `only_cache` as in `run`.
 
         `last_states` [b, s, d] are the normed states of the previous tokens for an adapter; None without an adapter.
         """
@@ -172,7 +181,7 @@ class StepContext:
             return x
         own = self.own_layers
         part: Any = {"hidden": torch.cat([x, last_states], -1), "start_layer": own.start, "exit_layer": own.stop}
-        return self.run(self.draft_decoder, None, at, slots, unembed=False, **part)
+        return self.run(self.draft_decoder, None, at, slots, unembed=False, only_cache=only_cache, **part)
 
     def unembed(self, x: torch.Tensor) -> Any:
         """The model's logits of x_L: [b, s, d] -> [b, s, v]."""

@@ -170,7 +170,7 @@ def read_later(context: StepContext, slots, inputs, at):
     own = context.own_layers
     tokens, hidden = (inputs, None) if inputs.dim() == 2 else (None, inputs)
     part: Any = {"hidden": hidden, "start_layer": own.start, "exit_layer": own.stop}
-    return context.run(context.draft_decoder, tokens, at, slots, unembed=False, **part)
+    return context.run(context.draft_decoder, tokens, at, slots, unembed=False, only_cache=True, **part)
 
 
 def step_with_states(context: StepContext, exit_layer: int, slots, last, start):
@@ -194,9 +194,9 @@ def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
     if not context.own_layers and (hidden is None or not context.shares_layers):
         return context.run(model, tokens, at, slots), None
     unread = slice(0 if hidden is None else tokens.shape[1] - 1, None)
-    x = context.run(
-        context.draft_decoder, tokens[:, unread], at[:, unread], slots, exit_layer=exit_layer, unembed=False
-    )
+    # The model reads nothing of a copy's states, but continues from its own early layers' states.
+    part: Any = {"exit_layer": exit_layer, "unembed": False, "only_cache": not context.shares_layers}
+    x = context.run(context.draft_decoder, tokens[:, unread], at[:, unread], slots, **part)
     if not context.shares_layers:
         return context.run(model, tokens, at, slots), None
     x = x if hidden is None else torch.cat([hidden, x], 1)
@@ -205,7 +205,7 @@ def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
     final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False)
     states = model.norm(final)
     # While drafting the adapter saw its own states. Now it reads the model's.
-    context.read_by_draft(x, torch.cat([state, states[:, :-1]], 1), at, slots)
+    context.read_by_draft(x, torch.cat([state, states[:, :-1]], 1), at, slots, only_cache=True)
     return context.unembed(final), states
 
 

@@ -94,7 +94,10 @@ def build_draft_model(
         make = DraftHead if speculation.draft_int8 else draft_head_of
         head = make(decoder or model, speculation.draft_vocabulary)
     if speculation.draft_int8:
-        int8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, f"{key}.draft_int8")
+        # With VNNI instructions products of int8 numbers are the fastest, above all over a prompt.
+        on_vnni = model.tok_embeddings.weight.device.type == "cpu" and torch.cpu._is_vnni_supported()
+        kind = "Int8DynamicActivationInt8WeightConfig" if on_vnni else "Int8WeightOnlyConfig"
+        int8 = Component({"_component_": f"torchao.quantization.{kind}"}, f"{key}.draft_int8")
         head = None if head is None else quantise(head, int8)
         decoder = quantised_layers(decoder or model, layers, int8, head is None)
     return DraftModel(decoder, head)

@@ -320,14 +320,16 @@ class CppDecoder:
         end: int,
         layers: range,
         rows: Sequence[int] | None = None,
+        only_cache: bool = False,
     ) -> torch.Tensor:
         """`layers` of the model or the draft decoder: x [b, s, d], or for layer 0 token ids [b, s] -> fp32 [b, s, d].
 
-        The tokens are in the slots `at` [b or 1, s], below `end`, of the cache's `rows` [b] (None: all rows).
+        The tokens are in the slots `at` [b or 1, s], below `end`, of the cache's `rows` [b] (None: all rows). With
+        `only_cache`, only their keys and values are computed, and the result has no meaning.
         """
         x = model.tok_embeddings(x) if x.dim() == 2 else x
         cache_rows = [*range(len(x))] if rows is None else [*rows]
-        return self.cpp_layers[model].run(x, at, cache_rows, end, layers.start, layers.stop)
+        return self.cpp_layers[model].run(x, at, cache_rows, end, layers.start, layers.stop, only_cache)
 
     def choose_tokens(self, *args: torch.Tensor | None) -> torch.Tensor:
         """`sampling.choose_tokens` with keys."""

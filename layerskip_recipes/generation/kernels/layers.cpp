@@ -122,8 +122,9 @@ struct Layer {
     return x.size(2) == d && end <= keys.size(2) && 0 <= row && row < keys.size(0);
   }
 
-  // x [m, d], changed in place; a joining layer takes [m, 2 d] and returns a new tensor.
-  at::Tensor operator()(at::Tensor x, const Tokens& tokens) const {
+  // x [m, d], changed in place; a joining layer takes [m, 2 d] and returns a new tensor. With `only_cache`, only the keys
+  // and values are computed.
+  at::Tensor operator()(at::Tensor x, const Tokens& tokens, bool only_cache) const {
     const int64_t m = tokens.b * tokens.s, d = before_attention.scale.size(0);
     if (join) {
       const at::Tensor both = room(2 * m * d);
@@ -139,6 +140,11 @@ struct Layer {
     float* const mixed = wide + m * std::max(queries + 2 * shared, 2 * inner);
 
     before_attention(m, d, state, normed);
+    if (only_cache) {
+      multiply(normed, m, {&k, &v}, wide);
+      for (int64_t i = 0; i < m; i++) write_to_cache(wide + i * 2 * shared, tokens.rows[i / tokens.s], tokens.at[i]);
+      return x;
+    }
     multiply(normed, m, {&q, &k, &v}, wide);
     attend_to_cache(wide, mixed, tokens);
     multiply(mixed, m, {&output}, normed);
@@ -178,8 +184,7 @@ struct Layer {
 
   // qkv [m, ..] -> mixed [m, heads * dim], the mixed values; writes keys and values into the cache.
   void attend_to_cache(float* qkv, float* mixed, const Tokens& tokens) const {
-    const int64_t b = tokens.b, s = tokens.s, h = k.columns() / dim;
-    const int64_t width = q.columns() + 2 * k.columns();
+    const int64_t b = tokens.b, s = tokens.s, width = q.columns() + 2 * k.columns();
     const at::Tensor buffer = room(2 * b * s * heads * dim);
     float* const queries = buffer.mutable_data_ptr<float>();  // [b, heads, s, dim]
     float* const out = queries + b * s * heads * dim;
@@ -189,9 +194,7 @@ struct Layer {
         float* const key = token + q.columns();
         const int64_t at = tokens.at[row * s + i];
         place(token, heads, of_queries, at);
-        place(key, h, of_keys, at);
-        keep(key, keys, tokens.rows[row], at, h);
-        keep(key + k.columns(), values, tokens.rows[row], at, h);
+        write_to_cache(key, tokens.rows[row], at);
         for (int64_t head = 0; head < heads; head++)
           std::copy_n(token + head * dim, dim, queries + ((row * heads + head) * s + i) * dim);
       }
@@ -201,6 +204,14 @@ struct Layer {
       for (int64_t head = 0; head < heads; head++)
         for (int64_t i = 0; i < s; i++)
           std::copy_n(out + ((row * heads + head) * s + i) * dim, dim, mixed + ((row * s + i) * heads + head) * dim);
+  }
+
+  // Writes one token's key, after norm and rotary position, and its value behind it into the cache; changes the key.
+  void write_to_cache(float* key, int64_t row, int64_t at) const {
+    const int64_t h = k.columns() / dim;
+    place(key, h, of_keys, at);
+    keep(key, keys, row, at, h);
+    keep(key + k.columns(), values, row, at, h);
   }
 
   // Norm and rotary position of one token's heads.
@@ -239,10 +250,11 @@ struct Layers : torch::CustomClassHolder {
   void append(const Tensors& tensors, const Numbers& numbers) { layers.push_back(Layer{{tensors, numbers}}); }
 
   // Layers first .. last - 1: x [b, s, d] (a joining layer takes [b, s, 2 d]) -> [b, s, d]. The tokens are in the slots
-  // at [b or 1, s] < end of the cache rows [b]; each sees the slots up to its own.
+  // at [b or 1, s] < end of the cache rows [b]; each sees the slots up to its own. With `only_cache` the result has no
+  // meaning: the last layer only writes its keys and values.
   at::Tensor run(
       const at::Tensor& x, const at::Tensor& at, const std::vector<int64_t>& rows, int64_t end, int64_t first,
-      int64_t last) const {
+      int64_t last, bool only_cache) const {
     const int64_t b = x.size(0), s = x.size(1);
     TORCH_CHECK(0 <= first && last <= static_cast<int64_t>(layers.size()), "layers without a cache");
     TORCH_CHECK(static_cast<int64_t>(rows.size()) == b, "rows of other tokens");
@@ -253,7 +265,8 @@ struct Layers : torch::CustomClassHolder {
     for (int64_t i = 0; i < b * s; i++)
       TORCH_CHECK(0 <= tokens.at[i] && tokens.at[i] < end, "slot ", tokens.at[i], " of ", end);
     at::Tensor state = x.to(at::kFloat, false, true).contiguous();
-    for (int64_t layer = first; layer < last; layer++) state = layers[layer](state, tokens);
+    for (int64_t layer = first; layer < last; layer++)
+      state = layers[layer](state, tokens, only_cache && layer + 1 == last);
     return state.view({b, s, -1});
   }
 
@@ -273,7 +286,7 @@ struct Layers : torch::CustomClassHolder {
       at::Tensor x = at::embedding(embeddings, tokens.back().unsqueeze(1));
       if (factor != 1) x = x.mul(factor);
       const at::Tensor at = start.unsqueeze(1).add(i);
-      hidden.push_back(run(x, at, rows, end, 0, exit_layer));
+      hidden.push_back(run(x, at, rows, end, 0, exit_layer, false));
       at::Tensor scores = head->logits(hidden.back());
       if (keys) scores = scores.sub_(scores.amax(-1, true)).div_(temperature);
       if (least > 0) confident = confident.mul(scores.softmax(-1).amax(-1).squeeze(1));
