@@ -1,4 +1,4 @@
-"""Runs the commands in a Markdown page and writes their results into the page.
+"""Runs the benchmarks in a Markdown page and writes their results into the page.
 
     python tools/results_page.py docs/results.md [--only NAME ...] [--missing]
 
@@ -8,9 +8,8 @@ A block is two comments and the lines between them:
     <!-- end -->
 
 The script runs the command and replaces the lines between the comments by the results. It copies the picture to
-PAGE_NAME.png beside the page. The report is the JSON document in the last line of the command's output, or the file
-that this line names as "json". The page is saved after each command; after an interruption, `--missing` runs only
-the commands of empty blocks.
+PAGE_NAME.png beside the page. The last line of the command's output names report and picture. The page is saved after
+each command; after an interruption, `--missing` runs only the commands of empty blocks.
 """
 
 import argparse
@@ -21,17 +20,20 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layerskip_recipes.benchmark.report import COLUMNS, show
+from layerskip_recipes.benchmark.report import COLUMNS, body
 
-Report = Mapping[str, Any]
+SHOWN = (
+    *("method", "answers, tokens/s", "speed-up of answers", "tokens/s", "speed-up", "not looping", "loops"),
+    *("acceptance", "tokens/round", "ideal", "efficiency", "identical"),
+)
 BLOCK = re.compile(r"(<!-- run (?P<name>\w+): (?P<command>.+?) -->\n)(?P<figures>.*?)(<!-- end -->)", flags=re.S)
 
 
-def run(command: str) -> tuple[Report, Path | None]:
+def run(command: str) -> tuple[dict[str, Any], Path | None]:
     """Run a command. Returns its report and picture (or None)."""
     print(f"+ {command}", flush=True)
     # Find this environment's programs even if it is not activated.
@@ -42,75 +44,7 @@ def run(command: str) -> tuple[Report, Path | None]:
     if done.returncode:
         sys.exit(f"{command!r} failed: {(done.stdout + done.stderr).strip()[-600:]}")
     printed = json.loads(done.stdout.strip().splitlines()[-1])
-    report = json.loads(Path(printed["json"]).read_text()) if "json" in printed else printed
-    return report, Path(printed["picture"]) if "picture" in printed else None
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]]
-
-
-def training_cost(report: Report) -> list[str]:
-    rows = [[name, f"{row['seconds']:.3f}", f"{row['peak_gb']:.2f}"] for name, row in report["figures"].items()]
-    ratios = [f"- {name}: {ratio:.2f}" for name, ratio in report["ratios"].items()]
-    head = f"{report['batch']} x {report['seq_len']} random tokens, exits {report['exits']} and the last.\n"
-    return [head, *table(["method", "s / step", "peak GiB"], rows), "", *ratios]
-
-
-def quality_by_exit(report: Report) -> list[str]:
-    rows = [
-        [e, *(f"{row[key]:.3f}" for key in ("loss", "accuracy", "agreement")), show(row["accepted_length"], ".2f")]
-        for e, row in report["exits"].items()
-    ]
-    return table(["exit", "loss, nats", "accuracy", "agreement", "accepted length"], rows)
-
-
-def _measured_on(report: Report) -> str:
-    versions = ", ".join(map(" ".join, report["versions"].items()))
-    bandwidth = f"{report['memory_bandwidth'] / 1e9:.1f} GB/s"
-    compiled = "compiled" if report["compiled"] else "not compiled"
-    return (
-        f"{report['device']}, {report['threads']} threads, {bandwidth}, {report['config']['dtype']}; {versions}; "
-        f"{report['date']}. {report['prompts']} prompts x {report['max_new_tokens']} tokens, batch "
-        f"{report['batch_size']}, {report['repeats']} repeats, {compiled}."
-    )
-
-
-def speed(report: Report) -> list[str]:
-    lines = [_measured_on(report)]
-    lines += [f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()]
-    drafts = ("acceptance", "tokens/round", "ideal", "efficiency")
-    answers = ("answers, tokens/s", "speed-up of answers")
-    shown = ("method", *answers, "tokens/s", "speed-up", "not looping", "loops", *drafts, "identical")
-    for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
-        of_temperature = [row for row in report["results"] if row["temperature"] == temperature]
-        rows = [[COLUMNS[column](row) for column in shown] for row in of_temperature]
-        lines += [f"\nTemperature {temperature}:\n", *table(shown, rows)]
-    return lines
-
-
-def tuner(report: Report) -> list[str]:
-    """Predicted and measured speeds, the fastest variant first."""
-    variants = [row for row in report["results"] if row["kind"] == "variant" and row["speedup"]]
-    variants.sort(key=lambda row: -row["speedup"]["median"])
-    rows = [[row["name"], show(row["predicted_speedup"], ".2f"), show(row["speedup"], ".2f")] for row in variants]
-    return [f"{_measured_on(report)}\n", *table(["pair", "predicted", "measured"], rows)]
-
-
-# A report is recognised by the first of these keys that it has.
-FIGURES: dict[str, Callable[[Report], list[str]]] = {
-    "ratios": training_cost,
-    "exits": quality_by_exit,
-    "tune": tuner,
-    "results": speed,
-}
-
-
-def figures(report: Report) -> list[str]:
-    for key, write in FIGURES.items():
-        if report.get(key):
-            return write(report)
-    sys.exit(f"a report with {', '.join(report)} is unknown. Known: those with one of {', '.join(FIGURES)}")
+    return json.loads(Path(printed["json"]).read_text()), Path(printed["picture"]) if "picture" in printed else None
 
 
 def update(page: Path, only: Sequence[str], missing: bool) -> None:
@@ -124,7 +58,7 @@ def update(page: Path, only: Sequence[str], missing: bool) -> None:
             continue
         command = blocks[name]["command"]
         report, picture = run(command)
-        lines = [f"\n    {command}\n", *figures(report)]
+        lines = [f"\n    {command}\n", *body(report, {name: COLUMNS[name] for name in SHOWN})]
         if picture is not None:
             copy = page.with_name(f"{page.stem}_{name}.png")
             shutil.copy(picture, copy)
