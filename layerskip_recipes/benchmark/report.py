@@ -68,11 +68,11 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], same_noise: bool, band
 
 
 def speedup_by_acceptance(row: Mapping[str, Any], step_s: float | None) -> dict[str, float] | None:
-    """{accept rate rho: (rho d + 1) step_s / round_s} for d drafted tokens per round; None if nothing is drafted."""
-    d, round_s = row["drafted_per_round"], row["round_s"]
-    if not (d and round_s and step_s):
+    """{accept rate rho: (rho n + 1) step_s / round_s} for n drafted tokens per round; None if nothing is drafted."""
+    n, round_s = row["drafted_per_round"], row["round_s"]
+    if not (n and round_s and step_s):
         return None
-    return {str(rho): (rho * d + 1) * step_s / round_s for rho in ACCEPTANCES}
+    return {str(rho): (rho * n + 1) * step_s / round_s for rho in ACCEPTANCES}
 
 
 # ---- the report ----

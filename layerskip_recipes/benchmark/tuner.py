@@ -139,8 +139,8 @@ def fitted_costs(
     seconds = torch.tensor([[s.draft_s / s.draft_steps] for s in timed.values()]).double()
     fit = torch.linalg.lstsq(features, seconds, driver="gelsd").solution[:, 0].tolist()
     further = []
-    for (method, d), s in timed.items():
-        verified = d * batch_rows * (1 - method.shared_layers / num_layers)
+    for (method, n), s in timed.items():
+        verified = n * batch_rows * (1 - method.shared_layers / num_layers)
         further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
     draft = {False: StepCost(*fit[:3]), True: StepCost(*fit[3:])}
     rest = statistics.median(s.accept_s / s.rounds for s in timed.values())
@@ -196,7 +196,7 @@ class Tuner:
             measured = measured_rates(self.model, texts, self.frequent, sizes)
             probes = self._probes(sizes[0])
         timed = {
-            (m._replace(int8=int8), d): self._probe(m._replace(int8=int8), d) for int8 in precisions for m, d in probes
+            (m._replace(int8=int8), n): self._probe(m._replace(int8=int8), n) for int8 in precisions for m, n in probes
         }
         # Predict, and choose what to measure.
         size = self.model.tok_embeddings.num_embeddings
