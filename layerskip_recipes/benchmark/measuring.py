@@ -113,8 +113,11 @@ class Turns:
                 if not isinstance(method, Peer):
                     raise
                 del methods[name]
-                self.failed[name] = f"{type_and_line(e)}, at temperature {temperature}"
-                log.warning("peers: %s is left out (%s)", name, self.failed[name])
+                self.leave_out(name, e, temperature)
             else:
                 self.compile_s[temperature, name] += runs[name].stats.compile_s
         return runs
+
+    def leave_out(self, peer: str, error: Exception, temperature: float) -> None:
+        self.failed[peer] = f"{type_and_line(error)}, at temperature {temperature}"
+        log.warning("peers: %s is left out (%s)", peer, self.failed[peer])

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torchtune import training, utils
+from torchtune import training
 from torchtune.generation import generate as torchtune_generate
 from torchtune.generation import generate_next_token
 
@@ -25,8 +25,6 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.hf_folder import holds_adapters
-
-log = utils.get_logger("INFO")
 
 TokenLists = Sequence[Sequence[int]]
 # (prompts, sampler, seed) -> the new tokens of each row, and the statistics.
@@ -263,21 +261,6 @@ class Peer:
     decode: Decode
     setting: str
     trial: dict[str, float | str]  # each setting's tokens per second, or its error
-
-
-def find_peers(
-    names: Sequence[str], job: Job, sampler: Sampler, compile: bool
-) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers that support the config, each in its fastest setting, and why the others are left out."""
-    found, left_out = {}, {}
-    for name in names:
-        try:
-            check_same_model(PEERS[name].package, job.cfg.checkpointer, job.cfg.quantizer is not None)
-            found[name] = fastest_setting(name, job, sampler, compile)
-        except Exception as e:  # a peer can raise anything, and the other methods go on
-            left_out[name] = type_and_line(e)
-            log.warning("peers: %s is left out (%s)", name, left_out[name])
-    return found, left_out
 
 
 def check_same_model(package: str, checkpointer: Component, quantised: bool = False) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Peers
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
-from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, find_peers
+from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, check_same_model, fastest_setting
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
@@ -192,9 +192,12 @@ class LayerSkipBenchmark:
         longest = longest_prompt(self.prompts)
         job = Job(cfg, self.model, self.batches[0], longest, self.limit, self.stop_tokens, exits)
         for temperature in cfg.all_temperatures:
-            names = [name for name in peers.names if name not in self.turns.failed]
-            self.peers[temperature], failed = find_peers(names, job, cfg.sampler(temperature), cfg.compile)
-            self.turns.failed |= {name: f"{why}, at temperature {temperature}" for name, why in failed.items()}
+            for name in (name for name in peers.names if name not in self.turns.failed):
+                try:
+                    check_same_model(PEERS[name].package, cfg.checkpointer, cfg.quantizer is not None)
+                    self.peers[temperature][name] = fastest_setting(name, job, cfg.sampler(temperature), cfg.compile)
+                except Exception as e:  # a peer can raise anything, and the other methods go on
+                    self.turns.leave_out(name, e, temperature)
 
     def benchmark(self) -> dict[str, Any]:
         """Measure and write the report; after Ctrl-C or an error it has the runs so far."""

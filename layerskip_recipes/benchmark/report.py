@@ -2,7 +2,7 @@
 
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,11 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], same_noise: bool, band
 
 
 def speedup_by_acceptance(row: Mapping[str, Any], step_s: float | None) -> dict[str, float] | None:
-    """{accept rate rho: (rho d + 1) step_s / round_s} for d drafted tokens per round; None if nothing is drafted."""
-    d, round_s = row["drafted_per_round"], row["round_s"]
-    if not (d and round_s and step_s):
+    """{accept rate rho: (rho n + 1) step_s / round_s} for n drafted tokens per round; None if nothing is drafted."""
+    n, round_s = row["drafted_per_round"], row["round_s"]
+    if not (n and round_s and step_s):
         return None
-    return {str(rho): (rho * d + 1) * step_s / round_s for rho in ACCEPTANCES}
+    return {str(rho): (rho * n + 1) * step_s / round_s for rho in ACCEPTANCES}
 
 
 # ---- the report ----
@@ -127,7 +127,7 @@ def _lookup(key: str, name: str, form: str, row: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a table for each temperature, after a summary of the settings."""
+    """The report as a page."""
     cfg = report["config"]
     if report["random_weights"]:
         columns = {name: COLUMNS[name] for name in COST_COLUMNS}
@@ -138,24 +138,28 @@ def markdown(report: Mapping[str, Any]) -> str:
     else:
         columns = COLUMNS | {name: partial(_lookup, "metrics", name, ".3f") for name in cfg.get("metrics") or []}
         title = cfg["checkpointer"].get("checkpoint_dir") or cfg["checkpointer"].get("path")
+    return "\n".join([f"# {title}\n", f"    {report['command']}\n", *body(report, columns)]) + "\n"
+
+
+def body(report: Mapping[str, Any], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> list[str]:
+    """Lines of Markdown: a summary of the settings, and a table for each temperature."""
+    cfg = report["config"]
     quantizer = f", {cfg['quantizer']['_component_'].rpartition('.')[2]}" if cfg.get("quantizer") else ""
     compiled, bandwidth = "compiled" if report["compiled"] else "eager", report["memory_bandwidth"] / 1e9
     lines = [
-        f"# {title}\n",
         f"{report['device']} ({report['threads']} threads, {bandwidth:.1f} GB/s), {cfg['dtype']}{quantizer}, "
         f"{compiled}, batch {report['batch_size']}. {report['prompts']} prompts of {report['prompt_tokens']:.0f} "
         f"tokens on average, {report['max_new_tokens']} new tokens, {report['repeats']} repeats. "
-        f"{', '.join(map(' '.join, report['versions'].items()))}.\n",
-        f"    {report['command']}",
+        f"{', '.join(map(' '.join, report['versions'].items()))}. {report['date']}.",
         *(f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()),
         *([f"\nNot compiled: {', '.join(report['not_compiled'])}."] if report["not_compiled"] else []),
         *(["\nInterrupted: some repeats are missing."] if report["interrupted"] else []),
     ]
     for temperature in dict.fromkeys(row["temperature"] for row in report["results"]):
-        lines += [f"\n## Temperature {temperature}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"\nTemperature {temperature}:\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         rows = [row for row in report["results"] if row["temperature"] == temperature]
         lines += [f"| {' | '.join(column(row) for column in columns.values())} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

@@ -1,16 +1,13 @@
 """`layerskip_benchmark tune=true` finds the fastest drafting method on this machine.
 
 1. Decode the prompts autoregressively.
-2. Run one teacher-forced pass over the texts: it gives the tokens per round of every exit and draft vocabulary, with
-   drafts of a fixed length and with drafts that end at low confidence.
+2. Run one teacher-forced pass over the texts: it gives the tokens per round of every exit and draft vocabulary, or of
+   the trained draft, with drafts of a fixed length and with drafts that end at low confidence.
 3. Time a few short probes: they give the cost of the parts of a round.
 4. Predict the speed of every exit, draft length, draft vocabulary, end and draft precision with prediction.py.
 5. Measure the best few like any variant, and the best one also with prompt lookup.
-
-For a trained draft, given or the model's own, probes replace step 2, and step 4 predicts lengths, ends and precisions.
 """
 
-import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +20,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
-from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft
+from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft, read_draft
 from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, TokensPerRound
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
@@ -32,28 +29,34 @@ from layerskip_recipes.config.recipe_config import as_yaml
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import LOOKUP, most_frequent, prediction_keys
+from layerskip_recipes.generation.drafting.auto_drafts import (
+    LOOKUP,
+    DraftChoice,
+    method_of,
+    most_frequent,
+    prediction_keys,
+)
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.prediction import (
     Costs,
     DraftMethod,
     Prediction,
-    Round,
     StepCost,
     ranked,
     rounds_of,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.exit_quality import ALL, exit_quality
 
 PROBE_TOKENS = 48  # new tokens per prompt in a probe
 FIRST_LINE = "# Written by layerskip_benchmark: "  # marks a tuned config
-# Settings that affect the choice, besides the temperature.
+# What the tuned config takes over where its base differs, besides the temperature.
 MEASURED_WITH = (
-    *("device", "dtype", "float32_matmul_precision", "compile"),
+    *("device", "dtype", "float32_matmul_precision", "compile", "model", "checkpointer", "tokenizer", "quantizer"),
     *("batch_size", "top_k", "top_p", "min_p", "repetition_penalty"),
 )
 NOTHING_TO_DRAFT = (
@@ -86,17 +89,15 @@ class Candidate:
 def measured_rates(
     model: LayerSkipDecoder,
     texts: Iterable[tuple[Sequence[int], Sequence[int]]],
-    vocabulary: Sequence[int],
-    sizes: Sequence[int],
-    temperature: float,
+    vocabulary: Sequence[int] = (),
+    sizes: Sequence[int] = (),
     longest: int = LONGEST_DRAFT,
-    endings: Sequence[bool] = (False,),
-    precisions: Sequence[bool] = (False,),
-) -> dict[DraftMethod, Sequence[Round]]:
-    """The rounds of drafts of at most 1 to `longest` tokens, for each exit, draft vocabulary and end.
+    trained: tuple[DraftMethod, Draft] | None = None,
+) -> dict[DraftMethod, TokensPerRound]:
+    """The tokens per round of drafts of at most 1 to `longest` tokens, for each exit and draft vocabulary.
 
     One pass over `texts`, pairs of a prompt and the model's output. A draft vocabulary is the first n tokens of
-    `vocabulary`, for n in `sizes`.
+    `vocabulary`, for n in `sizes`. `trained`: measure only this draft.
     """
     batches = (
         {
@@ -105,14 +106,18 @@ def measured_rates(
         }
         for prompt, output in texts
     )
-    exits, device = range(1, model.num_layers + 1), model.tok_embeddings.weight.device
+    device, depth = model.tok_embeddings.weight.device, model.num_layers
+    if trained is not None:
+        method, draft = trained
+        quality = exit_quality(model, batches, [0, depth], device, num_speculations=longest, draft=draft)
+        return {method: TokensPerRound(**quality[0].tokens_per_round[ALL])}
+    exits = range(1, depth + 1)
     quality = exit_quality(model, batches, exits, device, num_speculations=longest, vocabulary=vocabulary, sizes=sizes)
-    methods = {
+    return {
         DraftMethod(e, None if name == ALL else int(name)): TokensPerRound(**rates)
         for e in exits[:-1]
         for name, rates in quality[e].tokens_per_round.items()
     }
-    return rounds_of(methods, temperature, endings, precisions)
 
 
 def fitted_costs(
@@ -123,19 +128,21 @@ def fitted_costs(
     batch_rows: int,
 ) -> Costs:
     """Fit the costs of prediction.py by least squares to the times of probes, by method and draft length."""
-    draft, further = {}, []
-    for int8 in {method.int8 for method, _ in timed}:
-        probes = {method: s for (method, _), s in timed.items() if method.int8 == int8}
-        rows = [vocabulary if method.vocabulary is None else method.vocabulary for method in probes]
-        features = [
-            [1.0, method.draft_layers or method.model_layers, n] for method, n in zip(probes, rows, strict=True)
-        ]
-        seconds = [[s.draft_s / s.draft_steps] for s in probes.values()]
-        fit = torch.linalg.lstsq(torch.tensor(features).double(), torch.tensor(seconds).double(), driver="gelsd")
-        draft[int8] = StepCost(*fit.solution[:, 0].tolist())
-    for (method, d), s in timed.items():
-        verified = d * batch_rows * (1 - method.shared_layers / num_layers)
+
+    def factors(method: DraftMethod) -> list[float]:
+        """Of the six costs of a draft step: constant, layer and head row in full precision, and in int8."""
+        own = [1, method.draft_layers or method.model_layers, method.vocabulary or vocabulary]
+        below = method.model_layers if method.draft_layers else 0  # the model's layers below a trained draft
+        return [0, below, 0, *own] if method.int8 else [own[0], own[1] + below, own[2], 0, 0, 0]
+
+    features = torch.tensor([factors(method) for method, _ in timed]).double()
+    seconds = torch.tensor([[s.draft_s / s.draft_steps] for s in timed.values()]).double()
+    fit = torch.linalg.lstsq(features, seconds, driver="gelsd").solution[:, 0].tolist()
+    further = []
+    for (method, n), s in timed.items():
+        verified = n * batch_rows * (1 - method.shared_layers / num_layers)
         further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
+    draft = {False: StepCost(*fit[:3]), True: StepCost(*fit[3:])}
     rest = statistics.median(s.accept_s / s.rounds for s in timed.values())
     return Costs(num_layers, vocabulary, plain_s, draft, max(statistics.median(further), 0.0), rest, batch_rows)
 
@@ -166,8 +173,8 @@ class Tuner:
         self.temperature, self.batch_rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
         self.stored, self.frequent = bool(stored), list(stored or most_frequent(self.prompts))
-        self.device = self.model.tok_embeddings.weight.device
-        self.endings = [False, True] if self.device.type == "cpu" and self.batch_rows == 1 else [False]
+        self.trained = None if draft is None else read_draft(draft, self.model, f"{KEY}.draft")
+        turns.draft_models = DraftModels(self.trained)
 
     def candidates(self) -> dict[str, Candidate]:
         """The candidates by name; prints the predictions."""
@@ -175,22 +182,26 @@ class Tuner:
         plain = sum((stats for _, stats in baseline), GenerationStats())
         if plain.tokens == plain.first_tokens:
             raise ConfigError(NOTHING_TO_DRAFT)
-        plain_s = plain.decode_s / plain.rounds
-        precisions = [False, True] if self.cfg.compile and self.device.type == "cpu" else [False]
-        # Tokens per round of each method, and times of the probes.
-        if self.draft is not None:
-            rates, timed = self._trained_draft(self.draft, precisions)
+        texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
+        on_cpu = self.model.tok_embeddings.weight.device.type == "cpu"
+        endings = [False, True] if on_cpu and self.batch_rows == 1 else [False]
+        precisions = [False, True] if self.cfg.compile and on_cpu else [False]
+        # Tokens per round of each method, and what to time.
+        if self.draft is not None and self.trained is not None:
+            method = method_of(self.draft)
+            measured = measured_rates(self.model, texts, trained=(method, self.trained))
+            probes = [(method, LONGEST_DRAFT)]
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
-            texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
-            rates = measured_rates(
-                self.model, texts, self.frequent, sizes, self.temperature, LONGEST_DRAFT, self.endings, precisions
-            )
-            timed = self._probes(precisions, sizes[0])
+            measured = measured_rates(self.model, texts, self.frequent, sizes)
+            probes = self._probes(sizes[0])
+        timed = {
+            (m._replace(int8=int8), n): self._probe(m._replace(int8=int8), n) for int8 in precisions for m, n in probes
+        }
         # Predict, and choose what to measure.
         size = self.model.tok_embeddings.num_embeddings
-        costs = fitted_costs(timed, plain_s, self.model.num_layers, size, self.batch_rows)
-        chosen = pick(ranked(rates, costs))
+        costs = fitted_costs(timed, plain.decode_s / plain.rounds, self.model.num_layers, size, self.batch_rows)
+        chosen = pick(ranked(rounds_of(measured, self.temperature, endings, precisions), costs))
         print(f"{'predicted':<36}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
         candidates = [self._candidate(prediction) for prediction in chosen]
         for c in candidates:
@@ -200,50 +211,33 @@ class Tuner:
         return {candidate.name: candidate for candidate in candidates}
 
     def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:
-        keys, draft = prediction_keys(prediction, lookup), self.draft
-        if draft is not None:
-            written = SelfSpeculation(**keys | {"draft": draft.folder, "draft_vocabulary": AUTO})
-            keys |= {"exit_layer": draft.exit_layer, "draft": draft, "draft_vocabulary": draft.vocabulary}
-            return Candidate(Speculation(**keys), written, prediction)
-        num_tokens = prediction.method.vocabulary
-        ids = None if num_tokens is None else self.frequent[:num_tokens]
-        # Generation would count a number of tokens in its own prompts if the checkpoint stores none.
-        written = SelfSpeculation(**keys | {"draft": None} | ({} if self.stored else {"draft_vocabulary": ids}))
-        return Candidate(Speculation(**keys | {"draft_vocabulary": ids}), written, prediction)
+        folder = None if self.draft is None else self.draft.folder
+        section = SelfSpeculation(**prediction_keys(prediction, lookup) | {"draft": folder})
+        choice = DraftChoice(section, None, 0.0, draft=self.draft, frequent=self.frequent)
+        speculation = choice.speculation(self.prompts)
+        assert speculation is not None
+        written = section
+        if self.draft is not None:
+            written = section.model_copy(update={"draft_vocabulary": AUTO})  # the draft's own
+        elif not self.stored:  # generation would count a number of tokens in its own prompts
+            written = section.model_copy(update={"draft_vocabulary": speculation.draft_vocabulary})
+        return Candidate(speculation, written, prediction)
 
-    def _probes(self, precisions: Sequence[bool], small: int) -> dict[tuple[DraftMethod, int], GenerationStats]:
+    def _probes(self, small: int) -> list[tuple[DraftMethod, int]]:
         """Probes that differ in layers, head rows and draft length, so that `fitted_costs` can separate the costs."""
         early = max(self.model.num_layers // 8, 1)
         late = max(self.model.num_layers // 2, min(early + 1, self.model.num_layers - 1))
-        kinds = [(DraftMethod(early, small), 8), (DraftMethod(late, small), 4), (DraftMethod(early), 4)]
-        methods = [(method._replace(int8=int8), d) for int8 in precisions for method, d in kinds]
-        return {(method, d): self._probe(method, d) for method, d in methods}
+        return [(DraftMethod(early, small), 8), (DraftMethod(late, small), 4), (DraftMethod(early), 4)]
 
     def _probe(self, method: DraftMethod, num_speculations: int) -> GenerationStats:
+        """The statistics of a short run of a method."""
         speculation = self._candidate(Prediction(method, num_speculations, 0, 0, 0)).speculation
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
-        turns.draft_models = DraftModels()  # which goes with the probe
+        turns.draft_models = DraftModels(self.trained)  # which goes with the probe
         stats = sum((stats for _, stats in self._decode_all(speculation, turns)), GenerationStats())
         if not stats.draft_steps:
             raise ConfigError(NOTHING_TO_DRAFT)
         return stats
-
-    def _trained_draft(
-        self, draft: DraftDescription, precisions: Sequence[bool]
-    ) -> tuple[dict[DraftMethod, Sequence[Round]], dict[tuple[DraftMethod, int], GenerationStats]]:
-        """Rounds and times of a trained draft, from probes with drafts of up to 8 tokens."""
-        rates, timed = dict[DraftMethod, Sequence[Round]](), {}
-        for int8, ends in itertools.product(precisions, self.endings):
-            method = DraftMethod(0, None, int8, draft_layers=draft.num_layers, ends=ends)
-            stats = self._probe(method, 8)
-            if not ends:
-                timed[method, 8] = stats
-            rounds = sum(stats.rounds_accepting.values())
-            # The tokens that the same rounds would have written with shorter drafts.
-            written = [sum(n * min(k, d) for k, n in stats.rounds_accepting.items()) for d in range(1, 9)]
-            drafted = [min(d, stats.drafted / rounds) for d in range(1, 9)]
-            rates[method] = [Round(1 + accepted / rounds, m) for accepted, m in zip(written, drafted, strict=True)]
-        return rates, timed
 
     def _decode_all(self, method: Any, turns: Turns | None = None) -> list[tuple[list, GenerationStats]]:
         """Decode every batch once, after a warm-up."""
@@ -276,9 +270,8 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
         folder = Path(cfg.model_dir)
         content["model_dir"] = str(folder.absolute()) if folder.is_dir() else cfg.model_dir
     base = GenerateConfig.load(load_config(extends, [] if cfg.model_dir is None else [f"model_dir={cfg.model_dir}"]))
-    wanted = {key: getattr(cfg, key) for key in MEASURED_WITH} | {"temperature": cfg.all_temperatures[0]}
-    wanted |= {"exit_layer": None, "quantizer": cfg.quantizer}
-    wanted |= {key: getattr(cfg, key) for key in ("model", "checkpointer", "tokenizer")}
+    wanted = {key: getattr(cfg, key) for key in MEASURED_WITH}
+    wanted |= {"temperature": cfg.all_temperatures[0], "exit_layer": None}
     for key, value in wanted.items():
         if value != getattr(base, key):
             content[key] = as_yaml(value)

@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -235,31 +236,22 @@ class LayerSkipLM(TemplateLM):
         rows = sorted(requests_of, key=len, reverse=True)
         found: dict[int, tuple[float, bool]] = {}
         for start in tqdm(range(0, len(rows), self.batch_size), desc="loglikelihood", disable=disable_tqdm):
-            batch = [(row, i) for row in rows[start : start + self.batch_size] for i in requests_of[row]]
-            scores = self._score([(row, requests[i][2]) for row, i in batch])
-            found |= zip((i for _, i in batch), scores, strict=True)
+            batch = rows[start : start + self.batch_size]
+            # Pad on the right: causal attention never sees the padding.
+            tokens = torch.tensor([[*row, *[0] * (len(batch[0]) - len(row))] for row in batch], device=self._device)
+            for row, states in zip(batch, self.model(tokens, exit_layer=self.exit_layer, unembed=False), strict=True):
+                found |= {i: self._score(states[: len(row)], requests[i][2]) for i in requests_of[row]}
         return [found[i] for i in range(len(requests))]
 
-    def _score(self, pairs: Sequence[tuple[tuple[int, ...], list[int]]]) -> list[tuple[float, bool]]:
-        """(log p, whether greedy decoding gives the answer) of each pair of input and answer, in one forward pass.
-
-        An input ends before the answer's last token. Pairs with equal input share a batch row.
-        """
-        rows = list(dict.fromkeys(row for row, _ in pairs))
-        width = max(map(len, rows))
-        # Pad on the right: causal attention never sees the padding.
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._device)
-        hidden = dict(zip(rows, self.model(tokens, exit_layer=self.exit_layer, unembed=False), strict=True))
-        states = torch.cat([hidden[row][len(row) - len(answer) : len(row)] for row, answer in pairs])
-        targets = torch.tensor([token for _, answer in pairs for token in answer], device=self._device)
-        log_probs, greedy = [], []
-        for h, target in zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
+    def _score(self, states: torch.Tensor, answer: list[int]) -> tuple[float, bool]:
+        """log p of an answer, and whether greedy decoding gives it, for states [s, d] up to its last token but one."""
+        targets = torch.tensor(answer, device=self._device).split(HEAD_TOKENS)
+        log_p, is_greedy = 0.0, True
+        for h, target in zip(states[-len(answer) :].split(HEAD_TOKENS), targets, strict=True):
             logits = self.model(hidden=h[None], start_layer=self.model.num_layers)[0].float()
-            log_probs.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0])
-            greedy.append(logits.argmax(-1) == target)
-        lengths = [len(answer) for _, answer in pairs]
-        by_answer = zip(torch.cat(log_probs).split(lengths), torch.cat(greedy).split(lengths), strict=True)
-        return [(log_p.sum().item(), bool(right.all())) for log_p, right in by_answer]
+            log_p -= F.cross_entropy(logits, target, reduction="sum").item()
+            is_greedy = is_greedy and bool((logits.argmax(-1) == target).all())
+        return log_p, is_greedy
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts. Each token is predicted once, from all earlier tokens that fit in its window."""

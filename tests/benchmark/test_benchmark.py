@@ -61,7 +61,7 @@ def test_the_files_and_what_is_printed(report):
     printed, _, last = report["stdout"].rstrip().rpartition("\n")
     assert printed.strip() == table.strip()
     assert json.loads(last) == {kind: str(folder / name) for kind, name in files.items()}
-    assert len(re.findall("^## Temperature", table, flags=re.M)) == 2
+    assert len(re.findall("^Temperature", table, flags=re.M)) == 2
     for name in METHODS:
         assert len(re.findall(rf"^\| {name}[ ,]", table, flags=re.M)) == 2, name
 

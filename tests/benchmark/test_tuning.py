@@ -31,7 +31,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
-from layerskip_recipes.generation.drafting.prediction import Costs, DraftMethod, Round, StepCost, ranked
+from layerskip_recipes.generation.drafting.prediction import Costs, DraftMethod, Round, StepCost, ranked, rounds_of
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
@@ -58,7 +58,8 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
     outputs[1] = outputs[1][:3]  # a text that ends early
     some = list(range(0, VOCAB, 2))
     texts = list(zip(prompts, outputs, strict=True))
-    found = measured_rates(model, texts, some, [len(some)], temperature, longest)
+    measured = measured_rates(model, texts, some, [len(some)], longest)
+    found = rounds_of(measured, temperature, [False], [False])
     assert set(found) == {DraftMethod(e, n) for e in range(1, L) for n in (None, len(some))}
 
     def distribution(logits, allowed):
@@ -85,37 +86,53 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
         assert [n for n, _ in rates] == pytest.approx(expected, abs=1e-5)
         assert [d for _, d in rates] == [1, 2, 3, 4]
     assert found[DraftMethod(5)][0] > found[DraftMethod(1)][0]  # the later exit knows more
-    both = measured_rates(model, texts, some, [len(some)], temperature, longest, endings=[False, True])
+    both = rounds_of(measured, temperature, [False, True], [False])
     assert {method: rates for method, rates in both.items() if not method.ends} == found
     for method, rates in found.items():
         for (tokens, drafted), ended in zip(rates, both[method._replace(ends=True)], strict=True):
             assert 1 <= ended.num_drafted <= drafted and 1 <= ended.tokens <= tokens
 
 
-def test_costs_are_found_from_probes():
+EXITS = [((4, 100), 8), ((16, 100), 4), ((4, None), 4)]
+OTHERS = [(DraftMethod(8), 3), (DraftMethod(8, 500, True), 7), (DraftMethod(20, 100), 1)]
+COPY, ADAPTER = DraftMethod(0, 100, draft_layers=4), DraftMethod(8, 100, draft_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("probed", "found_for"),
+    [
+        ([(DraftMethod(*size), d) for size, d in EXITS], OTHERS),
+        ([(COPY, 8)], [(COPY, 3), (COPY._replace(int8=True), 5)]),
+        ([(ADAPTER, 8)], [(ADAPTER, 3), (ADAPTER._replace(int8=True), 5)]),
+    ],
+    ids=["exits", "copy", "adapter"],
+)
+def test_costs_are_found_from_probes(probed, found_for):
     """Times by the formula of prediction.py, for layers of 1 ms, heads of 1 us a row, and int8 at a quarter of it."""
     draft = {False: StepCost(2e-4, 1e-3, 1e-6), True: StepCost(2e-4, 2.5e-4, 2.5e-7)}
     costs = Costs(32, 1000, 0.033, draft, 0.04, 3e-4)
 
     def probe(method, d):
-        seconds = draft[method.int8].seconds(method.model_layers, method.vocabulary or 1000)
-        verify = 0.033 * (1 + 0.04 * d * (1 if method.int8 else 1 - method.model_layers / 32))
+        seconds = draft[method.int8].seconds(method.draft_layers or method.model_layers, method.vocabulary or 1000)
+        if method.draft_layers:
+            seconds += 1e-3 * method.model_layers
+        shared = 0 if method.int8 and not method.draft_layers else method.model_layers
+        verify = 0.033 * (1 + 0.04 * d * (1 - shared / 32))
         stats = GenerationStats(rounds=10, draft_steps=10 * d, draft_s=10 * d * seconds, verify_s=10 * verify)
         stats.decode_s = stats.draft_s + stats.verify_s + 10 * 3e-4
         return stats
 
-    probes = [(DraftMethod(e, n, i), d) for i in (False, True) for e, n, d in ((4, 100, 8), (16, 100, 4), (4, None, 4))]
+    probes = [(method._replace(int8=int8), d) for int8 in (False, True) for method, d in probed]
     found = fitted_costs({key: probe(*key) for key in probes}, 0.033, 32, 1000, 1)
-    for method, d in ((DraftMethod(8), 3), (DraftMethod(8, 500, True), 7), (DraftMethod(20, 100), 1)):
+    for method, d in found_for:
         assert found.round_s(method, d) == pytest.approx(costs.round_s(method, d))
 
 
 @pytest.mark.parametrize("num_layers", [2, 3, 4])
-def test_every_probe_verifies_in_some_layers(num_layers, monkeypatch):
-    monkeypatch.setattr(Tuner, "_probe", lambda self, method, d: method)
+def test_every_probe_verifies_in_some_layers(num_layers):
     one = Tuner.__new__(Tuner)
     one.model = SimpleNamespace(num_layers=num_layers)
-    assert all(1 <= method.shared_layers < num_layers for method in one._probes([False], 10).values())
+    assert all(1 <= method.shared_layers < num_layers for method, _ in one._probes(10))
 
 
 def test_the_best_few():

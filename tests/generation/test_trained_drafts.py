@@ -223,6 +223,9 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
     tried = [candidate.speculation for candidate in recipe.candidates.values()]
     longest = max(tried, key=lambda speculation: speculation.num_speculations)
     assert len({one.num_speculations for one in tried}) >= 2 and all(one.draft.folder == "adapter" for one in tried)
+    # Its rounds also run the model's layers below it, and verification goes on above them.
+    methods = [candidate.prediction.method for candidate in recipe.candidates.values()]
+    assert all((method.model_layers, method.draft_layers) == (2, 1) for method in methods)
 
     def timed(method, *args, decode=recipe.turns.decode):
         rows, stats = decode(method, *args)

@@ -39,51 +39,33 @@ ROW = {
     **dict.fromkeys(("setting", "ideal_speedup", "engine_efficiency", "speedup_not_looping", "identical")),
     **{"answer_tokens_per_second": SPEED, "answer_speedup": SPEED},
     **{"temperature": 0.0, "kind": "variant", "name": "exit3_draft5", "tokens_per_second": SPEED, "speedup": SPEED},
-    **{"looping_outputs": 0, "outputs": 8, "acceptance_rate": 0.75, "tokens_per_round": 3.5, "predicted_speedup": 1.9},
+    **{"looping_outputs": 0, "outputs": 8, "acceptance_rate": 0.75, "tokens_per_round": 3.5},
 }
-BENCHMARK = {
+REPORT = {
     **{"device": "a processor", "threads": 2, "memory_bandwidth": 2e10, "versions": {"torch": "2.13"}},
-    **{"date": "today", "config": {"dtype": "fp32"}, "prompts": 8, "max_new_tokens": 128, "batch_size": 1},
-    **{"repeats": 3, "compiled": True, "peers_left_out": {"transformers": "not installed"}, "results": [ROW]},
-    "tune": False,
+    **{"date": "today", "config": {"dtype": "fp32"}, "prompts": 8, "prompt_tokens": 9.5, "max_new_tokens": 128},
+    **{"batch_size": 1, "repeats": 3, "compiled": True, "not_compiled": [], "interrupted": False, "results": [ROW]},
+    "peers_left_out": {"transformers": "not installed"},
 }
-REPORTS = {
-    "cost": {
-        "figures": {"ours": {"seconds": 1.25, "peak_gb": 2.5}},
-        "ratios": {"last layer / torchtune's, time": 0.83},
-        **{"batch": 8, "seq_len": 256, "exits": "4::4"},
-    },
-    "quality": {"exits": {"2": {"loss": 3.125, "accuracy": 0.25, "agreement": 0.375, "accepted_length": 0.75}}},
-    "speed": BENCHMARK,
-    "tuner": BENCHMARK | {"tune": True},
-}
-LINES = {
-    "cost": ["| ours | 1.250 | 2.50 |", "- last layer / torchtune's, time: 0.83"],
-    "quality": ["| 2 | 3.125 | 0.250 | 0.375 | 0.75 |"],
-    "speed": [
-        "a processor, 2 threads, 20.0 GB/s, fp32; torch 2.13; today. 8 prompts x 128 tokens, batch 1, 3 repeats, "
-        "compiled.",
-        "transformers is left out (not installed).",
-        f"| exit3_draft5 {2 * '| 2.0 (1.5-2.5) | 2.00 (1.50-2.50) '}| - | 0 of 8 | 0.75 | 3.50 | - | - | - |",
-    ],
-    "tuner": ["| exit3_draft5 | 1.90 | 2.00 (1.50-2.50) |"],
-}
+LINES = [
+    "a processor (2 threads, 20.0 GB/s), fp32, compiled, batch 1. 8 prompts of 10 tokens on average, 128 new tokens, "
+    "3 repeats. torch 2.13. today.",
+    "transformers is left out (not installed).",
+    f"| exit3_draft5 {2 * '| 2.0 (1.5-2.5) | 2.00 (1.50-2.50) '}| - | 0 of 8 | 0.75 | 3.50 | - | - | - |",
+]
+NAMES = ("one", "two")
 
 
 @pytest.fixture
 def page(tmp_path):
-    """A page with a block for each report; the commands print a document of this test's folder."""
+    """A page with two blocks; the commands print where the report and the picture are."""
     blocks = []
-    for name, report in REPORTS.items():
+    for name in NAMES:
         document, picture = tmp_path / f"{name}.json", tmp_path / f"{name}.png"
-        document.write_text(json.dumps(report))
+        document.write_text(json.dumps(REPORT))
         picture.write_bytes(b"a picture")
-        printed = tmp_path / f"{name}.printed"
-        files = {"json": str(document), "picture": str(picture)}
-        # An evaluation prints the report, a benchmark where the report is.
-        last = json.dumps(files if name in ("speed", "tuner") else report)
-        printed.write_text(f"a table\n{last}\n")
-        command = shlex.join([sys.executable, "-c", f"print(open({str(printed)!r}).read())"])
+        printed = f"a table\n{json.dumps({'json': str(document), 'picture': str(picture)})}"
+        command = shlex.join([sys.executable, "-c", f"print({printed!r})"])
         blocks.append(f"Before {name}.\n\n<!-- run {name}: {command} -->\n<!-- end -->\n\nAfter {name}.\n")
     path = tmp_path / "docs" / "page.md"
     path.parent.mkdir()
@@ -94,24 +76,18 @@ def page(tmp_path):
 def test_the_page_gets_the_figures_of_its_commands(page):
     load("results_page").main([str(page)])
     text = page.read_text()
-    for name, lines in LINES.items():
+    for name in NAMES:
         block = text.partition(f"Before {name}.")[2].partition(f"After {name}.")[0]
-        assert all(line in block for line in lines), block
+        assert all(line in block for line in LINES), block
         assert f"\n    {sys.executable} -c " in block and block.rstrip().endswith("<!-- end -->")
-    for name in ("speed", "tuner"):
         assert f"![{name}](page_{name}.png)" in text
         assert page.with_name(f"page_{name}.png").read_bytes() == b"a picture"
 
 
 def test_a_page_is_updated_in_place(page, tmp_path):
     script = load("results_page")
-    script.main([str(page), "--only", "cost", "quality"])
-    assert "1.250" in page.read_text() and "| predicted |" not in page.read_text()
-    page.write_text(page.read_text() + "\nBy hand.\n")
-    (tmp_path / "cost.printed").write_text(json.dumps(REPORTS["cost"] | {"batch": 99}))
-    script.main([str(page), "--missing"])
-    text = page.read_text()
-    assert "| predicted |" in text and "8 x 256" in text and "99 x 256" not in text and text.endswith("\nBy hand.\n")
     script.main([str(page)])
-    again = page.read_text()
-    assert again == text.replace("8 x 256", "99 x 256")
+    page.write_text(text := page.read_text() + "\nBy hand.\n")
+    (tmp_path / "one.json").write_text(json.dumps(REPORT | {"prompts": 99}))
+    script.main([str(page)])
+    assert text.count("8 prompts of") == 2 and page.read_text() == text.replace("8 prompts of", "99 prompts of", 1)

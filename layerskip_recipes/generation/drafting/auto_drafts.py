@@ -185,7 +185,10 @@ def choose_drafts(
     unmeasured = exit_layer is not None and not (exits and exits.measured)
     if draft is None and (looks_up or unmeasured):
         return draft_choice({})  # nothing to choose by
-    methods = known_methods(exits, costs.num_layers, exit_layer) if draft is None else _method_of(draft)
+    if draft is None:
+        methods = known_methods(exits, costs.num_layers, exit_layer)
+    else:
+        methods = {method_of(draft): (draft.measured and draft.measured.draft) or ASSUMED}
     if not methods:
         return _without_exit(given, unusable or _untrained(notes.folder, exits, costs.num_layers, key), costs)
 
@@ -242,9 +245,9 @@ def prediction_keys(best: Prediction, lookup: int | None) -> dict[str, Any]:
     return keys if best.method.draft_layers else keys | {"exit_layer": best.method.model_layers}
 
 
-def _method_of(draft: DraftDescription) -> dict[DraftMethod, TokensPerRound]:
-    rows, measured = draft.vocabulary and len(draft.vocabulary), draft.measured and draft.measured.draft
-    return {DraftMethod(draft.model_layers, rows or None, draft_layers=draft.num_layers): measured or ASSUMED}
+def method_of(draft: DraftDescription) -> DraftMethod:
+    rows = draft.vocabulary and len(draft.vocabulary)
+    return DraftMethod(draft.model_layers, rows or None, draft_layers=draft.num_layers)
 
 
 def _of_vocabulary(
