@@ -225,16 +225,21 @@ class FinetuneConfig(RecipeConfig):
         return 2 if "8bit" in name or "Fp8" in name else 1 if "4bit" in name else 2 * weight_itemsize
 
     @property
+    def trained_weights(self) -> tuple[int, int]:
+        """The number of trained weights of the model, which may be adapters, and of the draft."""
+        model = self.meta_model
+        learned = [] if self.freezes_model else get_adapter_params(model).values() or model.parameters()
+        draft = [] if self.draft is None else self.draft.build(layerskip_decoder(model)).parameters()
+        return sum(p.numel() for p in learned), sum(p.numel() for p in draft)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint: weights, adapters, the draft in fp32, and the optimizer's state of trained weights."""
         size, whole = self.torch_dtype.itemsize, weight_bytes(self.meta_model, self.torch_dtype)
-        adapters = sum(p.numel() for p in get_adapter_params(self.meta_model).values())
-        draft = None if self.draft is None else self.draft.build(layerskip_decoder(self.build_on_meta()))
-        of_draft = 0 if draft is None else sum(p.numel() for p in draft.parameters())
-        trained = 0 if self.freezes_model else adapters or whole // size
+        trained, of_draft = self.trained_weights
         weights = 0 if self.freezes_model or self.save_adapter_weights_only else whole
-        weights += size * adapters + 4 * of_draft
-        return weights + trained * self._state_bytes(size) + of_draft * self._state_bytes(4)
+        weights += size * trained if adapter_names(self.meta_model) else 0
+        return weights + trained * self._state_bytes(size) + of_draft * (4 + self._state_bytes(4))
 
     @property
     def checkpoint_every_layers(self) -> int:
