@@ -36,7 +36,7 @@ from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.model.nf4 import check_nf4, packs_weights
 from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.auto_settings import choose_training
-from layerskip_recipes.training.draft.loss import DraftSection
+from layerskip_recipes.training.draft_loss import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss, EarlyExitLossSection
 
 

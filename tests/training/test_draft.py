@@ -25,7 +25,7 @@ from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
 from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
+from layerskip_recipes.training.draft_loss import DraftLoss, DraftSection
 from layerskip_recipes.training.model_setup import fresh_draft
 
 SECTIONS = {
