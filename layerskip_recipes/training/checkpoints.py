@@ -23,7 +23,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
@@ -283,20 +282,22 @@ class Checkpoints:
 
         self._pending = self._completing.submit(complete)
 
-    def load_shards(self, shards: dict[str, Any]) -> list[str]:
-        """Fill a state_dict of sharded tensors in place. Another number of ranks may have written them.
+    def load_shards(self, weights: dict[str, Any], states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Fill sharded weights and the optimizer's states in place. Another number of ranks may have written them.
 
-        Returns the parameters without optimizer state, because they had not been trained yet.
+        Returns the states without those of parameters that had not been trained yet.
         """
         reader = dcp.FileSystemReader(str(self.resumed_from))
         written = reader.read_metadata().state_dict_metadata
-        # Optimizer state is stored as state.PARAMETER.NAME.
-        absent = [name for name in shards[training.OPT_KEY] if f"{training.OPT_KEY}.{name}" not in written]
-        planner = DefaultLoadPlanner(allow_partial_load=bool(absent))
-        dcp.load(shards, storage_reader=reader, planner=planner, process_group=file_group())
+        there = {
+            name: state
+            for name, state in states.items()
+            if state and all(f"{training.OPT_KEY}.state.{name}.{key}" in written for key in state)
+        }
+        shards = {"model": weights} | ({training.OPT_KEY: {"state": there}} if there else {})
+        dcp.load(shards, storage_reader=reader, process_group=file_group())
         wait_for_all()  # a slow reader would exceed the timeout of the next collective
-        states = [name.removeprefix("state.") for name in absent if name.startswith("state.")]
-        return sorted({name.rpartition(".")[0] for name in states})
+        return there
 
     def finish(self) -> None:
         """Wait for the shards being written, and raise any error of that write."""
