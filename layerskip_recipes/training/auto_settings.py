@@ -168,15 +168,11 @@ class TrainingMemory:
         """Warn if a sample of `wanted` tokens does not fit, even with checkpointing; `length` tokens were chosen."""
         if self.fits(dtype, wanted, recompute=True):
             return
-
-        def needed(tokens: int) -> str:
-            return f"{(self.taken(dtype) + self.sample_bytes(dtype, tokens, recompute=True)) / 2**30:.1f} GiB"
-
-        said = f"Training with a sample of {wanted} tokens needs about {needed(wanted)}, "
+        needed = self.taken(dtype) + self.sample_bytes(dtype, wanted, recompute=True)
+        said = f"Training with a sample of {wanted} tokens needs about {needed / 2**30:.1f} GiB, "
         said += f"and {self.there / 2**30:.1f} GiB can be used here"
         if length < wanted:
             said += f", so samples are cut to {length} tokens (not with tokenizer.max_seq_len={wanted})"
         if not self.fits(dtype, length, recompute=True):
-            said += f". The {needed(length)} that {length} tokens need are not there either" if length < wanted else ""
             said += ". The run will probably end without memory"
         log.warning(f"{said}. Less is needed by {'hf/lora or ' if self.all_weights else ''}a smaller model")
