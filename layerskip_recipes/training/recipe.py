@@ -334,7 +334,7 @@ class LayerSkipFinetune:
     def _validate(self) -> None:
         if self.validation.on:
             with self._computing():
-                measured = self.validation.measure(self.model, self.device, self.step, self.draft)
+                measured = self.validation.measure(self.model, self.step, self.draft)
             self.log.write(measured, self.step)
             own = f"agreement_exit_{self.cfg.num_layers}"  # of the last layer with itself
             shown = [name for name in measured if "final" in name or ("agreement" in name and own not in name)]
