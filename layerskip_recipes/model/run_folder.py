@@ -2,9 +2,9 @@
 
 import errno
 import json
-import logging
 import os
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -79,9 +79,13 @@ def newest_intact(output_dir: Path, needs: str = RECIPE_STATE) -> Path | None:
             why = damage(checkpoint)
             if why is None:
                 return checkpoint
-            # Once, although a config names the same folder several times.
-            utils.log_once(log, f"{checkpoint} is damaged and not used: {why}", logging.WARNING)
+            _warn(f"{checkpoint} is damaged and not used: {why}")
     return None
+
+
+@cache
+def _warn(message: str) -> None:
+    log.warning(message)  # once, although a config names the same folder several times
 
 
 def damage(checkpoint: Path) -> str | None:
