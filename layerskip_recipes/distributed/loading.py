@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 
-from layerskip_recipes.processes import is_rank_zero, wait_for_all
+from layerskip_recipes.processes import is_rank_zero, local_part, wait_for_all
 
 
 def load_from_rank0(
@@ -38,6 +38,16 @@ def load_from_rank0(
         part = _part_of(value, own)
         model.load_state_dict({name: part.cpu() if offload else part}, strict=False, assign=True)
     training.validate_no_params_on_meta_device(model)
+
+
+def fill_from_rank0(own: torch.Tensor, whole: torch.Tensor | None) -> None:
+    """Copy rank 0's whole tensor into each rank's shard of it."""
+    device = own.device_mesh.device_type if isinstance(own, DTensor) else own.device
+    shared = torch.empty(own.shape, device=device, dtype=own.dtype)
+    if whole is not None:
+        shared.copy_(whole)
+    dist.broadcast(shared, src=0)
+    local_part(own).copy_(local_part(_part_of(shared, own)))
 
 
 def _part_of(whole: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ If any module of a model has adapters, training changes only the adapters.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -175,35 +175,27 @@ def check_lora_arguments(model: Component) -> None:
         check("model.lora_attn_modules", name, Literal["q_proj", "k_proj", "v_proj", "output_proj"])
 
 
-def check_adapters(
-    model: Component, meta_model: nn.Module, save_adapter_weights_only: bool = False, safe_serialization: bool = True
-) -> None:
-    """Check that the model has the adapters that a config asks for, and that they can be written."""
-    mistakes = []
-    names, builder = adapter_names(meta_model), model.builder
-    if not names and builder.get("lora") is not None:
-        mistakes.append(
+def adapter_mistakes(model: Component, meta_model: nn.Module, adapters_only: bool = False) -> Iterator[str]:
+    """Yield a message if the model has not the adapters that a config asks for."""
+    builder = model.builder
+    if adapter_names(meta_model):
+        return
+    if builder.get("lora") is not None:
+        yield (
             f"model.lora: {builder.get('lora')} adapts nothing, so all weights would be trained. Allowed: modules in "
             "attn_modules, or apply_lora_to_mlp: true; for example model.lora.apply_lora_to_mlp=true, or "
             "model.lora=null to train all weights"
         )
-    elif not names and builder.takes("lora_attn_modules"):
-        mistakes.append(
+    elif builder.takes("lora_attn_modules"):
+        yield (
             f"model.lora_attn_modules: {builder.path} creates no adapters with these arguments; for example "
             'model.lora_attn_modules=["q_proj","v_proj","output_proj"] model.apply_lora_to_mlp=true'
         )
-    elif not names and save_adapter_weights_only:
-        mistakes.append(
+    elif adapters_only:
+        yield (
             f"save_adapter_weights_only: True, but {builder.path} has no adapters. Set "
             "save_adapter_weights_only=false, or use a LoRA builder like torchtune.models.llama3_2.lora_llama3_2_1b"
         )
-    if names and not safe_serialization:
-        mistakes.append(
-            "checkpointer.safe_serialization: False, but adapters for PEFT are written as safetensors only; set "
-            "checkpointer.safe_serialization=true"
-        )
-    if mistakes:
-        raise ConfigError(*mistakes)
 
 
 def adapter_file(path: str) -> Path:

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 import torch
-from torchtune.modules.peft import get_adapter_params
 from torchtune.utils import get_logger
 
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
@@ -16,7 +15,7 @@ from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.config.schema import AUTO, Auto, check, refusal
 from layerskip_recipes.data.tokenizer import SampleLength
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
 from layerskip_recipes.model.memory import free_memory, token_bytes, training_bytes
@@ -108,17 +107,12 @@ class TrainingMemory:
 
     def __init__(self, cfg: "FinetuneConfig", device: str) -> None:
         self.cfg, self.device = cfg, device
-        model, adapters = cfg.meta_model, get_adapter_params(cfg.meta_model)
-        draft = None if cfg.draft is None else cfg.draft.build(layerskip_decoder(model))
         # Whether all weights are trained, not just a draft or adapters.
-        self.all_weights = not (cfg.freezes_model or adapters)
-        learned = [] if cfg.freezes_model else adapters.values() or model.parameters()
-        self.trained = sum(parameter.numel() for parameter in learned)
-        self.of_draft = 0 if draft is None else sum(parameter.numel() for parameter in draft.parameters())
+        self.all_weights = not (cfg.freezes_model or adapter_names(cfg.meta_model))
+        self.trained, self.of_draft = cfg.trained_weights
         # Layers that keep activations. An adapter runs once per unrolled token, beside a layer of the frozen model.
-        passes = IN_A_ROW if draft is not None and draft.kind == "adapter" else 1
-        own = 0 if draft is None else passes * draft.num_layers
-        self.depth = own + (1 if cfg.freezes_model else len(model.layers))
+        own = 0 if cfg.draft is None else IN_A_ROW if cfg.draft.kind == "adapter" else cfg.draft.exit_layer
+        self.depth = own + (1 if cfg.freezes_model else cfg.num_layers)
 
     @cached_property
     def there(self) -> int:
@@ -174,15 +168,11 @@ class TrainingMemory:
         """Warn if a sample of `wanted` tokens does not fit, even with checkpointing; `length` tokens were chosen."""
         if self.fits(dtype, wanted, recompute=True):
             return
-
-        def needed(tokens: int) -> str:
-            return f"{(self.taken(dtype) + self.sample_bytes(dtype, tokens, recompute=True)) / 2**30:.1f} GiB"
-
-        said = f"Training with a sample of {wanted} tokens needs about {needed(wanted)}, "
+        needed = self.taken(dtype) + self.sample_bytes(dtype, wanted, recompute=True)
+        said = f"Training with a sample of {wanted} tokens needs about {needed / 2**30:.1f} GiB, "
         said += f"and {self.there / 2**30:.1f} GiB can be used here"
         if length < wanted:
             said += f", so samples are cut to {length} tokens (not with tokenizer.max_seq_len={wanted})"
         if not self.fits(dtype, length, recompute=True):
-            said += f". The {needed(length)} that {length} tokens need are not there either" if length < wanted else ""
             said += ". The run will probably end without memory"
         log.warning(f"{said}. Less is needed by {'hf/lora or ' if self.all_weights else ''}a smaller model")

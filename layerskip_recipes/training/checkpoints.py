@@ -23,7 +23,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
@@ -172,36 +171,24 @@ class Checkpoints:
         return describe_base(self._section, weights) if weights else {}
 
     def check_room(self, size: int, step: int, total_steps: int, per_epoch: int) -> None:
-        """Check that the disk has room for all checkpoints of `size` bytes that exist at once from `step` on."""
-        if not is_rank_zero():
+        """Check that the disk has room for the checkpoints of `size` bytes that the run adds from `step` on."""
+        if not is_rank_zero() or step >= total_steps:
             return
-        free, count = shutil.disk_usage(existing(self.output_dir)).free, self._most_new(step, total_steps, per_epoch)
-        if free < count * size:
+        there = {path.name for path in complete_checkpoints(self.output_dir)}
+        ends = {f"epoch_{number}" for number in range(step // per_epoch, total_steps // per_epoch)}
+        every = self.every or total_steps
+        between = {f"step_{now}" for now in range(every, total_steps, every) if now > step and now % per_epoch}
+        count = len((ends | between) - there)
+        if self.keep:  # a new checkpoint is complete before an old one goes; shards do not replace the last model
+            count = min(count, self.keep + 1 + self.shards_steps - len(there))
+        count = max(count, 1)  # the one being written, even if it replaces one of its name
+        if (free := shutil.disk_usage(existing(self.output_dir)).free) < count * size:
             fewer = f", or fewer checkpoints; for example {KEEP}=1" if count > 2 and self.keep != 1 else ""
             raise ConfigError(
                 f"output_dir: {str(self.output_dir)!r} has {in_words(free)} left, and this run needs "
                 f"{in_words(count * size)} for {count} more of its checkpoints at once. Allowed: a folder on a disk "
                 f"with more room{fewer}"
             )
-
-    def _most_new(self, step: int, total_steps: int, per_epoch: int) -> int:
-        """By how many the number of checkpoints will have grown at most; saves and deletes as the run will."""
-        # The checkpoints at each moment, oldest first, and whether they are shards.
-        there = {path.name: (path / SHARDED).exists() for path in complete_checkpoints(self.output_dir)}
-        before = most = len(there)
-        for now in range(step + 1, total_steps + 1):
-            ends_epoch = now % per_epoch == 0
-            if not (ends_epoch or (self.every and now % self.every == 0)):
-                continue
-            most = max(most, len(there) + 1)  # before it replaces one of its name, or the oldest goes
-            name = f"epoch_{now // per_epoch - 1}" if ends_epoch else f"step_{now}"
-            there.pop(name, None)
-            there[name] = self.shards_steps and not ends_epoch
-            models = [name for name, shards in there.items() if not shards]
-            for old in [*there][: -self.keep] if self.keep else ():
-                if old not in models[-1:]:
-                    del there[old]
-        return most - before
 
     @contextmanager
     def _removed_after_errors(self, name: str) -> Iterator[None]:
@@ -300,20 +287,22 @@ class Checkpoints:
 
         self._pending = self._completing.submit(complete)
 
-    def load_shards(self, shards: dict[str, Any]) -> list[str]:
-        """Fill a state_dict of sharded tensors in place. Another number of ranks may have written them.
+    def load_shards(self, weights: dict[str, Any], states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Fill sharded weights and the optimizer's states in place. Another number of ranks may have written them.
 
-        Returns the parameters without optimizer state, because they had not been trained yet.
+        Returns the states without those of parameters that had not been trained yet.
         """
         reader = dcp.FileSystemReader(str(self.resumed_from))
         written = reader.read_metadata().state_dict_metadata
-        # Optimizer state is stored as state.PARAMETER.NAME.
-        absent = [name for name in shards[training.OPT_KEY] if f"{training.OPT_KEY}.{name}" not in written]
-        planner = DefaultLoadPlanner(allow_partial_load=bool(absent))
-        dcp.load(shards, storage_reader=reader, planner=planner, process_group=file_group())
+        there = {
+            name: state
+            for name, state in states.items()
+            if state and all(f"{training.OPT_KEY}.state.{name}.{key}" in written for key in state)
+        }
+        shards = {"model": weights} | ({training.OPT_KEY: {"state": there}} if there else {})
+        dcp.load(shards, storage_reader=reader, process_group=file_group())
         wait_for_all()  # a slow reader would exceed the timeout of the next collective
-        states = [name.removeprefix("state.") for name in absent if name.startswith("state.")]
-        return sorted({name.rpartition(".")[0] for name in states})
+        return there
 
     def finish(self) -> None:
         """Wait for the shards being written, and raise any error of that write."""

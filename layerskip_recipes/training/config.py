@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
+from torchtune.modules import TiedLinear
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
 
@@ -28,7 +29,7 @@ from layerskip_recipes.config.schema import (
 )
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
-from layerskip_recipes.model.adapters import adapter_names, check_adapters, check_lora_arguments
+from layerskip_recipes.model.adapters import adapter_mistakes, adapter_names, check_lora_arguments
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.layer_dropout import LayerDropout, LayerDropoutSection
@@ -36,7 +37,7 @@ from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.model.nf4 import check_nf4, packs_weights
 from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.auto_settings import choose_training
-from layerskip_recipes.training.draft.loss import DraftSection
+from layerskip_recipes.training.draft_loss import DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss, EarlyExitLossSection
 
 
@@ -225,16 +226,21 @@ class FinetuneConfig(RecipeConfig):
         return 2 if "8bit" in name or "Fp8" in name else 1 if "4bit" in name else 2 * weight_itemsize
 
     @property
+    def trained_weights(self) -> tuple[int, int]:
+        """The number of trained weights of the model, which may be adapters, and of the draft."""
+        model = self.meta_model
+        learned = [] if self.freezes_model else get_adapter_params(model).values() or model.parameters()
+        draft = [] if self.draft is None else self.draft.build(layerskip_decoder(model)).parameters()
+        return sum(p.numel() for p in learned), sum(p.numel() for p in draft)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint: weights, adapters, the draft in fp32, and the optimizer's state of trained weights."""
         size, whole = self.torch_dtype.itemsize, weight_bytes(self.meta_model, self.torch_dtype)
-        adapters = sum(p.numel() for p in get_adapter_params(self.meta_model).values())
-        draft = None if self.draft is None else self.draft.build(layerskip_decoder(self.build_on_meta()))
-        of_draft = 0 if draft is None else sum(p.numel() for p in draft.parameters())
-        trained = 0 if self.freezes_model else adapters or whole // size
+        trained, of_draft = self.trained_weights
         weights = 0 if self.freezes_model or self.save_adapter_weights_only else whole
-        weights += size * adapters + 4 * of_draft
-        return weights + trained * self._state_bytes(size) + of_draft * self._state_bytes(4)
+        weights += size * trained if adapter_names(self.meta_model) else 0
+        return weights + trained * self._state_bytes(size) + of_draft * (4 + self._state_bytes(4))
 
     @property
     def checkpoint_every_layers(self) -> int:
@@ -262,6 +268,11 @@ class FinetuneConfig(RecipeConfig):
                 "since it would also copy the weights of the other layers; for example "
                 "enable_activation_checkpointing=true ac_mode=null"
             )
+        for key, instead, clashes, other in self._conflicts():
+            if clashes:
+                given = getattr(self, key, None)
+                shown = f"{given} " if isinstance(given, int | float | str) else ""
+                yield f"{key}: {shown}does not go with {other}. Set {key}={instead}"
         yield from mistakes_of(self._check_optimizer)
         yield from mistakes_of(self._check_adapters)
         yield from mistakes_of(check_checkpointer, self, trains=True)
@@ -269,43 +280,66 @@ class FinetuneConfig(RecipeConfig):
         if self.draft is not None:
             yield from self._check_draft()
 
-    def _check_optimizer(self) -> Iterator[str]:
-        """Build optimizer and schedule once for a single weight: they may refuse their arguments."""
-        conflicts = {
-            "gradient_accumulation_steps": (self.gradient_accumulation_steps > 1, "1"),
-            "clip_grad_norm": (self.clip_grad_norm is not None, "null"),
+    def _conflicts(self) -> list[tuple[str, str, Any, str]]:
+        """Keys that exclude each other: a key, its value instead, whether it clashes, and with what."""
+        in_bwd, draft, several = self.optimizer_in_bwd, self.draft, num_processes() > 1
+        tensor, adapters = (self.tensor_parallel_dim or 1) > 1, adapter_names(self.meta_model)
+        replicates = (self.data_parallel_replicate_dim or 1) > 1
+        has_tied_head = isinstance(self.meta_model.output, TiedLinear)
+        shares = has_tied_head and "tok_embeddings" in (self.custom_sharded_layers or ())
+        dropout = getattr(self.meta_model, "layer_dropout", None)
+        low_bit = several and self.optimizer.path.startswith("torchao.")
+        adapter = draft is not None and draft.kind == "adapter"
+        steps, or_not = "optimizer_in_bwd, which steps at each backward", " or optimizer_in_bwd=false"
+        packed = "QLoRA, whose packed weights are sharded over all ranks"
+        tied = "custom_sharded_layers: [tok_embeddings] and a tied head: their weight would step twice"
+        twice = "draft.kind=adapter on several processes, whose layers run twice in a step"
+        gathered = f"several processes: torch cannot gather the state of {self.optimizer.path} for a checkpoint"
+        return [
+            ("gradient_accumulation_steps", f"1{or_not}", in_bwd and self.gradient_accumulation_steps > 1, steps),
+            ("clip_grad_norm", f"null{or_not}", in_bwd and self.clip_grad_norm is not None, steps),
             # Offloaded gradients may still be on their way when the optimizer steps (pytorch 180666).
-            "fsdp_cpu_offload": (self.fsdp_cpu_offload, "false"),
-        }
-        for key, (given, off) in conflicts.items():
-            if given and self.optimizer_in_bwd:
-                yield (
-                    f"{key}: {getattr(self, key)} does not go with optimizer_in_bwd, which steps at each backward. Set "
-                    f"{key}={off} or optimizer_in_bwd=false"
-                )
+            ("fsdp_cpu_offload", f"false{or_not}", in_bwd and self.fsdp_cpu_offload, steps),
+            ("optimizer_in_bwd", "false", in_bwd and adapters, "adapters, whose gradients are small"),
+            ("optimizer_in_bwd", "false", in_bwd and several and adapter, twice),
+            ("optimizer_in_bwd", "false", in_bwd and several and shares, tied),
+            ("optimizer._component_", "torch.optim.AdamW", low_bit, gathered),
+            ("data_parallel_replicate_dim", "1", replicates and packs_weights(self.model), packed),
+            ("tensor_parallel_dim", "1", tensor and adapters, "adapters, which torchtune's plans do not split"),
+            ("tensor_parallel_dim", "null", tensor and draft, "draft, which FSDP shards"),
+            ("layer_dropout", "null", draft and self.layer_dropout, "draft"),
+            ("layer_dropout", "null", dropout and self.layer_dropout, "layer_dropout in the model section"),
+            ("model.layer_dropout", "null", draft and dropout, "draft"),
+            ("early_exit_loss", "null", draft and self.early_exit_loss, "draft"),
+            ("exits_val", "null", draft and self.exits_val is not None, "draft"),
+        ]
+
+    def _check_optimizer(self) -> None:
+        """Build optimizer and schedule once for a single weight: they may refuse their arguments."""
         optimizer = self.optimizer.build([torch.nn.Parameter(torch.zeros(1))])
         if self.lr_scheduler is not None:
             self.lr_scheduler.build(optimizer, num_training_steps=1, last_epoch=-1)
 
     def _check_adapters(self) -> Iterator[str]:
-        safe = self.checkpointer.get("safe_serialization") is not False
-        adapters_only = self.save_adapter_weights_only
-        check_adapters(self.model, self.meta_model, save_adapter_weights_only=adapters_only, safe_serialization=safe)
+        yield from adapter_mistakes(self.model, self.meta_model, self.save_adapter_weights_only)
         if packs_weights(self.model):
             check_nf4(self.meta_model, num_processes(), any_size=is_hf_decoder(self.meta_model))
-        if adapter_names(self.meta_model) and starts_from_scratch(self.checkpointer):
+        if not adapter_names(self.meta_model):
+            return
+        if self.checkpointer.get("safe_serialization") is False:
+            yield (
+                "checkpointer.safe_serialization: False, but adapters for PEFT are written as safetensors only; set "
+                "checkpointer.safe_serialization=true"
+            )
+        if starts_from_scratch(self.checkpointer):
             yield (
                 f"checkpointer.checkpoint_files: missing, but the adapters of {self.model.path} need base weights; "
                 "for example [model.safetensors]"
             )
-        if adapter_names(self.meta_model) and self.optimizer_in_bwd:
-            yield "optimizer_in_bwd: True saves no memory with adapters, whose gradients are small. Set it false"
 
     def _check_sections(self) -> Iterator[str]:
         """Layers, exits and modules must exist in the model."""
         assert self.validated_exits
-        if self.layer_dropout is not None and getattr(self.meta_model, "layer_dropout", None) is not None:
-            yield "layer_dropout: is set both in the model section and at top level; keep one"
         # FSDP gathers weights in a forward pass, which a ModuleList lacks. `output` may name a tied head.
         modules = {n for n, m in self.meta_model.named_modules() if not isinstance(m, torch.nn.ModuleList)} | {"output"}
         for name in (name for name in self.custom_sharded_layers or () if name not in modules):
@@ -327,14 +361,9 @@ class FinetuneConfig(RecipeConfig):
                 )
 
     def _check_draft(self) -> Iterator[str]:
-        for key in ("layer_dropout", "early_exit_loss", "exits_val"):
-            if getattr(self, key) is not None:
-                yield f"{key}: does not go with draft. Set {key}=null"
         trains = self.draft.finetune_model
         if not trains and (smoothing := getattr(self.loss.build(), "label_smoothing", 0)):
             yield f"loss.label_smoothing: {smoothing} does nothing with draft, which learns no labels. Set it to 0"
-        if getattr(self.meta_model, "layer_dropout", None) is not None:
-            yield "model.layer_dropout: does not go with draft. Set model.layer_dropout=null"
         reader = self.checkpointer.target
         if not (isinstance(reader, type) or starts_from_scratch(self.checkpointer)):
             yield (
@@ -347,9 +376,4 @@ class FinetuneConfig(RecipeConfig):
             yield (
                 f"draft: copies layers of a trained model, and this one has {what}. Allowed: a model section without "
                 f"LoRA, and a checkpointer that reads weights; or draft=null{exits}"
-            )
-        if (self.tensor_parallel_dim or 1) > 1:
-            yield (
-                f"tensor_parallel_dim: {self.tensor_parallel_dim} does not go with draft; FSDP shards it: "
-                "tensor_parallel_dim=null"
             )

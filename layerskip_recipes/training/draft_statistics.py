@@ -10,12 +10,11 @@ from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGE
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.processes import from_every_rank
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.label_counts import LabelCounts
-from layerskip_recipes.training.validation import Validation, measuring
+from layerskip_recipes.training.validation import Validation
 
 # Each process stops measuring after this many samples or tokens.
 ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
@@ -81,19 +80,15 @@ class DraftStatistics:
             return None
         sizes = [n for n in DRAFT_VOCABULARIES if n < self.labels.num_tokens and n < 2 * len(vocabulary)]
         try:
-            with measuring(model, draft):
-                quality = exit_quality(
-                    model,
-                    batches[:count],
-                    [*early, model.num_layers],
-                    self.labels.device,
-                    add_up=self.labels.mesh.sum,
-                    num_speculations=LONGEST_DRAFT,
-                    draft=draft,
-                    vocabulary=vocabulary,
-                    sizes=sizes if draft is None else (),
-                    generated=self.validation.replies.generated,
-                )
+            quality = self.validation.quality(
+                model,
+                batches[:count],
+                [*early, model.num_layers],
+                draft,
+                num_speculations=LONGEST_DRAFT,
+                vocabulary=vocabulary,
+                sizes=sizes if draft is None else (),
+            )
         except ConfigError:  # no label counts
             return None
         if not all(quality[e].overlap >= 0 and quality[e].tokens_per_round for e in early):

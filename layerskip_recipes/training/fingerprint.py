@@ -104,14 +104,12 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
 
     Values are compared as text: a rerun of a logged config reads the string "3" back as the number 3.
     """
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        if str(before) != str(now):
-            yield key, before, now
-        return
-    none = object()
-    for name in dict.fromkeys([*now, *before]):
-        if name not in FREE_SETTINGS and before.get(name, none) != now.get(name, none):
-            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*now, *before]):
+            if name not in FREE_SETTINGS:
+                yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now and str(before) != str(now):
+        yield key, before, now
 
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -12,8 +12,7 @@ class LabelCounts:
         self.mesh, self.device, self.num_tokens = mesh, device, num_tokens
         # Counts are exact below 2^53. mps has no float64.
         exact = torch.float64 if device.type != "mps" else torch.float32
-        self.own = torch.zeros(num_tokens, dtype=exact, device=device)  # in this process, since the start or resume
-        self.before = torch.zeros_like(self.own)  # in all processes, before the resume
+        self.own = torch.zeros(num_tokens, dtype=exact, device=device)  # in this process
 
     def see(self, label_tokens: torch.Tensor) -> None:
         """Count the labels of a micro-batch, [n], on the device."""
@@ -34,11 +33,13 @@ class LabelCounts:
 
     def _counts(self) -> torch.Tensor:
         """[v], on the device. Collective."""
-        return self.mesh.sum(self.own.clone()) + self.before
+        return self.mesh.sum(self.own.clone())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The counts. Collective."""
         return {"label_counts": self._counts().cpu().round().long()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.before = state["label_counts"].to(self.own)
+        """Count what all processes had counted before the resume, in one of them."""
+        if self.mesh.data_rank == 0:
+            self.own.copy_(state["label_counts"])

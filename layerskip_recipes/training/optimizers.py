@@ -1,20 +1,15 @@
 """Optimizers: a config's optimizer and learning rate schedule, and their state in checkpoints."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import Adam, AdamW, Optimizer
 from torchtune import training
 from torchtune.utils import get_logger
 
-from layerskip_recipes.distributed.loading import suppress_dcp_warnings
+from layerskip_recipes.distributed.loading import fill_from_rank0, suppress_dcp_warnings
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.auto_settings import DRAFT_RATE
 from layerskip_recipes.training.config import FinetuneConfig
@@ -27,9 +22,9 @@ ROUNDED_AWAY = 1e-4  # about the distance between neighbouring bf16 numbers near
 
 class Optimizers:
     """The optimizer (with `optimizer_in_bwd`, one per parameter) and the schedule over `steps` steps, `done` of which
-    an earlier run has taken. `state` is the `state_dict` of that run, on rank 0."""
+    an earlier run has taken. `states` is the whole `state_dict` of that run, on rank 0."""
 
-    def __init__(self, cfg: FinetuneConfig, model: nn.Module, state: dict | None, steps: int, done: int) -> None:
+    def __init__(self, cfg: FinetuneConfig, model: nn.Module, states: dict | None, steps: int, done: int) -> None:
         self.model = model
         self.in_backward = cfg.optimizer_in_bwd
         parts = [[p for p in part.parameters() if p.requires_grad] for part in parts_of(model)]
@@ -51,8 +46,8 @@ class Optimizers:
                 group["lr"] = DRAFT_RATE * group["lr"]
             # Schedulers with last_epoch >= 0 need initial_lr, as a float: torchao's lr is a tensor, changed in place.
             group["initial_lr"] = float(group["lr"])
-        if state is not None:
-            self.load_state_dict(state)
+        if states is not None:
+            self.load_state_dict(self._from_rank_zero(states))
         self.schedulers = [
             cfg.lr_scheduler.build(one, num_training_steps=steps, last_epoch=done - 1)
             for one in (self.all if cfg.lr_scheduler is not None else [])
@@ -82,62 +77,20 @@ class Optimizers:
         for scheduler in self.schedulers:
             scheduler.step()
 
-    def state_dict(self, whole: bool) -> dict[str, Any]:
-        """State by parameter name: whole tensors on rank 0's CPU, or this rank's shards. Collective."""
-        # Flattened shards do not depend on how the parameters are grouped.
-        options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, flatten_optimizer_state_dict=not whole)
+    def state_dict(self, whole: bool) -> dict[str, dict[str, Any]]:
+        """The state of each parameter by name: whole tensors on rank 0's CPU, or this rank's shards. Collective."""
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
         with suppress_dcp_warnings():
-            state = get_optimizer_state_dict(self.model, self.all, options=options)
-        if whole:
-            return state
-        # Copy torchao's lr, a tensor: loading shards into this state_dict would otherwise change the optimizer's lr.
-        return {
-            name: value.clone() if name.startswith("param_groups.") and isinstance(value, torch.Tensor) else value
-            for name, value in state.items()
-        }
+            found: Any = get_optimizer_state_dict(self.model, self.all, options=options)
+        return found.get("state", {})
 
-    def load_state_dict(self, state: dict[str, Any], whole: bool = True, never_stepped: Sequence[str] = ()) -> None:
-        """Load a `state_dict` from any number of ranks: whole tensors on rank 0, or this rank's shards.
+    def load_state_dict(self, states: dict[str, dict[str, Any]]) -> None:
+        """Load this rank's shards of a `state_dict`.
 
-        Learning rate, weight decay and so on stay as in the config. `never_stepped` names the parameters without state
-        in shards: layer dropout has skipped their layers so far. A whole state has no entry for them.
+        Learning rate, weight decay and so on stay as in the config. A parameter has no state if layer dropout has
+        skipped its layer so far.
         """
-        learned = from_rank_zero(bool(state.get("state"))) if whole else any(n.startswith("state.") for n in state)
-        if not learned:  # SGD without momentum has no state, and torch does not load an empty one
-            return
-        trained = {clean_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
-        if whole and not torch.distributed.is_initialized():
-            return self._load_in_one_process(state["state"], trained)
-        if whole:
-            never_stepped = from_rank_zero([name for name in trained if name not in state.get("state", {})])
-            if never_stepped:
-                # torch refuses a state that lacks parameters.
-                fresh = self.state_dict(whole=True)
-                if is_rank_zero():
-                    state["state"] |= {name: fresh["state"][name] for name in never_stepped}
-        # Load the state, and restore the settings of the config.
-        groups = [group for one in self.all for group in one.param_groups]
-        own = [
-            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
-            for group in groups
-        ]
-        options = StateDictOptions(
-            full_state_dict=whole,
-            broadcast_from_rank0=whole,
-            flatten_optimizer_state_dict=not whole,
-        )
-        with suppress_dcp_warnings():
-            set_optimizer_state_dict(self.model, self.all, state, options=options)
-        groups = [group for one in self.all for group in one.param_groups]
-        for group, settings in zip(groups, own, strict=True):
-            group.update(settings)
-        for one in self.all:
-            for name in never_stepped:
-                one.state.pop(trained[name], None)
-
-    def _load_in_one_process(self, states: dict[str, Any], trained: dict[str, nn.Parameter]) -> None:
-        """`load_state_dict` in one process, where torch's function would refuse state that bitsandbytes has paged."""
-        names = {parameter: name for name, parameter in trained.items()}
+        names = {parameter: clean_name(name) for name, parameter in self.model.named_parameters()}
         for one in self.all:
             own = one.state_dict()["param_groups"]
             numbers = [number for group in own for number in group["params"]]
@@ -148,6 +101,22 @@ class Optimizers:
                 if names[parameter] in states
             }
             one.load_state_dict({"state": learned, "param_groups": own})
+
+    def _from_rank_zero(self, states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """This rank's shards of rank 0's whole tensors, from any number of ranks. Collective."""
+        if not torch.distributed.is_initialized():
+            return states
+        # Send numbers, such as Adam's steps, as objects, and the other tensors one by one.
+        numbers = {
+            name: {key: value for key, value in state.items() if not isinstance(value, torch.Tensor) or not value.dim()}
+            for name, state in states.items()
+        }
+        own, shards = self.state_dict(whole=False), from_rank_zero(numbers)
+        for name, state in shards.items():
+            for key in (key for key in own[name] if key not in state):
+                fill_from_rank0(own[name][key], states[name][key] if is_rank_zero() else None)
+            shards[name] = own[name] | state
+        return shards
 
 
 def _tell_of_rounding(optimizer: Optimizer, whole: bool) -> None:

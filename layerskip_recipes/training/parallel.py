@@ -16,15 +16,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torchtune import training
-from torchtune.modules import TiedLinear
 
 from layerskip_recipes.distributed.tensor_parallel import check_processes, parallelize
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import TENSOR_PARALLEL
-from layerskip_recipes.model.nf4 import packs_weights
 from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.config import FinetuneConfig
 
@@ -61,8 +58,8 @@ class Mesh:
 
 def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
     """The numbers of replicate, shard and tensor ranks. Raises a ConfigError for settings that do not fit them."""
-    processes, model, draft = num_processes(), cfg.meta_model, cfg.draft
-    tensor = check_processes(model, cfg.tensor_parallel_dim or 1, cfg.tensor_parallel_plan)
+    processes = num_processes()
+    tensor = check_processes(cfg.meta_model, cfg.tensor_parallel_dim or 1, cfg.tensor_parallel_plan)
     left = processes // tensor  # ranks to replicate and shard over
     replicate, shard = cfg.data_parallel_replicate_dim or 1, cfg.data_parallel_shard_dim or -1
     if left % replicate or shard not in (-1, left // replicate):
@@ -72,29 +69,11 @@ def mesh_sizes(cfg: FinetuneConfig) -> tuple[int, int, int]:
             f"{shard} x tensor_parallel_dim {tensor} is not the number of processes, {processes}. Allowed: a product "
             f"of {processes}; for example data_parallel_replicate_dim=1 data_parallel_shard_dim=-1 (what is left)"
         )
-    # Settings that do not work with these ranks: message -> whether it applies.
-    low_bit = cfg.optimizer.path.startswith("torchao.")
-    shared = "tok_embeddings" in (cfg.custom_sharded_layers or ()) and isinstance(model.output, TiedLinear)
-    mistakes: dict[str, Any] = {
-        f"tensor_parallel_dim: {tensor} does not go with adapters, which torchtune's plans do not split. Allowed: 1 "
-        "(FSDP shards); for example tensor_parallel_dim=1": tensor > 1 and adapter_names(model),
-        f"data_parallel_replicate_dim: {replicate} does not go with QLoRA, whose packed weights are sharded over all "
-        "ranks. Allowed: 1; for example data_parallel_replicate_dim=1": replicate > 1 and packs_weights(cfg.model),
-        "fsdp_cpu_offload: True needs device=cuda and several processes to shard over (besides those of "
-        "tensor_parallel_dim); fsdp_cpu_offload=false": cfg.fsdp_cpu_offload and (left == 1 or cfg.device == "cpu"),
-    }
-    if processes > 1:
-        mistakes |= {
-            "optimizer_in_bwd: True works with one process if draft.kind is adapter, whose layers run twice in a step. "
-            "Set optimizer_in_bwd=false": draft and draft.kind == "adapter" and cfg.optimizer_in_bwd,
-            f"optimizer: {cfg.optimizer.path} works with one process: torch cannot gather its 8- or 4-bit state for a "
-            "checkpoint. For example optimizer._component_=torch.optim.AdamW": low_bit,
-            "optimizer_in_bwd: True does not go with custom_sharded_layers: [tok_embeddings] and a tied head: the "
-            "shared weight would step once for each of its two gradients. Set optimizer_in_bwd=false, or leave "
-            "tok_embeddings out": cfg.optimizer_in_bwd and shared,
-        }
-    if found := [mistake for mistake, applies in mistakes.items() if applies]:
-        raise ConfigError(*found)
+    if cfg.fsdp_cpu_offload and (left == 1 or cfg.device == "cpu"):
+        raise ConfigError(
+            "fsdp_cpu_offload: True needs device=cuda and several processes to shard over (besides those of "
+            "tensor_parallel_dim); fsdp_cpu_offload=false"
+        )
     return replicate, left // replicate, tensor
 
 

@@ -37,7 +37,7 @@ from layerskip_recipes.training.auto_settings import PER_STEP
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import Checkpoints
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.draft.loss import DraftLoss
+from layerskip_recipes.training.draft_loss import DraftLoss
 from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
@@ -125,8 +125,8 @@ class LayerSkipFinetune:
         self.log = RunLog(cfg)
         self.losses = LossMeans()
         self._setup_model(state)
-        optimizer = state.pop(training.OPT_KEY) if state and not self.checkpoints.sharded else None
-        self.optimizers = Optimizers(cfg, self.learner, optimizer, self.total_steps, self.step)
+        states = state.pop(training.OPT_KEY).get("state", {}) if state and not self.checkpoints.sharded else None
+        self.optimizers = Optimizers(cfg, self.learner, states, self.total_steps, self.step)
         self.profiling = Profiling(cfg.profiler, self.device, self.step)
         if state:
             self._restore(state)
@@ -334,7 +334,7 @@ class LayerSkipFinetune:
     def _validate(self) -> None:
         if self.validation.on:
             with self._computing():
-                measured = self.validation.measure(self.model, self.device, self.step, self.draft)
+                measured = self.validation.measure(self.model, self.step, self.draft)
             self.log.write(measured, self.step)
             own = f"agreement_exit_{self.cfg.num_layers}"  # of the last layer with itself
             shown = [name for name in measured if "final" in name or ("agreement" in name and own not in name)]
@@ -352,11 +352,9 @@ class LayerSkipFinetune:
             if not all(from_every_rank(whole)):
                 what = f"weights: not finite at step {self.step}"
                 raise self.checkpoints.not_finite(what, self.optimizers.base_lr)
-        optimizer = self.optimizers.state_dict(whole=not shards)
+        optimizer = {training.OPT_KEY: {"state": self.optimizers.state_dict(whole=not shards)}}
         if shards:
-            self.checkpoints.save_shards(
-                name, {"model": self._learned_weights(), training.OPT_KEY: optimizer}, self._state()
-            )
+            self.checkpoints.save_shards(name, {"model": self._learned_weights()} | optimizer, self._state())
         else:
             state, statistics = self._state(), DraftStatistics(self.validation, self.data, self.labels)
             with self._computing():
@@ -369,7 +367,7 @@ class LayerSkipFinetune:
                 of_draft = checkpoint_contents(draft, self.cfg.meta_model, self.device)
                 contents[DRAFT] = of_draft.get(training.MODEL_KEY)
             if is_rank_zero():
-                self.checkpoints.save(name, contents, state | {training.OPT_KEY: optimizer}, description)
+                self.checkpoints.save(name, contents, state | optimizer, description)
             wait_for_all()
         log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 
@@ -393,9 +391,8 @@ class LayerSkipFinetune:
 
     def _restore(self, state: dict[str, Any]) -> None:
         if self.checkpoints.sharded:
-            shards = {"model": self._learned_weights(), training.OPT_KEY: self.optimizers.state_dict(whole=False)}
-            never_stepped = self.checkpoints.load_shards(shards)
-            self.optimizers.load_state_dict(shards[training.OPT_KEY], whole=False, never_stepped=never_stepped)
+            states = self.checkpoints.load_shards(self._learned_weights(), self.optimizers.state_dict(whole=False))
+            self.optimizers.load_state_dict(states)
         if self.model.layer_dropout and state["layer_dropout"]:
             self.model.layer_dropout.load_state_dict(state["layer_dropout"])
         self.validation.loss_at_start = state["loss_at_start"]

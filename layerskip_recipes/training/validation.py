@@ -1,7 +1,6 @@
 """Validation during training: loss, perplexity and agreement with the last layer of each chosen exit."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.exit_quality import exit_quality
+from layerskip_recipes.model.exit_quality import ExitQuality, exit_quality
 from layerskip_recipes.model.limits import check_length
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig
@@ -51,7 +50,7 @@ class Validation:
 
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh) -> None:
         self.on = cfg.dataset_val is not None
-        self.every, self.mesh = cfg.run_val_every_n_steps, mesh
+        self.every, self.mesh, self.device = cfg.run_val_every_n_steps, mesh, device
         self.replies = ReplyFormat.of(tokenizer)
         self.loss_at_start: float | None = None
         if cfg.dataset_val is None:
@@ -77,22 +76,32 @@ class Validation:
         """Whether to measure after optimizer step `step` (from 1)."""
         return self.on and self.every is not None and step % self.every == 0
 
-    def measure(
-        self, model: LayerSkipDecoder, device: torch.device, step: int, draft: Draft | None = None
-    ) -> dict[str, float]:
+    def quality(
+        self,
+        model: LayerSkipDecoder,
+        batches: Iterable[dict[str, Any]],
+        exits: Sequence[int],
+        draft: Draft | None = None,
+        **options: Any,
+    ) -> dict[int, ExitQuality]:
+        """`exit_quality` over all processes, in evaluation mode. Leaves the training state as it was."""
+        parts: list[torch.nn.Module] = [model] if draft is None else [model, draft]
+        trained = [part for part in parts if part.training]
+        for part in trained:
+            part.eval()
+        options |= {"add_up": self.mesh.sum, "generated": self.replies.generated}
+        try:
+            return exit_quality(model, batches, exits, self.device, draft=draft, **options)
+        finally:
+            for part in parts:
+                reshard(part)
+            for part in trained:
+                part.train()
+
+    def measure(self, model: LayerSkipDecoder, step: int, draft: Draft | None = None) -> dict[str, float]:
         """The log metrics of each exit or of the draft. Warns if the last layer got worse."""
         batches = tqdm(self.batches, desc="validation", leave=False, disable=not is_rank_zero())
-        with measuring(model, draft):
-            quality = exit_quality(
-                model,
-                batches,
-                self.exits,
-                device,
-                add_up=self.mesh.sum,
-                key="dataset_val",
-                draft=draft,
-                generated=self.replies.generated,
-            )
+        quality = self.quality(model, batches, self.exits, draft, key="dataset_val")
         final = quality[self.exits[-1]].loss
         first = self.loss_at_start = final if self.loss_at_start is None else self.loss_at_start
         if not final <= first * (1 + MARGIN):  # also true for NaN
@@ -104,25 +113,8 @@ class Validation:
             names = ("loss", "perplexity", "agreement", "overlap")
             named = {f"val_{name}_exit_{e}": getattr(quality[e], name) for e in self.exits for name in names}
             return named | {"val_loss_final": final}
-        named = {"val_agreement_draft": quality[0].agreement, "val_overlap_draft": quality[0].overlap}
+        measured = {name: getattr(quality[0], name) for name in ("agreement", "overlap", "accepted_length")}
         if draft.vocabulary is None:  # otherwise some labels have no probability
-            named["val_loss_draft"] = quality[0].loss
-        if quality[0].accepted_length is not None:
-            named["val_accepted_length_draft"] = quality[0].accepted_length
+            measured["loss"] = quality[0].loss
+        named = {f"val_{name}_draft": value for name, value in measured.items() if value is not None}
         return named | {"val_loss_final": final}
-
-
-@contextmanager
-def measuring(model: LayerSkipDecoder, draft: Draft | None = None) -> Iterator[None]:
-    """Model and draft in eval mode; leaves the training state as it was."""
-    parts: list[torch.nn.Module] = [model] if draft is None else [model, draft]
-    trained = [part for part in parts if part.training]
-    for part in trained:
-        part.eval()
-    try:
-        yield
-    finally:
-        for part in parts:
-            reshard(part)
-        for part in trained:
-            part.train()

@@ -25,7 +25,7 @@ from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
 from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
+from layerskip_recipes.training.draft_loss import DraftLoss, DraftSection
 from layerskip_recipes.training.model_setup import fresh_draft
 
 SECTIONS = {
@@ -159,7 +159,7 @@ def test_a_draft_beside_a_model_in_bf16_is_trained_in_fp32(tmp_path, draft_confi
 
 def test_validation_measures_a_draft_without_its_dropout(draft_config):
     recipe = train(draft_config(dataset_val=VALIDATION), "model.attn_dropout=0.9")
-    one, two = (recipe.validation.measure(recipe.model, recipe.device, 2, recipe.draft) for _ in range(2))
+    one, two = (recipe.validation.measure(recipe.model, 2, recipe.draft) for _ in range(2))
     assert one == two and recipe.draft.training and not recipe.model.training
 
 

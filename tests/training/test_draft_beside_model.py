@@ -28,7 +28,7 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.training.auto_settings import DRAFT_RATE
-from layerskip_recipes.training.draft.loss import DraftLoss, DraftSection
+from layerskip_recipes.training.draft_loss import DraftLoss, DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import fresh_draft
 from layerskip_recipes.training.resuming import find_checkpoint

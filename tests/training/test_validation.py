@@ -133,7 +133,7 @@ def test_bad_validation_data_are_told_by_their_key(batch, message, finetune):
     recipe = set_up(finetune(dataset_val=VALIDATION))
     recipe.validation.batches = [{key: torch.tensor(value) for key, value in batch.items()}]
     with pytest.raises(ValueError, match=f"^dataset_val: {message}"):
-        recipe.validation.measure(recipe.model, torch.device("cpu"), 0)
+        recipe.validation.measure(recipe.model, 0)
 
 
 def test_validation_data_without_a_sample_are_refused(finetune, monkeypatch):

@@ -1,1 +1,0 @@
-"""Training a draft: its section and its loss."""
