@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from helpers.configs import finetune_config, generate_config, make_checkpoint
 from helpers.tiny import FAMILIES, make_tiny
+from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes.generation.stats import memory_bandwidth
 
@@ -116,6 +117,16 @@ def finetune(tmp_path, tokenizer_folder):
 def path(tmp_path, checkpoint) -> Path:
     """A generation of 24 tokens from it."""
     return generate_config(tmp_path, checkpoint, max_new_tokens=24)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Weights must not be read before a mistake is found."""
+
+    def load(self, *args, **kwargs):
+        raise AssertionError("the weights are loaded before the mistake is found")
+
+    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", load)
 
 
 @pytest.fixture
