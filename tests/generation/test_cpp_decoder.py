@@ -356,23 +356,6 @@ def test_a_chain_of_drafts_is_one_call(family, variant, temperature, monkeypatch
     assert found[0] == found[1] and len(found[0][0]) > 0
 
 
-@pytest.mark.parametrize("family", ["llama3", "gemma"])
-def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
-    """Gemma multiplies embeddings by the root of their width, as bf16 has it."""
-    model, text = make(family, "bf16"), torch.tensor(texts_of(2, 9))
-    cache = DecodingCache(model, 2, 160)
-    with torch.no_grad(), cache.used_by(model):
-        before = StepContext(model, cache, Sampler())
-        before.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8])
-        context = StepContext(model, cache, Sampler(), CompiledSteps(CPU))
-        context.load_cpp()
-        at = torch.full((2, 1), 8)
-        alone = context.run(model, text[:, -1:], at, cache.slots[:9], exit_layer=2, unembed=False)
-        arguments = (text[:, -1], at[:, 0], 1, 9, 2, None, 0.0, torch.ones(2), 0.0)
-        _, hidden = context.cpp.draft(*arguments)
-    assert torch.equal(hidden, alone)
-
-
 @pytest.mark.parametrize("precision", ["bf16", "int8", "both int8"])
 @pytest.mark.parametrize("variant", ["chain", "vocabulary", "look-up"])
 def test_no_precision_lets_drafts_change_a_token(precision, variant):
