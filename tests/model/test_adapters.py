@@ -90,7 +90,6 @@ NF4 = [pytest.param(case, marks=pytest.mark.slow) for case in ("qlora", "qdora")
 
 @pytest.fixture(params=[*(case for case in CASES if not case.startswith("q") or "qwen" in case), *NF4])
 def trained(request, run_of) -> SimpleNamespace:
-    """Each of them."""
     return run_of(request.param)
 
 
