@@ -1,15 +1,12 @@
 """`layerskip_benchmark tune=true`: what is predicted, what is measured, and the config that comes out."""
 
-import itertools
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.acceptance import tokens_per_round
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
-from helpers.decoding import make_model
 from helpers.recipes import ready, run_benchmark
 from helpers.tiny import VOCAB, make_tiny
 
@@ -20,18 +17,15 @@ from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.tuner import (
     FIRST_LINE,
     Candidate,
-    Tuner,
     fitted_costs,
     measured_rates,
-    pick,
     write_choice,
     write_config,
 )
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.draft_model import DraftModels
-from layerskip_recipes.generation.drafting.prediction import Costs, DraftMethod, Round, StepCost, ranked, rounds_of
+from layerskip_recipes.generation.drafting.prediction import Costs, DraftMethod, StepCost, rounds_of
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
@@ -126,25 +120,6 @@ def test_costs_are_found_from_probes(probed, found_for):
     found = fitted_costs({key: probe(*key) for key in probes}, 0.033, 32, 1000, 1)
     for method, d in found_for:
         assert found.round_s(method, d) == pytest.approx(costs.round_s(method, d))
-
-
-@pytest.mark.parametrize("num_layers", [2, 3, 4])
-def test_every_probe_verifies_in_some_layers(num_layers):
-    one = Tuner.__new__(Tuner)
-    one.model = SimpleNamespace(num_layers=num_layers)
-    assert all(1 <= method.shared_layers < num_layers for method, _ in one._probes(10))
-
-
-def test_the_best_few():
-    costs = Costs(8, 100, 1.0, {False: StepCost(0.0, 0.1, 0.001)}, 0.05, 0.0)
-    rates = {
-        DraftMethod(e, n): [Round(10 - 9 * 0.9**d, d) for d in range(1, 13)] for e in (1, 2, 3) for n in (None, 50)
-    }
-    predictions = ranked(rates, costs)
-    picked = pick(predictions)
-    assert picked[0] == predictions[0] and picked[0].method == DraftMethod(1, 50) and len(picked) == 4
-    for a, b in itertools.combinations(picked, 2):
-        assert a.method != b.method or abs(a.num_speculations - b.num_speculations) >= 3
 
 
 @pytest.fixture
@@ -251,14 +226,6 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
     monkeypatch.setattr(Turns, "decode", until)
     assert recipe.benchmark()["interrupted"] is True
     assert not (tmp_path / "report" / "tuned.yaml").exists()
-
-
-def test_drafts_with_the_same_weights_share_them():
-    """Only one int8 copy for all lengths of an exit."""
-    model = make_model()
-    models = DraftModels()
-    built = {(e, d): models.of(Speculation(e, d, draft_int8=True), model) for e in (1, 2) for d in (2, 4)}
-    assert built[1, 2] is built[1, 4] is not built[2, 2] is built[2, 4]
 
 
 def test_the_first_line_says_so_if_no_draft_pays(config, tmp_path):

@@ -258,17 +258,14 @@ def draft_lengths(length, count, right):
 
 
 def test_the_draft_length_follows_acceptance():
+    costly = draft_lengths(loop.DraftLength(limit=6, draft_cost=0.5, rows_cost=0.5), 20, right=True)
+    assert costly[0] == 1 and costly[-1] == 6
     length = loop.DraftLength(limit=6, draft_cost=0.2, rows_cost=0.5)
     assert draft_lengths(length, 50, right=True)[-1] == 6
     lengths = draft_lengths(length, 160, right=False)
     *_, last, first, second, third = [number for number, drafted in enumerate(lengths) if drafted]
     assert lengths[first] == lengths[second] == lengths[third] == 1
     assert [first - last, second - first, third - second] == [16, 32, 64]
-
-
-def test_a_costly_draft_that_is_always_right_is_used():
-    lengths = draft_lengths(loop.DraftLength(limit=6, draft_cost=0.5, rows_cost=0.5), 20, right=True)
-    assert lengths[0] == 1 and lengths[-1] == 6
 
 
 @pytest.mark.parametrize("draft_cost", [0.1, 0.2, 0.37])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.configs import hf_sections, make_checkpoint, start_section
 from helpers.hf_folders import make_hf_folder
+from helpers.json_lines import change_json
 from helpers.training import VALIDATION, train
 from safetensors.torch import load_file, save_file
 
@@ -76,8 +77,7 @@ def test_an_end_token_ends_the_text_as_before(checkpoint, tmp_path):
     assert not (checkpoint / "generation_config.json").exists()
     text = load(checkpoint).generate(TOKENS, max_new_tokens=12, do_sample=False)[0, TOKENS.shape[1] :].tolist()
     end = next(token for i, token in enumerate(text) if 2 <= i < 10 and token not in text[:i])
-    settings = json.loads((checkpoint / "config.json").read_text()) | {"eos_token_id": end}
-    (checkpoint / "config.json").write_text(json.dumps(settings))
+    change_json(checkpoint / "config.json", eos_token_id=end)
     out = load(export(str(checkpoint), str(tmp_path / "out"), exit_layer=2))
     ended = out.generate(TOKENS, max_new_tokens=12, do_sample=False)[0, TOKENS.shape[1] :].tolist()
     assert ended == text[: text.index(end) + 1]
@@ -122,14 +122,6 @@ def test_what_to_run_next(checkpoint, tmp_path):
     assert base == model and json.loads(settings)["model"] == str(tmp_path / "draft")
 
 
-def test_broken_files(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "broken")
-    (tmp_path / "broken" / "config.json").write_text('{"n_layer": 2}')
-    with pytest.raises(ValueError, match=r"^export: '.*config\.json' has no num_hidden_layers"):
-        export(str(tmp_path / "broken"), str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -150,22 +142,23 @@ def test_a_mistake(options, message, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-SECOND = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+INDEX = {"model.safetensors.index.json": '{"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}'}
 
 
 @pytest.mark.parametrize(
-    ("file", "index", "message"),
+    ("weights", "files", "message"),
     [
-        ("adapter_model.safetensors", None, r"model\.safetensors.*; there: adapter_model.safetensors"),
-        ("weights.pt", None, r"model\.safetensors.*; there: weights.pt"),
-        ("model-00001-of-00002.safetensors", SECOND, r"model-00002-of-00002\.safetensors, its weights"),
+        ("adapter_model.safetensors", {}, r"lacks model\.safetensors.*; there: adapter_model.safetensors"),
+        ("weights.pt", {}, r"lacks model\.safetensors.*; there: weights.pt"),
+        ("model-00001-of-00002.safetensors", INDEX, r"lacks model-00002-of-00002\.safetensors, its weights"),
+        ("model.safetensors", {"config.json": '{"n_layer": 2}'}, r"has no num_hidden_layers"),
     ],
 )
-def test_a_folder_without_its_weights(file, index, message, checkpoint, tmp_path):
-    (checkpoint / "model.safetensors").rename(checkpoint / file)
-    if index:
-        (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"^export: '.*model' lacks {message}"):
+def test_a_damaged_folder(weights, files, message, checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").rename(checkpoint / weights)
+    for name, content in files.items():
+        (checkpoint / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"^export: '.*model.*' {message}"):
         export(str(checkpoint), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -241,8 +234,7 @@ def with_shared_direction(folder):
     weights["model.embed_tokens.weight"] += 6 * scale * torch.linspace(-1, 1, weights["model.norm.weight"].numel())
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] - weights["model.embed_tokens.weight"].mean(0)
     save_file(weights, file, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    change_json(folder / "config.json", tie_word_embeddings=False)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from helpers.adapters import tokens_of
 from helpers.configs import MODEL, generate_config, start_section
 from helpers.configs import hf_sections as sections
 from helpers.hf_folders import model_with_tokenizer
+from helpers.json_lines import change_json
 from helpers.resuming import resumed, same_tensors
 from helpers.training import few_texts, losses, set_up, train  # noqa: F401
 from safetensors.torch import load_file
@@ -66,8 +67,7 @@ def test_a_run_resumes_with_its_base_elsewhere(changes, base, tmp_path, finetune
             shutil.move(place, there)
         again = ["resume_from_checkpoint=true", "epochs=2", f"model.path={there}", f"checkpointer.path={there}"]
         set_up(path, *again)
-    config = json.loads((tmp_path / "moved" / "n" / "config.json").read_text())
-    (tmp_path / "moved" / "n" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    change_json(tmp_path / "moved" / "n" / "config.json", rms_norm_eps=0.5)
     with pytest.raises(
         ConfigError, match=r"^resume_from_checkpoint: config.json.rms_norm_eps was 1e-06 and is 0.5 now"
     ):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers.hf_folders import make_hf_folder
+from helpers.json_lines import change_json
 from safetensors.torch import load_file, save_file
 from torchtune import training
 
@@ -50,9 +51,7 @@ def make_adapters(folder, kind, settings, base_name=None, **changes):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1, mean=0.05 * ("lora" not in name))
     adapted.save_pretrained(folder / "adapters")
-    described = json.loads((folder / "adapters" / "adapter_config.json").read_text())
-    described["base_model_name_or_path"] = base_name or str(folder / "base")
-    (folder / "adapters" / "adapter_config.json").write_text(json.dumps(described))
+    change(base_model_name_or_path=base_name or str(folder / "base"))(folder / "adapters")
     return adapted.merge_and_unload().eval()
 
 
@@ -95,11 +94,7 @@ def test_whose_tokenizer(tmp_path, tokenizer_folder):
 
 
 def change(**values):
-    def edit(folder):
-        file = folder / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-    return edit
+    return lambda folder: change_json(folder / "adapter_config.json", **values)
 
 
 def rename(before, after):

@@ -5,17 +5,11 @@ from pathlib import Path
 import pytest
 from helpers.configs import benchmark_config, eval_config, finetune_config, generate_config
 from omegaconf import OmegaConf
-from torchtune.training import FullModelHFCheckpointer
 
 
 @pytest.fixture
-def paths(tmp_path, checkpoint, tokenizer_folder, monkeypatch) -> dict[str, Path]:
+def paths(tmp_path, checkpoint, tokenizer_folder, monkeypatch, no_weights) -> dict[str, Path]:
     """A config for each recipe, all on one checkpoint whose weights must not be read."""
-
-    def load(self, *args, **kwargs):
-        raise AssertionError("the weights are loaded before the mistake is found")
-
-    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", load)
     monkeypatch.chdir(tmp_path)
     paths = {"generate": generate_config(tmp_path, checkpoint), "eval": eval_config(tmp_path, checkpoint)}
     pretrained = OmegaConf.load(paths["generate"]).checkpointer

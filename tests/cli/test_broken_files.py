@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from helpers.configs import MODEL, finetune_config
+from helpers.configs import finetune_config
 from helpers.refusals import KEYS, RECIPES, refusal
 from omegaconf import OmegaConf
 
@@ -14,20 +14,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import PACKAGE
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
-DECODER = (
-    "model=null", "model._component_=layerskip_recipes.layerskip_decoder",
-    *(f"model.base.{key}={value}" for key, value in MODEL.items()),
-)  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------------ files and folders
-
-
-def test_a_prompt_longer_than_the_model(paths, tmp_path):
-    """128 positions. The message counts the prompt's tokens, since nobody knows them by heart."""
-    (tmp_path / "long.txt").write_text("x " * 200)
-    message = refusal("generate", paths["generate"], "prompt_file=long.txt")
-    assert message.startswith("prompt: its ") and "128 (max_seq_len)" in message
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -57,23 +44,6 @@ def test_the_checkpoint_of_another_model(overrides, message, paths, monkeypatch)
     monkeypatch.undo()
     monkeypatch.chdir(paths["generate"].parent)
     assert re.search(message, refusal("generate", paths["generate"], *overrides))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        # The run's checkpoints would stand among the files that it started from.
-        (["output_dir=${checkpointer.checkpoint_dir}/out"], "^output_dir: "),
-        (["output_dir=finetune.yaml/out"], "^output_dir: "),
-        (["model={_component_: layerskip_recipes.layerskip_decoder, base: null}"], "^model: .*NoneType"),
-        (["model={_component_: layerskip_recipes.layerskip_decoder, base: {a: 3}}"], "^model: .*_component_"),
-        ([*DECODER, "model.layer_dropout.prb=0.1"], "^model.layer_dropout.prb: unknown key"),
-        ([*DECODER, "model.layer_dropout.prob=2"], "^model.layer_dropout.prob: 2 .*0 to 1"),
-        ([*DECODER, "model.layer_dropout.prob=0.1"], "^layer_dropout: .*both"),  # it is at top level too
-    ],
-)
-def test_output_folders_and_our_decoder_in_finetuning(overrides, message, paths):
-    assert re.search(message, refusal("finetune", paths["finetune"], *overrides))
 
 
 @pytest.mark.parametrize(

@@ -200,14 +200,6 @@ def test_a_wrong_command_shows_the_usage(args, layerskip):
     assert status == 2 and out == "" and "usage: layerskip" in err
 
 
-def test_help_names_the_commands_and_their_arguments(layerskip):
-    status, out, _ = layerskip("--help")
-    assert status == 0
-    assert all(f"    {command} " in out for command in ("ls", "cp", "cat", "validate", "schema", "export"))
-    _, out, _ = layerskip("cp", "--help")
-    assert re.search(r"^  name +a config's name", out, flags=re.M)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [["ls"], ["cat", "hf/full"]])
 def test_a_command_that_builds_nothing_does_not_wait_for_torch(args, tmp_path):

@@ -82,6 +82,7 @@ GENERATE = [
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("prompt=[a, '']", "prompt", "''", "prompt.user="),
     ("prompt=[]", "prompt", "token", "at least one"),
+    (f"prompt={'x ' * 200}", "prompt", "tokens", "128 (max_seq_len)"),
     ("prompt={usr: hi}", "prompt", "{'usr': 'hi'}", "user: text"),
     ("prompt_file=nowhere.txt", "prompt_file", "'nowhere.txt'", "JSONL"),
     ("prompt_file=.", "prompt_file", "'.'", "JSONL"),
@@ -128,12 +129,22 @@ COSINE = "lr_scheduler._component_=torchtune.training.lr_schedulers.get_cosine_s
 STEP_LR = "lr_scheduler._component_=torch.optim.lr_scheduler.StepLR; lr_scheduler.step_size=1"
 DRAFT = "layer_dropout=null; early_exit_loss=null; draft={kind: copy, exit_layer: 2}"
 SMOOTHED = "loss=torch.nn.CrossEntropyLoss; loss.label_smoothing=0.1"
+OURS = "model=null; model._component_=layerskip_recipes.layerskip_decoder"
+BASED = "; ".join([OURS, *(f"model.base.{key}={value}" for key, value in MODEL.items())])
 DROPPING = f"model={{_component_: layerskip_recipes.layerskip_decoder, base: {MODEL}, layer_dropout: {{prob: 0.1}}}}"
 OFFLOADING, SHARDED = "enable_activation_offloading", "DistributedCheckpointer"
 FINETUNE = [
     ("epochs=null", "epochs", "None", "of 1 or more; for example epochs=1"),
     ("batch_size=null", "batch_size", "None", "batch_size=auto"),
     ("output_dir=null", "output_dir", "None", "output_dir="),
+    # The run's checkpoints would stand among the files that it started from.
+    ("output_dir=${checkpointer.checkpoint_dir}/out", "output_dir", "lies in", "output_dir="),
+    ("output_dir=finetune.yaml/out", "output_dir", "'finetune.yaml/out'", "in the way"),
+    (f"{OURS}; model.base=null", "model", "NoneType", ""),
+    (f"{OURS}; model.base={{a: 3}}", "model", "_component_", ""),
+    (f"{BASED}; model.layer_dropout.prb=0.1", "model.layer_dropout.prb", "unknown key", "prob"),
+    (f"{BASED}; model.layer_dropout.prob=2", "model.layer_dropout.prob", "2", "0 to 1"),
+    (f"{BASED}; model.layer_dropout.prob=0.1", "layer_dropout", "both", ""),  # it is at top level too
     # Optimizer, schedule, clipping.
     ("optimizer.lr=null", "optimizer.lr", "None", "optimizer.lr=auto"),
     ("optimizer.lr=.nan", "optimizer", "nan", "Invalid learning rate"),
@@ -184,6 +195,12 @@ FINETUNE = [
     ("layer_dropout.prob=10%", "layer_dropout.prob", "'10%'", "0 to 1"),
     ("early_exit_loss.curriculum=rotation", "early_exit_loss.curriculum", "'rotation'", "rotational, gradual"),
     ("early_exit_loss.exits=9", "early_exit_loss.exits", "9", 'for example ":"'),
+    ("layer_dropout.layers_scale=expo", "layer_dropout.layers_scale", "'expo'", "exp, uniform, linear"),
+    ("layer_dropout.schedule=linear", "layer_dropout.schedule", "'linear'", "constant, exp, progressive, linear_decay"),
+    ("layer_dropout.inverted=1", "layer_dropout.inverted", "1", "true"),
+    ("early_exit_loss.scale=.nan", "early_exit_loss.scale", "nan", "0 or more"),
+    ("early_exit_loss.scale_fn=cubic", "early_exit_loss.scale_fn", "'cubic'", "layerskip"),
+    ("early_exit_loss.interval=0", "early_exit_loss.interval", "0", "1 or more"),
     ("layer_dropout.layers=1-2", "layer_dropout.layers", "'1-2'", 'for example ":"'),
     ("early_exit_loss.exits=null", "early_exit_loss.exits", "None", "early_exit_loss.exits=auto"),
     ("layer_dropout.layers=null", "layer_dropout.layers", "None", "for example layer_dropout.layers=:"),

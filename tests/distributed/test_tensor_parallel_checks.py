@@ -12,7 +12,6 @@ SPLIT = {"tensor_parallel_plan": {"_component_": "torchtune.models.llama3.base_l
 
 
 def check_processes(keys, model):
-    """`check_processes` of the keys of a config."""
     values = {key: Component(value, key) if isinstance(value, dict) else value for key, value in keys.items()}
     names = ("tensor_parallel_dim", "tensor_parallel_plan")
     return tensor_parallel.check_processes(model, *(values.get(name) for name in names))

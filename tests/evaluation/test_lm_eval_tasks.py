@@ -240,8 +240,9 @@ def test_humaneval_runs_what_the_model_writes_if_the_user_confirms(humaneval, tm
         ("human_eval={file: x}", r"human_eval: .* is not honoured.*tasks=\[humaneval\] confirm_run_unsafe_code=true"),
     ],
 )
-def test_mistakes_are_found_before_the_weights(overrides, message, tmp_path, checkpoint, tasks, monkeypatch):
-    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda *_: pytest.fail("weights are loaded"))
+def test_mistakes_are_found_before_the_weights(
+    overrides, message, tmp_path, checkpoint, tasks, monkeypatch, no_weights
+):
     index = harness.TaskManager  # lm-eval's own tasks take ten seconds to list
     monkeypatch.setattr(harness, "TaskManager", lambda include_path, **_: index(None, include_path, False))
     path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text"])
@@ -259,8 +260,7 @@ def test_mistakes_are_found_before_the_weights(overrides, message, tmp_path, che
         ({"unsafe_code": True}, r"tasks: tiny_text runs programs that the model writes"),
     ],
 )
-def test_what_a_task_file_asks_for(keys, message, tmp_path, checkpoint, tasks, monkeypatch):
-    monkeypatch.setattr(FullModelHFCheckpointer, "load_checkpoint", lambda *_: pytest.fail("weights are loaded"))
+def test_what_a_task_file_asks_for(keys, message, tmp_path, checkpoint, tasks, no_weights):
     task = tasks / "tiny_text.yaml"
     task.write_text(yaml.safe_dump(yaml.safe_load(task.read_text()) | keys))
     path = config(tmp_path, checkpoint, tasks, tasks=["tiny_text"], num_fewshot=2)

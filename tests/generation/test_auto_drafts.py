@@ -256,13 +256,6 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
     assert found.speedup == pytest.approx(speedup(best), rel=1e-4)
 
 
-def test_longer_drafts_than_were_measured_and_more_rows():
-    costs = smollm2_costs()
-    one, eight = smollm2_costs(), smollm2_costs(batch_rows=8)
-    assert one.plain_step_s < eight.plain_step_s < 2 * one.plain_step_s
-    assert costs.round_s(DraftMethod(6), 4) / one.plain_step_s < eight.round_s(DraftMethod(6), 4) / eight.plain_step_s
-
-
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_compiling_pays_for_long_runs_only(compiled_before, monkeypatch):
     """A saving of 8 seconds pays once an earlier process has compiled the C++."""

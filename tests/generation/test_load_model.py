@@ -129,11 +129,6 @@ def test_a_trained_draft(checkpoint, draft):
         assert built.decoder.own_layers.start == 1 and len(built.head.vocabulary) <= 60
 
 
-def test_a_draft_of_another_model(run, draft):
-    with pytest.raises(ConfigError, match=r"^draft: .*whose weights are not those of this model"):
-        load_model(str(run), draft=str(draft))
-
-
 def test_device_and_dtype(checkpoint):
     model, _ = load_model(str(checkpoint), device="cpu", dtype="bf16")
     assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}

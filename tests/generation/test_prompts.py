@@ -94,14 +94,20 @@ def test_bytes_that_are_no_utf8_break_their_line_only(path, tmp_path):
 
 
 def test_prompt_files_and_standard_input(path, tmp_path, monkeypatch):
-    """A byte order mark is no part of a prompt."""
-    (tmp_path / "one.txt").write_text("import sys\n", encoding="utf-8-sig")
-    chat = {"user": "hi", "system": "be brief"}
-    (tmp_path / "two.jsonl").write_text('{"prompt": "import sys\\n"}\n\n' + json.dumps({"prompt": chat}))
-    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffimport sys\n"))
-    for name in (tmp_path / "one.txt", "-"):
-        assert ready(path, f"prompt_file={name}").prompts == ["import sys\n"]
-    assert ready(path, f"prompt_file={tmp_path / 'two.jsonl'}").prompts == ["import sys\n", chat]
+    """A byte order mark is no part of a prompt, and a text is one prompt, whatever it looks like."""
+    lines = (
+        json.dumps({"prompt": "import sys\n"}) + "\n\n" + json.dumps({"prompt": {"user": "hi", "system": "be brief"}})
+    )
+    for name in ("one.txt", "two.jsonl", "three.ndjson"):
+        (tmp_path / name).write_text(lines, encoding="utf-8-sig")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"\ufeff{lines}"))
+    for name in ("one.txt", "-"):
+        assert ready(path, f"prompt_file={name}").prompts == [lines]
+    for name in ("two.jsonl", "three.ndjson"):
+        assert ready(path, f"prompt_file={name}").prompts == ["import sys\n", {"user": "hi", "system": "be brief"}]
+    (tmp_path / "four.json").write_text(f"[{lines}]")
+    with pytest.raises(ValueError, match=r"^prompt_file: 'four\.json' is neither .*prompt_file=four\.jsonl$"):
+        ready(path, "prompt_file=four.json")
 
 
 def test_what_a_prompt_takes_from_other_keys_is_filled_in(path):
@@ -160,17 +166,6 @@ def test_an_interrupted_run_replaces_no_earlier_answers(tmp_path):
             raise KeyboardInterrupt
     lines = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
     assert lines == {"a.jsonl": 1, "a_interrupted.jsonl": 2, "a_interrupted1.jsonl": 0}
-
-
-def test_the_kinds_of_prompt_files(tmp_path):
-    for name in ("a.jsonl", "a.ndjson"):
-        (tmp_path / name).write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-        assert [example.prompt for example in try_examples(prompt_file=name)] == ["a", "b"]
-    (tmp_path / "a.txt").write_text('{"prompt": "a"}')
-    assert [example.prompt for example in try_examples(prompt_file="a.txt")] == ['{"prompt": "a"}']
-    (tmp_path / "a.json").write_text('[{"prompt": "a"}]')
-    with pytest.raises(ValueError, match=r"^prompt_file: 'a\.json' is neither .*prompt_file=a\.jsonl$"):
-        try_examples(prompt_file="a.json")
 
 
 def test_an_existing_output_file_needs_no_folder(path, monkeypatch):

@@ -35,27 +35,6 @@ def test_look_up_finds_what_a_search_finds(ngram):
     assert found > 100 and new > 100
 
 
-@pytest.mark.parametrize("ngram", [1, 2, 3])
-def test_how_much_of_the_text_a_look_up_found_again(ngram):
-    """Against a search in the whole text; what longer matches promise is learned apart from that of shorter ones."""
-    generator, levels = random.Random(56), Counter()
-    text, index = [], TextIndex(ngram)
-    for _ in range(120):
-        repeat = text[(at := generator.randrange(len(text))) : at + generator.randrange(1, 20)] if text else []
-        new = repeat if generator.random() < 0.5 else [generator.randrange(6)]
-        text += new
-        index.extend(new)
-        ends = [i for i in range(ngram, len(text)) if text[i - ngram : i] == text[-ngram:]]
-        found, match = index.find(3)
-        if not ends:
-            assert (found, match) == ([], 0)
-            continue
-        same = max(n for n in range(ngram, ends[-1] + 1) if text[ends[-1] - n : ends[-1]] == text[-n:])
-        assert found[0] == text[ends[-1]] and match == (0 if same < 2 * ngram else 1 if same < 4 * ngram else 2)
-        levels[match] += 1
-    assert min(levels[match] for match in range(3)) > 5
-
-
 # ---- when to draft ----
 
 CHAIN, LOOKUP = RoundKind("chain"), RoundKind("lookup", 1, untried=1.0)

@@ -159,22 +159,3 @@ def test_bytes_of_drafts(exit_layer, d, perturbs):
         weights += layers * LAYER + (n + 1) * HEAD
         cache += layers * SLOT * (root + n + 1)
     assert (stats.weight_bytes, stats.cache_bytes) == (weights, cache)
-
-
-def test_statistics_add_up():
-    a = GenerationStats(5, first_tokens=1, rounds=3, weight_bytes=7, reused_tokens=2, compile_s=1.5, draft_steps=4)
-    b = GenerationStats(3, first_tokens=2, rounds=1, weight_bytes=1, cache_bytes=9, prefill_tokens=6, compile_s=0.5)
-    a.count_round(3, 1)
-    a.count_round(2, 2)
-    b.count_round(4, 0)
-    a.rounds_by_kind.update(["chain", "lookup"])
-    b.rounds_by_kind.update(["lookup"])
-    both = a + b
-    assert (both.tokens, both.first_tokens, both.rounds, both.weight_bytes, both.cache_bytes) == (8, 3, 4, 8, 9)
-    assert (both.reused_tokens, both.prefill_tokens, both.compile_s, both.draft_steps) == (2, 6, 2.0, 4)
-    assert (both.drafted, both.accepted, both.rounds_by_kind) == (9, 3, {"chain": 1, "lookup": 2})
-    assert both.accepted_histogram == [1, 1, 1]
-    assert both.acceptance_by_position == [2 / 3, 1 / 3, 0, 0]  # accepted: 1 of 3, 2 of 2 and 0 of 4
-    assert both.bytes_per_token == 17 / 5
-    assert a.rounds == 3 and a.drafted == 5  # neither changes
-    assert GenerationStats().bytes_per_token is None

@@ -9,7 +9,7 @@ import torch
 from helpers.compiled import SHORT, compiles, make_small
 from helpers.configs import benchmark_config, eval_config, generate_config, make_checkpoint
 from helpers.decoding import make_model, model_of
-from helpers.recipes import ready, run_benchmark, run_generate
+from helpers.recipes import ready, run_generate
 from helpers.speculation import (
     KINDS,
     PROMPTS,
@@ -179,16 +179,6 @@ def test_a_folder_drafts(kind, dtype, of_draft, of_model, folders, tmp_path):
     _, report = run_generate(generate_config(tmp_path, folders / "base", **changes))
     assert report["exit_layer"] == 2 and report["num_speculations"] == 3
     assert report["identical"] is True and report["drafted"] > 0
-
-
-def test_a_benchmark_takes_a_draft(folders, tmp_path):
-    variants = {
-        "copy": {"draft": str(folders / "copy"), "num_speculations": 2},
-        "exit": {"exit_layer": 2, "num_speculations": 2},
-    }
-    changes = {"variants": variants, "temperatures": [0.0], "quantizer": INT8}
-    _, report = run_benchmark(benchmark_config(tmp_path, folders / "base", **changes))
-    assert {row["name"]: row["identical"] for row in report["results"]} == dict.fromkeys(["baseline", *variants], True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Shared by tests: tokens_per_round, followed_rounds."""
+"""Tokens per round of a draft length, by following the rounds of each text."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ import torch
 def tokens_per_round(
     first: torch.Tensor, later: torch.Tensor, counts: torch.Tensor, drafts: Sequence[int]
 ) -> list[float]:
-    """The tokens per round for each draft length."""
     return [tokens for tokens, _ in followed_rounds(first, later, counts, drafts)]
 
 

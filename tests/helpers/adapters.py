@@ -5,13 +5,10 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
-import torch.nn.functional as F
 from helpers.configs import HF_CONFIG, SIZE, finetune_config, generate_config, start_section
 from helpers.recipes import ready
 from helpers.tiny import exit_logits
-from helpers.training import paper_weights
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torchtune import config as tune_config
@@ -124,32 +121,12 @@ def by_hand(start: dict, adapters: dict, scale: float = ALPHA / RANK) -> dict:
     return weights
 
 
-def papers_loss(logits: list[torch.Tensor], tokens: torch.Tensor, step: int) -> torch.Tensor:
-    """J of eq. 5-6 with e_scale 0.5 and R = 2, as in `finetune_config`."""
-    by_exit = [F.cross_entropy(x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for x in logits]
-    on = [layer % 2 == step % 2 or layer == len(by_exit) - 1 for layer in range(len(by_exit))]
-    return sum(weight * loss for weight, loss in zip(paper_weights(on, 0.5), by_exit, strict=True))
-
-
-def check_losses(run: SimpleNamespace, rel: float) -> None:
-    """Four steps of AdamW on A, B and the magnitudes alone, every loss of the run by the paper's formula."""
-    leaves = {name: run.first[name].clone().requires_grad_() for name in run.adapters}
-    optimizer, dataset = torch.optim.AdamW(leaves.values(), lr=1e-2), run.recipe.data.dataset
-    for step in range(4):
-        tokens = torch.tensor([dataset[2 * step + i]["tokens"] for i in range(2)])
-        loss = papers_loss(run.plain.logits(by_hand(run.start, leaves), tokens), tokens, step)
-        assert run.log[step + 1]["loss"] == pytest.approx(loss.item(), rel=rel), f"step {step + 1}"
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
 def generate_with(trained: SimpleNamespace, folder: Path, adapters: Path | None, **changes) -> Path:
     """A generation of 12 tokens: the start with adapters, or the merged checkpoint without."""
     checkpoint = trained.folder / "start" if adapters else trained.checkpoint
     section = reader(checkpoint, trained.family) | {"output_dir": "unused"}
     section |= {"adapter_checkpoint": str(adapters)} if adapters else {}
-    model = OmegaConf.load(trained.path).model if adapters else plain_section(trained.family)
+    model = OmegaConf.load(trained.path).model if adapters else trained.plain_section
     tokenizer = {"_component_": "layerskip_recipes.hf_tokenizer", "path": str(trained.folder / "start")}
     changes = {"max_new_tokens": 12, "checkpointer": section, "model": model, "tokenizer": tokenizer} | changes
     return generate_config(folder, checkpoint, **changes)
@@ -164,8 +141,4 @@ def tokens_of(path: Path, *overrides: str) -> list[int]:
 
 # NF4 packs 64 x 256 numbers at a time.
 WIDE = SIZE | {"num_layers": 2, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 256}
-WIDE_SHAPE = {key: WIDE[key] for key in SHAPE}
-WIDE_PLAIN = plain_section("llama3_2") | WIDE
-WIDE_HF = {
-    "num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 256,
-}  # fmt: skip
+WIDE_HF = {"num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 256}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import speculation
 from helpers.speculation import PROMPTS
+from helpers.tiny import widen
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
@@ -34,10 +35,7 @@ def make_small(max_seq_len=512, width=16):
     """A model whose heads have 8 numbers: on a CPU too its steps become graphs. With width=32 they run in C++."""
     torch.manual_seed(80)
     model = llama3_2(vocab_size=VOCAB, max_seq_len=max_seq_len, **SIZES | {"embed_dim": width})
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return layerskip_decoder(model).eval()
+    return layerskip_decoder(widen(model, 0.5)).eval()
 
 
 run = functools.partial(speculation.run, compile=True)

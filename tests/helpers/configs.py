@@ -4,13 +4,12 @@ Each function writes a YAML file and returns its path; `changes` replace top-lev
 """
 
 import json
-import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.tiny import widen
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torchtune.models.convert_weights import tune_to_hf
@@ -53,13 +52,6 @@ HF_CONFIG = {
 LAYER, REST = 1024 + 1024 + 1024 + 4608 + 64, 9600 + 32
 # The bytes of a slot of the cache: 4 layers x 2 (keys, values) x 1 head x 16, in fp32.
 SLOT = 4 * 2 * 16 * 4
-
-
-def unknown_suggestions(message: str, keys: Iterable[str]) -> list[str]:
-    """The overrides that an error message suggests, behind what is allowed, and that begin with no key of the config:
-    typed as they stand they would be another mistake."""
-    suggested = " ".join(re.split(r"Allowed|for example|e\.g\.|; (?=\S+=)", message)[1:])
-    return [key for key in re.findall(r"(?<![\w./-])([a-z_][\w.]*)=", suggested) if key.split(".")[0] not in {*keys}]
 
 
 def write_yaml(path: Path, content: dict[str, Any]) -> Path:
@@ -105,10 +97,7 @@ def finetune_config(folder: Path, tokenizer: Path, **changes: Any) -> Path:
 def make_checkpoint(folder: Path, tokenizer: Path, seed: int = 0) -> Path:
     """A Hugging Face folder with the model's weights, so wide that its greedy outputs vary, and the tokenizer."""
     torch.manual_seed(seed)
-    model = llama3_2(**SIZE)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = widen(llama3_2(**SIZE))
     folder.mkdir(parents=True)
     weights = tune_to_hf(model.state_dict(), num_heads=2, num_kv_heads=1, dim=32)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")

@@ -4,7 +4,7 @@ import functools
 
 import torch
 from helpers.sampling import filtered, penalised
-from helpers.tiny import make_tiny, walk
+from helpers.tiny import make_tiny, walk, widen
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
@@ -60,11 +60,7 @@ def small_model():
     """Three layers, five tokens: every continuation of three tokens can be counted."""
     sizes = {"num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
     torch.manual_seed(4)
-    model = llama3_2(vocab_size=SMALL, max_seq_len=32, **sizes)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-    return layerskip_decoder(model).eval()
+    return layerskip_decoder(widen(llama3_2(vocab_size=SMALL, max_seq_len=32, **sizes), 0.4)).eval()
 
 
 @functools.cache

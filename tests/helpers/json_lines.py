@@ -1,4 +1,4 @@
-"""JSONL files, and tasks over them as a config names them."""
+"""JSON and JSONL files, and tasks over them as a config names them."""
 
 import json
 from collections.abc import Iterable
@@ -12,6 +12,11 @@ def write_lines(file: Path | str, rows: Iterable[Any]) -> str:
     """A JSONL file of these rows; returns its path."""
     Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
+
+
+def change_json(file: Path, **values: Any) -> None:
+    """Set keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def task_component(task: str, **arguments: Any) -> Component:

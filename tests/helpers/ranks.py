@@ -41,7 +41,6 @@ def run_tune_on_ranks(*words: str, cwd: Path) -> list[subprocess.CompletedProces
 
 
 def check_success(ranks: list[subprocess.CompletedProcess]) -> None:
-    """All of them ended with status 0."""
     said = "\n".join(rank.stdout + rank.stderr for rank in ranks)
     assert {rank.returncode for rank in ranks} == {0}, said[-4000:]
 

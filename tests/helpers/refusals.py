@@ -1,20 +1,17 @@
 """What a recipe refuses, and how."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from helpers.configs import unknown_suggestions
 
-from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
+from layerskip_recipes.cli.configs import config_class
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
-from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 RECIPES = {
@@ -23,12 +20,14 @@ RECIPES = {
     "eval": LayerSkipEval,
     "benchmark": LayerSkipBenchmark,
 }
-KEYS = {
-    "finetune": {*FinetuneConfig.model_fields},
-    "generate": {*GenerateConfig.model_fields},
-    "eval": {*EvalConfig.model_fields},
-    "benchmark": {*BenchmarkConfig.model_fields},
-}
+KEYS = {recipe: {*config_class(f"layerskip_{recipe}").model_fields} for recipe in RECIPES}
+
+
+def unknown_suggestions(message: str, keys: Iterable[str]) -> list[str]:
+    """The overrides that an error message suggests, behind what is allowed, and that begin with no key of the config:
+    typed as they stand they would be another mistake."""
+    suggested = " ".join(re.split(r"Allowed|for example|e\.g\.|; (?=\S+=)", message)[1:])
+    return [key for key in re.findall(r"(?<![\w./-])([a-z_][\w.]*)=", suggested) if key.split(".")[0] not in {*keys}]
 
 
 def refusal(recipe: str, path: Path, *overrides: str) -> str:

@@ -56,14 +56,18 @@ FAMILIES = {
 }
 
 
-def make_tiny(family: str = "llama3_2", seed: int = 0):
-    """A small model of a family whose greedy outputs vary: its weights are wide, not near zero as a fresh model's."""
-    torch.manual_seed(seed)
-    model = FAMILIES[family]()
+def widen(model: torch.nn.Module, std: float = 0.3) -> Any:
+    """Draw all matrices anew: a fresh model's are near zero, and its greedy output hardly varies."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+            torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def make_tiny(family: str = "llama3_2", seed: int = 0):
+    """A small model of a family with wide weights."""
+    torch.manual_seed(seed)
+    return widen(FAMILIES[family]()).eval()
 
 
 def unembedded(model: Any, h: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def load(name: str) -> ModuleType:
-    """A script as a module."""
     spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

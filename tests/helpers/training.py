@@ -48,7 +48,6 @@ def json_data(file: Path, rows: list, dataset: str, **arguments) -> dict:
 
 
 def text_data(file: Path, texts: list[str], **arguments) -> dict:
-    """A dataset of these texts."""
     return json_data(file, [{"text": text} for text in texts], "text_completion", **{"column": "text"} | arguments)
 
 

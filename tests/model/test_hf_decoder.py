@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.hf_folders import LONGROPE, MODELS, VOCAB, make_hf_folder
+from helpers.json_lines import change_json
 from safetensors.torch import load_file, save_file
 from torchtune import training
 from torchtune.generation import generate as torchtune_generate
@@ -30,10 +31,6 @@ def decoder_of(folder):
     model = layerskip_decoder(hf_decoder(str(folder))).eval()
     model.load_state_dict(hf_checkpointer(str(folder)).load_checkpoint()[MODEL_KEY])
     return model
-
-
-def change_json(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

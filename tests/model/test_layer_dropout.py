@@ -136,18 +136,6 @@ def test_chosen_layers_keep_the_rates_they_have_in_the_whole_model():
     ]
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(("prob", value) for value in (-0.1, 1.01, math.nan, True, "0.1")),
-        *(("layers_scale", "expo"), ("layers", "9"), ("schedule", "linear"), ("inverted", 1)),
-    ],
-)
-def test_wrong_arguments_are_named(key, value):
-    with pytest.raises(ValueError, match=rf"^layer_dropout\.{key}: "):
-        LayerDropout(L, **{"prob": 0.1, key: value})
-
-
 def test_schedule_scale():
     assert [schedule_scale(t, 11, "constant") for t in (0, 5, 10)] == [1, 1, 1]
     assert schedule_scale(0, 11, "exp") == 0
@@ -167,35 +155,7 @@ def test_schedule_scale():
     assert dropout.max_rate == pytest.approx(0.4 * (math.sqrt(2) - 1))
 
 
-def test_the_factors_of_inverted_dropout():
-    """1 / (1 - p_{l,t}), by default; 1 where no sample is kept, and in every layer with inverted=False."""
-    dropout = LayerDropout(L, **INVERTED)
-    assert dropout.factors() == pytest.approx([1 / (1 - 0.9 * layer / 5) for layer in range(L)])
-    dropout.set_step(3, 11)
-    assert dropout.factors() == pytest.approx([1 / (1 - p) for p in FALLEN])
-    dropout.set_step(10, 11)
-    assert dropout.factors() == [1] * L
-    assert LayerDropout(L, prob=1, layers_scale="step").factors() == [1] * L
-    assert LayerDropout(L, **HALF).factors() == [1] * L
-
-
 # ---- the draw ----
-
-
-def test_the_draw_repeats_and_resumes():
-    """The same seed gives the same draws, another seed others, and a restored generator goes on where it was saved."""
-    one, same, other = (LayerDropout(L, **HALF, seed=seed) for seed in (1, 1, 2))
-    torch.manual_seed(7)  # the global generator is neither used nor moved
-    before = torch.get_rng_state()
-    first = [one.draw(16) for _ in range(3)]
-    assert torch.equal(torch.get_rng_state(), before)
-    assert first == [same.draw(16) for _ in range(3)]
-    assert first != [other.draw(16) for _ in range(3)]
-    assert first[0] != first[1]
-    saved = {name: value.clone() for name, value in one.state_dict().items()}
-    ahead = [one.draw(16) for _ in range(3)]
-    other.load_state_dict(saved)
-    assert [other.draw(16) for _ in range(3)] == ahead
 
 
 def test_layers_and_samples_are_drawn_independently():

@@ -36,7 +36,6 @@ def test_real_shapes_are_packed_and_sharded(shape):
 
 
 def smollm2(lora: Lora | None) -> nn.Module:
-    """A layer of SmolLM2 135M."""
     config = parse_hf_config(
         {
             "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 9,

@@ -1,13 +1,13 @@
 """The pages of the documentation: links, Python examples, the made reference of keys, and the names of files."""
 
 import doctest
-import json
 import re
 import runpy
 
 import pytest
 import yaml
 from helpers.configs import make_checkpoint
+from helpers.json_lines import change_json
 from helpers.pages import PAGES, ROOT, anchors, blocks
 
 from layerskip_recipes.cli.configs import RECIPES, config_class
@@ -36,8 +36,7 @@ def test_python_example(page, tokenizer_folder, tmp_path, monkeypatch):
     """For TRL's see test_finetuned_elsewhere.py."""
     folder = make_checkpoint(tmp_path / "quickstart", tokenizer_folder)  # the README's first commands make it
     (folder / "layerskip.json").write_text('{"exits": [2]}')
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    change_json(folder / "config.json", max_position_embeddings=512)
     monkeypatch.chdir(tmp_path)
     for example in blocks(page, "python"):
         exec(compile(example, page, "exec"), {})

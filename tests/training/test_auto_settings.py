@@ -183,21 +183,24 @@ DRAFT = MATRICES // 12 + 2 * 64 + 2 * 32 + 64 * 128 + 64
 ADAPTERS = 12 * 16 * ((64 + 128) + 2 * (64 + 64) + (128 + 64) + 3 * (64 + 100))
 
 
-# A draft's layer keeps its activations of two passes, and one of the model's 12 layers is at work.
-@pytest.mark.parametrize(("name", "trained", "layers"), [("lora", ADAPTERS, 12), ("draft", DRAFT, 3)])
-def test_what_is_trained_counts_with_its_gradients_and_averages(name, trained, layers, chosen):
-    needed = 4 * WEIGHTS + 16 * trained + LOGITS + 2 * 512 * KEPT * layers // 12
-    assert chosen("device=cpu", name=name, memory=needed)["batch_size"] == 2
+# A copy of two layers, a seventh of twelve, beside its model.
+COPY = 2 * (MATRICES // 12 + 2 * 64 + 2 * 32) + 64
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "layers"),
+    [
+        ("lora", 4 * WEIGHTS + 16 * ADAPTERS, 12),
+        # A draft's layer keeps its activations of two passes, and one of the model's 12 layers is at work.
+        ("draft", 4 * WEIGHTS + 16 * DRAFT, 3),
+        ("task", 16 * (WEIGHTS + COPY) + HEAD, 14),
+    ],
+)
+def test_what_is_trained_counts_with_its_gradients_and_averages(name, kept, layers, chosen):
+    needed = kept + LOGITS + 2 * 512 * KEPT * layers // 12
+    made = chosen("device=cpu", name=name, memory=needed)
+    assert made["batch_size"] == 2 and (name != "task" or (made["draft.exit_layer"], made["optimizer.lr"]) == (2, 1e-3))
     assert chosen("device=cpu", name=name, memory=needed - 2)["batch_size"] == 1
-
-
-def test_a_draft_beside_its_model_counts_with_it(chosen):
-    """The copy has two layers, a seventh of twelve, and their activations."""
-    copied = 2 * (MATRICES // 12 + 2 * 64 + 2 * 32) + 64
-    needed = 16 * (WEIGHTS + copied) + HEAD + LOGITS + 2 * 512 * KEPT * 14 // 12
-    made = chosen("device=cpu", name="task", memory=needed)
-    assert made.items() >= {"batch_size": 2, "draft.exit_layer": 2, "optimizer.lr": 1e-3}.items()
-    assert chosen("device=cpu", name="task", memory=needed - 2)["batch_size"] == 1
 
 
 def test_what_a_draft_leaves_to_the_user(chosen):

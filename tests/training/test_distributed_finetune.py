@@ -10,6 +10,7 @@ from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, hf_sections
 from helpers.hf_folders import make_hf_folder
 from helpers.ranks import train_on_ranks
 from helpers.resuming import COSINE, keep_only
+from helpers.tiny import widen
 from helpers.training import UNTIED, losses, texts, train
 from safetensors.torch import load_file
 from torchtune.models.llama3_2._component_builders import llama3_2
@@ -33,6 +34,8 @@ LORA = {
 }
 # So large that each rank's half of a matrix is whole blocks of NF4.
 QLORA = LORA | {"use_dora": False, "quantize_base": True, "num_layers": 2, "embed_dim": 256, "intermediate_dim": 256}
+# Drafts: of a model that stays, and one that is trained with its model.
+DRAFTS = {"copy": {"kind": "copy"}, "adapter": {"kind": "adapter", "vocabulary": 200, "finetune_model": True}}
 # name: (config, processes, overrides)
 CASES = {
     "FSDP": ("tied", 2, []),
@@ -57,6 +60,8 @@ CASES = {
     "HSDP": ("tied", 4, ["data_parallel_replicate_dim=2", "batch_size=1", *FEW]),
     "FSDP x TP": ("untied", 4, ["tensor_parallel_dim=2", *FEW]),
     "compiled": ("tied", 2, ["compile=true", *FEW]),
+    "copy, validated, gathered weights kept": ("copy", 2, ["fsdp_reshard_after_forward=false"]),
+    "adapter beside its model, validated, checkpointed": ("adapter", 2, ["ac_mode=full"]),
 }  # fmt: skip
 # name: (the case whose checkpoint is taken up, None for one process; config; checkpoint; processes, overrides)
 RESUMED = {
@@ -66,6 +71,10 @@ RESUMED = {
     "2 to 1, shards": ("FSDP", "tied", "step_6", 1),
     "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
     "2 to 2, FSDP to TP": ("untied, both apart", "untied", "step_6", 2, "tensor_parallel_dim=2", "batch_size=4"),
+    "1 to 2, copy": (None, "copy", "epoch_0", 2),
+    "2 to 1, copy": ("copy, validated, gathered weights kept", "copy", "step_6", 1),
+    "1 to 2, adapter": (None, "adapter", "epoch_0", 2),
+    "2 to 1, adapter": ("adapter beside its model, validated, checkpointed", "adapter", "step_6", 1),
 }
 
 
@@ -84,15 +93,16 @@ def config_changes(kind, folder, tokenizer, checkpoint):
         return {"model": model, "checkpointer": section}
 
     two_heads = {"num_kv_heads": 2}
+    held_out = {"dataset_val": texts(folder) | {"split": "train[:5]"}}  # which no two ranks share evenly
+    if kind in DRAFTS:
+        draft = {"draft": DRAFTS[kind] | {"exit_layer": 2}, "early_exit_loss": None}
+        return draft | held_out | {"checkpointer": start_section(checkpoint)}
     if kind == "dora":
         return {"model": LORA, "checkpointer": start_section(checkpoint)}
     if kind == "qlora":
         (folder / "wide").mkdir()
         torch.manual_seed(0)
-        plain = llama3_2(**{name: QLORA[name] for name in SIZE})
-        for parameter in plain.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.1)
+        plain = widen(llama3_2(**{name: QLORA[name] for name in SIZE}), 0.1)
         torch.save(plain.state_dict(), folder / "wide" / "model.pt")
         return {"model": QLORA, "checkpointer": start_section(folder / "wide", "TorchTune", "model.pt")}
     if kind == "gemma2":  # its cap is so low that it caps
@@ -100,8 +110,8 @@ def config_changes(kind, folder, tokenizer, checkpoint):
         return hf_sections(folder / "Gemma2")
     if kind == "untied":
         return scratch(UNTIED | two_heads, "LLAMA2", num_key_value_heads=2, tie_word_embeddings=False) | UNSPLIT
-    if kind in ("dropped", "validated"):  # five samples, which no two ranks share evenly, as often as it trains
-        held_out = {"dataset_val": texts(folder) | {"split": "train[:5]"}, "run_val_every_n_steps": 1}
+    if kind in ("dropped", "validated"):
+        held_out["run_val_every_n_steps"] = 1
         dropout = {"layer_dropout": {"prob": 0.5, "inverted": True}} if kind == "dropped" else {}
         return scratch(MODEL | two_heads, num_key_value_heads=2) | UNSPLIT | held_out | dropout
     return {"optimizer_in_bwd": True, "clip_grad_norm": None} if kind == "in_backward" else {}
@@ -165,12 +175,12 @@ def same_losses(one, other, steps):
 
 
 def same_weights(one, other):
-    """The last checkpoints, as other tools read them."""
+    """The last checkpoints with their drafts, as other tools read them."""
     read = {".safetensors": load_file, ".bin": torch.load}
     ours, theirs = (
         {
-            name: value
-            for file in sorted(out.glob("epoch_*"))[-1].glob("model*")
+            (file.parent.name, name): value
+            for file in sorted(out.glob("epoch_*"))[-1].rglob("*")
             if file.suffix in read
             for name, value in read[file.suffix](file).items()
         }

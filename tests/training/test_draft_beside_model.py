@@ -15,15 +15,12 @@ from safetensors.torch import load_file, save_file
 from torchtune import training
 
 from layerskip_recipes import generate, load_model
-from layerskip_recipes.benchmark.config import BenchmarkConfig
-from layerskip_recipes.benchmark.tuner import write_config
 from layerskip_recipes.checkpoint.drafts import own_draft, read_description, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.auto_drafts import DraftChooser
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
@@ -201,20 +198,6 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         assert LayerSkipGenerate(load_config(str(path))).speculation is None
     assert f"No drafts: the draft in {own} was trained for weights that another checkpointer reads" in caplog.text
-
-
-def test_the_tuner_finds_the_draft(promising, tmp_path):
-    """It names the checkpoint whose draft it measured; an exit that is given counts first."""
-    folder, _ = promising("copy")
-    overrides = [f"model_dir={folder.parent}", "tune=true", "device=cpu", f"report_dir={tmp_path}"]
-    cfg = BenchmarkConfig.load(load_config("hf/benchmark", overrides))
-    draft, _ = DraftChooser(cfg, None).notes.draft_for(SelfSpeculation(), "draft")
-    assert draft.folder == str(folder / "draft")
-    write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(draft=draft.folder), "fast")
-    tuned = load_config(str(tmp_path / "tuned.yaml"))
-    assert (tuned.model_dir, tuned.self_speculation.draft) == (str(folder), f"{folder}/draft")
-    cfg = BenchmarkConfig.load(load_config("hf/benchmark", [*overrides, "self_speculation={exit_layer: 2}"]))
-    assert DraftChooser(cfg, None).notes.draft_for(cfg.self_speculation, "draft") == (None, None)
 
 
 @pytest.mark.slow

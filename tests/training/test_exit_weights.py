@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers.training import paper_weights
 
-from layerskip_recipes import EarlyExitLoss
 from layerskip_recipes.training.early_exit import enabled_exits, exit_weights
 
 L = 6
@@ -54,16 +53,6 @@ def test_other_scale_functions(scale_fn, f):
     """scale * f(l) for the exits before the last, f(L-1) for the last, normalised over those that are on."""
     expected = torch.tensor([0.3 * f[0], 0, 0.3 * f[2], f[3]])
     torch.testing.assert_close(exit_weights(4, [True, False, True, True], 0.3, scale_fn), expected / expected.sum())
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{"scale": math.nan}, {"scale": "0.2"}, {"scale_fn": "cubic"}, {"curriculum": "random"}, {"interval": 0}],
-    ids=str,
-)
-def test_wrong_arguments_are_named(arguments):
-    with pytest.raises(ValueError, match=rf"^early_exit_loss\.{next(iter(arguments))}: "):
-        EarlyExitLoss(**arguments)
 
 
 def test_without_an_exit_that_weighs_there_is_no_loss():

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
 from helpers.configs import HF_CONFIG, finetune_config
 from helpers.resuming import checkpoints, resumed, written
 from helpers.training import json_data, losses, set_up, text_data, train
@@ -69,13 +68,8 @@ SAMPLES = "batch_size x gradient_accumulation_steps x data-parallel ranks"
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_another_run_is_refused(overrides, key, was, now, stopped, monkeypatch):
+def test_another_run_is_refused(overrides, key, was, now, stopped, no_weights):
     """One ValueError that says what it was and what it is now, before weights are read; no file changes."""
-
-    def read(self, *args, **kwargs):
-        raise AssertionError("the weights are loaded before the mistake is found")
-
-    monkeypatch.setattr(torchtune_checkpointer.FullModelHFCheckpointer, "load_checkpoint", read)
     before = written(stopped.parent)
     with pytest.raises(ValueError) as caught:
         set_up(stopped, "resume_from_checkpoint=true", *overrides)

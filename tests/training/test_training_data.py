@@ -12,7 +12,7 @@ from torchtune.data import padded_collate_packed
 
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.data.datasets import collate_packed, limit_samples, load_data
+from layerskip_recipes.data.datasets import collate_packed, load_data
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.training.batches import TrainingData
@@ -43,28 +43,11 @@ def conversations(folder: Path, roles: list[str]) -> dict:
 SHORT = {"input": "if", "output": "else:"}
 
 
-def test_packs_train_with_dropout(tmp_path, finetune):
-    path = finetune(dataset=text_data(tmp_path / "t.json", SHORT_TEXTS, packed=True), layer_dropout={"prob": 0.6})
-    train(path, "tokenizer.max_seq_len=100")
-    assert all(line["loss"] > 0 for line in read_log(tmp_path / "out").values())
-
-
 def test_several_datasets_train(tmp_path, finetune):
     datasets = [instructions(tmp_path, [SHORT] * 20), text_data(tmp_path / "t.json", SHORT_TEXTS)]
     recipe = train(finetune(dataset=datasets), "tokenizer.max_seq_len=100")
     assert len(recipe.data.dataset) == 20 + len(SHORT_TEXTS)
     assert all(line["loss"] > 0 for line in read_log(tmp_path / "out").values())
-
-
-@pytest.mark.parametrize(
-    ("limit", "packed", "expected"), [(None, False, 64), (None, True, None), (40, False, 40), (64, True, 64)]
-)
-def test_samples_are_cut_at_the_models_length(limit, packed, expected):
-    plain, packed = (Component({"_component_": "a.dataset", "packed": on}) for on in (False, packed))
-    for datasets in ([packed], [plain, packed]):
-        tokenizer = SimpleNamespace(max_seq_len=limit)
-        limit_samples(datasets, tokenizer, SimpleNamespace(max_seq_len=64))
-        assert tokenizer.max_seq_len == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there torchtune's mask is a BlockMask")
