@@ -274,14 +274,12 @@ class CppDecoder:
         except UnknownPartError as e:
             self.unknown = e
 
-    def compile(self) -> bool:
-        """Compile the C++ and move the weights to huge pages; False if both had been done before."""
+    def load(self) -> bool:
+        """Compile the C++, move the weights to huge pages (False if both had been done before), and pass them on."""
         load_library()
         parts = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
-        return use_huge_pages(part.tensors[name] for part in parts for name in part.tensors if name.endswith(".weight"))
-
-    def load(self) -> None:
-        """Pass the weights and caches to C++, after `compile`."""
+        weights = (part.tensors[name] for part in parts for name in part.tensors if name.endswith(".weight"))
+        moved = use_huge_pages(weights)
         kernels = torch.classes.layerskip
         self.cpp_heads: dict[nn.Module, Any] = {
             head: kernels.Head(*parts.for_cpp()) for head, parts in self.heads.items()
@@ -294,6 +292,7 @@ class CppDecoder:
                 parts.tensors |= {"k_cache": kept.k, "v_cache": kept.v}
                 self.cpp_layers[model].append(*parts.for_cpp())
         self.draft = self._draft()
+        return moved
 
     def _draft(self) -> Callable | None:
         draft_head, embeddings = self.draft_head, self.draft_decoder.tok_embeddings
