@@ -294,7 +294,7 @@ def test_products_of_few_rows(n, k, dtype, two_threads):
     tensors = {"output.weight": w, "output.scale": scale, "output.bias": bias}
     if rounds_x:
         tensors["output.sums"] = w.sum(1).float()
-    head = torch.classes.layerskip.Head(tensors, {})
+    head = torch.classes.layerskip.Head(tensors)
     alone = torch.cat([head.logits(x[:, row : row + 1]) for row in range(21)], 1)
     atol = (6e-3 if int8 else 1e-4) * max(1, k / 576)
     instructions = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
