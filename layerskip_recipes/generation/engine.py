@@ -165,7 +165,7 @@ class Generation:
             self.accounts.close()
             # The last token has not been fed to the model yet, and the draft's own layers may be further behind.
             if all(self.rows.values_in_rows(self.generated)):
-                self.cache.tokens = [text[: -1 - self.decoding.behind] for text in self.rows.texts]
+                self.cache.tokens = [text[: -1 - self.decoding.chain.behind] for text in self.rows.texts]
 
     def stop(self, prompt: int, keep: int) -> None:
         """End the output of prompt number `prompt` after its first `keep` tokens; call this between two iterations."""
@@ -247,7 +247,7 @@ class Generation:
             self.on_draft(draft.tokens[:, 1:].tolist())
         # Verify.
         with self.accounts.phase("verify"):
-            outcome = self.context.broadcast(self.decoding.verify(draft, now))
+            outcome = self.context.broadcast(self.decoding.chain.verify(draft, now))
         self.last = outcome[:, 1].clone()
         # Accept. This is the only time in a round that the host waits for the device.
         outcomes = outcome.tolist()
