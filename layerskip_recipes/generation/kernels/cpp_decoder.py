@@ -276,8 +276,8 @@ class CppDecoder:
     def load(self) -> bool:
         """Compile the C++, move the weights to huge pages (False if both had been done before), and pass them on."""
         load_library()
-        parts = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
-        weights = (part.tensors[name] for part in parts for name in part.tensors if name.endswith(".weight"))
+        modules = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
+        weights = (part.tensors[name] for part in modules for name in part.tensors if name.endswith(".weight"))
         moved = use_huge_pages(weights)
         kernels = torch.classes.layerskip
         self.cpp_heads: dict[nn.Module, Any] = {h: kernels.Head(parts.tensors) for h, parts in self.heads.items()}
