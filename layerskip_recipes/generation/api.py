@@ -227,7 +227,7 @@ def prepare(
         cache=chooser.caches.get(drafts is None) if keeps_cache else None,
     )
     if chooser is not None:
-        kept = {drafts is None: generation.cache} if keeps_cache and generation.context.has_cpp else {}
+        kept = {drafts is None: generation.cache} if keeps_cache and generation.context.cpp else {}
         chooser.caches = chooser.caches | kept if kept else {}
     return generation, rule
 

@@ -22,7 +22,7 @@ from layerskip_recipes.generation.kernels.compiling import cache_length, compile
 from layerskip_recipes.generation.prefill import common_length, common_start, read_texts
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler, noise_keys
-from layerskip_recipes.generation.steps import Step, StepContext, choose_token
+from layerskip_recipes.generation.steps import StepContext, choose_token
 from layerskip_recipes.model.decoder import as_layerskip_decoder, on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
@@ -104,6 +104,7 @@ class Generation:
         self.started = False
 
         compiled = compiled_steps(self.model) if compile else None
+        compiled_before_s = compiled.seconds if compiled else 0.0
         # The cache has room for prompt, output and a draft that reaches beyond a row's limit.
         needed = max(lengths) + max_generated_tokens + 1
         decoder, head = self.model, None
@@ -129,12 +130,13 @@ class Generation:
         self.first_sharded = None if speculation is None else next(sharded, None)
         rule = DraftRule(measure=False) if rule is None or speculation is None else rule
         self.decoding = Decoding(self.context, speculation, self.rows.texts, rule)
-        self.common = common_start(self.rows.prompts, self.context.dtype) if self.context.has_cpp else 0
-        self.choose_token = Step(self.context, choose_token, layers=False)
+        self.common = common_start(self.rows.prompts, self.context.dtype) if self.context.cpp else 0
         drafts_from = None if speculation is None else speculation.exit_layer
         self.accounts = Accounts(self.context, self.rows, drafts_from)
         self.stats = self.accounts.stats
-        self.stats.prefill_s = time.perf_counter() - started  # time to the first token includes this setup
+        self.stats.compile_s = self.context.compile_s - compiled_before_s
+        # Time to the first token includes this setup.
+        self.stats.prefill_s = time.perf_counter() - started - self.stats.compile_s
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -163,7 +165,7 @@ class Generation:
             self.accounts.close()
             # The last token has not been fed to the model yet, and the draft's own layers may be further behind.
             if all(self.rows.values_in_rows(self.generated)):
-                self.cache.tokens = [text[: -1 - self.decoding.behind] for text in self.rows.texts]
+                self.cache.tokens = [text[: -1 - self.decoding.chain.behind] for text in self.rows.texts]
 
     def stop(self, prompt: int, keep: int) -> None:
         """End the output of prompt number `prompt` after its first `keep` tokens; call this between two iterations."""
@@ -201,7 +203,6 @@ class Generation:
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in prompts)
         final = read_texts(self.context, prompts, reused)
         self.decoding.begin(final)
-        self.context.load_cpp()  # its head chooses each row's first token, even if torch has read the prompts
         self.last = self._first_tokens(final, slice(None))
         return self._keep([[token] for token in self.last.tolist()])
 
@@ -226,7 +227,7 @@ class Generation:
         logits = self.context.unembed(final[:, None])[:, -1]
         positions = on_device(self.rows.lengths[here], self.context.device)
         keys, seen = (None if t is None else t[here] for t in (self.keys, self.rows.seen))
-        return self.context.broadcast(self.choose_token.run(None, logits, keys, positions, seen))
+        return self.context.broadcast(choose_token(self.context, None, logits, keys, positions, seen))
 
     # ---- rounds ----
 
@@ -246,7 +247,7 @@ class Generation:
             self.on_draft(draft.tokens[:, 1:].tolist())
         # Verify.
         with self.accounts.phase("verify"):
-            outcome = self.context.broadcast(self.decoding.verify(draft, now))
+            outcome = self.context.broadcast(self.decoding.chain.verify(draft, now))
         self.last = outcome[:, 1].clone()
         # Accept. This is the only time in a round that the host waits for the device.
         outcomes = outcome.tolist()

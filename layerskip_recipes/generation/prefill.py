@@ -64,10 +64,9 @@ def _groups(context: StepContext, lengths: Sequence[int]) -> list[tuple[list[int
     one at a time.
     """
     everything = [*range(len(lengths))]
-    in_cpp = [i for i in everything if context.has_cpp and reads_in_cpp(context.dtype, lengths[i])]
-    if not context.has_cpp or (in_cpp and not context.load_cpp()):
+    if context.cpp is None:
         return [(everything, False)]
-    context.allocate()
+    in_cpp = [i for i in everything if reads_in_cpp(context.dtype, lengths[i])]
     return [(in_cpp, True)] * bool(in_cpp) + [([i], False) for i in everything if i not in in_cpp]
 
 

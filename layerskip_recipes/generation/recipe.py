@@ -234,7 +234,7 @@ class LayerSkipGenerate:
         generation = self._generation(
             prompts, limit, plain, shown, reserve=self.reserve, rows=self.batch_size, numbers=numbers, cache=cache
         )
-        if generation.context.has_cpp:
+        if generation.context.cpp:
             self.caches[plain] = generation.cache
 
         answered = set()

@@ -16,6 +16,13 @@ from layerskip_recipes.generation.stats import GenerationStats, is_looping, memo
 
 log = utils.get_logger("INFO")
 
+# Statistics that a report has under their own names.
+REPORTED = (
+    *("tokens", "prefill_s", "prefill_tokens", "reused_tokens", "decode_s", "draft_s", "verify_s", "compile_s"),
+    *("tokens_per_second", "answer_tokens_per_second", "drafted", "accepted", "acceptance_rate", "rounds"),
+    *("accepted_histogram", "acceptance_by_position", "bytes_per_token"),
+)
+
 
 def report_path(document: Path, key: str, interrupted: bool) -> Path:
     """The path of a report or picture; an interrupted run overwrites no earlier one."""
@@ -46,28 +53,11 @@ def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> 
     bandwidth = memory_bandwidth(device)
     per_second = stats.tokens_per_second
     moved = None if stats.bytes_per_token is None or not per_second else stats.bytes_per_token * per_second
-    report = {
-        "tokens": stats.tokens,
-        "prefill_s": stats.prefill_s,
-        "prefill_tokens": stats.prefill_tokens,
-        "reused_tokens": stats.reused_tokens,
-        "decode_s": stats.decode_s,
-        "draft_s": stats.draft_s,
-        "verify_s": stats.verify_s,
+    report = {name: getattr(stats, name) for name in REPORTED} | {
         "accept_s": stats.accept_s if stats.drafted else None,
-        "compile_s": stats.compile_s,
-        "tokens_per_second": per_second,
-        "answer_tokens_per_second": stats.answer_tokens_per_second,
-        "drafted": stats.drafted,
-        "accepted": stats.accepted,
-        "acceptance_rate": stats.acceptance_rate,
-        "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.rounds_by_kind),
         "accepted_per_round": safe_divide(stats.accepted, stats.row_rounds) if stats.drafted else None,
-        "accepted_histogram": stats.accepted_histogram,
-        "acceptance_by_position": stats.acceptance_by_position,
         "looping_outputs": sum(map(is_looping, ours.outputs.values())),
-        "bytes_per_token": stats.bytes_per_token,
         "memory_bandwidth": bandwidth,
         "share_of_memory_bandwidth": moved / bandwidth if moved and bandwidth else None,
         "peak_memory_bytes": peak,
@@ -75,17 +65,14 @@ def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> 
     if baseline is None:
         return report
     speedup = ratio(stats, baseline.stats)
-    report |= {
-        "baseline_tokens_per_second": baseline.stats.tokens_per_second,
-        "baseline_prefill_s": baseline.stats.prefill_s,
-        "baseline_decode_s": baseline.stats.decode_s,
-        "baseline_tokens": baseline.stats.tokens,
+    of_baseline = ("tokens_per_second", "prefill_s", "decode_s", "tokens")
+    return report | {
+        **{f"baseline_{name}": getattr(baseline.stats, name) for name in of_baseline},
         "speedup": speedup,
         "answer_speedup": ratio(stats, baseline.stats, "answer_tokens_per_second"),
         **draft_figures(stats, baseline.stats, speedup),
         "identical": ours.outputs == baseline.outputs if ours.outputs else None,
     }
-    return report
 
 
 def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, Any]:

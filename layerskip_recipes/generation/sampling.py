@@ -8,9 +8,9 @@ and Suresh, arXiv 2408.07978). Greedy decoding is the case without noise.
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -145,15 +145,6 @@ def accept(drafted: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, t
 # ---- settings ----
 
 
-class SamplerTensors(NamedTuple):
-    """A `Sampler`'s numbers as tensors [], inputs of a graph rather than constants in it; None: the filter is off."""
-
-    temperature: torch.Tensor
-    top_p: torch.Tensor | None
-    min_p: torch.Tensor | None
-    repetition_penalty: torch.Tensor
-
-
 @dataclass  # not frozen: torch 2.6 would treat its numbers as constants of each graph
 class Sampler:
     """How to choose tokens: greedily at temperature 0, else from the filtered distribution, see `token_scores`.
@@ -193,17 +184,14 @@ class Sampler:
         unfiltered = self.top_k is None and self.top_p is None and self.min_p is None
         return not self.penalises and (self.greedy or unfiltered)
 
-    def tensors(self, device: torch.device) -> SamplerTensors:
-
-        def tensor(number: float) -> torch.Tensor:
-            return torch.tensor(number, dtype=torch.float32, device=device)
-
-        return SamplerTensors(
-            tensor(self.temperature),
-            None if self.top_p is None else tensor(self.top_p),
-            None if self.min_p is None else tensor(self.min_p),
-            tensor(self.repetition_penalty),
-        )
+    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Its numbers as tensors [] by name, inputs of a graph rather than constants in it."""
+        numbers = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        return {
+            name: torch.tensor(number, dtype=torch.float32, device=device)
+            for name, number in numbers.items()
+            if number is not None
+        }
 
     @property
     def constants(self) -> tuple:
@@ -212,10 +200,12 @@ class Sampler:
             return True, self.penalises
         return False, self.penalises, self.top_k, self.top_p is None, self.min_p is None
 
-    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None, tensors: SamplerTensors) -> torch.Tensor:
+    def scores(
+        self, logits: torch.Tensor, seen: torch.Tensor | None, tensors: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         """Penalised logits if greedy, else their `token_scores`; [..., v] -> [..., v]."""
         if seen is not None:
-            logits = penalise(logits, seen, tensors.repetition_penalty)
+            logits = penalise(logits, seen, tensors["repetition_penalty"])
         if self.greedy:
             return logits
-        return token_scores(logits, tensors.temperature, self.top_k, tensors.top_p, tensors.min_p)
+        return token_scores(logits, tensors["temperature"], self.top_k, tensors.get("top_p"), tensors.get("min_p"))

@@ -56,10 +56,9 @@ class StepContext:
         self.sampler_tensors = sampler.tensors(self.device)
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.last_position = model.max_seq_len - 1
-        self._cpp_parts = self._decoder_in_cpp()  # not loaded yet; None if C++ does not support the model
-        self.cpp: CppDecoder | None = None  # layers and heads in C++ once `load_cpp` has succeeded
         self.before_chunk: Callable[[], None] = lambda: None  # is called before each chunk of a prompt
-        self.graphs = None if self._cpp_parts or (compiled and compiled.failed) else compiled
+        self.cpp = self._load_cpp()
+        self.graphs = None if self.cpp or (compiled and compiled.failed) else compiled
         # Graphs may use FlexAttention over the whole cache instead of masks, see `BlockAttention`. Its kernel needs
         # head_dim >= 16, and a cache of whole blocks.
         layers = [*model.layers, *self.draft_decoder.layers]
@@ -75,7 +74,8 @@ class StepContext:
         """Seconds that compilation took so far, in all generations of this model."""
         return self.compiled.seconds if self.compiled else 0.0
 
-    def _decoder_in_cpp(self) -> CppDecoder | None:
+    def _load_cpp(self) -> CppDecoder | None:
+        """Layers and heads in C++; None if it does not support the model, or cannot be compiled."""
         if self.compiled is None or self.compiled.failed or self.device.type != "cpu":
             return None
         try:
@@ -85,25 +85,10 @@ class StepContext:
             return None
         if found.unknown:
             log_once(log, f"compile: drafts run in torch, as the C++ does not know a part of them ({found.unknown})")
-        return found
-
-    @property
-    def has_cpp(self) -> bool:
-        """Whether C++ supports the model, see `load_cpp`."""
-        return self._cpp_parts is not None
-
-    def load_cpp(self) -> bool:
-        """Run steps in C++ from now on if possible; returns whether they do."""
-        if self.cpp is None and self._cpp_parts is not None and self.compiled.prepare(self._cpp_parts.compile):
-            self.allocate()
-            self._cpp_parts.load()
-            self.cpp = self._cpp_parts
-        return self.cpp is not None
-
-    def allocate(self) -> None:
-        """Allocate the caches of the layers that read the text."""
+        # Allocate the caches of the layers that read the text.
         self.cache.allocate(self.model, self.depth)
         self.cache.allocate(self.draft_decoder, self.own_layers.stop)
+        return found if self.compiled.prepare(found.load) else None
 
     def begin_round(self) -> None:
         """Let graphs overwrite the results of the last round."""

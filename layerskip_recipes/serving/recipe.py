@@ -96,7 +96,7 @@ class LayerSkipServe(LayerSkipGenerate):
         if cache is not None and not reads_in_cpp(self.dtype, len(prompt)):
             cache.keep_first(0)
         generation = self._generation([prompt], limit, sampler=sampler, cache=cache, reserve=reserve)
-        if generation.context.has_cpp:
+        if generation.context.cpp:
             self.caches[False] = generation.cache
 
         def check(*_: Any) -> None:

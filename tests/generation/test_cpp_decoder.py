@@ -103,7 +103,6 @@ def in_cpp(model, texts, s):
         read = max(length, 1)  # caches are allocated by torch
         context.run(model, tokens[:, :read], torch.arange(read)[None], context.cache.slots[:read])
         in_cpp = StepContext(model, context.cache, Sampler(), CompiledSteps(CPU))
-        in_cpp.load_cpp()
         assert in_cpp.cpp is not None
         at = (length + torch.arange(s)).expand(len(texts), -1)
         return in_cpp.run(model, tokens[:, length:], at, context.cache.slots[: length + s])
@@ -153,7 +152,6 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
                 )
             if compiled is not None:
                 assert reads_in_cpp(context.dtype, 30)
-                context.load_cpp()
                 patched.setattr(LayerSkipDecoder, "forward", None)  # torch reads nothing
             read.append([read_texts(context, texts, **parts)])
         for buffer in [buffer for layer in cache.layers for buffer in (layer.k, layer.v)]:
@@ -296,7 +294,7 @@ def test_products_of_few_rows(n, k, dtype, two_threads):
     tensors = {"output.weight": w, "output.scale": scale, "output.bias": bias}
     if rounds_x:
         tensors["output.sums"] = w.sum(1).float()
-    head = torch.classes.layerskip.Head(tensors, {})
+    head = torch.classes.layerskip.Head(tensors)
     alone = torch.cat([head.logits(x[:, row : row + 1]) for row in range(21)], 1)
     atol = (6e-3 if int8 else 1e-4) * max(1, k / 576)
     instructions = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
@@ -365,7 +363,6 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
         before = StepContext(model, cache, Sampler())
         before.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8])
         context = StepContext(model, cache, Sampler(), CompiledSteps(CPU))
-        context.load_cpp()
         at = torch.full((2, 1), 8)
         alone = context.run(model, text[:, -1:], at, cache.slots[:9], exit_layer=2, unembed=False)
         arguments = (text[:, -1], at[:, 0], 1, 9, 2, None, 0.0, torch.ones(2), 0.0)

@@ -33,10 +33,6 @@ class Decoding:
             whole = speculation.exit_layer == context.model.num_layers and context.draft_decoder is context.model
             self.drafters = others if whole and others else [self.chain, *others]
 
-    @property
-    def behind(self) -> int:
-        return self.chain.behind
-
     def begin(self, final: torch.Tensor) -> None:
         self.rule.begin_text()
         for drafter in {*self.drafters, self.chain}:
@@ -54,10 +50,6 @@ class Decoding:
         if picked == PLAIN:
             return DraftedTokens(PLAIN, now.last[:, None])
         return self.offered[picked].propose(now)
-
-    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
-        """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
-        return self.chain.verify(draft, now)
 
     def learn(self, kind: RoundKind, tokens: float, seconds: float) -> None:
         """After a round that no limit cut: mean tokens per running row, and seconds (0 if it compiled something)."""

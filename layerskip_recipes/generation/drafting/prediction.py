@@ -171,9 +171,8 @@ def ranked(
     found = []
     for method, rounds in rates.items():
         for length in range(1, len(rounds) + 1) if lengths is None else lengths:
-            tokens, num_drafted = rounds[
-                min(length, len(rounds)) - 1
-            ]  # longer drafts than measured: at least as many tokens
+            # Drafts that are longer than the measured ones give at least as many tokens.
+            tokens, num_drafted = rounds[min(length, len(rounds)) - 1]
             seconds = costs.round_s(method, num_drafted if method.ends else length)
             found.append(Prediction(method, length, tokens, seconds, tokens * costs.plain_step_s / seconds))
     return sorted(found, key=lambda prediction: -prediction.speedup)

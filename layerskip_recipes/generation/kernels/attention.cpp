@@ -99,8 +99,8 @@ void attention_over(
     for (int64_t i = 0; i < n; i++)
       at::vec::map<float>([&](Vector x) { return x / Vector(sum[i]); }, y + from + i * d, y + from + i * d, d);
   };
-  const double numbers = static_cast<double>(2 * b * h * slots * d), products = numbers * static_cast<double>(queries);
-  in_parallel(b * h * blocks, 1, numbers * sizeof(V), products, [&](int64_t first, int64_t end) {
+  const int64_t numbers = 2 * b * h * slots * d, work = numbers * (static_cast<int64_t>(sizeof(V)) + queries);
+  in_parallel(b * h * blocks, 1, static_cast<double>(work), [&](int64_t first, int64_t end) {
     while (first < end) {
       const int64_t count = std::min(end - first, blocks - first % blocks);
       attend(first / blocks / h, first / blocks % h, first % blocks * size, count);

@@ -124,14 +124,16 @@ def _is_whole(library: Path) -> bool:
 
 
 class Parts:
-    """A module's tensors and numbers under the names that layers.cpp reads.
+    """A module's tensors and numbers (as tensors too) under the names that layers.cpp reads.
 
     Each method adds one part, or raises an `UnknownPartError`.
     """
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.numbers: dict[str, float] = {}
+
+    def number(self, name: str, number: float) -> None:
+        self.tensors[name] = torch.tensor(number, dtype=torch.float32)
 
     def linear(self, name: str, linear: Any) -> None:
         """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row.
@@ -167,13 +169,13 @@ class Parts:
         _require(type(norm) in (RMSNorm, GemmaRMSNorm) and norm.eps > 0, name)
         scale = _fp32(norm.scale)
         self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
-        self.numbers[f"{name}.epsilon"] = norm.eps
+        self.number(f"{name}.epsilon", norm.eps)
 
     def positions(self, rotation: Any) -> None:
         """Rotary tables; channels rotate in pairs of neighbours, or with the channel half a head away."""
         if rotation is None:
             return
-        self.numbers["neighbours"] = type(rotation) in NEIGHBOURS
+        self.number("neighbours", type(rotation) in NEIGHBOURS)
         _require(type(rotation) in (RotaryPositions, *NEIGHBOURS, *HALVES), "pos_embeddings")
         table: Any = rotation.cos if type(rotation) is RotaryPositions else rotation.cache
 
@@ -194,10 +196,11 @@ class Parts:
         self.norm("k_norm", attn.k_norm)
         self.positions(attn.pos_embeddings)
         _require(attn.head_dim % VECTOR == 0, f"head_dim: {attn.head_dim} is no multiple of {VECTOR}")
-        self.numbers["heads"], self.numbers["scale"] = attn.num_heads, attn.head_dim**-0.5
-        self.numbers["norm_first"] = type(attn) is NormFirstAttention
-        if type(attn) is Gemma2Attention:
-            self.numbers["scale"], self.numbers["cap"] = attn.scaling, attn.softcapping or 0
+        is_gemma2 = type(attn) is Gemma2Attention
+        self.number("heads", attn.num_heads)
+        self.number("scale", attn.scaling if is_gemma2 else attn.head_dim**-0.5)
+        self.number("cap", (is_gemma2 and attn.softcapping) or 0)
+        self.number("norm_first", type(attn) is NormFirstAttention)
 
     def feed_forward(self, mlp: Any) -> None:
         """A gated MLP."""
@@ -207,11 +210,7 @@ class Parts:
         _require(type(mlp) is FeedForward and kind is not None and mlp.w3 is not None, "mlp")
         for name in ("w1", "w2", "w3"):
             self.linear(name, getattr(mlp, name))
-        self.numbers["activation"] = kind
-
-    def for_cpp(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """The arguments of a C++ constructor."""
-        return self.tensors, {name: float(number) for name, number in self.numbers.items()}
+        self.number("activation", kind)
 
 
 def layer_parts(layer: Any) -> Parts:
@@ -220,7 +219,7 @@ def layer_parts(layer: Any) -> Parts:
     parts = Parts()
     if type(layer) is JoiningLayer:
         parts.linear("join", layer.join)
-        parts.numbers["join_norm.epsilon"] = JoiningLayer.EPSILON
+        parts.number("join_norm.epsilon", JoiningLayer.EPSILON)
         layer = layer.layer
     _require(type(layer) is TransformerSelfAttentionLayer, type(layer).__name__)
     parts.attention(layer.attn)
@@ -238,7 +237,7 @@ def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
     parts = Parts()
     parts.norm("norm", norm)
     parts.linear("output", output)
-    parts.numbers["cap"] = cap or 0
+    parts.number("cap", cap or 0)
     return parts
 
 
@@ -274,26 +273,23 @@ class CppDecoder:
         except UnknownPartError as e:
             self.unknown = e
 
-    def compile(self) -> bool:
-        """Compile the C++ and move the weights to huge pages; False if both had been done before."""
+    def load(self) -> bool:
+        """Compile the C++, move the weights to huge pages (False if both had been done before), and pass them on."""
         load_library()
-        parts = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
-        return use_huge_pages(part.tensors[name] for part in parts for name in part.tensors if name.endswith(".weight"))
-
-    def load(self) -> None:
-        """Pass the weights and caches to C++, after `compile`."""
+        modules = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
+        weights = (part.tensors[name] for part in modules for name in part.tensors if name.endswith(".weight"))
+        moved = use_huge_pages(weights)
         kernels = torch.classes.layerskip
-        self.cpp_heads: dict[nn.Module, Any] = {
-            head: kernels.Head(*parts.for_cpp()) for head, parts in self.heads.items()
-        }
+        self.cpp_heads: dict[nn.Module, Any] = {h: kernels.Head(parts.tensors) for h, parts in self.heads.items()}
         self.cpp_layers = {model: kernels.Layers() for model in self.models}
         for model, (caches, layers) in self.models.items():
             for kept, parts in zip(caches, layers, strict=True):
                 if kept.k is None:  # this generation does not use the layers from here on
                     break
                 parts.tensors |= {"k_cache": kept.k, "v_cache": kept.v}
-                self.cpp_layers[model].append(*parts.for_cpp())
+                self.cpp_layers[model].append(parts.tensors)
         self.draft = self._draft()
+        return moved
 
     def _draft(self) -> Callable | None:
         draft_head, embeddings = self.draft_head, self.draft_decoder.tok_embeddings

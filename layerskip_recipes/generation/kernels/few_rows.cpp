@@ -81,19 +81,15 @@ template <typename W>
 [[gnu::always_inline]] inline Vector load_fp32(const W* weights) {
   if constexpr (std::is_same_v<W, float>) {
     return Vector::loadu(weights);
+  } else if constexpr (std::is_same_v<W, at::BFloat16>) {
+    Vector wide;
+    at::vec::load_fp32_from_bf16(weights, wide);
+    return wide;
   } else {
 #if defined(CPU_CAPABILITY_AVX512)
-    if constexpr (std::is_same_v<W, int8_t>)
-      return Vector(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)))));
-    else
-      return Vector(_mm512_castsi512_ps(_mm512_slli_epi32(
-          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights))), 16)));
+    return Vector(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)))));
 #elif defined(CPU_CAPABILITY_AVX2)
-    if constexpr (std::is_same_v<W, int8_t>)
-      return Vector(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weights)))));
-    else
-      return Vector(_mm256_castsi256_ps(_mm256_slli_epi32(
-          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights))), 16)));
+    return Vector(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weights)))));
 #else
     float wide[LANES];
     std::copy_n(weights, LANES, wide);
@@ -102,45 +98,41 @@ template <typename W>
   }
 }
 
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-constexpr bool BF16_PRODUCTS = true;
-
-// Two neighbouring numbers in each lane; with `half`, only 16 numbers and zeros.
-template <bool half>
-[[gnu::always_inline]] inline __m512bh load_packed(const at::BFloat16* numbers) {
-  __m512i pairs;
-  if constexpr (half)
-    pairs = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
-  else
-    pairs = _mm512_loadu_si512(numbers);
-  asm("" : "+v"(pairs));  // see `in_register`
-  return (__m512bh)pairs;
+[[gnu::always_inline]] inline Vector fmadd(const Vector& a, const Vector& b, const Vector& sum) {
+  return at::vec::fmadd(a, b, sum);
 }
 
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+constexpr bool BF16_PRODUCTS = true;
+using Pairs = __m512bh;
+
 // Adds both products of each lane to `sum`.
-[[gnu::always_inline]] inline Vector fmadd(__m512bh a, __m512bh b, const Vector& sum) {
+[[gnu::always_inline]] inline Vector fmadd(Pairs a, Pairs b, const Vector& sum) {
   return Vector(_mm512_dpbf16_ps(sum, a, b));
 }
 #else
 constexpr bool BF16_PRODUCTS = false;
-template <bool half>
-Vector load_packed(const at::BFloat16* numbers);  // not called
+using Pairs = void;  // not used
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512)
+// Two neighbouring bf16 numbers in each lane, or four int8 numbers; with `half`, only LANES numbers and zeros.
+template <typename T, bool half>
+[[gnu::always_inline]] inline auto load_packed(const T* numbers, std::bool_constant<half>) {
+  __m512i packed;
+  if constexpr (!half)
+    packed = _mm512_loadu_si512(numbers);
+  else if constexpr (sizeof(T) == 2)
+    packed = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
+  else
+    packed = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)));
+  asm("" : "+v"(packed));  // see `in_register`
+  return (std::conditional_t<sizeof(T) == 2, Pairs, __m512i>)packed;
+}
 #endif
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VNNI__)
 using Int8Of = uint8_t;  // rows of x as integers plus 128, since the instruction multiplies unsigned by signed numbers
-
-// Four neighbouring numbers in each lane; with `half`, only 16 numbers and zeros.
-template <bool half, typename T, std::enable_if_t<sizeof(T) == 1, int> = 0>
-[[gnu::always_inline]] inline __m512i load_packed(const T* numbers) {
-  __m512i four;
-  if constexpr (half)
-    four = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)));
-  else
-    four = _mm512_loadu_si512(numbers);
-  asm("" : "+v"(four));  // see `in_register`
-  return four;
-}
 
 // Adds the four products of each lane to the int32 sums.
 [[gnu::always_inline]] inline Vector fmadd(__m512i weights, __m512i x, const Vector& sum) {
@@ -160,12 +152,7 @@ inline void store_whole(const Vector& numbers, uint8_t* to) {
 #else
 using Int8Of = float;  // rows of x as integers: exact with fp32 sums
 inline void store_whole(const Vector& numbers, float* to) { numbers.store(to); }
-Vector to_fp32(const Vector& sum);  // not called
 #endif
-
-[[gnu::always_inline]] inline Vector fmadd(const Vector& a, const Vector& b, const Vector& sum) {
-  return at::vec::fmadd(a, b, sum);
-}
 
 // Into the L2 cache: L1 takes fewer lines at a time, so products of several rows would wait for memory.
 template <typename W>
@@ -215,7 +202,7 @@ template <int M, int N, bool prefetches = true, typename X, typename W>
   const auto multiply = [&](int64_t i, auto half) INLINE {
     const auto load = [&](const auto* numbers) INLINE {
       if constexpr (PER_LANE > 1)
-        return load_packed<decltype(half)::value>(numbers);
+        return load_packed(numbers, half);
       else
         return in_register(load_fp32(numbers));
     };
@@ -274,7 +261,7 @@ template <int M, int N, int AT_ONCE, bool prefetches = true, typename X, typenam
 void tile(const X* x, const W* w, float* y, int64_t k, int64_t step, int64_t stride) {
   const bool in_order = AT_ONCE * k * static_cast<int64_t>(sizeof(W)) <= IN_ORDER;
   Totals<M * N> total = zeros<M * N>();
-  if constexpr (AT_ONCE == N)
+  if constexpr (AT_ONCE == N)  // without copies, which cost a third of the time
     add<M, N, prefetches>(x, w, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, total);
   else
     unrolled<N / AT_ONCE>([&](auto group) INLINE {
@@ -310,12 +297,13 @@ int64_t equal_block(int64_t m, int64_t most) {
   return (m + blocks - 1) / blocks;
 }
 
-// f(first, end) for parts of [0, n) of at least `grain`, on all threads. A thread whose core runs another program may
-// stall all others for milliseconds. After such a late call the next calls run on one thread, each time twice as many.
+// f(first, end) for parts of [0, n) of at least `grain`, on all threads; `work` counts bytes read and products. A thread
+// whose core runs another program may stall all others for milliseconds. After such a late call the next calls run on one
+// thread, each time twice as many.
 thread_local int64_t alone = 0, next_alone = FEWEST_ALONE;
 
 template <typename F>
-void in_parallel(int64_t n, int64_t grain, double bytes, double products, const F& f) {
+void in_parallel(int64_t n, int64_t grain, double work, const F& f) {
   if (alone > 0 || at::get_num_threads() == 1) {
     alone = std::max<int64_t>(alone - 1, 0);
     return f(0, n);
@@ -323,7 +311,7 @@ void in_parallel(int64_t n, int64_t grain, double bytes, double products, const 
   const auto started = std::chrono::steady_clock::now();
   at::parallel_for(0, n, grain, f);
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - started;
-  const bool late = taken.count() > 1e-3 + (bytes + products) / SLOWEST;
+  const bool late = taken.count() > 1e-3 + work / SLOWEST;
   alone = late ? next_alone : 0;
   next_alone = late ? std::min<int64_t>(2 * next_alone, MOST_ALONE) : std::max<int64_t>(next_alone / 2, FEWEST_ALONE);
 }
@@ -350,10 +338,8 @@ struct Linear {
               std::min(size, m - row), x + row * step, w + at * k, y + row * stride + at, k, std::min(grain, end - at),
               step, stride);
     };
-    if constexpr (std::is_same_v<X, at::BFloat16>)
-      multiply_by(weight.const_data_ptr<at::BFloat16>());
-    else if constexpr (sizeof(X) == 1)
-      multiply_by(weight.const_data_ptr<int8_t>());
+    if constexpr (!std::is_same_v<X, float>)
+      multiply_by(weight.const_data_ptr<std::conditional_t<sizeof(X) == 1, int8_t, X>>());
     else if (weight.scalar_type() == at::kChar)
       multiply_by(weight.const_data_ptr<int8_t>());
     else if (weight.scalar_type() == at::kBFloat16)
@@ -426,8 +412,7 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
     };
     // A thread pays off from 32 or 64 kB of weights.
     const int64_t least = columns(m < 4 ? 65536 : 32768), grain = m > size ? columns(IN_L2) : least;
-    const double bytes_read = static_cast<double>(n * bytes), products = static_cast<double>(m * n * k);
-    in_parallel(n, least, bytes_read, products, [&](int64_t first, int64_t end) {
+    in_parallel(n, least, static_cast<double>(n * bytes + m * n * k), [&](int64_t first, int64_t end) {
       int64_t offset = 0;  // the matrix's first column in y
       for (const Linear* linear : linears) {
         const int64_t from = std::max(first, offset) - offset, last = std::min(end - offset, linear->columns());

@@ -14,7 +14,6 @@
 namespace {
 
 using Tensors = c10::Dict<std::string, at::Tensor>;
-using Numbers = c10::Dict<std::string, double>;
 
 const float* floats(const at::Tensor& tensor) { return tensor.const_data_ptr<float>(); }
 
@@ -59,24 +58,22 @@ struct Rotation {
   }
 };
 
-// The tensors and numbers of a module, by name.
+// The tensors of a module by name, and its numbers as tensors [] in fp32.
 struct Parts {
   Tensors tensors;
-  Numbers numbers;
 
   at::Tensor tensor(const std::string& name) const {
     const auto found = tensors.find(name);
     return found == tensors.end() ? at::Tensor() : found->value();
   }
-  double number(const std::string& name) const {
-    const auto found = numbers.find(name);
-    return found == numbers.end() ? 0 : found->value();
+  float number(const std::string& name) const {
+    const at::Tensor found = tensor(name);
+    return found.defined() ? *floats(found) : 0;
   }
-  float to_float(const std::string& name) const { return static_cast<float>(number(name)); }
   Linear linear(const std::string& name) const {
     return {tensor(name + ".weight"), tensor(name + ".scale"), tensor(name + ".bias"), tensor(name + ".sums")};
   }
-  Norm norm(const std::string& name) const { return {tensor(name + ".scale"), to_float(name + ".epsilon")}; }
+  Norm norm(const std::string& name) const { return {tensor(name + ".scale"), number(name + ".epsilon")}; }
 };
 
 // Writes one token's keys or values [heads, dim] into a cache [b, heads * copies, slots, dim]. torchtune's Gemma 2 has
@@ -114,7 +111,7 @@ struct Layer {
   int64_t heads = static_cast<int64_t>(parts.number("heads")), dim = keys.size(3);
   bool norm_first = parts.number("norm_first") != 0;
   int activation = static_cast<int>(parts.number("activation"));
-  float scale = parts.to_float("scale"), cap = parts.to_float("cap");
+  float scale = parts.number("scale"), cap = parts.number("cap");
 
   // Whether x [b, s, d], the inputs of a first layer, fit.
   bool fits(const at::Tensor& x, int64_t row, int64_t end) const {
@@ -224,7 +221,7 @@ struct Layer {
 
 // The final norm and the output projection.
 struct Head : torch::CustomClassHolder {
-  Head(Tensors tensors, Numbers numbers) : parts{std::move(tensors), std::move(numbers)} {}
+  Head(Tensors tensors) : parts{std::move(tensors)} {}
 
   // x [b, s, d] -> [b, s, v].
   at::Tensor logits(const at::Tensor& x) const {
@@ -243,11 +240,11 @@ struct Head : torch::CustomClassHolder {
   Parts parts;
   Norm norm = parts.norm("norm");
   Linear output = parts.linear("output");
-  float cap = parts.to_float("cap");
+  float cap = parts.number("cap");
 };
 
 struct Layers : torch::CustomClassHolder {
-  void append(const Tensors& tensors, const Numbers& numbers) { layers.push_back(Layer{{tensors, numbers}}); }
+  void append(const Tensors& tensors) { layers.push_back(Layer{{tensors}}); }
 
   // Layers first .. last - 1: x [b, s, d] (a joining layer takes [b, s, 2 d]) -> [b, s, d]. The tokens are in the slots
   // at [b or 1, s] < end of the cache rows [b]; each sees the slots up to its own. With `only_cache` the result has no
@@ -270,19 +267,19 @@ struct Layers : torch::CustomClassHolder {
     return state.view({b, s, -1});
   }
 
-  // A chain of `depth` drafted tokens per row from the first `exit_layer` layers: last, start [b], keys [b, 2] or none
-  // if greedy -> tokens [b, n + 1], x_E [b, n, d]. The chain ends after n <= depth tokens, where `confident` [b] times
-  // the probabilities of the likeliest tokens is below `least`. `embeddings` [v, d] are multiplied by `factor`;
+  // A chain of `num_to_draft` tokens per row from the first `exit_layer` layers: last, start [b], keys [b, 2] or none
+  // if greedy -> tokens [b, n + 1], x_E [b, n, d]. The chain ends after fewer tokens where `confident` [b]
+  // times the probabilities of the likeliest tokens is below `least`. `embeddings` [v, d] are multiplied by `factor`;
   // `vocabulary` [v'] has the token ids of a reduced head.
   std::tuple<at::Tensor, at::Tensor> draft(
       const c10::intrusive_ptr<Head>& head, const at::Tensor& embeddings, double factor,
-      const std::optional<at::Tensor>& vocabulary, const at::Tensor& last, const at::Tensor& start, int64_t depth,
+      const std::optional<at::Tensor>& vocabulary, const at::Tensor& last, const at::Tensor& start, int64_t num_to_draft,
       int64_t end, int64_t exit_layer, const std::optional<at::Tensor>& keys, double temperature,
       at::Tensor confident, double least) const {
     std::vector<at::Tensor> tokens{last}, hidden;
     std::vector<int64_t> rows(last.size(0));
     std::iota(rows.begin(), rows.end(), 0);
-    for (int64_t i = 0; i < depth; i++) {
+    for (int64_t i = 0; i < num_to_draft; i++) {
       at::Tensor x = at::embedding(embeddings, tokens.back().unsqueeze(1));
       if (factor != 1) x = x.mul(factor);
       const at::Tensor at = start.unsqueeze(1).add(i);
@@ -305,7 +302,7 @@ struct Layers : torch::CustomClassHolder {
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
   library.def("choose_tokens", &choose_tokens);
-  library.class_<Head>("Head").def(torch::init<Tensors, Numbers>()).def("logits", &Head::logits);
+  library.class_<Head>("Head").def(torch::init<Tensors>()).def("logits", &Head::logits);
   library.class_<Layers>("Layers")
       .def(torch::init<>())
       .def("append", &Layers::append)
