@@ -90,13 +90,15 @@ class ChatTemplate:
         i = len(turns) - 1
         if i == 0 or not _is_reply(turns[i]):
             return self._history(turns, False, thinking)
-        asked, text = self._history(turns[:i], True, thinking), self.render(turns, False, thinking)
-        found = self._find_reply(turns, i, text, False, thinking)
-        if found is None:
+        asked, prompt = self._history(turns[:i], True, thinking), self.render(turns[:i], True, thinking)
+        text = self.render(turns, False, thinking)
+        span = self._content_span(turns, i, text, False, thinking)
+        if span is None:
             raise ConfigError(
                 "tokenizer.chat_template: writes no last reply, so there is none to learn. Give another one"
             )
-        prompt, begin, end = found
+        start, end = span
+        begin = _begin_of_reply(prompt, text[:start])
         written = text[begin:end]
         if END_OF_THINKING in turns[i]["content"]:  # the template may drop the reasoning
             wanted = _without_opening(turns[i]["content"], prompt)
@@ -113,10 +115,12 @@ class ChatTemplate:
         written, done = "", 0  # the new text, and how much of the template's text it covers
         replies: dict[int, Reply] = {}
         for i, turn in enumerate(turns):
-            found = self._find_reply(turns, i, text, is_prompt, thinking) if _is_reply(turn) else None
-            if found is None or (reasons([turn]) and END_OF_THINKING not in text[found[1] : found[2]]):
+            span = self._content_span(turns, i, text, is_prompt, thinking) if _is_reply(turn) else None
+            if span is None or (reasons([turn]) and END_OF_THINKING not in text[slice(*span)]):
                 continue  # without its reasoning, it is no longer what the model wrote
-            prompt, begin, end = found
+            start, end = span
+            prompt = self.render(turns[:i], True, thinking) if i else text[:start]
+            begin = _begin_of_reply(prompt, text[:start])
             same = min(begin, len(prompt))
             if prompt[:same] == text[:same]:
                 written += text[done:same] + prompt[same:]
@@ -143,15 +147,10 @@ class ChatTemplate:
         found = re.match(rf"\s*{re.escape(self.end_of_turn)}", text[end:]) if self.end_of_turn else None
         return found.end() if found else 0
 
-    def _find_reply(
-        self, turns: Sequence[Turn], index: int, text: str, is_prompt: bool, thinking: bool
-    ) -> tuple[str, int, int] | None:
-        """The prompt that asks for a reply, and where in the text the reply begins and its content ends.
-
-        None if no part of the text changes with the reply's content.
-        """
+    def _content_span(self, turns: Sequence[Turn], index: int, text: str, *mode: bool) -> tuple[int, int] | None:
+        """The part of the text that changes with the content of one message; None if nothing does."""
         changed = [{**turn, "content": MARK} if i == index else turn for i, turn in enumerate(turns)]
-        marked = self.render(changed, is_prompt, thinking)
+        marked = self.render(changed, *mode)
         if marked == text:
             return None
         if marked.count(MARK) != 1:
@@ -161,9 +160,7 @@ class ChatTemplate:
             )
         before, _, after = marked.partition(MARK)
         start = _shared(before, text)
-        prompt = self.render(turns[:index], True, thinking) if index else text[:start]
-        end = max(start, len(text) - _shared(after[::-1], text[::-1]))
-        return prompt, _begin_of_reply(prompt, text[:start]), end
+        return start, max(start, len(text) - _shared(after[::-1], text[::-1]))
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
