@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Rendered:
     """A conversation as text."""
 
     text: str
+    message_ends: list[tuple[int, int]]  # (end of a message in characters, index of the message), in order of the text
     replies: dict[int, Reply]  # by index of the message
 
 
@@ -104,16 +106,21 @@ class ChatTemplate:
             wanted = _without_opening(turns[i]["content"], prompt)
             whole = text[len(prompt) : end] if text.startswith(prompt) else ""
             written = whole if wanted.strip() in whole else wanted
+        footer = self.special_pattern.search(text[end:])
         first = len(asked.text)
         last = first + len(written)
-        reply = Reply(first, last, last + self._end_of_turn_after(text, end))
-        return Rendered(asked.text + written + text[end:], {**asked.replies, i: reply})
+        reply = Reply(first, last, last + (footer.end() if footer else len(text) - end))
+        written = asked.text + written + text[end:]
+        return Rendered(written, [*asked.message_ends, (len(written), i)], {**asked.replies, i: reply})
 
     def _history(self, turns: Sequence[Turn], is_prompt: bool, thinking: bool) -> Rendered:
         """A conversation that ends before a reply, with the prompt of each earlier reply before it."""
         text = self.render(turns, is_prompt, thinking)
+        message_ends = self._message_ends(turns, text, is_prompt, thinking)
+        end_of = {i: end for end, i in message_ends}
         written, done = "", 0  # the new text, and how much of the template's text it covers
         replies: dict[int, Reply] = {}
+        moved = [(0, 0)]  # (a position in the template's text, how far the new text is ahead of it from there on)
         for i, turn in enumerate(turns):
             span = self._content_span(turns, i, text, is_prompt, thinking) if _is_reply(turn) else None
             if span is None or (reasons([turn]) and END_OF_THINKING not in text[slice(*span)]):
@@ -126,12 +133,15 @@ class ChatTemplate:
                 written += text[done:same] + prompt[same:]
             else:  # such as Mistral's templates, which move the system message
                 written += text[done:begin]
+            footer = self.special_pattern.search(text[end : end_of[i]])
             ahead = len(written) - begin
-            replies[i] = Reply(len(written), end + ahead, end + ahead + self._end_of_turn_after(text, end))
+            stop = end + footer.end() if footer else end_of[i]
+            replies[i] = Reply(len(written), end + ahead, stop + ahead)
+            moved.append((begin, ahead))
             done = begin
-        return Rendered(written + text[done:], replies)
+        message_ends = [(end + max(x for x in moved if x[0] <= end)[1], i) for end, i in message_ends]
+        return Rendered(written + text[done:], message_ends, replies)
 
-    @cached_property
     def end_of_turn(self) -> str | None:
         """The special token directly after an assistant's content; None if there is none."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
@@ -142,10 +152,33 @@ class ChatTemplate:
         found = self.special_pattern.match(after.lstrip())
         return found[0] if found else None
 
-    def _end_of_turn_after(self, text: str, end: int) -> int:
-        """How many characters after a reply's content its end of turn has, with white space before it."""
-        found = re.match(rf"\s*{re.escape(self.end_of_turn)}", text[end:]) if self.end_of_turn else None
-        return found.end() if found else 0
+    def _message_ends(self, turns: Sequence[Turn], text: str, *mode: bool) -> list[tuple[int, int]]:
+        """[(end of a message in characters, index of the message)], in the order of the rendered text.
+
+        Usually the text starts with the rendering of the first i messages; its length is the end of message i.
+        """
+        ends = [0]
+        try:
+            for count in range(1, len(turns)):
+                prefix = self.render(turns[:count], False, mode[-1])
+                if not text.startswith(prefix) or len(prefix) < ends[-1]:
+                    return self._message_ends_by_content(turns, text, *mode)
+                ends.append(len(prefix))
+        except TemplateError:  # some templates reject incomplete conversations
+            return self._message_ends_by_content(turns, text, *mode)
+        return [(end, i) for i, end in enumerate([*ends[1:], len(text)])]
+
+    def _message_ends_by_content(self, turns: Sequence[Turn], text: str, *mode: bool) -> list[tuple[int, int]]:
+        """`_message_ends` for templates that move or drop texts: the special token after its content ends a message."""
+        found = ((self._content_span(turns, i, text, *mode), i) for i in range(len(turns)))
+        spans = sorted((span, i) for span, i in found if span is not None)
+        ends = []
+        for ((_, end), i), ((start, _), other) in pairwise(spans):
+            if start < end:
+                raise self._mixed_up(turns, min(i, other))
+            footer = re.match(rf".*?(?:{self.special_pattern.pattern})\n*", text[end:start], flags=re.DOTALL)
+            ends.append((end + footer.end() if footer else end, i))
+        return [*ends, (len(text), spans[-1][1] if spans else 0)]
 
     def _content_span(self, turns: Sequence[Turn], index: int, text: str, *mode: bool) -> tuple[int, int] | None:
         """The part of the text that changes with the content of one message; None if nothing does."""
@@ -154,13 +187,16 @@ class ChatTemplate:
         if marked == text:
             return None
         if marked.count(MARK) != 1:
-            raise ConfigError(
-                f"messages: the chat template changes more than the content of message {index} "
-                f"({turns[index]['role']}), so its tokens cannot be told from the others"
-            )
+            raise self._mixed_up(turns, index)
         before, _, after = marked.partition(MARK)
         start = _shared(before, text)
         return start, max(start, len(text) - _shared(after[::-1], text[::-1]))
+
+    def _mixed_up(self, turns: Sequence[Turn], index: int) -> ConfigError:
+        return ConfigError(
+            f"messages: the chat template changes more than the content of message {index} "
+            f"({turns[index]['role']}), so its tokens cannot be told from the others"
+        )
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:

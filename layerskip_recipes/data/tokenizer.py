@@ -5,6 +5,7 @@ prompt that asks for it, and torchtune's loss mask.
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -107,7 +108,7 @@ class HFTokenizer(ModelTokenizer, Transform):
             ends = {"bos_token": self.bos_id, "eos_token": self.eos_id}
             named = {key: "" if i is None else tokenizer.id_to_token(i) or "" for key, i in ends.items()}
         self.template = ChatTemplate(source, named, [*self.special_tokens])
-        stops = [self.eos_id, *stop_ids, self.special_tokens.get(self.template.end_of_turn or "")]
+        stops = [self.eos_id, *stop_ids, self.special_tokens.get(self.template.end_of_turn() or "")]
         self.stop_tokens = list(dict.fromkeys(i for i in stops if i is not None))
 
     @property
@@ -145,8 +146,9 @@ class HFTokenizer(ModelTokenizer, Transform):
 
         Returns:
             Token ids, and a mask of the same length that is True where there is no loss: in `masked` messages, in
-            prompts, and at an eos that replaces a truncated end. Of an assistant's message its content and its end
-            token count, which the model writes. All text around replies counts if any other message is unmasked.
+            prompts, and at an eos that replaces a truncated end. Of an assistant's message only its content and its end
+            token count, which the model writes; the tokens before them are those of the prompt. Other messages include
+            their headers.
         """
         if not messages:
             raise ConfigError("messages: there are none")
@@ -164,13 +166,14 @@ class HFTokenizer(ModelTokenizer, Transform):
             log.info("tokenizer: replies have reasoning, so ask the trained model with tokenizer.enable_thinking=true")
         rendered = self.template.conversation(turns)
         tokens, last_chars = self._encode(rendered)
-        counts_inputs = any(message.role != "assistant" and not message.masked for message in messages)
+        ends, indices = zip(*rendered.message_ends, strict=True)
 
         def is_masked(char: int) -> bool:
+            index = indices[min(bisect_right(ends, char), len(ends) - 1)]
             for i, reply in rendered.replies.items():
                 if reply.start <= char < reply.end:
                     return messages[i].masked
-            return not counts_inputs
+            return messages[index].masked or messages[index].role == "assistant"
 
         return self._truncate(tokens, [is_masked(char) for char in last_chars], self.eos_id)
 
@@ -224,7 +227,7 @@ class HFTokenizer(ModelTokenizer, Transform):
                 f"tokenizer.path: {self.path} has no chat template, so question and answer are joined without a "
                 "separator. Use an instruct model, or give tokenizer.chat_template"
             )
-        if self.template.end_of_turn is None:
+        if self.template.end_of_turn() is None:
             log.warning(
                 "tokenizer: nothing ends a reply, neither a special token in the chat template nor an eos token. The "
                 "model does not learn to stop, and generates up to max_new_tokens. Give tokenizer.chat_template"

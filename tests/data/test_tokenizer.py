@@ -117,8 +117,8 @@ def make_folder(tmp_path):
     return make
 
 
-def messages_of(*turns: tuple[str, str]) -> list[Message]:
-    return [Message(role=role, content=content, masked=role != "assistant") for role, content in turns]
+def messages_of(*turns: tuple[str, str], train_on: str = "assistant") -> list[Message]:
+    return [Message(role=role, content=content, masked=role != train_on) for role, content in turns]
 
 
 def trained_text(tokenizer, tokens: list[int], mask: list[bool]) -> str:
@@ -228,22 +228,27 @@ def test_a_begun_reply_is_continued(make_folder, name):
     assert tokens == expected or name == "strict"  # its prompt ends in a space, which is a token of its own
 
 
+def im(role: str, *contents: str) -> str:
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for content in contents)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["chatml", "strict", "moving"])
-@pytest.mark.parametrize("trained_on", ["everything", "last reply"])
-def test_loss_is_on_the_unmasked_messages_only(make_folder, kind, name, trained_on):
-    """Everything as with torchtune's train_on_input, or some of the replies."""
+@pytest.mark.parametrize(
+    ("name", "turns", "train_on", "expected"),
+    [
+        # The system prompt that the template puts first goes with the first message.
+        ("chatml", QUESTION[::-1], "user", im("user", " What is two plus two?\n")),
+        ("strict", LONG[:3], "system", "<s>system: Be brief</s>"),
+        ("moving", LONG, "system", "[INST]Be brief"),
+    ],
+)
+def test_loss_is_on_the_unmasked_messages_only(make_folder, kind, name, turns, train_on, expected):
     tokenizer = hf_tokenizer(make_folder(kind, TEMPLATES[name]))
-    messages = messages_of(*LONG[:3], ("user", "What is it?"), ("assistant", "four"))
-    for message in messages:
-        message.masked = trained_on == "last reply" and message is not messages[-1]
-    tokens, mask = tokenizer.tokenize_messages(messages)
-    text, expected = trained_text(tokenizer, tokens, mask), tokenizer.decode(tokens, skip_special_tokens=False)
-    if trained_on == "last reply":
-        expected = f"four{ENDS[name]}"
+    tokens, mask = tokenizer.tokenize_messages(messages_of(*turns, train_on=train_on))
+    text = trained_text(tokenizer, tokens, mask)
     if kind == "sentencepiece_like":  # it puts spaces after special tokens
         text, expected = (re.sub("[ ▁]", "", words) for words in (text, expected))
-    assert text.strip() == expected.strip()
+    assert text == expected
 
 
 # ---- the real templates of all families, and of a template that does not fit ----
@@ -496,7 +501,8 @@ def test_workers_can_pickle_it(make_folder):
     assert pickle.loads(pickle.dumps(tokenizer)).tokenize_messages(messages) == tokenizer.tokenize_messages(messages)
 
 
-MIXED_UP = "{% for m in messages %}{{ messages[1].content ~ m.content }}{% endfor %}"  # a reply in several places
+# Neither the beginning of the conversation nor the rest around a content stays what it was.
+MIXED_UP = "{% for m in messages %}{{ loop.length ~ messages[0].content ~ m.content }}{% endfor %}"
 IMAGE = [Message(role="user", content=[{"type": "image", "content": None}])]
 
 
@@ -512,7 +518,7 @@ IMAGE = [Message(role="user", content=[{"type": "image", "content": None}])]
         (STRICT, [], ValueError, "there are none"),
         (STRICT, IMAGE, ValueError, "text only"),
         (STRICT, messages_of(("user", "x"), ("system", "y")), TemplateError, "system comes first"),
-        (MIXED_UP, messages_of(*QUESTION, *QUESTION), ValueError, r"message 1 \(assistant\)"),
+        (MIXED_UP, messages_of(*QUESTION, *QUESTION), ValueError, r"message 0 \(user\)"),
     ],
 )
 def test_messages_that_are_refused(template, messages, error, message, make_folder):
