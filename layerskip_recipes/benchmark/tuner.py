@@ -54,9 +54,9 @@ from layerskip_recipes.model.exit_quality import ALL, exit_quality
 
 PROBE_TOKENS = 48  # new tokens per prompt in a probe
 FIRST_LINE = "# Written by layerskip_benchmark: "  # marks a tuned config
-# What the tuned config takes over where its base differs, besides the temperature.
+# Settings that affect the choice, besides the temperature.
 MEASURED_WITH = (
-    *("device", "dtype", "float32_matmul_precision", "compile", "model", "checkpointer", "tokenizer", "quantizer"),
+    *("device", "dtype", "float32_matmul_precision", "compile"),
     *("batch_size", "top_k", "top_p", "min_p", "repetition_penalty"),
 )
 NOTHING_TO_DRAFT = (
@@ -270,8 +270,9 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
         folder = Path(cfg.model_dir)
         content["model_dir"] = str(folder.absolute()) if folder.is_dir() else cfg.model_dir
     base = GenerateConfig.load(load_config(extends, [] if cfg.model_dir is None else [f"model_dir={cfg.model_dir}"]))
-    wanted = {key: getattr(cfg, key) for key in MEASURED_WITH}
-    wanted |= {"temperature": cfg.all_temperatures[0], "exit_layer": None}
+    wanted = {key: getattr(cfg, key) for key in MEASURED_WITH} | {"temperature": cfg.all_temperatures[0]}
+    wanted |= {"exit_layer": None, "quantizer": cfg.quantizer}
+    wanted |= {key: getattr(cfg, key) for key in ("model", "checkpointer", "tokenizer")}
     for key, value in wanted.items():
         if value != getattr(base, key):
             content[key] = as_yaml(value)

@@ -25,19 +25,18 @@ from torchtune import training, utils
 from layerskip_recipes.checkpoint.drafts import DRAFT, DRAFT_FILE, DraftDescription, own_draft, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, HFCheckpointer, readable, weight_files
 from layerskip_recipes.checkpoint.hf_names import from_files
-from layerskip_recipes.checkpoint.side_files import SideFiles
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.paths import check_folder, read_json
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.distributed.loading import make_position_tables
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import holds_adapters, model_folder, named_folder
+from layerskip_recipes.model.hf_folder import holds_adapters, model_folder, named_folder, without_code
 from layerskip_recipes.model.run_folder import flush
 
 log = utils.get_logger("INFO")
@@ -88,7 +87,7 @@ def export(
             return export(str(Path(scratch) / "epoch_0"), out, exit_layer, draft, vocabulary, own)
     # Check the arguments and the checkpoint.
     config = read_json(source / "config.json", "export")
-    config.pop("auto_map", None)  # it names code
+    config.pop("auto_map", None)
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise ConfigError(f"export: {str(source / 'config.json')!r} has no num_hidden_layers. Allowed: a text model")
@@ -108,8 +107,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as beside:
         folder = Path(beside) / target.name
         folder.mkdir()
-        files = (file for pattern in COPIED for file in source.glob(pattern))
-        SideFiles(source, (f for f in files if f.name != INDEX and not f.name.startswith("adapter_"))).write(folder)
+        _copy_files(source, folder)
         if draft is not None:
             config = first_layers(config, draft)
             (folder / DESCRIPTION).unlink(missing_ok=True)  # it describes the whole model
@@ -274,6 +272,18 @@ def first_layers(config: dict[str, Any], draft: int) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     cut = {key: value[:draft] for key, value in config.items() if isinstance(value, list) and len(value) == layers > 1}
     return config | cut | {"num_hidden_layers": draft}
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and settings, but no weights or adapters."""
+    for file in (file for pattern in COPIED for file in source.glob(pattern)):
+        if file.is_file() and file.name != INDEX and not file.name.startswith("adapter_"):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            try:
+                place.write_bytes(without_code(file.name, file.read_bytes()))
+            except ValueError as e:
+                raise ConfigError(f"export: {str(source)!r} holds no readable {file.name} ({first_line(e)})") from e
 
 
 def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ transformers can open a written folder: it has weights, config, generation confi
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
 from layerskip_recipes.model.hf_config import HFConfig, parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import base_folder, model_folder
+from layerskip_recipes.model.hf_folder import base_folder, model_folder, without_code
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -70,6 +71,9 @@ class HFCheckpointer:
         found = SideFiles(folder, (file for file in files if file.name not in OWN_FILES))
         if folder != self._base_dir:  # what PEFT does not save beside adapters
             found.content |= SideFiles(self._base_dir, self._base_dir.glob("generation_config.json")).content
+        for name, content in found.content.items():
+            with suppress(ValueError):  # a damaged file that no training needs
+                found.content[name] = without_code(name.name, content)
         return found
 
     def load_checkpoint(self) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """SideFiles: the small files beside a model's weights, such as config and tokenizer."""
 
-import json
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
@@ -16,17 +14,14 @@ NOT_COPIED = ("adapter_config.json", *SUFFIXES_TO_NOT_COPY)
 
 
 class SideFiles:
-    """Files of a model's folder, kept in memory: the folder may be changed or deleted before a checkpoint is saved.
-
-    Configs lose `auto_map`, which names code for transformers to run.
-    """
+    """Files of a model's folder, kept in memory: the folder may be changed or deleted before a checkpoint is saved."""
 
     def __init__(self, folder: Path, files: Iterable[Path]) -> None:
         self.content: dict[Path, bytes] = {}
         for file in sorted({*files}):
             try:
                 if not file.is_dir() and file.stat().st_size <= LARGEST:
-                    self.content[file.relative_to(folder)] = _without_code(file.name, file.read_bytes())
+                    self.content[file.relative_to(folder)] = file.read_bytes()
             except OSError as e:
                 log.warning(f"{file} cannot be read ({first_line(e)}), so checkpoints will lack it")
 
@@ -37,15 +32,6 @@ class SideFiles:
             if not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(content)
-
-
-def _without_code(name: str, content: bytes) -> bytes:
-    if name.endswith("config.json"):
-        with suppress(ValueError):  # a damaged file, which transformers cannot read either
-            config = json.loads(content)
-            if isinstance(config, dict) and config.pop("auto_map", None) is not None:
-                return json.dumps(config, indent=2).encode() + b"\n"
-    return content
 
 
 def files_of_torchtune(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Finds a model's folder: a path or hub name, the newest checkpoint of a run, the base of a draft or of adapters."""
 
+import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -131,3 +132,12 @@ def _downloaded(name: str, key: str, patterns: tuple[str, ...]) -> Path:
             "folder with config.json, or the output folder of a finished training; a gated model on the hub needs a "
             "token, see huggingface-cli login"
         ) from e
+
+
+def without_code(name: str, content: bytes) -> bytes:
+    """A file of a model folder. A config loses `auto_map`, which names code for transformers to run."""
+    if name.endswith("config.json"):
+        config = json.loads(content)
+        if isinstance(config, dict) and config.pop("auto_map", None) is not None:
+            return json.dumps(config, indent=2).encode() + b"\n"
+    return content

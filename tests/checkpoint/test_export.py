@@ -151,6 +151,7 @@ INDEX = {"model.safetensors.index.json": '{"weight_map": {"model.norm.weight": "
         ("adapter_model.safetensors", {}, r"lacks model\.safetensors.*; there: adapter_model.safetensors"),
         ("weights.pt", {}, r"lacks model\.safetensors.*; there: weights.pt"),
         ("model-00001-of-00002.safetensors", INDEX, r"lacks model-00002-of-00002\.safetensors, its weights"),
+        ("model.safetensors", {"tokenizer_config.json": "{"}, r"holds no readable tokenizer_config\.json"),
         ("model.safetensors", {"config.json": '{"n_layer": 2}'}, r"has no num_hidden_layers"),
     ],
 )
