@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ConfigDict
 from safetensors.torch import load_file, save_file
+from torchtune.utils import get_logger
 
 from layerskip_recipes.checkpoint.checkpointers import (
     CHECKPOINTERS,
@@ -27,6 +28,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, Kind, weights_hash
 from layerskip_recipes.model.run_folder import DRAFT_FILE
 
+log = get_logger("INFO")
 DRAFT = "draft"  # in a model's folder, the folder of a draft that was trained beside it
 BESIDE = ".."  # the folder of its base
 FORMAT = 3
@@ -124,10 +126,14 @@ def earlier_draft(
     own = own_draft(described_folder(section))
     if own is None:
         return None
-    described = read_description(own, "checkpointer")
-    if (described.kind, described.exit_layer, described.base.hash) != (kind, exit_layer, weights_hash(weights)):
+    try:
+        described = read_description(own, "checkpointer")
+        found = load_file(readable(Path(own) / DRAFT_FILE, "checkpointer"))
+    except ConfigError as e:
+        log.warning(f"The draft in {own} is not trained further: {e}")
         return None
-    return load_file(readable(Path(own) / DRAFT_FILE, "checkpointer"))
+    fits = (described.kind, described.exit_layer, described.base.hash) == (kind, exit_layer, weights_hash(weights))
+    return found if fits else None
 
 
 def _name_of(checkpointer: Any) -> str:

@@ -178,10 +178,10 @@ class Checkpoints:
         ends = {f"epoch_{number}" for number in range(step // per_epoch, total_steps // per_epoch)}
         every = self.every or total_steps
         between = {f"step_{now}" for now in range(every, total_steps, every) if now > step and now % per_epoch}
-        count = len((ends | between) - there)
-        if self.keep:  # a new checkpoint is complete before an old one goes; shards do not replace the last model
-            count = min(count, self.keep + 1 + self.shards_steps - len(there))
-        count = max(count, 1)  # the one being written, even if it replaces one of its name
+        new = ends | between
+        count = len(new - there) + bool(new & there)  # one that replaces another is complete before that goes
+        if self.keep:  # so is a new one before the oldest goes; shards do not replace the last model
+            count = max(min(count, self.keep + 1 + self.shards_steps - len(there)), 1)
         if (free := shutil.disk_usage(existing(self.output_dir)).free) < count * size:
             fewer = f", or fewer checkpoints; for example {KEEP}=1" if count > 2 and self.keep != 1 else ""
             raise ConfigError(

@@ -302,7 +302,7 @@ class FinetuneConfig(RecipeConfig):
             ("fsdp_cpu_offload", f"false{or_not}", in_bwd and self.fsdp_cpu_offload, steps),
             ("optimizer_in_bwd", "false", in_bwd and adapters, "adapters, whose gradients are small"),
             ("optimizer_in_bwd", "false", in_bwd and several and adapter, twice),
-            ("optimizer_in_bwd", "false", in_bwd and several and shares, tied),
+            ("optimizer_in_bwd", "false, or leave tok_embeddings out", in_bwd and several and shares, tied),
             ("optimizer._component_", "torch.optim.AdamW", low_bit, gathered),
             ("data_parallel_replicate_dim", "1", replicates and packs_weights(self.model), packed),
             ("tensor_parallel_dim", "1", tensor and adapters, "adapters, which torchtune's plans do not split"),

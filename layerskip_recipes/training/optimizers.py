@@ -107,15 +107,15 @@ class Optimizers:
         if not torch.distributed.is_initialized():
             return states
         # Send numbers, such as Adam's steps, as objects, and the other tensors one by one.
-        numbers = {
-            name: {key: value for key, value in state.items() if not isinstance(value, torch.Tensor) or not value.dim()}
-            for name, state in states.items()
+        tensors = {
+            name: {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim()} for name, state in states.items()
         }
-        own, shards = self.state_dict(whole=False), from_rank_zero(numbers)
-        for name, state in shards.items():
-            for key in (key for key in own[name] if key not in state):
-                fill_from_rank0(own[name][key], states[name][key] if is_rank_zero() else None)
-            shards[name] = own[name] | state
+        numbers = {name: {k: v for k, v in states[name].items() if k not in found} for name, found in tensors.items()}
+        own, shards = self.state_dict(whole=False), {}
+        for name, (keys, rest) in from_rank_zero({n: ([*tensors[n]], numbers[n]) for n in states}).items():
+            shards[name] = own.get(name, {}) | rest
+            for key in (key for key in keys if key in shards[name]):  # another setting may need no such state
+                fill_from_rank0(shards[name][key], tensors[name][key] if is_rank_zero() else None)
         return shards
 
 

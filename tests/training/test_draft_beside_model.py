@@ -108,7 +108,7 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_second_run_trains_the_draft_further(beside, checkpoint, tmp_path, beside_config):
-    """A draft of another form starts afresh, and so does one whose model was replaced."""
+    """A draft of another form starts afresh, and so does one whose model was replaced, or that cannot be read."""
     path, first, second = beside_config(**hf_sections(checkpoint), epochs=4), tmp_path / "out", tmp_path / "second"
     train(path, "optimizer.lr=3e-3")
     again = [f"model.path={first}", f"checkpointer.path={first}", f"draft.finetune_model={str(beside).lower()}"]
@@ -117,7 +117,9 @@ def test_a_second_run_trains_the_draft_further(beside, checkpoint, tmp_path, bes
     other = set_up(path, *again, f"output_dir={second}", "draft.exit_layer=1")
     file = first / "epoch_3" / "model.safetensors"
     save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
-    for recipe in (other, set_up(path, *again, f"output_dir={second}")):
+    of_another_model = set_up(path, *again, f"output_dir={second}")
+    (first / "epoch_3" / "draft" / "layerskip.json").write_text('{"format": 2}')
+    for recipe in (other, of_another_model, set_up(path, *again, f"output_dir={second}")):
         assert same_tensors(recipe.draft.state_dict(), fresh_draft(recipe.draft, recipe.model.state_dict()))
 
 

@@ -46,8 +46,8 @@ class SelfSpeculation(Section):
     """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, where that is faster. auto:
     3 beside a measured exit or draft, for one prompt at a time; null: no look-ups."""
     draft_int8: Annotated[Flag, Auto()] = AUTO
-    """Draft with int8 copies of the layers and the head (for a trained draft, of its own layers). Verification stays
-    in full precision. auto: if that should be faster."""
+    """Draft with int8 copies of the layers and the head (for a trained draft, of its own layers); on a CPU with AVX-512
+    VNNI, inputs are rounded to int8 too. Verification stays in full precision. auto: if that should be faster."""
 
     def check_against(
         self, model: LayerSkipDecoder, key: str = KEY, quantizer: Component | None = None, parallel: int = 1
