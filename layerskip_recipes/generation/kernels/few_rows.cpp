@@ -297,9 +297,9 @@ int64_t equal_block(int64_t m, int64_t most) {
   return (m + blocks - 1) / blocks;
 }
 
-// f(first, end) for parts of [0, n) of at least `grain`, on all threads; `work` counts bytes read and products. A thread
-// whose core runs another program may stall all others for milliseconds. After such a late call the next calls run on one
-// thread, each time twice as many.
+// f(first, end) for parts of [0, n) of at least `grain`, on all threads; `work` counts bytes read and products.
+// A thread whose core runs another program may stall all others for milliseconds. After such a late call the next calls
+// run on one thread, each time twice as many.
 thread_local int64_t alone = 0, next_alone = FEWEST_ALONE;
 
 template <typename F>

@@ -273,8 +273,8 @@ struct Layers : torch::CustomClassHolder {
   // `vocabulary` [v'] has the token ids of a reduced head.
   std::tuple<at::Tensor, at::Tensor> draft(
       const c10::intrusive_ptr<Head>& head, const at::Tensor& embeddings, double factor,
-      const std::optional<at::Tensor>& vocabulary, const at::Tensor& last, const at::Tensor& start, int64_t num_to_draft,
-      int64_t end, int64_t exit_layer, const std::optional<at::Tensor>& keys, double temperature,
+      const std::optional<at::Tensor>& vocabulary, const at::Tensor& last, const at::Tensor& start,
+      int64_t num_to_draft, int64_t end, int64_t exit_layer, const std::optional<at::Tensor>& keys, double temperature,
       at::Tensor confident, double least) const {
     std::vector<at::Tensor> tokens{last}, hidden;
     std::vector<int64_t> rows(last.size(0));
