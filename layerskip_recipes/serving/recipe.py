@@ -93,10 +93,11 @@ class LayerSkipServe(LayerSkipGenerate):
         text = TextStream(self.tokenizer, self.stop_tokens, strings, goes_on)
         # Reuse the beginning of the last prompt, where `generate` does.
         cache, reserve = self.caches.pop(False, None), self._reserve(len(prompt) + limit)
-        if cache is not None and not reads_in_cpp(self.dtype, len(prompt)):
+        in_cpp = reads_in_cpp(self.dtype, len(prompt))
+        if cache is not None and not in_cpp:
             cache.keep_first(0)
         generation = self._generation([prompt], limit, sampler=sampler, cache=cache, reserve=reserve)
-        if generation.context.cpp:
+        if generation.context.cpp and in_cpp:
             self.caches[False] = generation.cache
 
         def check(*_: Any) -> None:
