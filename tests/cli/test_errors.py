@@ -144,7 +144,7 @@ FINETUNE = [
     (f"{OURS}; model.base={{a: 3}}", "model", "_component_", ""),
     (f"{BASED}; model.layer_dropout.prb=0.1", "model.layer_dropout.prb", "unknown key", "prob"),
     (f"{BASED}; model.layer_dropout.prob=2", "model.layer_dropout.prob", "2", "0 to 1"),
-    (f"{BASED}; model.layer_dropout.prob=0.1", "layer_dropout", "both", ""),  # it is at top level too
+    (f"{BASED}; model.layer_dropout.prob=0.1", "layer_dropout", "in the model section", "layer_dropout=null"),
     # Optimizer, schedule, clipping.
     ("optimizer.lr=null", "optimizer.lr", "None", "optimizer.lr=auto"),
     ("optimizer.lr=.nan", "optimizer", "nan", "Invalid learning rate"),

@@ -202,8 +202,10 @@ def test_quantised_weights_are_what_decodes(path, quantizer):
 
 
 @pytest.mark.parametrize("vocabulary", [None, 40])
-def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary):
+@pytest.mark.parametrize("has_vnni", [False, True])
+def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary, has_vnni, monkeypatch):
     """Of a draft vocabulary the rows of the head; the model and what it shares are as they were."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
     drafts = {"draft_int8": "true", "draft_vocabulary": vocabulary or "null"}
     recipe, _ = run(path, *(f"self_speculation.{key}={value}" for key, value in drafts.items()))
     draft_decoder, model = recipe.draft_model.decoder, recipe.model
@@ -220,7 +222,9 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary)
     x = torch.randn(1, 3, model.tok_embeddings.embedding_dim)
     expected = torch.nn.Linear(1, 1, bias=False)
     expected.weight = torch.nn.Parameter(getattr(model.output, "tied_module", model.output).weight.detach()[rows])
-    torchao.quantization.quantize_(expected, torchao.quantization.Int8WeightOnlyConfig())
+    rounds_inputs = torchao.quantization.Int8DynamicActivationInt8WeightConfig
+    int8 = rounds_inputs(version=2) if has_vnni else torchao.quantization.Int8WeightOnlyConfig()
+    torchao.quantization.quantize_(expected, int8)
     with torch.no_grad():
         torch.testing.assert_close(head(x), expected(x))
 
