@@ -194,7 +194,7 @@ def chain_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
     if not context.own_layers and (hidden is None or not context.shares_layers):
         return context.run(model, tokens, at, slots), None
     unread = slice(0 if hidden is None else tokens.shape[1] - 1, None)
-    # The model reads nothing of a copy's states, but continues from its own early layers' states.
+    # The model continues from the states of its own early layers. A copy only fills its cache here.
     part: Any = {"exit_layer": exit_layer, "unembed": False, "only_cache": not context.shares_layers}
     x = context.run(context.draft_decoder, tokens[:, unread], at[:, unread], slots, **part)
     if not context.shares_layers:
