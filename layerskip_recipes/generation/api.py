@@ -14,7 +14,6 @@ from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.prefill import reads_in_cpp
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text.text_stream import TextStream
@@ -209,9 +208,6 @@ def prepare(
     if drafts is not None:
         num_to_draft = min(drafts.num_speculations, max_generated_tokens - 2)
         rule = kept_rule(model, (drafts.rule_key, num_to_draft, len(prompts), compile))
-    # C++ computes the same keys and values however the prompts are split, so later prompts can reuse them.
-    alone = chooser is not None and compile and len(prompts) == 1
-    keeps_cache = alone and reads_in_cpp(model.tok_embeddings.weight.dtype, len(prompts[0]))
     generation = Generation(
         model,
         prompts,
@@ -224,11 +220,8 @@ def prepare(
         compile=bool(compile),
         shared=shared,
         rule=rule,
-        cache=chooser.caches.get(drafts is None) if keeps_cache else None,
+        reuse=len(prompts[0]) if chooser is not None and len(prompts) == 1 else 0,
     )
-    if chooser is not None:
-        kept = {drafts is None: generation.cache} if keeps_cache and generation.context.cpp else {}
-        chooser.caches = chooser.caches | kept if kept else {}
     return generation, rule
 
 

@@ -7,6 +7,7 @@ fills the cache, steps.py has the steps of all, and kernels/compiling.py compile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -14,12 +15,12 @@ from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.generation.accounts import Accounts
 from layerskip_recipes.generation.drafting.decoding import Decoding
-from layerskip_recipes.generation.drafting.draft_model import DraftModel, build_draft_model
+from layerskip_recipes.generation.drafting.draft_model import DraftModel, DraftModels
 from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundStart
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
-from layerskip_recipes.generation.prefill import common_length, common_start, read_texts
+from layerskip_recipes.generation.prefill import common_length, common_start, read_texts, reads_in_cpp
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler, noise_keys
 from layerskip_recipes.generation.steps import StepContext, choose_token
@@ -47,6 +48,8 @@ class Generation:
             batching). None: all prompts.
         compile: compile the steps; the model keeps the graphs for later generations.
         cache: the `cache` of an earlier generation with as many rows; its tokens are not computed again.
+        reuse: without `cache`, at most so many first tokens of each prompt are taken from the model's last generation
+            with as many rows. C++ only: it computes the same keys and values however the prompts are split.
         shared: all ranks of torchrun decode these prompts, and rank 0 decides the tokens.
         reserve: minimum number of slots in a new cache; None: what this generation needs.
         on_draft: called with each row's drafted tokens, [b][n], before every verification.
@@ -82,6 +85,7 @@ class Generation:
         rows: int | None = None,
         compile: bool = False,
         cache: DecodingCache | None = None,
+        reuse: int = 0,
         shared: bool = False,
         reserve: int | None = None,
         on_draft: Callable[[list[list[int]]], None] | None = None,
@@ -111,14 +115,19 @@ class Generation:
         if speculation is not None:
             speculation.check(self.model)
             needed += speculation.num_speculations
-            draft_model = draft_model or build_draft_model(self.model, speculation)
+            draft_model = draft_model or DraftModels().of(speculation, self.model)
             decoder, head = draft_model.fitted(self.model, speculation)
         size, own = cache_length if compile else int, len(decoder.own_layers)  # rounds up for compiled steps
-        if cache is None or not cache.fits(self.model, len(self.rows), own, size(needed)):
-            make = compiled.cache if compiled else DecodingCache
+        fits = cache is not None and cache.fits(self.model, len(self.rows), own, size(needed))
+        if cache is None or not fits:
+            make = partial(compiled.cache, size(needed)) if compiled else DecodingCache
             cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), own)
         self.cache = cache
         self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, depth, shared)
+        exact = self.context.cpp is not None and reads_in_cpp(self.context.dtype, max(lengths))
+        if not fits:
+            cache.keep_first(reuse if exact and cache.exact else 0)
+        cache.exact = exact and (cache.exact or not fits)
         # The keys of the noise: [b, 2] by row, and by prompt.
         self.keys: torch.Tensor | None = None
         if not sampler.greedy:

@@ -23,7 +23,6 @@ from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.hf_decoder import hf_decoder
 from layerskip_recipes.model.hf_folder import named_folder
-from layerskip_recipes.model.kv_cache import DecodingCache
 
 log = utils.get_logger("INFO")
 
@@ -84,8 +83,6 @@ class DecodingChooser:
     draft_models: DraftModels
     stop_tokens: Sequence[int]
     said: set[str] = field(default_factory=set)
-    # Caches of single prompts, with drafts or without. The next prompt reuses the beginning that it shares.
-    caches: dict[bool, DecodingCache] = field(default_factory=dict)
 
     def choose(
         self,

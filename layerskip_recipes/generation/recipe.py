@@ -31,7 +31,6 @@ from layerskip_recipes.generation.sampling import Sampler, copies_before
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.model.kv_cache import DecodingCache
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
 from layerskip_recipes.processes import init_processes, is_rank_zero, num_processes, same_on_all
 
@@ -77,9 +76,8 @@ class LayerSkipGenerate:
         for error in bad:
             log.warning("skipped: %s", error)
         self.batch_size = min(cfg.batch_size, len(self.good) or 1)
-        # The beginning that all prompts share stays in the caches, for plain decoding and for drafts.
+        # The beginning that all prompts share is read once.
         self.common = common_start([self.prompt_tokens[i] for i in self.good], self.dtype) if self.good else 0
-        self.caches: dict[bool, DecodingCache] = {}
         # Choose how to draft.
         self.cfg, choice = self._choose()
         cfg, self.compile = self.cfg, bool(self.cfg.compile)
@@ -228,15 +226,9 @@ class LayerSkipGenerate:
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
-        numbers, cache = [self.numbers[i] for i in batch], self.caches.pop(plain, None)
-        if cache is not None:
-            cache.keep_first(self.common)
-        generation = self._generation(
-            prompts, limit, plain, shown, reserve=self.reserve, rows=self.batch_size, numbers=numbers, cache=cache
-        )
-        if generation.context.cpp:
-            self.caches[plain] = generation.cache
-
+        numbers, rows = [self.numbers[i] for i in batch], self.batch_size
+        settings: dict[str, Any] = {"reserve": self.reserve, "rows": rows, "numbers": numbers, "reuse": self.common}
+        generation = self._generation(prompts, limit, plain, shown, **settings)
         answered = set()
 
         def add(prompt: int) -> None:  # index within the batch

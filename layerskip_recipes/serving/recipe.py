@@ -17,7 +17,6 @@ from torchtune.data import Message
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.rule import DraftRule
-from layerskip_recipes.generation.prefill import reads_in_cpp
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.generation.text.prompts import to_tokens
 from layerskip_recipes.generation.text.text_stream import TextStream
@@ -91,14 +90,8 @@ class LayerSkipServe(LayerSkipGenerate):
         strings = [*self.stop_strings, *([asked.stop] if isinstance(asked.stop, str) else asked.stop)]
         goes_on = prompt if isinstance(asked, CompletionRequest) else ()
         text = TextStream(self.tokenizer, self.stop_tokens, strings, goes_on)
-        # Reuse the beginning of the last prompt, where `generate` does.
-        cache, reserve = self.caches.pop(False, None), self._reserve(len(prompt) + limit)
-        in_cpp = reads_in_cpp(self.dtype, len(prompt))
-        if cache is not None and not in_cpp:
-            cache.keep_first(0)
-        generation = self._generation([prompt], limit, sampler=sampler, cache=cache, reserve=reserve)
-        if generation.context.cpp and in_cpp:
-            self.caches[False] = generation.cache
+        reserve = self._reserve(len(prompt) + limit)
+        generation = self._generation([prompt], limit, sampler=sampler, reserve=reserve, reuse=len(prompt))
 
         def check(*_: Any) -> None:
             if gone.is_set():

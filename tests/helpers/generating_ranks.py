@@ -26,7 +26,7 @@ from layerskip_recipes.generation import api, parallel
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.config import GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
-from layerskip_recipes.generation.drafting.draft_model import build_draft_model
+from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import compiled_steps
@@ -202,7 +202,7 @@ def trained_rank(folder):
         cfg = GenerateConfig.load(load_config(str(file)))
         ours = trained_speculation(cfg.self_speculation.draft)
         model, draft = parallel.load_sharded_decoder(cfg, CPU, ours.model_layers, draft=ours.draft)
-        draft_model = build_draft_model(model, ours, trained_draft=draft)
+        draft_model = DraftModels(draft).of(ours, model)
         generation = speculation.run(model, PROMPTS, NEW, speculation=ours, draft_model=draft_model)
         stats = generation.stats
         result[file.stem] = [generation.generated, stats.drafted, stats.accepted]

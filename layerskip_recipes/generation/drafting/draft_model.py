@@ -78,29 +78,42 @@ class DraftModel:
         return decoder, head
 
 
-def build_draft_model(
-    model: LayerSkipDecoder, speculation: Speculation, key: str = KEY, trained_draft: Draft | None = None
-) -> DraftModel:
-    """The draft model of a loaded model. `trained_draft` is that of `speculation.draft`, if it has been read.
+class DraftModels:
+    """Builds the draft models of one loaded model. Speculations that draft with the same weights share one.
 
-    `key` names the section in messages.
+    `trained_draft`: that of all speculations, if it has been read.
     """
-    decoder, head, layers = None, None, range(speculation.exit_layer)
-    if speculation.draft is not None:
-        decoder = (trained_draft or read_draft(speculation.draft, model, f"{key}.draft")).decoder(model)
-        layers = decoder.own_layers
-    if speculation.draft_vocabulary is not None:
-        # Quantising changes a head in place, so it must not be the one that is kept for the model.
-        make = DraftHead if speculation.draft_int8 else draft_head_of
-        head = make(decoder or model, speculation.draft_vocabulary)
-    if speculation.draft_int8:
-        # VNNI instructions multiply int8 numbers fastest. That helps most where a copy reads the prompt.
-        on_vnni = model.tok_embeddings.weight.device.type == "cpu" and torch.cpu._is_vnni_supported()
-        kind = "Int8DynamicActivationInt8WeightConfig" if on_vnni else "Int8WeightOnlyConfig"
-        int8 = Component({"_component_": f"torchao.quantization.{kind}"}, f"{key}.draft_int8")
-        head = None if head is None else quantise(head, int8)
-        decoder = quantised_layers(decoder or model, layers, int8, head is None)
-    return DraftModel(decoder, head)
+
+    def __init__(self, trained_draft: Draft | None = None) -> None:
+        self.trained_draft = trained_draft
+        self.built: dict[Hashable, DraftModel] = {}
+
+    def of(self, speculation: Speculation | None, model: LayerSkipDecoder, key: str = KEY) -> DraftModel:
+        """The draft model of a speculation; `key` names its section in messages."""
+        if speculation is None:
+            return DraftModel()
+        draft, ids = speculation.draft, speculation.draft_vocabulary
+        vocabulary = None if ids is None else tuple(ids)
+        weights = (draft and draft.folder, speculation.exit_layer, vocabulary, speculation.draft_int8)
+        if weights in self.built:
+            return self.built[weights]
+        decoder, head, layers = None, None, range(speculation.exit_layer)
+        if draft is not None:
+            decoder = (self.trained_draft or read_draft(draft, model, f"{key}.draft")).decoder(model)
+            layers = decoder.own_layers
+        if ids is not None:
+            # Quantising changes a head in place, so it must not be the one that is kept for the model.
+            make = DraftHead if speculation.draft_int8 else draft_head_of
+            head = make(decoder or model, ids)
+        if speculation.draft_int8:
+            # VNNI instructions multiply int8 numbers fastest. That helps most where a copy reads the prompt.
+            on_vnni = model.tok_embeddings.weight.device.type == "cpu" and torch.cpu._is_vnni_supported()
+            kind = "Int8DynamicActivationInt8WeightConfig" if on_vnni else "Int8WeightOnlyConfig"
+            int8 = Component({"_component_": f"torchao.quantization.{kind}"}, f"{key}.draft_int8")
+            head = None if head is None else quantise(head, int8)
+            decoder = quantised_layers(decoder or model, layers, int8, head is None)
+        self.built[weights] = DraftModel(decoder, head)
+        return self.built[weights]
 
 
 def quantised_layers(
@@ -113,24 +126,3 @@ def quantised_layers(
     packed = quantise(nn.ModuleList(parts), quantizer)
     decoder = model.with_modules(layers=nn.ModuleList([*model.layers[: layers.start], *packed[: len(layers)]]))
     return decoder.with_modules(output=packed[len(layers)]) if with_head else decoder
-
-
-class DraftModels:
-    """The draft models of one loaded model. Speculations that draft with the same weights share one.
-
-    `trained_draft`: that of all speculations, if it has been read.
-    """
-
-    def __init__(self, trained_draft: Draft | None = None) -> None:
-        self.trained_draft = trained_draft
-        self.built: dict[Hashable, DraftModel] = {}
-
-    def of(self, speculation: Speculation | None, model: LayerSkipDecoder, key: str = KEY) -> DraftModel | None:
-        """The draft model of a speculation; `key` names its section in messages."""
-        if speculation is None:
-            return None
-        draft, ids = speculation.draft and speculation.draft.folder, speculation.draft_vocabulary
-        weights = (draft, speculation.exit_layer, None if ids is None else tuple(ids), speculation.draft_int8)
-        if weights not in self.built:
-            self.built[weights] = build_draft_model(model, speculation, key, self.trained_draft)
-        return self.built[weights]

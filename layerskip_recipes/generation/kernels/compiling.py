@@ -57,18 +57,19 @@ class CompiledSteps:
         self.seconds = 0.0
         self._caches: dict[tuple[int, int], DecodingCache] = {}
 
-    def cache(self, model: LayerSkipDecoder, num_rows: int, max_len: int, draft_layers: int = 0) -> DecodingCache:
-        """A cache of at least max_len slots, reused from the last generation with as many rows if large enough.
+    def cache(
+        self, needed: int, model: LayerSkipDecoder, num_rows: int, max_len: int, draft_layers: int
+    ) -> DecodingCache:
+        """The cache of the last generation with as many rows if it has the `needed` slots, or a new one of max_len.
 
         The two used last are kept, for full batches and a smaller last one. On a GPU it is eight, because CUDA graphs
         hold their addresses.
         """
         kept = self._caches.pop((num_rows, draft_layers), None)
-        if kept is None or kept.max_len < max_len:
+        if kept is None or kept.max_len < needed:
             kept = DecodingCache(model, num_rows, max_len, draft_layers)
         others = [*self._caches.items()]
         self._caches = dict(others[-7 if self.device.type == "cuda" else -1 :]) | {(num_rows, draft_layers): kept}
-        kept.tokens = [[] for _ in range(num_rows)]
         return kept
 
     def prepare(self, load: Callable[[], bool]) -> bool:
