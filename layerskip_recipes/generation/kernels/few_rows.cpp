@@ -43,7 +43,7 @@ constexpr double SLOWEST = 4e9;  // bytes read, and products, per second on the 
 constexpr int FEWEST_ALONE = 16, MOST_ALONE = 65536;  // single-threaded calls after a late one
 constexpr int AHEAD = 8192;  // prefetch distance in each row of W, in bytes
 constexpr int IN_ORDER = 16384;  // a tile of W of at most this many bytes is prefetched row after row, this far ahead
-// Whether a single row of x takes W row by row: AMD's own prefetcher follows one place best, and ours slows it down.
+// Whether the fewest rows of x take W row by row: AMD's own prefetcher follows one place best, and ours slows it down.
 #if defined(__x86_64__)
 const bool ROW_BY_ROW = __builtin_cpu_is("amd");
 #else
@@ -268,7 +268,7 @@ void tile(const X* x, const W* w, float* y, int64_t k, int64_t step, int64_t str
       constexpr int n = group * AT_ONCE;
       Totals<M * AT_ONCE> part = zeros<M * AT_ONCE>();
       add<M, AT_ONCE, prefetches>(x, w + n * k, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, part);
-      unrolled<M * AT_ONCE>([&](auto i) INLINE { total[n + i] = part[i]; });
+      unrolled<M * AT_ONCE>([&](auto i) INLINE { total[i / AT_ONCE * N + n + i % AT_ONCE] = part[i]; });
     });
   if constexpr (sizeof(X) == 1) unrolled<M * N>([&](auto i) INLINE { total[i] = to_fp32(total[i]); });
   write<M, N>(total, y, stride);
@@ -282,9 +282,9 @@ void block(int64_t rows, const X* x, const W* w, float* y, int64_t k, int64_t co
   }
   constexpr int N = tile_rows(M);
   int64_t n = 0;
-  // A single row of x takes few rows of w at a time: memory streams slower from 16 places at once. int8 is read slowly
-  // enough for four.
-  if (M == 1 && ROW_BY_ROW && !std::is_same_v<W, int8_t>)
+  // One row of x, or two with w in fp32, takes few rows of w at a time: memory streams slower from many places at once.
+  // int8 is read slowly enough for four.
+  if (ROW_BY_ROW && M <= static_cast<int>(sizeof(W) / 2))
     for (; n + N <= columns; n += N) tile<M, N, 1, false>(x, w + n * k, y + n, k, step, stride);
   else
     for (; n + N <= columns; n += N) tile<M, N, M == 1 ? std::min(4, N) : N>(x, w + n * k, y + n, k, step, stride);
