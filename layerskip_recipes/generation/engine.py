@@ -20,7 +20,7 @@ from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundStart
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
-from layerskip_recipes.generation.prefill import common_length, common_start, read_texts, reads_in_cpp
+from layerskip_recipes.generation.prefill import common_length, common_start, read_texts
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler, noise_keys
 from layerskip_recipes.generation.steps import StepContext, choose_token
@@ -124,10 +124,8 @@ class Generation:
             cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), own)
         self.cache = cache
         self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, depth, shared)
-        exact = self.context.cpp is not None and reads_in_cpp(self.context.dtype, max(lengths))
         if not fits:
-            cache.keep_first(reuse if exact and cache.exact else 0)
-        cache.exact = exact and (cache.exact or not fits)
+            cache.keep_first(reuse if self.context.cpp else 0)
         # The keys of the noise: [b, 2] by row, and by prompt.
         self.keys: torch.Tensor | None = None
         if not sampler.greedy:
@@ -139,7 +137,7 @@ class Generation:
         self.first_sharded = None if speculation is None else next(sharded, None)
         rule = DraftRule(measure=False) if rule is None or speculation is None else rule
         self.decoding = Decoding(self.context, speculation, self.rows.texts, rule)
-        self.common = common_start(self.rows.prompts, self.context.dtype) if self.context.cpp else 0
+        self.common = common_start(self.rows.prompts) if self.context.cpp else 0
         drafts_from = None if speculation is None else speculation.exit_layer
         self.accounts = Accounts(self.context, self.rows, drafts_from)
         self.stats = self.accounts.stats

@@ -15,21 +15,8 @@ CHUNK = 512  # tokens per pass behind cached tokens, which limits the size of th
 CPP_CHUNK = 128  # tokens per pass in C++
 
 
-def reads_in_cpp(dtype: torch.dtype, tokens: int) -> bool:
-    """Whether the C++ of a generation reads a text of this length. On a CPU with tiles for bf16 (AMX), torch is faster.
-
-    This must not depend on the other rows: torch rounds otherwise, and a row must get the same tokens as alone.
-    """
-    return tokens <= CPP_CHUNK or dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
-
-
-def common_start(prompts: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
-    """How many first tokens all prompts share, such as the header of a chat template. C++ reads them only once.
-
-    0 if torch would read one of the prompts, since its rounding depends on what it reads at once.
-    """
-    if not reads_in_cpp(dtype, max(map(len, prompts))):
-        return 0
+def common_start(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts share, such as the header of a chat template. C++ reads them only once."""
     first, last = min(map(list, prompts)), max(map(list, prompts))  # in lexicographic order
     return min(common_length(first, last), min(map(len, prompts)) - 1)
 
@@ -47,27 +34,9 @@ def read_texts(
     `rows` are the texts' rows in the cache, None for all. Returns x_depth of each text's last token, [b, d].
     """
     rows = range(context.cache.num_rows) if rows is None else rows
-    final: dict[int, torch.Tensor] = {}
-    for group, in_cpp in _groups(context, [len(text) - reused for text in texts]):
-        group_texts, group_rows = [texts[i] for i in group], [rows[i] for i in group]
-        all_rows = in_cpp or len(group) == context.cache.num_rows
-        with nullcontext() if all_rows else context.cache.only(group_rows[0]):
-            states = _read_together(context, group_texts, group_rows, reused, in_cpp)
-            final |= zip(group, states, strict=True)
-    return torch.stack([final[i] for i in range(len(texts))])
-
-
-def _groups(context: StepContext, lengths: Sequence[int]) -> list[tuple[list[int], bool]]:
-    """The texts to read together, and whether C++ reads them.
-
-    In C++ a text's result does not depend on the other texts. In torch it may, so if C++ is available torch reads texts
-    one at a time.
-    """
-    everything = [*range(len(lengths))]
-    if context.cpp is None:
-        return [(everything, False)]
-    in_cpp = [i for i in everything if reads_in_cpp(context.dtype, lengths[i])]
-    return [(in_cpp, True)] * bool(in_cpp) + [([i], False) for i in everything if i not in in_cpp]
+    in_cpp = context.cpp is not None  # a text's result then depends neither on the other texts nor on the chunks
+    with nullcontext() if in_cpp or len(texts) == context.cache.num_rows else context.cache.only(rows[0]):
+        return _read_together(context, texts, rows, reused, in_cpp)
 
 
 def _read_together(

@@ -77,7 +77,7 @@ class LayerSkipGenerate:
             log.warning("skipped: %s", error)
         self.batch_size = min(cfg.batch_size, len(self.good) or 1)
         # The beginning that all prompts share is read once.
-        self.common = common_start([self.prompt_tokens[i] for i in self.good], self.dtype) if self.good else 0
+        self.common = common_start([self.prompt_tokens[i] for i in self.good]) if self.good else 0
         # Choose how to draft.
         self.cfg, choice = self._choose()
         cfg, self.compile = self.cfg, bool(self.cfg.compile)

@@ -77,7 +77,6 @@ class DecodingCache:
         # with the same first tokens reuses them.
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.depth = 0
-        self.exact = False  # whether C++ computed them, which rounds alike however the texts are split
         self._prepare(model)
 
     def _prepare(self, model: LayerSkipDecoder) -> None:

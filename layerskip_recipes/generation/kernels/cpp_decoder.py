@@ -45,7 +45,7 @@ from layerskip_recipes.model.head import head_of
 from layerskip_recipes.model.hf_decoder import NormFirstAttention, RotaryPositions
 from layerskip_recipes.model.kv_cache import DecodingCache
 
-SOURCES = [Path(__file__).with_name(name) for name in ("few_rows.cpp", "attention.cpp", "sampling.cpp", "layers.cpp")]
+SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
 
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.

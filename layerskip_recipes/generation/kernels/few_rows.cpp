@@ -1,4 +1,5 @@
-// y = x W^T for few rows of x; W is fp32, bf16 or int8. With AVX-512 bf16 instructions, products with a bf16 W take x
+// y = x W^T for few rows of x; W is fp32, bf16 or int8. Compiled in one file with tiles.cpp, after it, which multiplies
+// by bf16 weights where it can. With AVX-512 bf16 instructions, products with a bf16 W take x
 // rounded to bf16, as torch does, and compute two at a time. If x is to be rounded to int8 as well, AVX-512 VNNI
 // instructions compute four at a time, with int32 sums.
 //
@@ -325,7 +326,7 @@ struct Linear {
   explicit operator bool() const { return weight.defined(); }
 
   // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time, for blocks of `size` rows of x, with
-  // row stride `step`; x in bf16 needs weights in bf16. `units` [m] are factors of integer rows of x, or null.
+  // row stride `step`; x in bf16, packed or not, needs weights in bf16. `units` [m] are factors of integer rows of x, or null.
   template <typename X>
   void operator()(
       const X* x, const float* units, int64_t step, float* y, int64_t m, int64_t size, int64_t stride, int64_t first, int64_t end,
@@ -333,13 +334,16 @@ struct Linear {
     const int64_t k = weight.size(1);
     const auto multiply_by = [&](const auto* w) {
       for (int64_t at = first; at < end; at += grain)
-        for (int64_t row = 0; row < m; row += size)
-          block<BLOCK>(
-              std::min(size, m - row), x + row * step, w + at * k, y + row * stride + at, k, std::min(grain, end - at),
-              step, stride);
+        for (int64_t row = 0; row < m; row += size) {
+          const int64_t rows = std::min(size, m - row), count = std::min(grain, end - at);
+          if constexpr (std::is_same_v<X, Pair>)
+            tile_block(rows, x + row * step, w, y + row * stride, columns(), k, stride, at, at + count);
+          else
+            block<BLOCK>(rows, x + row * step, w + at * k, y + row * stride + at, k, count, step, stride);
+        }
     };
     if constexpr (!std::is_same_v<X, float>)
-      multiply_by(weight.const_data_ptr<std::conditional_t<sizeof(X) == 1, int8_t, X>>());
+      multiply_by(weight.const_data_ptr<std::conditional_t<sizeof(X) == 1, int8_t, at::BFloat16>>());
     else if (weight.scalar_type() == at::kChar)
       multiply_by(weight.const_data_ptr<int8_t>());
     else if (weight.scalar_type() == at::kBFloat16)
@@ -404,11 +408,13 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
   for (const Linear* linear : linears) n += linear->columns();
   const auto multiply_by = [&](const auto* x, int64_t step, const float* units = nullptr) {
     const int64_t fit = IN_L1 / (k * static_cast<int64_t>(sizeof(*x)));
-    const int64_t size = equal_block(m, std::clamp<int64_t>(fit, FEWEST_ROWS, BLOCK)), tile = tile_rows(size);
+    constexpr bool packed = std::is_same_v<decltype(x), const Pair*>;
+    const int64_t size = packed ? 2 * TILE : equal_block(m, std::clamp<int64_t>(fit, FEWEST_ROWS, BLOCK));
+    const int64_t tile = packed ? 2 * TILE : tile_rows(size);
     // Whole tiles of about so many bytes. For a single row wide weights stream best column by column.
     const auto columns = [&](int64_t of_bytes) {
       const int64_t whole = std::max<int64_t>(of_bytes / bytes / tile, 1) * tile;
-      return m == 1 ? std::max<int64_t>(std::min(of_bytes / bytes, whole), 1) : whole;
+      return m == 1 && !packed ? std::max<int64_t>(std::min(of_bytes / bytes, whole), 1) : whole;
     };
     // A thread pays off from 32 or 64 kB of weights.
     const int64_t least = columns(m < 4 ? 65536 : 32768), grain = m > size ? columns(IN_L2) : least;
@@ -423,8 +429,15 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
   };
   if constexpr (bf16_products) {
     const auto is_bf16 = [](const Linear* linear) { return linear->weight.scalar_type() == at::kBFloat16; };
-    if (std::all_of(linears.begin(), linears.end(), is_bf16))
+    if (std::all_of(linears.begin(), linears.end(), is_bf16)) {
+      const auto fits = [&](const Linear* linear) { return k % TILE_WIDTH == 0 && linear->columns() >= TILE; };
+      if (HAS_TILES && std::all_of(linears.begin(), linears.end(), fits)) {
+        Pair* const to = kept_room<Pair>((m + TILE - 1) / TILE * TILE * k / 2);
+        pack(rows_as<at::BFloat16>(x, m, k, k), m, k, to);
+        return multiply_by(const_cast<const Pair*>(to), k / 2);
+      }
       return multiply_by(rows_as<at::BFloat16>(x, m, k, k + APART / 2), k + APART / 2);
+    }
   }
   if (std::all_of(linears.begin(), linears.end(), [](const Linear* linear) { return linear->sums.defined(); })) {
     static thread_local std::vector<float> units;

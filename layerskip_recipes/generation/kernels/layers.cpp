@@ -149,7 +149,9 @@ struct Layer {
 
     before_mlp(m, d, state, normed);
     multiply(normed, m, {&gate, &up}, wide);
-    for (int64_t row = 0; row < m; row++) activate(wide + row * 2 * inner, mixed + row * inner, inner);
+    at::parallel_for(0, m, 16, [&](int64_t row, int64_t end) {
+      for (; row < end; row++) activate(wide + row * 2 * inner, mixed + row * inner, inner);
+    });
     multiply(mixed, m, {&down}, normed);
     add(after_mlp, m, d, normed, state);
     return x;
