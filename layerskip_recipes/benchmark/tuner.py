@@ -42,6 +42,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     DraftMethod,
     Prediction,
     StepCost,
+    longest_draft,
     ranked,
     rounds_of,
 )
@@ -187,13 +188,14 @@ class Tuner:
         endings = [False, True] if on_cpu and self.batch_rows == 1 else [False]
         precisions = [False, True] if self.cfg.compile and on_cpu else [False]
         # Tokens per round of each method, and what to time.
+        longest = longest_draft(not on_cpu, self.cfg.compile, self.model.tok_embeddings.weight.dtype)
         if self.draft is not None and self.trained is not None:
             method = method_of(self.draft)
-            measured = measured_rates(self.model, texts, trained=(method, self.trained))
-            probes = [(method, LONGEST_DRAFT)]
+            measured = measured_rates(self.model, texts, longest=longest, trained=(method, self.trained))
+            probes = [(method, longest)]
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
-            measured = measured_rates(self.model, texts, self.frequent, sizes)
+            measured = measured_rates(self.model, texts, self.frequent, sizes, longest)
             probes = self._probes(sizes[0])
         timed = {
             (m._replace(int8=int8), n): self._probe(m._replace(int8=int8), n) for int8 in precisions for m, n in probes

@@ -15,7 +15,14 @@ from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRou
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting.auto_drafts import TrainingNotes, choose_drafts
-from layerskip_recipes.generation.drafting.prediction import DraftMethod, estimated_costs, measured_rounds
+from layerskip_recipes.generation.drafting.prediction import (
+    DraftMethod,
+    Round,
+    estimated_costs,
+    longest_draft,
+    measured_rounds,
+    ranked,
+)
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS
 from layerskip_recipes.generation.kernels import when_to_compile
@@ -103,6 +110,26 @@ def test_the_choice_is_the_best_of_all(tmp_path, precisions):
     assert found.section.draft_int8 == (itemsize == 1)
     assert found.speedup == pytest.approx(speedup, rel=1e-6) and speedup > 1.8
     assert f"exit {e}, " in found.why and f"{d} drafted tokens" in found.why and f"{speedup:.2f}x" in found.why
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_matrix_tiles_make_long_drafts_pay(tiles, monkeypatch):
+    """Of drafts that are nearly always right: eight tokens, because verification of more rows is slow, or all 15."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    method, rounds = DraftMethod(4, 2048, int8=True), [Round(0.95 * n + 1, float(n)) for n in range(1, 16)]
+    costs = smollm2_costs(torch.bfloat16)
+    best = ranked({method: rounds}, costs)[0]
+    assert best.num_speculations == (15 if tiles else 8)
+    # Seen on an Intel Xeon: nine rows take 1.18 steps, and 16 take 1.28.
+    drafting = 8 * costs.draft[True].seconds(4, 2048)
+    verify = (costs.round_s(method, 8) - drafting) / costs.plain_step_s
+    assert verify == pytest.approx(1.18 if tiles else 1.5, abs=0.05)
+    for dtype, gpu, compiled in (
+        (torch.float32, False, True),
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, False, False),
+    ):
+        assert longest_draft(gpu, compiled, dtype) == 8
 
 
 def test_acceptance_by_temperature():

@@ -9,7 +9,7 @@ from helpers.ranks import train_on_ranks
 from helpers.resuming import keep_only
 from helpers.training import VALIDATION, few_texts, losses, texts, train  # noqa: F401
 
-from layerskip_recipes.checkpoint.trained_exits import exits_to_measure, read_trained_exits
+from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, exits_to_measure, read_trained_exits
 from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.training import draft_statistics
 from layerskip_recipes.training.draft_statistics import DraftStatistics
@@ -48,7 +48,7 @@ def test_a_run_without_validation_measures_its_first_batches(tmp_path, tokenizer
 
     samples = [recipe.data.dataset[i] for step in (0, 1) for i in recipe.data.samples(step)]
     batches = [{key: torch.tensor([sample[key]]) for key in ("tokens", "labels")} for sample in samples]
-    options = {"num_speculations": 8, "vocabulary": found.vocabulary, "sizes": [64]}
+    options = {"num_speculations": LONGEST_DRAFT, "vocabulary": found.vocabulary, "sizes": [64]}
     expected = exit_quality(recipe.model.eval(), batches, [2, 4], torch.device("cpu"), **options)[2]
     assert measured.labels == expected.labels
     for kind in ("greedy", "sampled"):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.checkpoint.trained_exits import TokensPerRound, TrainedExits, exit_that_drafts
+from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, TokensPerRound, TrainedExits, exit_that_drafts
 
 # For a trained exit without a measurement: each drafted token is accepted with probability 0.7.
 _ASSUMED = [(1 - 0.7**n) / 0.3 for n in range(2, 10)]
@@ -83,6 +83,7 @@ class Costs:
     further_row: float  # cost of one more token, as a share of a forward pass
     round: float  # bookkeeping on the host
     batch_rows: int = 1
+    longest: int = LONGEST_DRAFT  # drafted tokens
 
     def round_s(self, method: DraftMethod, num_drafted: float) -> float:
         """Seconds of n = `num_drafted` draft steps and of the verification pass over n + 1 tokens."""
@@ -112,6 +113,16 @@ MACHINES = {
 }
 
 
+def has_tiles(gpu: bool, compiled: bool, dtype: torch.dtype) -> bool:
+    """Whether products run in matrix tiles (kernels/tiles.cpp), which take 16 tokens almost as fast as one."""
+    return compiled and not gpu and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
+def longest_draft(gpu: bool, compiled: bool, dtype: torch.dtype) -> int:
+    """The longest draft to choose. Without tiles verification is much slower from 10 tokens on."""
+    return LONGEST_DRAFT if has_tiles(gpu, compiled, dtype) else 8
+
+
 def estimated_costs(
     model: TransformerDecoder, dtype: torch.dtype, gpu: bool, compiled: bool, batch_rows: int = 1
 ) -> Costs:
@@ -120,7 +131,8 @@ def estimated_costs(
     layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
     rows, width = model.tok_embeddings.num_embeddings, model.tok_embeddings.embedding_dim
     # Verifying several batch rows takes several passes over the weights, and costs 1.5 to 2.5 times as much per token.
-    further_row = machine.further_row * (1 if batch_rows == 1 else 2)
+    further_row = 0.02 if has_tiles(gpu, compiled, dtype) else machine.further_row
+    further_row *= 1 if batch_rows == 1 else 2
     batch = 1 + further_row * (batch_rows - 1)
 
     def cost(itemsize: int) -> StepCost:
@@ -130,7 +142,8 @@ def estimated_costs(
     own = cost(dtype.itemsize)
     plain, num_layers = own.seconds(len(model.layers), rows), len(model.layers)
     share = further_row / batch
-    return Costs(num_layers, rows, plain, {False: own, True: cost(1)}, share, machine.round, batch_rows)
+    longest = longest_draft(gpu, compiled, dtype)
+    return Costs(num_layers, rows, plain, {False: own, True: cost(1)}, share, machine.round, batch_rows, longest)
 
 
 def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = False) -> list[Round]:
@@ -167,10 +180,13 @@ def rounds_of(
 def ranked(
     rates: Mapping[DraftMethod, Sequence[Round]], costs: Costs, lengths: Iterable[int] | None = None
 ) -> list[Prediction]:
-    """All methods with all draft lengths (None: the measured ones), fastest first; `rates` has their rounds."""
+    """All methods with all draft lengths (None: the measured ones up to the longest), fastest first.
+
+    `rates` has the methods' rounds.
+    """
     found = []
     for method, rounds in rates.items():
-        for length in range(1, len(rounds) + 1) if lengths is None else lengths:
+        for length in range(1, min(len(rounds), costs.longest) + 1) if lengths is None else lengths:
             # Drafts that are longer than the measured ones give at least as many tokens.
             tokens, num_drafted = rounds[min(length, len(rounds)) - 1]
             seconds = costs.round_s(method, num_drafted if method.ends else length)

@@ -1,7 +1,7 @@
-// y = x W^T for few rows of x; W is fp32, bf16 or int8. Compiled in one file with tiles.cpp, after it, which multiplies
-// by bf16 weights where it can. With AVX-512 bf16 instructions, products with a bf16 W take x
-// rounded to bf16, as torch does, and compute two at a time. If x is to be rounded to int8 as well, AVX-512 VNNI
-// instructions compute four at a time, with int32 sums.
+// y = x W^T for few rows of x; W is fp32, bf16 or int8. Compiled in one file with tiles.cpp, after it: where the processor
+// has tiles, they multiply by bf16 weights. With AVX-512 bf16 instructions, products with a bf16 W take x rounded to bf16,
+// as torch does, and compute two at a time. If x is to be rounded to int8 as well, AVX-512 VNNI instructions compute four
+// at a time, with int32 sums.
 //
 // A BLAS repacks W first, which for a few rows takes as long as the product. This code reads each row of W once, in
 // place, for all rows of x. The summation order of an element of y does not depend on the number of rows, so
