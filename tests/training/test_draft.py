@@ -15,7 +15,7 @@ from helpers.training import VALIDATION, read_log, train
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.checkpoint.drafts import read_description
-from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
+from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, read_trained_exits
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
@@ -142,7 +142,7 @@ def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
     log, measured = read_log(tmp_path / "out"), read_trained_exits(folder).measured
     assert log[12]["loss"] < log[1]["loss"] and log[12]["val_loss_final"] == log[0]["val_loss_final"]
     assert 0 < log[12]["val_agreement_draft"] < 1 and log[12]["val_loss_draft"] != log[0]["val_loss_draft"]
-    assert (measured.on, measured.exits, len(measured.draft.greedy)) == ("dataset_val", {}, 8)
+    assert (measured.on, measured.exits, len(measured.draft.greedy)) == ("dataset_val", {}, LONGEST_DRAFT)
     assert measured.draft.greedy[5] - 1 == pytest.approx(log[12]["val_accepted_length_draft"], abs=1e-3)
 
 

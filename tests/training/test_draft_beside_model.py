@@ -17,6 +17,7 @@ from torchtune import training
 from layerskip_recipes import generate, load_model
 from layerskip_recipes.checkpoint.drafts import own_draft, read_description, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
+from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
@@ -151,7 +152,8 @@ def promising(checkpoint, tmp_path, beside_config):
     def trained(kind):
         train(beside_config(kind, **hf_sections(checkpoint), epochs=20, shuffle=False), "optimizer.lr=3e-3")
         folder = tmp_path / "out" / "epoch_19"
-        note(folder, lambda noted: noted["measured"]["draft"].update(greedy=[1.9, 2.7, 3.4, 4.0, 4.5, 5.0, 5.4, 5.7]))
+        rates = [7 - 6 * 0.85**n for n in range(1, LONGEST_DRAFT + 1)]
+        note(folder, lambda noted: noted["measured"]["draft"].update(greedy=rates))
         changes = hf_sections(folder) | {"self_speculation": {}, "output_dir": "unused"}
         return folder, generate_config(tmp_path, folder, **changes, benchmark={"compare": True})
 

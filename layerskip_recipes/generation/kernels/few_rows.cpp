@@ -430,11 +430,13 @@ void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> li
   if constexpr (bf16_products) {
     const auto is_bf16 = [](const Linear* linear) { return linear->weight.scalar_type() == at::kBFloat16; };
     if (std::all_of(linears.begin(), linears.end(), is_bf16)) {
-      const auto fits = [&](const Linear* linear) { return k % TILE_WIDTH == 0 && linear->columns() >= TILE; };
-      if (HAS_TILES && std::all_of(linears.begin(), linears.end(), fits)) {
-        Pair* const to = kept_room<Pair>((m + TILE - 1) / TILE * TILE * k / 2);
-        pack(rows_as<at::BFloat16>(x, m, k, k), m, k, to);
-        return multiply_by(const_cast<const Pair*>(to), k / 2);
+      if constexpr (TILES) {
+        const auto fits = [&](const Linear* linear) { return k % TILE_WIDTH == 0 && linear->columns() >= TILE; };
+        if (MAY_USE_TILES && std::all_of(linears.begin(), linears.end(), fits)) {
+          Pair* const to = kept_room<Pair>((m + TILE - 1) / TILE * TILE * k / 2);
+          pack(rows_as<at::BFloat16>(x, m, k, k), m, k, to);
+          return multiply_by(const_cast<const Pair*>(to), k / 2);
+        }
       }
       return multiply_by(rows_as<at::BFloat16>(x, m, k, k + APART / 2), k + APART / 2);
     }

@@ -15,7 +15,8 @@ constexpr int TILE_WIDTH = 32;  // bf16 numbers per row
 using Pair = int32_t;           // two neighbouring bf16 numbers of a row of x
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AMX_BF16__)
-const bool HAS_TILES = at::cpu::init_amx();  // asks the system for permission
+constexpr bool TILES = true;
+const bool MAY_USE_TILES = at::cpu::init_amx();  // asks the system for permission
 
 // from [m, n] -> to [n, m], with row strides.
 void transpose(const float* from, int64_t stride, float* to, int64_t to_stride, int64_t m, int64_t n) {
@@ -82,7 +83,8 @@ void tile_block(
   _tile_release();
 }
 #else
-constexpr bool HAS_TILES = false;
+constexpr bool TILES = false;
+constexpr bool MAY_USE_TILES = false;
 void pack(const at::BFloat16* x, int64_t m, int64_t k, Pair* to);
 void tile_block(
     int64_t m, const Pair* x, const at::BFloat16* w, float* y, int64_t n, int64_t k, int64_t stride, int64_t at,
