@@ -28,12 +28,13 @@ from layerskip_recipes.benchmark.text_metrics import check_references, text_metr
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
-from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, usual_exit
+from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, DraftChooser
+from layerskip_recipes.generation.drafting.prediction import machine_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.fitting_memory import check_memory
@@ -123,7 +124,8 @@ class LayerSkipBenchmark:
         speculations, draft = [*self._drafts.values()], self.tuned_draft
         if cfg.tune:
             exit_layer, ids = (1, None) if draft is None else (draft.exit_layer, draft.vocabulary)
-            speculations = [Speculation(exit_layer, LONGEST_DRAFT, ids, draft=draft)]
+            longest = machine_for(cfg.torch_dtype, self.device.type != "cpu", bool(cfg.compile)).longest
+            speculations = [Speculation(exit_layer, longest, ids, draft=draft)]
         self.reserve = check_memory(
             cfg, self.device, speculations, rows, longest_prompt(self.prompts), self.limit, True
         )

@@ -42,7 +42,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     DraftMethod,
     Prediction,
     StepCost,
-    longest_draft,
+    machine_for,
     ranked,
     rounds_of,
 )
@@ -140,8 +140,8 @@ def fitted_costs(
     seconds = torch.tensor([[s.draft_s / s.draft_steps] for s in timed.values()]).double()
     fit = torch.linalg.lstsq(features, seconds, driver="gelsd").solution[:, 0].tolist()
     further = []
-    for (method, n), s in timed.items():
-        verified = n * batch_rows * (1 - method.shared_layers / num_layers)
+    for (method, _), s in timed.items():
+        verified = s.draft_steps / s.rounds * batch_rows * (1 - method.shared_layers / num_layers)
         further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
     draft = {False: StepCost(*fit[:3]), True: StepCost(*fit[3:])}
     rest = statistics.median(s.accept_s / s.rounds for s in timed.values())
@@ -188,7 +188,7 @@ class Tuner:
         endings = [False, True] if on_cpu and self.batch_rows == 1 else [False]
         precisions = [False, True] if self.cfg.compile and on_cpu else [False]
         # Tokens per round of each method, and what to time.
-        longest = longest_draft(not on_cpu, self.cfg.compile, self.model.tok_embeddings.weight.dtype)
+        longest = machine_for(self.cfg.torch_dtype, not on_cpu, bool(self.cfg.compile)).longest
         if self.draft is not None and self.trained is not None:
             method = method_of(self.draft)
             measured = measured_rates(self.model, texts, longest=longest, trained=(method, self.trained))

@@ -58,6 +58,9 @@ class StepContext:
         self.last_position = model.max_seq_len - 1
         self.before_chunk: Callable[[], None] = lambda: None  # is called before each chunk of a prompt
         self.cpp = self._load_cpp()
+        if cache.in_cpp != (self.cpp is not None):
+            cache.keep_first(0)
+            cache.in_cpp = self.cpp is not None
         self.graphs = None if self.cpp or (compiled and compiled.failed) else compiled
         # Graphs may use FlexAttention over the whole cache instead of masks, see `BlockAttention`. Its kernel needs
         # head_dim >= 16, and a cache of whole blocks.

@@ -19,7 +19,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     DraftMethod,
     Round,
     estimated_costs,
-    longest_draft,
+    machine_for,
     measured_rounds,
     ranked,
 )
@@ -129,7 +129,7 @@ def test_matrix_tiles_make_long_drafts_pay(tiles, monkeypatch):
         (torch.bfloat16, True, True),
         (torch.bfloat16, False, False),
     ):
-        assert longest_draft(gpu, compiled, dtype) == 8
+        assert machine_for(dtype, gpu, compiled).longest == 8
 
 
 def test_acceptance_by_temperature():

@@ -102,6 +102,7 @@ class Machine(NamedTuple):
     step: float
     further_row: float
     round: float
+    longest: int = 8  # drafted tokens: verification of 10 tokens and more is much slower
 
 
 # Keys: (GPU, compiled). An eager layer also costs the launches of its operations.
@@ -111,28 +112,25 @@ MACHINES = {
     (True, False): Machine(1.5e12, 3e-4, 2e-4, 0.01, 2e-4),
     (True, True): Machine(1.5e12, 1e-5, 2e-5, 0.01, 1e-4),
 }
+# In matrix tiles (kernels/tiles.cpp), 16 tokens take almost as long as one.
+TILES = MACHINES[False, True]._replace(further_row=0.02, longest=LONGEST_DRAFT)
 
 
-def has_tiles(gpu: bool, compiled: bool, dtype: torch.dtype) -> bool:
-    """Whether products run in matrix tiles (kernels/tiles.cpp), which take 16 tokens almost as fast as one."""
-    return compiled and not gpu and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-
-
-def longest_draft(gpu: bool, compiled: bool, dtype: torch.dtype) -> int:
-    """The longest draft to choose. Without tiles verification is much slower from 10 tokens on."""
-    return LONGEST_DRAFT if has_tiles(gpu, compiled, dtype) else 8
+def machine_for(dtype: torch.dtype, gpu: bool, compiled: bool) -> Machine:
+    """This machine's figures for weights of a dtype; that is int8 for a quantised model."""
+    tiles = compiled and not gpu and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return TILES if tiles else MACHINES[gpu, compiled]
 
 
 def estimated_costs(
     model: TransformerDecoder, dtype: torch.dtype, gpu: bool, compiled: bool, batch_rows: int = 1
 ) -> Costs:
     """Costs from the weights' bytes; `model` may be on the meta device."""
-    machine = MACHINES[gpu, compiled]
+    machine = machine_for(dtype, gpu, compiled)
     layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
     rows, width = model.tok_embeddings.num_embeddings, model.tok_embeddings.embedding_dim
     # Verifying several batch rows takes several passes over the weights, and costs 1.5 to 2.5 times as much per token.
-    further_row = 0.02 if has_tiles(gpu, compiled, dtype) else machine.further_row
-    further_row *= 1 if batch_rows == 1 else 2
+    further_row = machine.further_row * (1 if batch_rows == 1 else 2)
     batch = 1 + further_row * (batch_rows - 1)
 
     def cost(itemsize: int) -> StepCost:
@@ -142,8 +140,8 @@ def estimated_costs(
     own = cost(dtype.itemsize)
     plain, num_layers = own.seconds(len(model.layers), rows), len(model.layers)
     share = further_row / batch
-    longest = longest_draft(gpu, compiled, dtype)
-    return Costs(num_layers, rows, plain, {False: own, True: cost(1)}, share, machine.round, batch_rows, longest)
+    draft = {False: own, True: cost(1)}
+    return Costs(num_layers, rows, plain, draft, share, machine.round, batch_rows, machine.longest)
 
 
 def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = False) -> list[Round]:
@@ -180,7 +178,7 @@ def rounds_of(
 def ranked(
     rates: Mapping[DraftMethod, Sequence[Round]], costs: Costs, lengths: Iterable[int] | None = None
 ) -> list[Prediction]:
-    """All methods with all draft lengths (None: the measured ones up to the longest), fastest first.
+    """All methods with all draft lengths, fastest first; None: the measured lengths, up to `costs.longest`.
 
     `rates` has the methods' rounds.
     """

@@ -326,7 +326,8 @@ struct Linear {
   explicit operator bool() const { return weight.defined(); }
 
   // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time, for blocks of `size` rows of x, with
-  // row stride `step`; x in bf16, packed or not, needs weights in bf16. `units` [m] are factors of integer rows of x, or null.
+  // row stride `step`; x in bf16, packed or not, needs weights in bf16. `units` [m] are factors of integer rows of x, or
+  // null.
   template <typename X>
   void operator()(
       const X* x, const float* units, int64_t step, float* y, int64_t m, int64_t size, int64_t stride, int64_t first, int64_t end,

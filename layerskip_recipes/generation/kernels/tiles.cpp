@@ -69,6 +69,7 @@ void tile_block(
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
   } shapes;
+  asm volatile("" ::"m"(shapes) : "memory");  // GCC does not know what the instructions for tiles read
   _tile_loadconfig(&shapes);
   alignas(64) float sums[4][TILE * TILE];
   const auto start = [&](int64_t j) { return std::min(j, n - TILE); };  // the last tile must not reach behind W
