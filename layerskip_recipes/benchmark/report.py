@@ -2,7 +2,7 @@
 
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def _lookup(key: str, name: str, form: str, row: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page."""
+    """The report as a page: a summary of the settings, and a table for each temperature."""
     cfg = report["config"]
     if report["random_weights"]:
         columns = {name: COLUMNS[name] for name in COST_COLUMNS}
@@ -138,15 +138,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     else:
         columns = COLUMNS | {name: partial(_lookup, "metrics", name, ".3f") for name in cfg.get("metrics") or []}
         title = cfg["checkpointer"].get("checkpoint_dir") or cfg["checkpointer"].get("path")
-    return "\n".join([f"# {title}\n", f"    {report['command']}\n", *body(report, columns)]) + "\n"
-
-
-def body(report: Mapping[str, Any], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> list[str]:
-    """Lines of Markdown: a summary of the settings, and a table for each temperature."""
-    cfg = report["config"]
     quantizer = f", {cfg['quantizer']['_component_'].rpartition('.')[2]}" if cfg.get("quantizer") else ""
     compiled, bandwidth = "compiled" if report["compiled"] else "eager", report["memory_bandwidth"] / 1e9
     lines = [
+        f"# {title}\n",
+        f"    {report['command']}\n",
         f"{report['device']} ({report['threads']} threads, {bandwidth:.1f} GB/s), {cfg['dtype']}{quantizer}, "
         f"{compiled}, batch {report['batch_size']}. {report['prompts']} prompts of {report['prompt_tokens']:.0f} "
         f"tokens on average, {report['max_new_tokens']} new tokens, {report['repeats']} repeats. "
@@ -159,7 +155,7 @@ def body(report: Mapping[str, Any], columns: Mapping[str, Callable[[Mapping[str,
         lines += [f"\nTemperature {temperature}:\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         rows = [row for row in report["results"] if row["temperature"] == temperature]
         lines += [f"| {' | '.join(column(row) for column in columns.values())} |" for row in rows]
-    return lines
+    return "\n".join(lines) + "\n"
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

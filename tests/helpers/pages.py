@@ -30,20 +30,14 @@ def examples() -> dict[str, str]:
 def commands(pages: Iterable[str] = PAGES) -> dict[str, list[str]]:
     """The command lines of pages without repetition: {line: words}, in the order of the pages.
 
-    Lines that && or a backslash join are taken apart or joined, variables of the shell are put in, and variables of the
-    environment that stand before a command are left out. The commands of blocks of measured figures come along.
+    They are in fenced blocks and in indented lines. Lines that && or a backslash join are taken apart or joined, and
+    variables of the environment that stand before a command are left out.
     """
     found: dict[str, list[str]] = {}
     for page in pages:
-        variables: dict[str, str] = {}
-        measured = re.findall(r"<!-- run \w+: (.+?) -->", PAGES[page].read_text(encoding="utf-8"))
-        for block in [*blocks(page, "bash"), "\n".join(measured)]:
+        indented = re.findall(r"^    (tune run .*)$", PAGES[page].read_text(encoding="utf-8"), flags=re.M)
+        for block in [*blocks(page, "bash"), *indented]:
             for line in block.replace("\\\n", " ").splitlines():
-                if assigned := re.fullmatch(r'([A-Z]+)="(.*)"', line):
-                    variables[assigned[1]] = assigned[2]
-                    continue
-                for name, value in variables.items():
-                    line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
                 for part in line.split("&&"):
                     command = re.sub(r"^(\s*[A-Z_]+=\S+)+ ", "", part).strip()
                     if command and not command.startswith("#"):

@@ -241,20 +241,18 @@ def large_changes(recipe: str, cfg: DictConfig, folder: Path) -> dict[str, Any]:
             if cfg.get("draft") is not None and not cfg.draft.get("finetune_model")
             else {}
         )
+    draft = OmegaConf.select(cfg, "self_speculation.draft")
+    missing = draft is not None and not (folder / draft).is_dir()  # a tuned config names the draft that won
+    drafts = {"self_speculation.draft": str(folder / "trained_draft" / "epoch_0")} if missing else {}
     if recipe == "layerskip_generate":
-        changes = {"max_new_tokens": 6, "compile": False}
-        draft = OmegaConf.select(cfg, "self_speculation.draft")
-        if (
-            draft is not None and not (folder / draft).is_dir()
-        ):  # a tuned config names the draft that won, which is there
-            changes["self_speculation.draft"] = str(folder / "trained_draft" / "epoch_0")
-        return changes | ({"prompts.count": 2} if cfg.get("prompts") is not None else {})
+        few = {"prompts.count": 2} if cfg.get("prompts") is not None else {}
+        return {"max_new_tokens": 6, "compile": False} | drafts | few
     if recipe == "layerskip_eval":
         compare = {name: {"path": str(folder / TINY)} for name in cfg.get("compare") or ()}
         data = {} if cfg.get("data_dir") is not None else {"dataset": DATA}
         return data | {"max_batches": 1} | ({"compare": compare} if compare else {})
     few = {key: value for key, value in FEW.items() if key != "temperatures" or cfg.get("temperature") is None}
-    return few | ({"prompt_tokens": 16} if cfg.get("random_weights") else {})
+    return few | drafts | ({"prompt_tokens": 16} if cfg.get("random_weights") else {})
 
 
 @pytest.fixture(scope="module")
