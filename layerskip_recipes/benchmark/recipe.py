@@ -33,7 +33,7 @@ from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, chooser_for
 from layerskip_recipes.generation.drafting.prediction import machine_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
@@ -78,7 +78,7 @@ class LayerSkipBenchmark:
         if cfg.random_weights:
             drafts = {name: self._default_choice(section, model) for name, section in cfg.compared.items()}
         else:
-            chooser = DraftChooser(cfg, cfg.quantizer)
+            chooser = chooser_for(cfg, cfg.quantizer)
             settings = (cfg.all_temperatures[0], cfg.compile, cfg.batch_size)
             drafts = {
                 name: chooser.choose(section, *settings, cfg.key_of(name)) for name, section in cfg.compared.items()

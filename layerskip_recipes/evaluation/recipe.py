@@ -20,7 +20,7 @@ from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, chooser_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -54,7 +54,7 @@ class LayerSkipEval:
         section = cfg.self_speculation
         if section is not None and cfg.quantizer is not None:  # a trained draft cannot read quantised weights
             section = SelfSpeculation(**{**section.given, "draft": None})
-        return DraftChooser(cfg, cfg.quantizer).choose(section, 0.0, False, cfg.batch_size)
+        return chooser_for(cfg, cfg.quantizer).choose(section, 0.0, False, cfg.batch_size)
 
     def setup(self) -> None:
         """Load the data, then the model. `evaluate` loads the checkpoints in `compare` one after the other."""

@@ -13,9 +13,8 @@ from layerskip_recipes.config.auto import best_device
 from layerskip_recipes.config.schema import AUTO, DeviceName, Text, checked_arguments
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, TrainingNotes, choose_drafts
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChooser, TrainingNotes
 from layerskip_recipes.generation.drafting.draft_model import DraftModel, DraftModels
-from layerskip_recipes.generation.drafting.prediction import estimated_costs
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
@@ -98,10 +97,11 @@ class DecodingChooser:
         `given` has keys of `self_speculation` that the caller set; None decodes without drafts.
         """
         section = None if given is None else SelfSpeculation.parse({**given, "draft": self.named_draft}, "generate")
-        compiled = {c: self._choice(model, section, temperature, len(prompts), c) for c in (False, True)}
+        weight, asked = model.tok_embeddings.weight, section is not None and section.num_speculations != AUTO
+        chooser = DraftChooser(model, self.notes, weight.device.type, weight.dtype)
+        compiled = {c: chooser.choose(section, temperature, c, len(prompts), asked=asked) for c in (False, True)}
         if compile is None:
-            steps = find_compiled_steps(model)
-            device = model.tok_embeddings.weight.device
+            steps, device = find_compiled_steps(model), weight.device
             pays, why = compiling_pays(compiled[False].token_s, compiled[True].token_s, CALLS * tokens, device)
             compile = pays or (steps is not None and not steps.failed)
             self._say(why)
@@ -110,15 +110,6 @@ class DecodingChooser:
             self._say(chosen.why)
         speculation = chosen.speculation(prompts)
         return compile, speculation, self.draft_models.of(speculation, model, "draft")
-
-    def _choice(
-        self, model: LayerSkipDecoder, section: SelfSpeculation | None, temperature: float, rows: int, compiled: bool
-    ) -> DraftChoice:
-        weight = model.tok_embeddings.weight
-        cpu = weight.device.type == "cpu"
-        costs = estimated_costs(model, weight.dtype, not cpu, compiled, rows)
-        asked = section is not None and section.num_speculations != AUTO
-        return choose_drafts(section, self.notes, costs, temperature, asked=asked, int8=compiled and cpu, ends=cpu)
 
     def _say(self, what: str) -> None:
         if what not in self.said:

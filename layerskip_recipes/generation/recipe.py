@@ -17,7 +17,7 @@ from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, chooser_for
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.engine import Generation
@@ -111,7 +111,7 @@ class LayerSkipGenerate:
 
     def _choose(self) -> tuple[GenerateConfig, DraftChoice]:
         """The config with the choices of whether to compile and how to draft."""
-        cfg, choices, chooser = self.cfg, Choices(self.cfg), DraftChooser(self.cfg, self.cfg.quantizer)
+        cfg, choices, chooser = self.cfg, Choices(self.cfg), chooser_for(self.cfg, self.cfg.quantizer)
         drafts = {c: chooser.choose(cfg.self_speculation, cfg.temperature, c, self.batch_size) for c in (False, True)}
 
         def pays() -> bool:

@@ -18,7 +18,7 @@ from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import chooser_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
@@ -133,7 +133,7 @@ def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
     model, tokenizer = load_model("qa")
     assert generate(model, tokenizer.prompt("say 1"), 8, compile=False).stats.drafted > 0
     cfg = BenchmarkConfig.load(load_config("qa/benchmark", ["data_dir=my_data", "device=cpu"]))
-    draft, _ = DraftChooser(cfg, None).notes.draft_for(SelfSpeculation(), "draft")
+    draft, _ = chooser_for(cfg, None).notes.draft_for(SelfSpeculation(), "draft")
     assert draft.folder == "qa/epoch_0"
     write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(draft=draft.folder), "fast")
     tuned = GenerateConfig.load(load_config("tuned.yaml", ["prompt=x"]))

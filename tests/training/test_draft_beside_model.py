@@ -21,7 +21,7 @@ from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChooser
+from layerskip_recipes.generation.drafting.auto_drafts import chooser_for
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
@@ -242,7 +242,7 @@ def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     cfg = GenerateConfig.load(load_config(str(path), [f"self_speculation.draft={own}"]))
     model, tokenizer = load_model(str(folder), draft=own)
     prompts = [tokenizer.prompt("def main(")]
-    command = DraftChooser(cfg, None).choose(cfg.self_speculation, 0.0, compile, 1).speculation(prompts)
+    command = chooser_for(cfg, None).choose(cfg.self_speculation, 0.0, compile, 1).speculation(prompts)
     _, ours, draft_model = model.decoding_chooser.choose(model, prompts, 0.0, 20, compile, {})
     assert ours == command
     int8 = any("Int8" in type(parameter).__name__ for parameter in draft_model.decoder.parameters())

@@ -35,9 +35,9 @@ from layerskip_recipes.generation.drafting.prediction import (
     ranked,
     rounds_of,
 )
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
+from layerskip_recipes.generation.drafting.section import SPLITS, SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
-from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
 
@@ -122,29 +122,42 @@ class TrainingNotes:
         return None, f"the draft in {folder} {why}"
 
 
+@dataclass
 class DraftChooser:
-    """Chooses how a config's model drafts on its device."""
+    """Chooses how a model drafts on its device, before or after its weights are loaded."""
 
-    def __init__(self, cfg: RecipeConfig, quantizer: Component | None) -> None:
-        self.cfg, self.quantizer = cfg, quantizer
-        self.model = model = layerskip_decoder(cfg.meta_model)
-        parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
-        splits = "does not go with tensor parallelism, which splits the layers that it copies"
-        no_draft = splits if parallel > 1 else None
-        folder, size = described_folder(cfg.checkpointer), (model.num_layers, model.tok_embeddings.num_embeddings)
-        self.notes = TrainingNotes(folder, *size, cfg.checkpointer.target, no_draft)
+    model: LayerSkipDecoder
+    notes: TrainingNotes
+    device: str
+    dtype: torch.dtype  # of the weights; int8 for a quantised model
+    split: bool = False  # over several processes
 
     def choose(
-        self, section: SelfSpeculation | None, temperature: float, compiled: bool, rows: int, key: str = KEY
+        self,
+        section: SelfSpeculation | None,
+        temperature: float,
+        compiled: bool,
+        rows: int,
+        key: str = KEY,
+        asked: bool = False,
     ) -> DraftChoice:
         """`choose_drafts` for a batch of `rows` prompts."""
-        gpu, one_process = not self.cfg.device.startswith("cpu"), num_processes() == 1
-        unpacked = self.quantizer is None and one_process
-        dtype = self.cfg.torch_dtype if self.quantizer is None else torch.int8
-        costs = estimated_costs(self.model, dtype, gpu, compiled, rows)
-        ends = one_process and not gpu
-        int8 = ends and compiled
-        return choose_drafts(section, self.notes, costs, temperature, unpacked=unpacked, int8=int8, ends=ends, key=key)
+        on_cpu = self.device.startswith("cpu")
+        costs = estimated_costs(self.model, self.dtype, not on_cpu, compiled, rows)
+        ends, unpacked = on_cpu and not self.split, not self.split and self.dtype != torch.int8
+        able = {"unpacked": unpacked, "int8": ends and compiled, "ends": ends}
+        return choose_drafts(section, self.notes, costs, temperature, asked=asked, key=key, **able)
+
+
+def chooser_for(cfg: RecipeConfig, quantizer: Component | None) -> DraftChooser:
+    """The chooser of a config's model."""
+    model = layerskip_decoder(cfg.meta_model)
+    parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
+    no_draft = f"does not go with {SPLITS}" if parallel > 1 else None
+    folder, size = described_folder(cfg.checkpointer), (model.num_layers, model.tok_embeddings.num_embeddings)
+    notes = TrainingNotes(folder, *size, cfg.checkpointer.target, no_draft)
+    dtype = cfg.torch_dtype if quantizer is None else torch.int8
+    return DraftChooser(model, notes, cfg.device, dtype, split=num_processes() > 1)
 
 
 def choose_drafts(

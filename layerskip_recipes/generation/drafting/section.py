@@ -17,6 +17,8 @@ from layerskip_recipes.generation.drafting.speculation import (
 )
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
+SPLITS = "tensor parallelism, which splits the layers that it copies"
+
 
 class SelfSpeculation(Section):
     """How tokens are drafted. The output is always that of the whole model.
@@ -73,19 +75,13 @@ class SelfSpeculation(Section):
                 f"Set quantizer=null or {key}.draft_int8=false"
             )
         if has_draft and parallel > 1:
-            raise ConfigError(
-                f"{key}.draft: does not go with tensor parallelism, which splits the layers that it copies. Set "
-                f"{key}.draft=null or tensor_parallel_dim=1"
-            )
+            raise ConfigError(f"{key}.draft: does not go with {SPLITS}. Set {key}.draft=null or tensor_parallel_dim=1")
         # A trained draft takes its rows before the head is quantised. A tied head is the embedding, which stays.
         packed = quantizer is not None and not isinstance(model.output, TiedLinear)
         if given.get("draft_vocabulary") is not None and not has_draft and (packed or parallel > 1):
-            other, how = ("quantizer=null", "quantizer packs")
-            if parallel > 1:
-                other, how = ("tensor_parallel_dim=1", "tensor parallelism splits")
             raise ConfigError(
-                f"{key}.draft_vocabulary: has a draft vocabulary, which needs rows of the head, and {how} them. "
-                f"Set {key}.draft_vocabulary=null or {other}"
+                f"{key}.draft_vocabulary: needs rows of the head, which a quantizer packs and tensor parallelism "
+                f"splits. Set {key}.draft_vocabulary=null"
             )
 
 
