@@ -272,7 +272,7 @@ def test_a_draft_of_some_tokens_keeps_its_rows_of_a_head_that_is_quantised(kind)
     generation = run(model, PROMPTS, 16, speculation=speculation, draft_model=draft_model)
     assert generation.generated == run(model, PROMPTS, 16).generated and generation.stats.drafted > 0
     SelfSpeculation(draft="any", draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_vocabulary: has .*=null or quantizer=null$"):
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_vocabulary: needs rows of the head, "):
         SelfSpeculation(exit_layer=1, draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
 
 
