@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from layerskip_recipes.generation.steps import StepContext
-from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention, on_device
-from layerskip_recipes.model.kv_cache import causal_mask
+from layerskip_recipes.model.decoder import is_plain_attention, on_device
 
 CHUNK = 512  # tokens per pass behind cached tokens, which limits the size of the mask
 CPP_CHUNK = 128  # tokens per pass in C++
@@ -57,25 +56,13 @@ def _read_together(
         context.before_chunk()
         end = min(start + size, width)
         slots, at = context.cache.slots[:end], context.cache.slots[None, start:end]
-        if in_cpp:
-            run = partial(context.run, at=at, slots=slots, unembed=False, rows=rows)
-        else:
-            context.cache.seek(at, end)
-            mask = None if at_once else causal_mask(at, slots, context.dtype)
-            run = partial(_run_in_torch, input_pos=at, mask=mask)
+        run = partial(context.run, at=at, slots=slots, unembed=False, rows=rows if in_cpp else None, whole=at_once)
         x = _read_chunk(context, tokens[:, start:end], x[:, -1:], run)
         # Keep the state of each text's last token if it is in this chunk.
         state = x[row_indices, (last - start).clamp(0, end - start - 1)]
         ends_here = ((last >= start) & (last < end))[:, None]
         final = state if final is None else torch.where(ends_here, state, final)
     return final
-
-
-def _run_in_torch(
-    model: LayerSkipDecoder, tokens: torch.Tensor | None, only_cache: bool = False, **inputs: Any
-) -> torch.Tensor:
-    """As `StepContext.run`; torch has no shorter way to fill the cache."""
-    return model(tokens, unembed=False, **inputs)
 
 
 def _read_chunk(

@@ -116,10 +116,12 @@ class StepContext:
         unembed: bool = True,
         only_cache: bool = False,
         rows: Sequence[int] | None = None,
+        whole: bool = False,
     ) -> torch.Tensor:
         """Run layers over tokens, or their x_{start_layer}, at slots `at` [b, s]; `rows`: the cache rows, with C++.
 
-        `only_cache`: the result is not needed, only the keys and values in the cache.
+        `only_cache`: the result is not needed, only the keys and values in the cache. `whole`: the tokens are whole
+        texts, so that plain causal attention needs no mask.
         """
         if self.cpp is not None:
             layers = range(start_layer, model.num_layers if exit_layer is None else exit_layer)
@@ -143,7 +145,7 @@ class StepContext:
         if torch.compiler.is_compiling() and self.fits_flex and len(slots) == self.cache.max_len:
             mask = BlockAttention(at, len(slots))
         else:
-            mask = causal_mask(at, slots, self.dtype)
+            mask = None if whole else causal_mask(at, slots, self.dtype)
         # Drafted tokens beyond a row's limit are cut later, so any valid position is fine for them.
         at = at.clamp(max=self.last_position)
         out = model(tokens, hidden=hidden, input_pos=at, mask=mask, **part)
