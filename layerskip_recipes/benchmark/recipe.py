@@ -36,7 +36,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, chooser_for
 from layerskip_recipes.generation.drafting.prediction import machine_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, OTHER_DRAFTERS, SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.report import report_path
@@ -108,8 +108,9 @@ class LayerSkipBenchmark:
         for name, choice in drafts.items():
             method = choice.speculation(self.prompts)
             if method is not None:  # None: nothing can draft
-                # Random weights always draft the full length.
-                self.methods[name] = replace(method, prompt_lookup=None) if cfg.random_weights else method
+                # Random weights always draft the full length, from the exit.
+                off = {key: SPECULATION_DEFAULTS[key] for key in OTHER_DRAFTERS if cfg.random_weights}
+                self.methods[name] = replace(method, **off)
         choices = Choices(self.cfg)
         self.repeats = choices.pick("repeats", lambda: min(3, math.ceil(12 / len(self.prompts))))
         self.cfg = self.cfg.with_choices(choices)

@@ -47,7 +47,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     rounds_of,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -214,7 +214,7 @@ class Tuner:
 
     def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:
         folder = None if self.draft is None else self.draft.folder
-        section = SelfSpeculation(**prediction_keys(prediction, lookup) | {"draft": folder})
+        section = SelfSpeculation(**SPECULATION_DEFAULTS | prediction_keys(prediction, lookup) | {"draft": folder})
         choice = DraftChoice(section, None, 0.0, draft=self.draft, frequent=self.frequent)
         speculation = choice.speculation(self.prompts)
         assert speculation is not None

@@ -178,8 +178,8 @@ class LayerSkipGenerate:
         if steps is not None:
             report["compile_s"] = steps.seconds  # including the warm-up
         if self.shows:
-            only_looks_up = self.speculation is not None and self.speculation.only_looks_up(self.model.num_layers)
-            if (plain := ours.stats.plain_share or 0.0) > 0.5 and not only_looks_up:
+            has_chain = self.speculation is not None and not self.speculation.has_no_chain(self.model.num_layers)
+            if (plain := ours.stats.plain_share or 0.0) > 0.5 and has_chain:
                 log.info(f"drafts did not pay everywhere: {plain:.0%} of the rounds went without one")
             print_report(report)
             print(json.dumps(report), flush=True)

@@ -216,7 +216,7 @@ def test_look_ups(tmp_path):
         assert found.section == SelfSpeculation(
             **SPECULATION_DEFAULTS | {"exit_layer": 30, "num_speculations": 4, "prompt_lookup": 2}
         )
-        assert found.why.startswith("Drafts: look-ups of the last 2 tokens alone, because ")
+        assert found.why.startswith("Drafts: by prompt_lookup=2 alone, because ")
 
 
 def test_the_whole_model_as_the_exit(tmp_path):
@@ -277,7 +277,7 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
 
     best = max(range(1, 9), key=speedup)
     chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 3, "draft_vocabulary": 1024}
-    assert found.section == SelfSpeculation(draft=str(tmp_path), min_confidence=0.0, **chosen)
+    assert dict(found.section) == dict(SelfSpeculation()) | SPECULATION_DEFAULTS | {"draft": str(tmp_path)} | chosen
     whole = choose(None, given={"draft": str(tmp_path), "draft_vocabulary": None})  # its head has rows of all tokens
     assert whole.section.draft_vocabulary is None and whole.speedup < found.speedup
     assert found.speedup == pytest.approx(speedup(best), rel=1e-4)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.compiled import has_compiler, run
-from helpers.speculation import PROMPTS, VARIANTS, drafting, plain
+from helpers.speculation import PROMPTS, VARIANTS, AlwaysLookUp, drafting, plain
 from helpers.tiny import QWEN3, SIZE
 from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -43,6 +43,7 @@ from layerskip_recipes.generation.kernels.cpp_decoder import SOURCES, load_libra
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
 from layerskip_recipes.generation.prefill import read_texts
 from layerskip_recipes.generation.sampling import Sampler, choose_tokens, noise_keys
+from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -324,15 +325,18 @@ def talking(precision="fp32"):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_way_of_drafting_gives_the_models_tokens(variant, temperature):
-    """All prompts at a time and in two rows that take one after the other; no graph is made."""
+    """All prompts at a time, and in rows that take one after the other and look up where they can; no graph is made."""
     model = talking()
     sampler = Sampler(temperature, seed=2)
     expected = run(model, PROMPTS, 16, sampler=sampler, compile=False).generated
     assert temperature or expected == [plain(model, prompt, 16) for prompt in PROMPTS]
-    for rows in (None, 2):
-        generation = run(model, PROMPTS, 16, rows=rows, sampler=sampler, **drafting(variant, model))
+    stats = GenerationStats()
+    for rows, rule in ((None, None), (2, AlwaysLookUp()), (1, AlwaysLookUp())):
+        generation = run(model, PROMPTS, 16, rows=rows, sampler=sampler, rule=rule, **drafting(variant, model))
         assert generation.generated == expected and generation.context.cpp is not None
-    assert generation.stats.accepted > 0 and compiled_steps(model).graphs == {}
+        stats += generation.stats
+    assert bool(stats.rounds_by_kind["lookup"]) == ("prompt_lookup" in VARIANTS[variant])
+    assert stats.accepted > 0 and compiled_steps(model).graphs == {}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

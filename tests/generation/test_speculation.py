@@ -32,7 +32,7 @@ CASES = {
 def test_rows_are_what_they_are_alone(family, variant):
     """Prompts of different lengths that accept and stop differently: each in a batch of its own, all in one batch, and
     one after the other in fewer rows, with a penalty whose tokens a row must forget."""
-    model, penalty = model_of(family), CASES[family][0]
+    model, penalty = model_of(family), VARIANTS.get(variant, {}).get("penalty", CASES[family][0])
     alone = [plain(model, prompt, 18, penalty) for prompt in PROMPTS]
     stop_tokens = [alone[0][4], alone[2][9]]
     expected = [until(tokens, stop_tokens) for tokens in alone]

@@ -44,6 +44,7 @@ def draft_of(model, kind):
     return noisy(Draft(model, *KINDS[kind]), 0.05)
 
 
+# Settings of a `Speculation`; "decoder" makes what drafts, and "penalty" replaces a test's repetition penalty.
 VARIANTS = {
     "chain": {"exit_layer": 2, "num_speculations": 4},
     "one token": {"exit_layer": 1, "num_speculations": 1},
@@ -79,6 +80,7 @@ def drafting(variant, model):
         return {}
     settings = dict((VARIANTS | TRAINED)[variant])
     make = settings.pop("decoder", None)
+    settings.pop("penalty", None)
     return {"draft_model": make and DraftModel(make(model)), "speculation": Speculation(**settings)}
 
 
@@ -105,7 +107,7 @@ class PlainBetween(DraftRule):
         self.ways = itertools.cycle(ways)
 
     def pick(self, offered):
-        return PLAIN if next(self.ways) else offered[-1]
+        return offered[-1] if offered and not next(self.ways) else PLAIN
 
 
 def search(tokens, ngram, count):

@@ -36,7 +36,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     rounds_of,
 )
 from layerskip_recipes.generation.drafting.section import SPLITS, SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, OTHER_DRAFTERS, SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
@@ -194,9 +194,9 @@ def choose_drafts(
         values = SPECULATION_DEFAULTS | {"draft": draft and draft.folder} | dict(chosen) | given
         return DraftChoice(SelfSpeculation(**values), why, costs.plain_step_s, speedup, draft, frequent, key)
 
-    looks_up = exit_layer == costs.num_layers and given.get("prompt_lookup") and not given.get("draft_int8")
+    others = exit_layer == costs.num_layers and any(map(given.get, OTHER_DRAFTERS)) and not given.get("draft_int8")
     unmeasured = exit_layer is not None and not (exits and exits.measured)
-    if draft is None and (looks_up or unmeasured):
+    if draft is None and (others or unmeasured):
         return draft_choice({})  # nothing to choose by
     if draft is None:
         methods = known_methods(exits, costs.num_layers, exit_layer)
@@ -238,11 +238,12 @@ def choose_drafts(
 
 
 def _without_exit(given: Mapping[str, Any], why: str, costs: Costs) -> DraftChoice:
-    """Drafts by look-ups alone if the user asked for look-ups, else no drafts."""
-    if given.get("prompt_lookup") is None:
+    """Drafts by other drafters alone if the user asked for one, else no drafts."""
+    others = ", ".join(f"{name}={given[name]}" for name in OTHER_DRAFTERS if given.get(name))
+    if not others:
         return DraftChoice(None, f"No drafts: {why}", costs.plain_step_s)
     alone = {"exit_layer": costs.num_layers, "draft": None, "draft_vocabulary": None, "draft_int8": False}
-    said = f"Drafts: look-ups of the last {given['prompt_lookup']} tokens alone, because {why}"
+    said = f"Drafts: by {others} alone, because {why}"
     return DraftChoice(SelfSpeculation(**SPECULATION_DEFAULTS | dict(given) | alone), said, costs.plain_step_s)
 
 

@@ -35,7 +35,7 @@ class RoundStart(NamedTuple):
 class RoundKind:
     """`DraftRule` picks the kind of each round. Two drafters never offer equal ones."""
 
-    name: str  # "plain" (no draft), "chain", "lookup" or another drafter's
+    name: str  # "plain" (no draft), "chain", "lookup" or another drafter's; unique
     match: int = 0  # of a look-up: the match length 0, 1 or 2, see `TextIndex.find`
     untried: float = inf  # tokens per round that the rule expects before the first one; inf: it tries the draft soon
 
@@ -62,11 +62,12 @@ class Drafter(ABC):
 
     @abstractmethod
     def offer(self, now: RoundStart) -> RoundKind | None:
-        """What kind of draft it has for this round; None: no draft."""
+        """What kind of draft it has for this round; None: no draft. Called in each round, whatever the rule picks."""
 
     @abstractmethod
     def propose(self, now: RoundStart) -> DraftedTokens:
-        """The draft that it offered."""
+        """The draft that it offered: the text's last token and n tokens for each row, which are any tokens of the model
+        for a finished row. n is `now.num_to_draft(context, num_speculations)`, or less on a CPU, and not 0."""
 
     def begin(self, final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
         """After the prefill; final [b, d] is x_L of each row's last token in the cache."""
@@ -78,5 +79,6 @@ class Drafter(ABC):
     def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:
         """Append a round's final tokens [b][any number] to the rows' texts; those of finished rows are empty.
 
-        Returns the mean tokens per running row that this round's offer gave, or would have given; None: unknown.
+        Returns the mean tokens per running row, the model's own one included, that this round's offer gave, or would
+        have given; None: unknown. Forgets the offer.
         """

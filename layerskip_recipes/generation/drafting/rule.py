@@ -36,7 +36,7 @@ class DraftRule:
        token takes .8.
     3. Otherwise decode plainly for 128 rounds, then try one draft; if it does not pay, for 256, 512 and so on.
 
-    So a useless draft loses at most about 4% of 128 tokens, and less of a longer text, while a good one saves up for
+    So a useless draft loses at most about 5% of 128 tokens, and less of a longer text, while a good one saves up for
     harder text. Plain steps cost what the latest ones took, and drafts what the first ones of a try took, so a busy
     moment of the machine is forgotten in the next try.
 

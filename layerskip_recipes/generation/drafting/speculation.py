@@ -13,6 +13,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 KEY = "self_speculation"  # of the section in most configs
+OTHER_DRAFTERS = ("prompt_lookup",)  # the settings that add a drafter to the exit's chain, or replace it at exit L
 
 # Shared with the section.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
@@ -66,10 +67,11 @@ class Speculation:
         """The number of the model's first layers that draft; 0 if a trained copy drafts."""
         return self.exit_layer if self.draft is None else self.draft.model_layers
 
-    def only_looks_up(self, num_layers: int) -> bool:
-        """Whether look-ups draft alone, as the exit is the whole model."""
+    def has_no_chain(self, num_layers: int) -> bool:
+        """Whether other drafters draft alone, as the exit is the whole model."""
         own = self.draft is not None or self.draft_int8
-        return self.prompt_lookup is not None and self.exit_layer == num_layers and not own
+        others = any(getattr(self, name) for name in OTHER_DRAFTERS)
+        return others and self.exit_layer == num_layers and not own
 
     def own_bytes(self, model: LayerSkipDecoder, dtype: torch.dtype) -> int:
         """Bytes of the weights besides the model's; int8 copies take one byte for each weight."""
