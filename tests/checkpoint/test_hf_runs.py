@@ -114,13 +114,6 @@ def test_a_checkpoint_has_all_chat_templates(base, tmp_path):
     assert (tmp_path / "epoch_0" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
-def test_the_config_of_a_model_from_scratch_has_its_head(finetune):
-    path = finetune()
-    tied = load_config(str(path)).checkpointer.hf_config.tie_word_embeddings
-    with pytest.raises(ConfigError, match=rf"hf_config.tie_word_embeddings: {not tied} does not fit .* has {tied}$"):
-        set_up(path, f"checkpointer.hf_config.tie_word_embeddings={not tied}")
-
-
 TORCHTUNES = start_section("BASE")
 WITHOUT_FILES = TORCHTUNES | {"checkpoint_files": []}
 

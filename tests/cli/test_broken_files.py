@@ -52,6 +52,7 @@ def test_the_checkpoint_of_another_model(overrides, message, paths, monkeypatch)
         (["model.num_kv_heads=2"], "hf_config"),
         # Else the checkpoints would have no tokenizer, and nobody would know before generation.
         (["checkpointer.tokenizer_dir=/nowhere"], "^checkpointer.tokenizer_dir: '/nowhere'"),
+        (["checkpointer.hf_config.tie_word_embeddings=false"], "tie_word_embeddings: False does not fit .* has True$"),
     ],
 )
 def test_from_scratch(changes, message, tmp_path, tokenizer_folder):

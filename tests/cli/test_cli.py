@@ -155,11 +155,7 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("validate quickstart/finetune batch_size=0", "batch_size: 0"),
-        ("validate quickstart/generate ~prompts", "prompt: missing"),
         ("validate quickstart/generate device=gpu", "device: 'gpu' is not allowed. Allowed: text that"),
-        ("validate quickstart/eval exits=99", "exits: 99"),
-        ("validate quickstart/benchmark metrics=[foo]", "metrics: ['foo'] is not allowed. Allowed: a list of rouge1"),
         ("validate quickstart/finetun", "Nearest: quickstart/finetune"),
         ("cat quickstart/finetun", "Nearest: quickstart/finetune"),
         ("cat quickstart/finetune batch_size", "override: 'batch_size'"),
@@ -251,21 +247,11 @@ def folder(tmp_path, tokenizer_folder):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        # From inside of torch, where an exception is no message of ours.
-        (["layerskip_finetune", "--config", "finetune.yaml", "optimizer.betas=[2,2]"], "optimizer"),
-        (["layerskip_eval", "--config", "quickstart/evl"], "config: 'quickstart/evl' "),
-    ],
-)
-def test_a_users_mistake(args, message, folder):
-    """The last line on stderr says it; status 1, no traceback, and nothing is written."""
+def test_a_users_mistake(folder):
+    """From inside of torch: the last line on stderr says it; status 1, no traceback, and nothing is written."""
     before = sorted(folder.iterdir())
-    done = run_tune("run", *args, cwd=folder)
-    last = last_line(done.stderr)
-    assert last.startswith("ValueError: ") and message in last
-    assert done.returncode == 1
+    done = run_tune("run", "layerskip_finetune", "--config", "finetune.yaml", "optimizer.betas=[2,2]", cwd=folder)
+    assert last_line(done.stderr).startswith("ValueError: optimizer: ") and done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
     assert sorted(folder.iterdir()) == before
 

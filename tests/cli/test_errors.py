@@ -41,12 +41,7 @@ EVAL = [
     ("compare={a: 3}", "compare.a", "3", "keys and values"),
     ("compare={checkpoint: {model_type: LLAMA3}}", "compare.checkpoint", "the name is that of", "compare={before"),
     ("compare={a: {checkpoint_dir: /nowhere}}", "checkpointer.checkpoint_dir", "'/nowhere'", "folder"),
-    (
-        "compare={a: {checkpoint_fils: [x]}}",
-        "compare.a.checkpoint_fils",
-        "no such argument",
-        "Nearest: checkpoint_files",
-    ),
+    ("compare={a: {model_typ: LLAMA2}}", "compare.a.model_typ", "no such argument", "Nearest: model_type"),
     ("compare={a: {_component_: torchtune.nothing}}", "compare.a._component_", "'torchtune.nothing'", ""),
     ("compare={a: {model_type: X}}", "compare", "'X'", "LLAMA3_2"),
     ("checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "weights"),
