@@ -123,6 +123,7 @@ STDLIB = "_component_: layerskip_recipes.quickstart.StdlibDataset"
 COSINE = "lr_scheduler._component_=torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
 STEP_LR = "lr_scheduler._component_=torch.optim.lr_scheduler.StepLR; lr_scheduler.step_size=1"
 DRAFT = "layer_dropout=null; early_exit_loss=null; draft={kind: copy, exit_layer: 2}"
+FUNCTION = "checkpointer._component_=test_errors.reader"
 SMOOTHED = "loss=torch.nn.CrossEntropyLoss; loss.label_smoothing=0.1"
 OURS = "model=null; model._component_=layerskip_recipes.layerskip_decoder"
 BASED = "; ".join([OURS, *(f"model.base.{key}={value}" for key, value in MODEL.items())])
@@ -208,7 +209,12 @@ FINETUNE = [
     (f"{DRAFT}; checkpointer.checkpoint_files=[]", "draft", "this one has no weights", ""),
     (f"{DRAFT}; model.num_layers=1", "draft", "this one has 1", "Set draft=null"),
     (f"{DRAFT}; draft.finetune_model=true; early_exit_loss={{scale: 0.1}}", "early_exit_loss", "draft", "Set "),
+    (f"{DRAFT}; draft.finetune_model=true; {FUNCTION}", "checkpointer._component_", "test_errors.reader", "a class"),
 ]
+
+
+def reader(checkpoint_dir, checkpoint_files, output_dir, model_type):
+    """A function in the place of a checkpointer."""
 
 
 def preferences(tokenizer) -> list[dict]:

@@ -12,14 +12,12 @@ from helpers.resuming import COSINE, final_weights, resumed, same_tensors
 from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, losses, read_log, set_up, train
 from safetensors.torch import load_file, save_file
-from torchtune import training
 
 from layerskip_recipes import generate, load_model
 from layerskip_recipes.checkpoint.drafts import own_draft, read_description, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.auto_drafts import chooser_for
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
@@ -224,14 +222,6 @@ def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
     file = tmp_path / "out" / "epoch_1" / "draft" / "draft.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     assert find_checkpoint(tmp_path / "out") == tmp_path / "out" / "epoch_0"
-
-
-def test_a_function_that_builds_a_checkpointer_is_refused(checkpoint, beside_config, monkeypatch):
-    """Before the training: the checkpoint could not say how to read the model."""
-    build = training.FullModelHFCheckpointer
-    monkeypatch.setattr("helpers.configs.reader", lambda **arguments: build(**arguments), raising=False)
-    with pytest.raises(ConfigError, match=r"^checkpointer\._component_: helpers\.configs\.reader is a function, "):
-        train(beside_config(checkpointer=start_section(checkpoint) | {"_component_": "helpers.configs.reader"}))
 
 
 @pytest.mark.parametrize("compile", [False, True])

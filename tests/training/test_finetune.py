@@ -96,13 +96,6 @@ def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, f
     assert losses(tmp_path / "model") == losses(tmp_path / "out")
 
 
-def test_the_logged_config_is_one_that_trains(tmp_path, finetune):
-    train(finetune())
-    logged = tmp_path / "out" / "torchtune_config.yaml"
-    assert "versions" in OmegaConf.load(logged)
-    assert train(logged, f"output_dir={tmp_path / 'again'}").step == 2
-
-
 @pytest.mark.parametrize(
     ("schedule", "scales"),
     [("exp", [math.exp(t * math.log(2) / 5) - 1 for t in range(6)]), ("linear_decay", [1 - t / 5 for t in range(6)])],
