@@ -231,19 +231,6 @@ def test_masks_and_positions_follow_their_samples(tiny, length, shared, settings
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.usefixtures("float64")
-def test_exits_under_dropout_see_the_skipped_samples_too(tiny):
-    """x_{l+1} of a sample that skips layer l is its x_l, in one and the same draw."""
-    tokens = random_tokens(8, 5)
-    model = layerskip_decoder(tiny, layer_dropout=HALF).train()
-    run = next_draw(model.layer_dropout, 8)
-    _, hidden = model.hidden_states(tokens, exits=range(1, L + 1))
-    for exit_layer in range(1, L + 1):
-        for row, layers in enumerate(run):
-            expected = walk(tiny, tokens[row : row + 1], [layer for layer in layers if layer < exit_layer])
-            torch.testing.assert_close(model.unembed(hidden[exit_layer][row : row + 1]), expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize(
     ("dropout", "step", "training"),
     [

@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 from helpers.configs import generate_config, hf_sections, start_section
-from helpers.resuming import COSINE, final_weights, resumed, same_tensors
+from helpers.resuming import COSINE, final_weights, same_tensors
 from helpers.tiny import VOCAB, make_tiny
-from helpers.training import VALIDATION, losses, read_log, set_up, train
+from helpers.training import VALIDATION, read_log, set_up, train
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes import generate, load_model
@@ -200,21 +200,6 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         assert LayerSkipGenerate(load_config(str(path))).speculation is None
     assert f"No drafts: the draft in {own} was trained for weights that another checkpointer reads" in caplog.text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shards", [False, True])
-def test_resume_is_the_run_that_never_stopped(shards, tmp_path, beside_config):
-    saves = {"save_every_n_steps": 1, "enable_async_checkpointing": shards, "keep_last_n_checkpoints": 4}
-    path = beside_config(epochs=2, lr_scheduler=COSINE, **saves)
-    train(path)
-    whole, end = losses(tmp_path / "out"), tmp_path / "out" / "epoch_1"
-    for checkpoint, done in (("step_1", 1), ("epoch_0", 2)):
-        again = resumed(path, checkpoint)
-        assert losses(again) == {step: whole[step] for step in range(done + 1, 5)}
-        assert same_tensors(final_weights(end), final_weights(again / "epoch_1"))
-        drafts = [load_file(folder / "draft" / "draft.safetensors") for folder in (end, again / "epoch_1")]
-        assert same_tensors(*drafts)
 
 
 def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
