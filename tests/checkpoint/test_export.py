@@ -198,10 +198,9 @@ def test_a_trained_draft_is_a_model_of_its_own(form, checkpoint, tmp_path, finet
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["torchtune", "hf"])
-def test_a_draft_beside_its_model_is_exported_from_the_models_folder(form, checkpoint, tmp_path, finetune):
+def test_a_draft_beside_its_model_is_exported_from_the_models_folder(checkpoint, tmp_path, finetune):
+    """Of torchtune's checkpointer; that of a Hugging Face folder is in the next test."""
     changes = {"checkpointer": start_section(checkpoint), "layer_dropout": None, "early_exit_loss": None}
-    changes |= hf_sections(checkpoint) if form == "hf" else {}
     recipe = train(finetune(draft={"kind": "copy", "exit_layer": 2, "finetune_model": True}, **changes))
     moved = shutil.move(tmp_path / "out" / "epoch_0", tmp_path / "moved")
     model = load(export(str(moved), str(tmp_path / "draft"), draft=0))

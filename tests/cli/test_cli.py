@@ -220,6 +220,7 @@ def test_a_config_of_another_recipe_is_recognised(monkeypatch, capsys):
     for start, config, meant in (
         (generate_main, "quickstart/finetune", "layerskip_finetune"),
         (finetune_main, "quickstart/generate", "layerskip_generate"),
+        (evaluate_main, "quickstart/finetune", "layerskip_finetune"),
     ):
         monkeypatch.setattr(sys, "argv", ["recipe", "device=cpu", "--config", config, "seed=1"])  # on both sides
         with pytest.raises(SystemExit, match="1"):

@@ -22,10 +22,10 @@ ANY = [
     ("~model.num_layers", "model.num_layers", "missing", "model.num_layers="),
     ("model.num_heads=3", "model", "(3)", "divisible"),
     ("tokenizer.path=/nowhere", "tokenizer.path", "/nowhere", "no folder"),
-    ("tokenizer.path=null", "tokenizer", "None", ""),
     ("tokenizer.max_seq_len=0", "tokenizer.max_seq_len", "0", "2048"),
     ("tokenizer=torchtune.models.llama3.llama3_tokenizer; tokenizer.path=/no", "tokenizer", "/no", "No such file"),
     ("checkpointer.checkpoint_dir=/nowhere", "checkpointer.checkpoint_dir", "'/nowhere'", "folder"),
+    ("checkpointer.checkpoint_dir=.", "checkpointer.checkpoint_files", "config.json", "There: "),
     ("checkpointer.checkpoint_dir=null", "checkpointer.checkpoint_dir", "missing", "folder"),
     ("checkpointer.checkpoint_files=[a.bin, model.safetensors]", "checkpointer.checkpoint_files", "a.bin", "There: "),
     ("checkpointer.checkpoint_files=model.safetensors", "checkpointer.checkpoint_files", "'model.safetensors'", "list"),
@@ -116,7 +116,6 @@ BENCHMARK += [
     (f"{RANDOM}; tune=true", "tune", "True needs a checkpoint", ""),
     ("tune=true; tune_extends=quickstart/generates", "tune_extends", "generates", "Nearest: quickstart/generate"),
     ("tune=true; tune_extends=quickstart/finetune", "tune_extends", "quickstart/finetune is not a valid", "unknown"),
-    ("tune=3", "tune", "3", ""),
 ]
 
 STDLIB = "_component_: layerskip_recipes.quickstart.StdlibDataset"

@@ -6,14 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.adapters import (
-    FILE,
-    adapted_section,
-    adapter_config,
-    generate_with,
-    make_start,
-    reader,
-)
+from helpers.adapters import FILE, adapted_section, adapter_config, generate_with, make_start, reader
 from helpers.configs import finetune_config, generate_config
 from helpers.refusals import check
 from helpers.resuming import WEIGHTS

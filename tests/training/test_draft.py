@@ -27,10 +27,7 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft_loss import DraftLoss, DraftSection
 from layerskip_recipes.training.model_setup import fresh_draft
 
-SECTIONS = {
-    "copy": {"kind": "copy", "exit_layer": 2},
-    "adapter": {"kind": "adapter", "exit_layer": 2},
-}
+SECTIONS = {kind: {"kind": kind, "exit_layer": 2} for kind in ("copy", "adapter")}
 
 
 def plain_states(model, draft, tokens):
