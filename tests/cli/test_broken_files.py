@@ -13,6 +13,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import PACKAGE
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
