@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchtune
-import torchtune.config
 from helpers.configs import HF_CONFIG
 from omegaconf import DictConfig, OmegaConf
 from torchtune._recipe_registry import get_all_recipes
@@ -74,21 +72,9 @@ def resolved(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def each_model_once():
-    """Many configs have the same model: build each on the meta device once."""
-    instantiate, models = torchtune.config.instantiate, {}
-
-    def instantiate_once(section: DictConfig, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or torch.get_default_device().type != "meta":
-            return instantiate(section, *args, **kwargs)
-        key = OmegaConf.to_yaml(section, resolve=True)
-        if key not in models:
-            models[key] = instantiate(section)
-        return models[key]
-
+def no_initialisation():
+    """It takes half of the time, and no weight here has memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchtune.config, "instantiate", instantiate_once)
-        # Initialising takes half of the time, and no weight here has memory.
         patch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
         patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **options: tensor)
         yield

@@ -179,14 +179,6 @@ def test_the_heads_gradient_in_bf16_is_that_of_any_chunks(family):
     assert (many - once).norm() < 0.01 * once.norm()
 
 
-def test_a_batch_without_labels_trains_nothing(tiny):
-    model = layerskip_decoder(tiny)
-    tokens, labels = batch()
-    loss, _ = EarlyExitLoss(curriculum=None)(model, tokens, torch.full_like(labels, -100), step=0, total_steps=1)
-    assert loss.item() == 0
-    assert not any(gradient.any() for gradient in gradients(loss, model).values())
-
-
 @pytest.mark.parametrize("family", ["llama2", "llama3_2"])
 @pytest.mark.parametrize("exits", ["6", ":"], ids=["one exit", "six exits"])
 def test_logits_exist_one_chunk_at_a_time(family, exits, monkeypatch):
