@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +87,7 @@ def test_generation_adds_adapters_to_their_base(base, tmp_path, finetune):
     assert tokens["adapters"] == tokens["merged"] != tokens["base"]
 
 
-def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune, monkeypatch):
+def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune):
     """In fp32 the adapters and AdamW's two averages, and the merged weights unless the adapters alone are kept."""
     path = str(finetune(**sections(base, lora=LORA)))
     whole = FinetuneConfig.load(load_config(path))
@@ -100,9 +99,6 @@ def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune, monkeypat
     eight = ["optimizer=torchao.optim.AdamW8bit", "save_adapter_weights_only=true"]
     assert FinetuneConfig.load(load_config(path, eight)).checkpoint_bytes == (4 + 2) * count
     assert adapters.checkpoint_bytes == 3 * 4 * count and whole.checkpoint_bytes == 3 * 4 * count + 4 * merged
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(ConfigError, match=r"output_dir: .* has 0 MiB left, and this run needs 1 MiB for 1 more"):
-        set_up(path)
 
 
 @pytest.mark.parametrize(
