@@ -60,12 +60,14 @@ def test_transformers_finds_the_loop(folder):
 
 
 def test_only_an_exit_brings_the_loop(folder, tmp_path):
-    """Without one the loop refuses to run, and transformers takes it wherever `trust_remote_code` is set."""
+    """Without one the loop refuses to run, and transformers takes it wherever `trust_remote_code` is set. An exit that
+    stayed would come before an `assistant_model`."""
     files = sorted(file.name for file in (folder / "custom_generate").iterdir())
     assert files == sorted(file.name for file in DECODING_LOOP.iterdir() if file.is_file())
     for name, options in (("again", {}), ("draft", {"draft": 2})):
         plain = export(str(folder), str(tmp_path / name), **options)
         assert not (plain / "custom_generate").exists()
+        assert load(plain).generation_config.assistant_early_exit is None
         tokens = load(plain, trust_remote_code=True).generate(TOKENS, **SETTINGS)
         assert torch.equal(tokens, load(plain).generate(TOKENS, **SETTINGS))
 

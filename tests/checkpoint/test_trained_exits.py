@@ -11,11 +11,7 @@ RATES = {"greedy": [1.5, 1.75], "sampled": [1.4, 1.5]}
 DESCRIPTION = {
     "exits": [2, 4, 8],
     "vocabulary": [5, 3, 7],
-    "measured": {
-        "on": "dataset_val",
-        "labels": 99,
-        "exits": {"2": {"512": RATES, "all": RATES}},
-    },
+    "measured": {"on": "dataset_val", "labels": 99, "exits": {"2": {"512": RATES, "all": RATES}}},
     "curriculum": None,
     "layer_dropout": {"prob": 0.1},
 }

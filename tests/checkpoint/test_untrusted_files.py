@@ -63,16 +63,12 @@ def test_code_in_a_drafts_description_is_refused(key, code, checkpoint, ran, tmp
     description = {"format": FORMAT, "kind": "copy", "exit_layer": 2, "vocabulary": None, "base": base}
     part = base if key.startswith("base.") else description
     part[key.removeprefix("base.")] = code
-    write_description(tmp_path / "draft", description, ran)
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "layerskip.json").write_text(json.dumps(description).replace("RAN", str(ran)))
+    save_file({}, tmp_path / "draft" / "draft.safetensors")
     with pytest.raises(ConfigError, match=None if part is base else rf"layerskip\.json.*{key}"):
         export(str(tmp_path / "draft"), str(tmp_path / "out"), draft=0)
     assert not ran.exists() and not (tmp_path / "out").exists()
-
-
-def write_description(folder, description, ran):
-    folder.mkdir()
-    (folder / "layerskip.json").write_text(json.dumps(description).replace("RAN", str(ran)))
-    save_file({}, folder / "draft.safetensors")
 
 
 # ---- pickles ----

@@ -155,11 +155,7 @@ def test_validate_knows_the_recipe_of_a_config_with_a_mistake(change, message, l
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("validate quickstart/finetune batch_size=0", "batch_size: 0"),
-        ("validate quickstart/generate ~prompts", "prompt: missing"),
         ("validate quickstart/generate device=gpu", "device: 'gpu' is not allowed. Allowed: text that"),
-        ("validate quickstart/eval exits=99", "exits: 99"),
-        ("validate quickstart/benchmark metrics=[foo]", "metrics: ['foo'] is not allowed. Allowed: a list of rouge1"),
         ("validate quickstart/finetun", "Nearest: quickstart/finetune"),
         ("cat quickstart/finetun", "Nearest: quickstart/finetune"),
         ("cat quickstart/finetune batch_size", "override: 'batch_size'"),
@@ -224,6 +220,7 @@ def test_a_config_of_another_recipe_is_recognised(monkeypatch, capsys):
     for start, config, meant in (
         (generate_main, "quickstart/finetune", "layerskip_finetune"),
         (finetune_main, "quickstart/generate", "layerskip_generate"),
+        (evaluate_main, "quickstart/finetune", "layerskip_finetune"),
     ):
         monkeypatch.setattr(sys, "argv", ["recipe", "device=cpu", "--config", config, "seed=1"])  # on both sides
         with pytest.raises(SystemExit, match="1"):
@@ -251,21 +248,11 @@ def folder(tmp_path, tokenizer_folder):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        # From inside of torch, where an exception is no message of ours.
-        (["layerskip_finetune", "--config", "finetune.yaml", "optimizer.betas=[2,2]"], "optimizer"),
-        (["layerskip_eval", "--config", "quickstart/evl"], "config: 'quickstart/evl' "),
-    ],
-)
-def test_a_users_mistake(args, message, folder):
-    """The last line on stderr says it; status 1, no traceback, and nothing is written."""
+def test_a_users_mistake(folder):
+    """From inside of torch: the last line on stderr says it; status 1, no traceback, and nothing is written."""
     before = sorted(folder.iterdir())
-    done = run_tune("run", *args, cwd=folder)
-    last = last_line(done.stderr)
-    assert last.startswith("ValueError: ") and message in last
-    assert done.returncode == 1
+    done = run_tune("run", "layerskip_finetune", "--config", "finetune.yaml", "optimizer.betas=[2,2]", cwd=folder)
+    assert last_line(done.stderr).startswith("ValueError: optimizer: ") and done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
     assert sorted(folder.iterdir()) == before
 
@@ -292,8 +279,8 @@ def test_help(folder):
 
 def test_a_bug_keeps_its_traceback(folder):
     """Only a mistake in the config is cut down to a line: an error in a component of the user's own must show where."""
-    (folder / "mine.py").write_text("def dataset(tokenizer):\n    return {}['sample']\n")
+    (folder / "mine.py").write_text("def dataset(tokenizer):\n    raise ValueError('no sample')\n")
     write_yaml(folder / "mine.yaml", {"extends": "finetune.yaml", "dataset": {"_component_": "mine.dataset"}})
     done = run_tune("run", "layerskip_finetune", "--config", "mine.yaml", cwd=folder)
     assert done.returncode == 1
-    assert "mine.py" in done.stderr and "KeyError: 'sample'" in done.stderr
+    assert "mine.py" in done.stderr and "ValueError: no sample" in done.stderr

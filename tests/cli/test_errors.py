@@ -22,10 +22,10 @@ ANY = [
     ("~model.num_layers", "model.num_layers", "missing", "model.num_layers="),
     ("model.num_heads=3", "model", "(3)", "divisible"),
     ("tokenizer.path=/nowhere", "tokenizer.path", "/nowhere", "no folder"),
-    ("tokenizer.path=null", "tokenizer", "None", ""),
     ("tokenizer.max_seq_len=0", "tokenizer.max_seq_len", "0", "2048"),
     ("tokenizer=torchtune.models.llama3.llama3_tokenizer; tokenizer.path=/no", "tokenizer", "/no", "No such file"),
     ("checkpointer.checkpoint_dir=/nowhere", "checkpointer.checkpoint_dir", "'/nowhere'", "folder"),
+    ("checkpointer.checkpoint_dir=.", "checkpointer.checkpoint_files", "config.json", "There: "),
     ("checkpointer.checkpoint_dir=null", "checkpointer.checkpoint_dir", "missing", "folder"),
     ("checkpointer.checkpoint_files=[a.bin, model.safetensors]", "checkpointer.checkpoint_files", "a.bin", "There: "),
     ("checkpointer.checkpoint_files=model.safetensors", "checkpointer.checkpoint_files", "'model.safetensors'", "list"),
@@ -41,12 +41,7 @@ EVAL = [
     ("compare={a: 3}", "compare.a", "3", "keys and values"),
     ("compare={checkpoint: {model_type: LLAMA3}}", "compare.checkpoint", "the name is that of", "compare={before"),
     ("compare={a: {checkpoint_dir: /nowhere}}", "checkpointer.checkpoint_dir", "'/nowhere'", "folder"),
-    (
-        "compare={a: {checkpoint_fils: [x]}}",
-        "compare.a.checkpoint_fils",
-        "no such argument",
-        "Nearest: checkpoint_files",
-    ),
+    ("compare={a: {model_typ: LLAMA2}}", "compare.a.model_typ", "no such argument", "Nearest: model_type"),
     ("compare={a: {_component_: torchtune.nothing}}", "compare.a._component_", "'torchtune.nothing'", ""),
     ("compare={a: {model_type: X}}", "compare", "'X'", "LLAMA3_2"),
     ("checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "weights"),
@@ -121,13 +116,13 @@ BENCHMARK += [
     (f"{RANDOM}; tune=true", "tune", "True needs a checkpoint", ""),
     ("tune=true; tune_extends=quickstart/generates", "tune_extends", "generates", "Nearest: quickstart/generate"),
     ("tune=true; tune_extends=quickstart/finetune", "tune_extends", "quickstart/finetune is not a valid", "unknown"),
-    ("tune=3", "tune", "3", ""),
 ]
 
 STDLIB = "_component_: layerskip_recipes.quickstart.StdlibDataset"
 COSINE = "lr_scheduler._component_=torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
 STEP_LR = "lr_scheduler._component_=torch.optim.lr_scheduler.StepLR; lr_scheduler.step_size=1"
 DRAFT = "layer_dropout=null; early_exit_loss=null; draft={kind: copy, exit_layer: 2}"
+FUNCTION = "checkpointer._component_=test_errors.reader"
 SMOOTHED = "loss=torch.nn.CrossEntropyLoss; loss.label_smoothing=0.1"
 OURS = "model=null; model._component_=layerskip_recipes.layerskip_decoder"
 BASED = "; ".join([OURS, *(f"model.base.{key}={value}" for key, value in MODEL.items())])
@@ -213,7 +208,12 @@ FINETUNE = [
     (f"{DRAFT}; checkpointer.checkpoint_files=[]", "draft", "this one has no weights", ""),
     (f"{DRAFT}; model.num_layers=1", "draft", "this one has 1", "Set draft=null"),
     (f"{DRAFT}; draft.finetune_model=true; early_exit_loss={{scale: 0.1}}", "early_exit_loss", "draft", "Set "),
+    (f"{DRAFT}; draft.finetune_model=true; {FUNCTION}", "checkpointer._component_", "test_errors.reader", "a class"),
 ]
+
+
+def reader(checkpoint_dir, checkpoint_files, output_dir, model_type):
+    """A function in the place of a checkpointer."""
 
 
 def preferences(tokenizer) -> list[dict]:

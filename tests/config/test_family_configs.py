@@ -12,17 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-import torchtune
-import torchtune.config
 from helpers.configs import HF_CONFIG
 from omegaconf import DictConfig, OmegaConf
 from torchtune._recipe_registry import get_all_recipes
-from torchtune.modules import TransformerDecoder
 
 from layerskip_recipes.cli.configs import validate
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import our_configs, torchtune_configs
-from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.model.layer_dropout import dropout_rates
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.early_exit import enabled_exits, exit_weights
@@ -75,28 +71,10 @@ def resolved(name: str) -> dict[str, Any]:
     return OmegaConf.to_container(merged(name), resolve=True)
 
 
-@cache
-def on_meta(name: str) -> TransformerDecoder:
-    shared = {key: value for key, value in resolved(name).items() if key in RecipeConfig.model_fields}
-    return RecipeConfig.parse(shared).meta_model
-
-
 @pytest.fixture(scope="module", autouse=True)
-def each_model_once():
-    """Many configs have the same model: build each on the meta device once."""
-    instantiate, models = torchtune.config.instantiate, {}
-
-    def instantiate_once(section: DictConfig, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or torch.get_default_device().type != "meta":
-            return instantiate(section, *args, **kwargs)
-        key = OmegaConf.to_yaml(section, resolve=True)
-        if key not in models:
-            models[key] = instantiate(section)
-        return models[key]
-
+def no_initialisation():
+    """It takes half of the time, and no weight here has memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchtune.config, "instantiate", instantiate_once)
-        # Initialising takes half of the time, and no weight here has memory.
         patch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
         patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **options: tensor)
         yield
@@ -199,7 +177,8 @@ def test_the_table_is_complete():
 
 @pytest.mark.parametrize(("name", "billions"), [("llama2_1_5B_scratch", 1.5), ("llama2_7B_scratch", 6.74)])
 def test_the_size_of_a_model_from_scratch(name, billions):
-    weights = sum(parameter.numel() for parameter in on_meta(f"paper/{name}").parameters())
+    model = FinetuneConfig.load(merged(f"paper/{name}")).meta_model
+    weights = sum(parameter.numel() for parameter in model.parameters())
     assert weights / 1e9 == pytest.approx(billions, rel=0.02)
 
 

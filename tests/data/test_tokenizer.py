@@ -228,16 +228,12 @@ def test_a_begun_reply_is_continued(make_folder, name):
     assert tokens == expected or name == "strict"  # its prompt ends in a space, which is a token of its own
 
 
-def im(role: str, *contents: str) -> str:
-    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for content in contents)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("name", "turns", "train_on", "expected"),
     [
         # The system prompt that the template puts first goes with the first message.
-        ("chatml", QUESTION[::-1], "user", im("user", " What is two plus two?\n")),
+        ("chatml", QUESTION[::-1], "user", "<|im_start|>user\n What is two plus two?\n<|im_end|>\n"),
         ("strict", LONG[:3], "system", "<s>system: Be brief</s>"),
         ("moving", LONG, "system", "[INST]Be brief"),
     ],

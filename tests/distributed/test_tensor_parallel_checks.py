@@ -36,12 +36,7 @@ def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
 @pytest.mark.parametrize(
     ("processes", "family", "keys", "message"),
     [
-        (
-            2,
-            "llama3",
-            {"tensor_parallel_dim": 2},
-            "tensor_parallel_plan: missing with tensor_parallel_dim 2. Allowed: ",
-        ),
+        (2, "llama3", {"tensor_parallel_dim": 2}, "tensor_parallel_plan: missing with tensor_parallel_dim 2. "),
         (3, "llama3", {"tensor_parallel_dim": 2}, "tensor_parallel_dim: 2 does not divide processes, 3. Allowed: 1; "),
         (8, "llama3", SPLIT, "tensor_parallel_dim: 8 does not divide model.num_heads, 4. Allowed: 1, 2; "),
         (4, "llama3", SPLIT, "tensor_parallel_dim: 4 does not divide model.num_kv_heads, 2. Allowed: 1, 2; "),

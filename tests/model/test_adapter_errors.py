@@ -1,29 +1,19 @@
 """Wrong settings of adapters: one ValueError with the key, the value and what works, before weights are loaded."""
 
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.adapters import (
-    FILE,
-    adapted_section,
-    adapter_config,
-    generate_with,
-    make_start,
-    reader,
-)
+from helpers.adapters import FILE, adapted_section, adapter_config, generate_with, make_start, reader
 from helpers.configs import finetune_config, generate_config
 from helpers.refusals import check
 from helpers.resuming import WEIGHTS
-from helpers.tiny import make_tiny
 from helpers.training import few_texts, losses, read_log, train  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from layerskip_recipes.config.components import Component
-from layerskip_recipes.model.adapters import adapter_mistakes, correct_peft_form
+from layerskip_recipes.model.adapters import correct_peft_form
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +91,3 @@ def test_adapters_of_a_model_whose_config_has_no_key_value_heads(tmp_path):
     correct_peft_form(tmp_path, "LLAMA2", {})
     # Of each head the even rows, then the odd ones: torchtune rotates neighbours, Hugging Face halves.
     assert load_file(tmp_path / "adapter_model.safetensors")[name].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
-def test_a_lora_section_that_adapts_nothing_is_refused():
-    """It would train all weights."""
-    lora = {"attn_modules": [], "apply_lora_to_mlp": False}
-    model = Component({"_component_": "layerskip_recipes.hf_decoder", "path": "model", "lora": lora}, "model")
-    (mistake,) = adapter_mistakes(model, make_tiny())
-    assert re.match(r"model\.lora: .* adapts nothing.* model\.lora\.apply_lora_to_mlp=true", mistake)

@@ -17,15 +17,6 @@ def tokens():
     return torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture
-def layers_run(tiny):
-    """Which layers of `tiny` run, in order."""
-    run = []
-    for number, layer in enumerate(tiny.layers):
-        layer.register_forward_pre_hook(lambda *_, number=number: run.append(number))
-    return run
-
-
 def test_checkpoints_are_the_base_decoders(any_family, tokens):
     """Same keys in both directions, so a file of either loads into the other."""
     expected, state = logits_of(any_family, tokens), any_family.state_dict()
@@ -47,25 +38,17 @@ def test_wrapping_keeps_the_mode(tiny, training):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("exit_layer", range(1, L + 1))
-def test_exit_runs_that_many_layers_and_the_head(any_family, tokens, exit_layer):
+def test_an_exit_runs_that_many_layers_and_the_rest_goes_on_from_there(any_family, tokens, exit_layer):
+    """Draft and verification: x_E of the first part is all that the second needs."""
     expected = walk(any_family, tokens, range(exit_layer))
-    run = []
+    run, model = [], layerskip_decoder(any_family)
+    whole = model(tokens)
     for number, layer in enumerate(any_family.layers):
         layer.register_forward_pre_hook(lambda *_, number=number: run.append(number))
-    ours = layerskip_decoder(any_family)(tokens, exit_layer=exit_layer)
-    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-    assert run == list(range(exit_layer))
-
-
-@pytest.mark.parametrize("split", range(1, L + 1))
-def test_a_walk_in_two_parts_is_the_whole_walk(tiny, tokens, layers_run, split):
-    """Draft and verification: x_E of the first part is all that the second needs."""
-    model = layerskip_decoder(tiny)
-    expected = model(tokens)
-    layers_run.clear()
-    hidden = model(tokens, exit_layer=split, unembed=False)
-    assert torch.equal(model(hidden=hidden, start_layer=split), expected)
-    assert layers_run == list(range(L))
+    torch.testing.assert_close(model(tokens, exit_layer=exit_layer), expected, rtol=1e-9, atol=1e-9)
+    hidden = model(tokens, exit_layer=exit_layer, unembed=False)
+    assert torch.equal(model(hidden=hidden, start_layer=exit_layer), whole)
+    assert run == [*range(exit_layer), *range(L)]
 
 
 def test_wrapping_twice_is_wrapping_once(tiny):

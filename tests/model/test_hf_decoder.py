@@ -129,12 +129,14 @@ def test_torchtunes_generate_decodes_prompts_of_several_lengths(pair, cached):
 
 
 def test_a_written_folder_is_that_of_transformers_to_the_bit(pair, tmp_path):
-    (pair.folder / "tokenizer.json").write_text("{}")
+    templates = "additional_chat_templates/tool_use.jinja"
+    (pair.folder / "additional_chat_templates").mkdir()
+    for file in ("tokenizer.json", templates):
+        (pair.folder / file).write_text("{}")
     checkpointer = hf_checkpointer(str(pair.folder), str(tmp_path), shard_size="20KB")
     checkpointer.save_checkpoint({MODEL_KEY: pair.ours.state_dict()}, epoch=3)
     written = tmp_path / "epoch_3"
-    assert (written / INDEX).is_file() and (written / "tokenizer.json").is_file()
-    assert (written / "generation_config.json").is_file()
+    assert all((written / file).is_file() for file in (INDEX, "tokenizer.json", "generation_config.json", templates))
     again = type(pair.theirs).from_pretrained(written, dtype="auto").state_dict()
     for name, value in pair.theirs.state_dict().items():
         assert again[name].dtype == value.dtype and torch.equal(again[name], value), name

@@ -1,6 +1,5 @@
 """Which checkpoints a run leaves, in which order, and with which files."""
 
-import functools
 import itertools
 import os
 import re
@@ -168,17 +167,18 @@ def test_shards_do_not_push_the_last_model_out(tmp_path, finetune):
     path = finetune(**SHARDS, keep_last_n_checkpoints=2, max_steps_per_epoch=3)
     train(path)
     recipe = set_up(path, "resume_from_checkpoint=true", "epochs=2")
-    recipe.checkpoints._place = functools.partial(_place_until, recipe.checkpoints, "epoch_1")
+    place = recipe.checkpoints._place
+
+    def place_until_epoch_1(name):
+        if name == "epoch_1":
+            raise KeyboardInterrupt
+        place(name)
+
+    recipe.checkpoints._place = place_until_epoch_1
     with pytest.raises(KeyboardInterrupt):
         recipe.train()
     recipe.cleanup()
     assert sorted(checkpoints(tmp_path / "out")) == ["epoch_0", "step_4", "step_5"]
-
-
-def _place_until(self, name, place):
-    if place == name:
-        raise KeyboardInterrupt
-    Checkpoints._place(self, place)
 
 
 def test_shards_are_of_their_step(finetune, monkeypatch):

@@ -23,15 +23,11 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import Draft, weights_hash
 from layerskip_recipes.model.head import capped
-from layerskip_recipes.model.hf_folder import model_folder
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.draft_loss import DraftLoss, DraftSection
 from layerskip_recipes.training.model_setup import fresh_draft
 
-SECTIONS = {
-    "copy": {"kind": "copy", "exit_layer": 2},
-    "adapter": {"kind": "adapter", "exit_layer": 2},
-}
+SECTIONS = {kind: {"kind": kind, "exit_layer": 2} for kind in ("copy", "adapter")}
 
 
 def plain_states(model, draft, tokens):
@@ -110,15 +106,6 @@ def draft_config(finetune, checkpoint):
     return config
 
 
-def same_tokens_as_plain_decoding(model, folder, **callbacks):
-    """Whether greedy decoding with the draft of a checkpoint generates what the model generates; its settings."""
-    draft = read_description(str(folder), "draft")
-    speculation = Speculation(draft.exit_layer, 3, draft.vocabulary, draft=draft)
-    generation = run(model, [[1, 2, 3]], 12, speculation=speculation, **callbacks)
-    assert generation.generated == run(model, [[1, 2, 3]], 12).generated
-    return speculation
-
-
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
     recipe = train(draft_config(kind, epochs=6, shuffle=False, dataset_val=VALIDATION), "optimizer.lr=1e-2")
@@ -159,8 +146,11 @@ def test_a_draft_of_frequent_tokens(tmp_path, draft_config):
     described = json.loads((folder / "layerskip.json").read_text())["vocabulary"]
     assert described == sorted(described) and len(set(described)) == 40
     assert min(counts[token] for token in described) >= max(counts[t] for t in counts if t not in described)
-    section = same_tokens_as_plain_decoding(recipe.model, folder, on_draft=drafts.append)
-    assert (section.exit_layer, section.draft_vocabulary) == (2, described)
+    draft = read_description(str(folder), "draft")
+    assert (draft.exit_layer, draft.vocabulary) == (2, described)
+    speculation = Speculation(2, 3, described, draft=draft)
+    generation = run(recipe.model, [[1, 2, 3]], 12, speculation=speculation, on_draft=drafts.append)
+    assert generation.generated == run(recipe.model, [[1, 2, 3]], 12).generated
     assert {token for (row,) in drafts for token in row} <= set(described)
 
 
@@ -175,16 +165,6 @@ def test_resume_goes_on_with_the_same_model(checkpoint, tmp_path, draft_config):
         ConfigError, match=r"^resume_from_checkpoint: the hash of the model's weights was '.*' and is '.*' now"
     ):
         resumed(path, "epoch_0")
-
-
-def test_a_draft_is_found_beside_newer_shards(tmp_path):
-    """Shards of a later epoch only serve to resume."""
-    for time, name in enumerate(("epoch_0", "step_9"), start=1):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "written").write_text(json.dumps({"time": time, "sizes": {}}))
-        torch.save({}, tmp_path / name / "recipe_state.pt")
-    save_file({}, tmp_path / "epoch_0" / "draft.safetensors")
-    assert model_folder(str(tmp_path)) == tmp_path / "epoch_0"
 
 
 def test_a_draft_is_a_part_of_the_model_at_first():

@@ -79,13 +79,6 @@ def test_rotational(num_layers, interval):
     assert steps[:interval] == steps[interval:]
 
 
-def test_rotational_among_chosen_layers():
-    """Every R-th of the chosen layers, so that each of them still gets its turn."""
-    for step, chosen in enumerate([(1, 5, 12), (4, 9)]):
-        on = enabled_exits("rotational", step, 9, 16, interval=2, exits="2,5,6,10,13")
-        assert on == [layer in (*chosen, 15) for layer in range(16)]
-
-
 @pytest.mark.parametrize(("num_layers", "total_steps"), [(6, 120), (24, 5800), (8, 37), (32, 10)])
 def test_gradual(num_layers, total_steps):
     """From the last layer down, one more every T/(2L) steps, all at T/2 and after."""
@@ -99,6 +92,10 @@ def test_gradual(num_layers, total_steps):
 
 
 def test_curricula_among_chosen_layers():
+    """Every R-th of the chosen layers, so that each of them still gets its turn."""
+    for step, chosen in enumerate([(1, 5, 12), (4, 9)]):
+        on = enabled_exits("rotational", step, 9, 16, interval=2, exits="2,5,6,10,13")
+        assert on == [layer in (*chosen, 15) for layer in range(16)]
     assert enabled_exits("gradual", 0, 10, 8, exits="1,6,7") == [False] * 7 + [True]
     assert enabled_exits("gradual", 9, 10, 8, exits="1,6,7") == [layer in (0, 5, 6, 7) for layer in range(8)]
     for step in (0, 7):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.resuming import resumed
 from helpers.tiny import exit_logits
-from helpers.training import losses, read_log, set_up, text_data, train
+from helpers.training import losses, read_log, set_up, train
 from omegaconf import OmegaConf
 
 
@@ -46,18 +46,6 @@ def test_offloading_and_bf16_on_a_gpu(tmp_path, finetune):
         assert plain[step]["loss"] == pytest.approx(other[step]["loss"], rel=2e-2)  # bf16
 
 
-def test_gradient_accumulation_changes_nothing(tmp_path, finetune):
-    """Two micro-batches of 2 are one batch of 4, also where the samples have different lengths."""
-    dataset = text_data(tmp_path / "t.json", ["import os\n" * n for n in (1, 9, 2, 5, 7, 3, 8, 1)])
-    path = finetune(dataset=dataset, layer_dropout=None, shuffle=False, max_steps_per_epoch=None, clip_grad_norm=1.0)
-    train(path, f"output_dir={tmp_path}/one", "batch_size=4")
-    train(path, f"output_dir={tmp_path}/two", "batch_size=2", "gradient_accumulation_steps=2")
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert sorted(one) == [1, 2]
-    for step in one:
-        assert one[step] == pytest.approx(two[step], rel=1e-4)
-
-
 @pytest.mark.parametrize(
     "override", ["enable_activation_checkpointing=true", "loss=torch.nn.CrossEntropyLoss", "optimizer_in_bwd=true"]
 )
@@ -94,13 +82,6 @@ def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, f
     assert train(path).model.layer_dropout.generator.initial_seed() == 7
     train(finetune(seed=7, layer_dropout=None, model=model), f"output_dir={tmp_path}/model")
     assert losses(tmp_path / "model") == losses(tmp_path / "out")
-
-
-def test_the_logged_config_is_one_that_trains(tmp_path, finetune):
-    train(finetune())
-    logged = tmp_path / "out" / "torchtune_config.yaml"
-    assert "versions" in OmegaConf.load(logged)
-    assert train(logged, f"output_dir={tmp_path / 'again'}").step == 2
 
 
 @pytest.mark.parametrize(

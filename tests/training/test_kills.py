@@ -11,14 +11,6 @@ from helpers.resuming import FILES, MOVING, checkpoints, final_weights, same_ten
 from helpers.training import log_lines, losses, texts, train
 
 
-def check_every_step(out: Path, whole: dict[int, dict[str, float]]) -> None:
-    """All lines of the log, also those of steps that were taken again, are those of the run that never stopped."""
-    lines = log_lines(out)
-    assert {step for step, _ in lines} == set(whole)
-    for step, line in lines:
-        assert {k: v for k, v in line.items() if "second" not in k} == whole[step]
-
-
 def whole_checkpoints(out: Path) -> list[str]:
     """The names of the checkpoints, each of which must be whole."""
     for path in [path for path in out.iterdir() if path.name.startswith(("step_", "epoch_"))]:
@@ -51,8 +43,10 @@ def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, fi
     assert ({"write_data", "finish"} if asynchronous else {"save_file"}) <= set(interrupted)
     newest = checkpoints(out)[-1]
     assert train(path, "resume_from_checkpoint=true").checkpoints.resumed_from.name == newest != "epoch_3"
-    check_every_step(out, whole)
-    assert len(log_lines(out)) > len(whole)
+    lines = log_lines(out)  # also those of steps that were taken again
+    assert {step for step, _ in lines} == set(whole) and len(lines) > len(whole)
+    for step, line in lines:
+        assert {k: v for k, v in line.items() if "second" not in k} == whole[step]
     assert checkpoints(out) == ["step_15", "epoch_3"] and not (out / ".incomplete").exists()
     assert same_tensors(*(final_weights(folder / "epoch_3") for folder in (tmp_path / "whole", out)))
 

@@ -33,10 +33,12 @@ def test_wandb_offline_has_every_exit_and_the_config(tmp_path, finetune, monkeyp
     assert not missing
 
 
-def test_the_logged_config_has_versions_and_a_line_the_exits_of_its_step(tmp_path, finetune):
+def test_the_logged_config_trains_and_has_versions_and_a_line_the_exits_of_its_step(tmp_path, finetune):
     path = finetune(max_steps_per_epoch=3)
     train(path)
-    logged = OmegaConf.to_container(OmegaConf.load(tmp_path / "out" / "torchtune_config.yaml"))
+    file = tmp_path / "out" / "torchtune_config.yaml"
+    assert train(file, f"output_dir={tmp_path}/again").step == 3
+    logged = OmegaConf.to_container(OmegaConf.load(file))
     versions = logged.pop("versions")
     for name in ("layerskip-recipes", "torch", "torchtune", "torchao"):
         assert versions[name] == version(name)
