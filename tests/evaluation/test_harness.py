@@ -21,6 +21,16 @@ def request(kind: str, *args) -> Instance:
     return Instance(kind, {}, args, 0, metadata=("task", 0, 1))
 
 
+def check_scores(lm, model, pairs, exit_layer=None):
+    """log p of each answer against plain PyTorch; returns whether each is what the model itself would say."""
+    found = lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    for (context, answer), (score, greedy) in zip(pairs, found, strict=True):
+        tokens = lm.tokenizer.encode(context, add_eos=False), lm.tokenizer.encode(answer, False, False)
+        expected, right = plain_score(model, *tokens, exit_layer)
+        assert score == pytest.approx(expected, abs=1e-4) and greedy is right
+    return [greedy for _, greedy in found]
+
+
 @pytest.mark.parametrize("exit_layer", [None, 2])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_loglikelihood_is_that_of_each_text_alone(exit_layer, batch_size):
@@ -33,28 +43,20 @@ def test_loglikelihood_is_that_of_each_text_alone(exit_layer, batch_size):
     half = [own[0], own[1] + 1]  # greedy at first
     pairs = [("AB", tokenizer.decode(own)), ("AB", tokenizer.decode(half)), ("", "XYZ"), ("A longer one", " Z")]
     pairs += [("ab", "+"), ("B", "CDEF")]
-    found = lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
-    for (context, answer), (score, greedy) in zip(pairs, found, strict=True):
-        tokens = tokenizer.encode(context, add_eos=False), tokenizer.encode(answer, False, False)
-        expected, right = plain_score(model, *tokens, exit_layer)
-        assert score == pytest.approx(expected, abs=1e-4)
-        assert greedy is right
-    assert [greedy for _, greedy in found][:2] == [True, False]
+    assert check_scores(lm, model, pairs, exit_layer)[:2] == [True, False]
 
 
 def test_choices_of_one_token_share_a_forward(monkeypatch):
     """As in MMLU; the head takes two positions at a time, so that an answer lies in two pieces."""
-    model, tokenizer, rows = make_tiny(), Letters(), []
-    lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer, batch_size=2)
-    model.tok_embeddings.register_forward_hook(lambda _, args, __: rows.extend(args[0].tolist()))
+    model, rows = make_tiny(), []
+    lm = harness.LayerSkipLM(layerskip_decoder(model), Letters(), batch_size=2)
+    hook = model.tok_embeddings.register_forward_hook(lambda _, args, __: rows.extend(args[0].tolist()))
     monkeypatch.setattr(harness, "HEAD_TOKENS", 2)
     pairs = [("Which?", letter) for letter in "ABCD"] + [("Which", "?D"), ("Which", "?DE"), ("What", "A"), ("W", "h")]
-    found = lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    hook.remove()
     assert len(rows) == 4  # "Which?" with five answers, "Which?D", "What", "W"
-    for (context, answer), (score, greedy) in zip(pairs, found, strict=True):
-        tokens = tokenizer.encode(context, add_eos=False), tokenizer.encode(answer, False, False)
-        expected, right = plain_score(model, *tokens)
-        assert score == pytest.approx(expected, abs=1e-4) and greedy is right
+    check_scores(lm, model, pairs)
 
 
 def test_a_context_longer_than_the_model_loses_its_beginning(caplog):
