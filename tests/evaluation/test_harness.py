@@ -1,7 +1,6 @@
 """The model that lm-eval is given: log-likelihoods and answers against plain PyTorch, offline, tiny models."""
 
 import pytest
-import torch
 from helpers.plain_decoding import Letters, plain_answer, plain_logits, plain_score
 from helpers.tiny import make_tiny
 
@@ -60,15 +59,13 @@ def test_choices_of_one_token_share_a_forward(monkeypatch):
 
 
 def test_a_context_longer_than_the_model_loses_its_beginning(caplog):
-    """128 positions: the last 128 of the tokens that predict something."""
+    """128 positions: the last 128 of the tokens that predict something, of which two are the answer's."""
     model, tokenizer = make_tiny(), Letters()
     lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer)
     context, answer = "ABCDE" * 40, "FGH"
     ((score, _),) = lm.loglikelihood([request("loglikelihood", context, answer)], disable_tqdm=True)
-    tokens = tokenizer.encode(context + answer, add_eos=False)[:-1][-128:]
-    targets = torch.tensor(tokenizer.encode(answer, False, False))
-    logits = plain_logits(model, tokens)[-3:].log_softmax(-1)
-    assert score == pytest.approx(logits.gather(1, targets[:, None]).sum().item(), abs=1e-4)
+    tokens = tokenizer.encode(context, add_eos=False)[-126:], tokenizer.encode(answer, False, False)
+    assert score == pytest.approx(plain_score(model, *tokens)[0], abs=1e-4)
     assert "lose their beginning" in caplog.text
 
 
@@ -81,9 +78,8 @@ def test_a_whole_text_in_windows(exit_layer):
     tokens = [0, *tokenizer.encode(text, False, False)]
     expected = 0.0
     for first, last in ((1, 128), (129, 256), (257, 300)):  # the tokens predicted by each window
-        seen = tokens[max(last - 128, 0) : last]
-        logits = plain_logits(model, seen, exit_layer).log_softmax(-1)[-(last - first + 1) :]
-        expected += logits.gather(1, torch.tensor(tokens[first : last + 1])[:, None]).sum().item()
+        seen, predicted = tokens[max(last - 128, 0) : first], tokens[first : last + 1]
+        expected += plain_score(model, seen, predicted, exit_layer)[0]
     found = lm.loglikelihood_rolling([request("loglikelihood_rolling", text)] * 2, disable_tqdm=True)
     assert found == pytest.approx([expected, expected], abs=1e-3)
 

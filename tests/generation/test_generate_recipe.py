@@ -206,9 +206,7 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary,
     assert len(draft_decoder.layers) == recipe.speculation.exit_layer == len(linears) / 7
     assert all(type(part.weight) is not torch.nn.Parameter for part in linears)
     assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
-    assert draft_decoder.norm is model.norm and draft_decoder.tok_embeddings is model.tok_embeddings
-    assert draft_decoder.layers[0].attn.pos_embeddings is model.layers[0].attn.pos_embeddings  # as long as the context
-    assert (draft_decoder.output is model.output) == (vocabulary is not None)
+    assert draft_decoder.tok_embeddings is model.tok_embeddings
     rows, head = slice(None), draft_decoder.output
     if vocabulary is not None:
         rows, head = recipe.draft_model.head.vocabulary, recipe.draft_model.head.output

@@ -32,13 +32,13 @@ model_of = functools.cache(make_model)
 
 @functools.cache
 @torch.no_grad()
-def plain(model, prompt, count, penalty=1.0, exit_layer=None):
+def plain(model, prompt, count, penalty=1.0, exit_layer=None, vocabulary=None):
     """`count` tokens by argmax of g(x_E) from scratch for each, those of prompt and output penalised."""
     tokens = list(prompt)
     for _ in range(count):
         logits = walk(model, torch.tensor([tokens]), range(exit_layer or model.num_layers))[0, -1].tolist()
         logits = penalised(logits, tokens, penalty)
-        tokens.append(max(range(len(logits)), key=logits.__getitem__))
+        tokens.append(max(vocabulary or range(len(logits)), key=logits.__getitem__))
     return tokens[len(prompt) :]
 
 
