@@ -17,11 +17,13 @@ from helpers.configs import benchmark_config
 from helpers.json_lines import write_lines
 from helpers.recipes import run_benchmark as run
 
+from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Run, Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.report import figures
 from layerskip_recipes.cli import recipes as cli
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.report import draft_figures
 from layerskip_recipes.generation.stats import GenerationStats
@@ -115,6 +117,12 @@ def test_outputs_are_the_same_by_all_methods(report):
     assert {name: row["identical"] for name, row in rows(report, 0.0).items()} == dict.fromkeys(METHODS, True)
     sampled = {name: row["identical"] for name, row in rows(report, 0.8).items()}
     assert sampled == {name: None if rows(report, 0.8)[name]["kind"] == "peer" else True for name in METHODS}
+
+
+def test_every_key_of_generation_is_known():
+    """Honoured or refused by name: a benchmark config extends a generation config."""
+    known = {*BenchmarkConfig.model_fields, *BenchmarkConfig.REFUSED, *BenchmarkConfig.IGNORED}
+    assert {*GenerateConfig.model_fields} <= known
 
 
 def write_prompts(path: Path, *responses: str) -> str:

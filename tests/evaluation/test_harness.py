@@ -1,7 +1,6 @@
 """The model that lm-eval is given: log-likelihoods and answers against plain PyTorch, offline, tiny models."""
 
 import pytest
-import torch
 from helpers.plain_decoding import Letters, plain_answer, plain_logits, plain_score
 from helpers.tiny import make_tiny
 
@@ -21,6 +20,16 @@ def request(kind: str, *args) -> Instance:
     return Instance(kind, {}, args, 0, metadata=("task", 0, 1))
 
 
+def check_scores(lm, model, pairs, exit_layer=None):
+    """log p of each answer against plain PyTorch; returns whether each is what the model itself would say."""
+    found = lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    for (context, answer), (score, greedy) in zip(pairs, found, strict=True):
+        tokens = lm.tokenizer.encode(context, add_eos=False), lm.tokenizer.encode(answer, False, False)
+        expected, right = plain_score(model, *tokens, exit_layer)
+        assert score == pytest.approx(expected, abs=1e-4) and greedy is right
+    return [greedy for _, greedy in found]
+
+
 @pytest.mark.parametrize("exit_layer", [None, 2])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_loglikelihood_is_that_of_each_text_alone(exit_layer, batch_size):
@@ -33,40 +42,30 @@ def test_loglikelihood_is_that_of_each_text_alone(exit_layer, batch_size):
     half = [own[0], own[1] + 1]  # greedy at first
     pairs = [("AB", tokenizer.decode(own)), ("AB", tokenizer.decode(half)), ("", "XYZ"), ("A longer one", " Z")]
     pairs += [("ab", "+"), ("B", "CDEF")]
-    found = lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
-    for (context, answer), (score, greedy) in zip(pairs, found, strict=True):
-        tokens = tokenizer.encode(context, add_eos=False), tokenizer.encode(answer, False, False)
-        expected, right = plain_score(model, *tokens, exit_layer)
-        assert score == pytest.approx(expected, abs=1e-4)
-        assert greedy is right
-    assert [greedy for _, greedy in found][:2] == [True, False]
+    assert check_scores(lm, model, pairs, exit_layer)[:2] == [True, False]
 
 
 def test_choices_of_one_token_share_a_forward(monkeypatch):
     """As in MMLU; the head takes two positions at a time, so that an answer lies in two pieces."""
-    model, tokenizer, rows = make_tiny(), Letters(), []
-    lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer, batch_size=2)
-    model.tok_embeddings.register_forward_hook(lambda _, args, __: rows.extend(args[0].tolist()))
+    model, rows = make_tiny(), []
+    lm = harness.LayerSkipLM(layerskip_decoder(model), Letters(), batch_size=2)
+    hook = model.tok_embeddings.register_forward_hook(lambda _, args, __: rows.extend(args[0].tolist()))
     monkeypatch.setattr(harness, "HEAD_TOKENS", 2)
     pairs = [("Which?", letter) for letter in "ABCD"] + [("Which", "?D"), ("Which", "?DE"), ("What", "A"), ("W", "h")]
-    found = lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    hook.remove()
     assert len(rows) == 4  # "Which?" with five answers, "Which?D", "What", "W"
-    for (context, answer), (score, greedy) in zip(pairs, found, strict=True):
-        tokens = tokenizer.encode(context, add_eos=False), tokenizer.encode(answer, False, False)
-        expected, right = plain_score(model, *tokens)
-        assert score == pytest.approx(expected, abs=1e-4) and greedy is right
+    check_scores(lm, model, pairs)
 
 
 def test_a_context_longer_than_the_model_loses_its_beginning(caplog):
-    """128 positions: the last 128 of the tokens that predict something."""
+    """128 positions: the last 128 of the tokens that predict something, of which two are the answer's."""
     model, tokenizer = make_tiny(), Letters()
     lm = harness.LayerSkipLM(layerskip_decoder(model), tokenizer)
     context, answer = "ABCDE" * 40, "FGH"
     ((score, _),) = lm.loglikelihood([request("loglikelihood", context, answer)], disable_tqdm=True)
-    tokens = tokenizer.encode(context + answer, add_eos=False)[:-1][-128:]
-    targets = torch.tensor(tokenizer.encode(answer, False, False))
-    logits = plain_logits(model, tokens)[-3:].log_softmax(-1)
-    assert score == pytest.approx(logits.gather(1, targets[:, None]).sum().item(), abs=1e-4)
+    tokens = tokenizer.encode(context, add_eos=False)[-126:], tokenizer.encode(answer, False, False)
+    assert score == pytest.approx(plain_score(model, *tokens)[0], abs=1e-4)
     assert "lose their beginning" in caplog.text
 
 
@@ -79,9 +78,8 @@ def test_a_whole_text_in_windows(exit_layer):
     tokens = [0, *tokenizer.encode(text, False, False)]
     expected = 0.0
     for first, last in ((1, 128), (129, 256), (257, 300)):  # the tokens predicted by each window
-        seen = tokens[max(last - 128, 0) : last]
-        logits = plain_logits(model, seen, exit_layer).log_softmax(-1)[-(last - first + 1) :]
-        expected += logits.gather(1, torch.tensor(tokens[first : last + 1])[:, None]).sum().item()
+        seen, predicted = tokens[max(last - 128, 0) : first], tokens[first : last + 1]
+        expected += plain_score(model, seen, predicted, exit_layer)[0]
     found = lm.loglikelihood_rolling([request("loglikelihood_rolling", text)] * 2, disable_tqdm=True)
     assert found == pytest.approx([expected, expected], abs=1e-3)
 

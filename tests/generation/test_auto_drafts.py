@@ -1,7 +1,6 @@
 """What `self_speculation: auto` chooses: the fastest drafting method by stored acceptance and estimated costs."""
 
 import json
-import logging
 import shutil
 from itertools import product
 
@@ -31,7 +30,6 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 LAYER = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
 VOCABULARY = 49152
-PLAIN = (30 * LAYER + VOCABULARY * 576) * 4 / 2e10 + 2e-5 + 30 * 5e-6  # seconds of a step, from the bytes that it reads
 # Tokens per round of 1, 2, .. 8 drafted tokens, greedily and at temperature 1, about as a finetuned SmolLM2 has them.
 TASK = {
     "all": ([1.84, 2.54, 3.18, 3.72, 4.13, 4.61, 4.97, 5.24], [1.82, 2.47, 3.07, 3.54, 3.91, 4.29, 4.61, 4.83]),
@@ -71,20 +69,31 @@ def choose(folder, temperature=0.0, compiled=True, given=None, int8=None, batch_
     return choose_drafts(SelfSpeculation(**(given or {})), notes, costs, temperature, int8=int8, **settings)
 
 
-def expected(exits, lengths=range(1, 9), precisions=(4, 1)):
-    """The best (exit, vocabulary, bytes per weight, length) and its speed-up, from the bytes that steps read."""
+def step_s(layers, rows, itemsize=1):
+    """Seconds of a step, from the bytes that it reads."""
+    return (layers * LAYER + rows * 576) * itemsize / 2e10 + 2e-5 + layers * 5e-6
 
-    def speedup(e, name, itemsize, d):
-        tokens = exits[e][name][0][d - 1]
-        rows = VOCABULARY if name == "all" else int(name)
-        draft = (e * LAYER + rows * 576) * itemsize / 2e10 + 2e-5 + e * 5e-6
+
+PLAIN = step_s(30, VOCABULARY, 4)
+
+
+def speedup(tokens, drafted, draft_s, verified_layers=30):
+    """Of rounds of so many tokens, by the formula of prediction.py."""
+    verify = PLAIN * (1 + 0.06 * drafted * verified_layers / 30)
+    return tokens * PLAIN / (drafted * draft_s + verify + 2e-4)
+
+
+def expected(exits, precisions):
+    """The best (exit, vocabulary, bytes per weight, length) and its speed-up."""
+
+    def speedup_of(e, name, itemsize, d):
+        draft_s = step_s(e, VOCABULARY if name == "all" else int(name), itemsize)
         layers = 30 if itemsize == 1 else 30 - e  # states of quantised layers are not kept
-        verify = PLAIN * (1 + 0.06 * d * layers / 30)
-        return tokens * PLAIN / (d * draft + verify + 2e-4)
+        return speedup(exits[e][name][0][d - 1], d, draft_s, layers)
 
-    methods = [(e, name, i, d) for e in exits for name, i, d in product(exits[e], precisions, lengths)]
-    best = max(methods, key=lambda method: speedup(*method))
-    return best, speedup(*best)
+    methods = [(e, name, i, d) for e in exits for name, i, d in product(exits[e], precisions, range(1, 9))]
+    best = max(methods, key=lambda method: speedup_of(*method))
+    return best, speedup_of(*best)
 
 
 def test_costs_are_those_of_a_real_machine():
@@ -103,13 +112,13 @@ def test_costs_are_those_of_a_real_machine():
 @pytest.mark.parametrize("precisions", [(4, 1), (4,)])
 def test_the_choice_is_the_best_of_all(tmp_path, precisions):
     exits = {6: TASK, 12: {name: ([n * 1.2 for n in greedy], sampled) for name, (greedy, sampled) in TASK.items()}}
-    (e, name, itemsize, d), speedup = expected(exits, precisions=precisions)
+    (e, name, itemsize, d), best = expected(exits, precisions)
     found = choose(described(tmp_path, exits), int8=1 in precisions)
     assert (found.section.exit_layer, found.section.num_speculations) == (e, d)
     assert found.section.draft_vocabulary == (None if name == "all" else int(name))
     assert found.section.draft_int8 == (itemsize == 1)
-    assert found.speedup == pytest.approx(speedup, rel=1e-6) and speedup > 1.8
-    assert f"exit {e}, " in found.why and f"{d} drafted tokens" in found.why and f"{speedup:.2f}x" in found.why
+    assert found.speedup == pytest.approx(best, rel=1e-6) and best > 1.8
+    assert f"exit {e}, " in found.why and f"{d} drafted tokens" in found.why and f"{best:.2f}x" in found.why
 
 
 @pytest.mark.parametrize("tiles", [False, True])
@@ -142,21 +151,18 @@ def test_acceptance_by_temperature():
 
 
 def test_drafts_that_end_early_are_longer_at_most_and_cost_their_mean_length(tmp_path):
-    """By the formula of prediction.py: up to 8 tokens, on average 4.5 of them drafted. In a batch all rows must end."""
+    """Up to 8 tokens, on average 4.5 of them drafted. In a batch all rows must end."""
     greedy, sampled = TASK["2048"]
     ended = [(n - 0.2, min(d, 0.5 * d + 0.5)) for d, n in enumerate(greedy, 1)]
     folder = described(tmp_path, {6: {"all": ([1.0] * 8,) * 2, "2048": (greedy, sampled)}}, ends={"2048": ended})
-    step = (6 * LAYER + 2048 * 576) / 2e10 + 2e-5 + 6 * 5e-6
-
-    def speedup(tokens, drafted):
-        return tokens * PLAIN / (drafted * step + PLAIN * (1 + 0.06 * drafted) + 2e-4)
-
+    step = step_s(6, 2048)
     found = choose(folder, ends=True)
     assert found.section.min_confidence == 0.4
-    assert found.section.num_speculations == max(range(1, 9), key=lambda d: speedup(*ended[d - 1])) == 8
-    assert found.speedup == pytest.approx(speedup(*ended[7]), rel=1e-6) and "up to 8 drafted tokens" in found.why
+    assert found.section.num_speculations == max(range(1, 9), key=lambda d: speedup(*ended[d - 1], step)) == 8
+    assert found.speedup == pytest.approx(speedup(*ended[7], step), rel=1e-6)
+    assert "up to 8 drafted tokens" in found.why
     fixed = choose(folder)
-    assert fixed.speedup == pytest.approx(max(speedup(n, d) for d, n in enumerate(greedy, 1)), rel=1e-6)
+    assert fixed.speedup == pytest.approx(max(speedup(n, d, step) for d, n in enumerate(greedy, 1)), rel=1e-6)
     assert fixed.speedup < found.speedup
     assert choose(folder, ends=True, given={"min_confidence": 0}).speedup == fixed.speedup
     in_batch = [choose(folder, ends=ends, batch_rows=2) for ends in (False, True)]
@@ -199,9 +205,6 @@ def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
     assert choose(bad, given={"exit_layer": 6}).section.exit_layer == 6
 
 
-LOOKS_UP = {"exit_layer": 30, "prompt_lookup": 2}
-
-
 def test_look_ups(tmp_path):
     """Beside a draft of single rows; alone where no exit pays, if the user asks for them."""
     good, bad = described(tmp_path / "good", {6: TASK}), described(tmp_path / "bad", {6: {"all": ([1.05], [1.1])}})
@@ -222,8 +225,9 @@ def test_look_ups(tmp_path):
 def test_the_whole_model_as_the_exit(tmp_path):
     """With look-ups it is look-ups alone; quantised, it drafts."""
     folder = described(tmp_path, {6: TASK})
-    found = choose(folder, given={"exit_layer": 30, "prompt_lookup": 2})
-    assert found.section == SelfSpeculation(**SPECULATION_DEFAULTS | LOOKS_UP) and found.why is None
+    given = {"exit_layer": 30, "prompt_lookup": 2}
+    found = choose(folder, given=given)
+    assert found.section == SelfSpeculation(**SPECULATION_DEFAULTS | given) and found.why is None
     found = choose(folder, given={"exit_layer": 30, "draft_int8": True})
     assert found.section.draft_int8 and found.section.prompt_lookup is None
 
@@ -268,19 +272,15 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
     described(tmp_path, {}, draft={"greedy": greedy, "sampled": sampled}, **keys)
     (tmp_path / "draft.safetensors").touch()
     found = choose(None, given={"draft": str(tmp_path)})
-    own = (layers * LAYER + 1024 * 576) / 2e10 + 2e-5 + layers * 5e-6
-    below = (exit_layer * (LAYER * 4 / 2e10 + 5e-6)) if kind == "adapter" else 0
-    share = 0.06 * (1 if kind == "copy" else (30 - exit_layer) / 30)
-
-    def speedup(d):
-        return greedy[d - 1] * PLAIN / (d * (own + below) + PLAIN * (1 + share * d) + 2e-4)
-
-    best = max(range(1, 9), key=speedup)
+    below = exit_layer if kind == "adapter" else 0  # layers of the model, in fp32
+    step = step_s(layers, 1024) + below * (LAYER * 4 / 2e10 + 5e-6)
+    speedups = [speedup(n, d, step, 30 - below) for d, n in enumerate(greedy, 1)]
+    best = 1 + speedups.index(max(speedups))
     chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 3, "draft_vocabulary": 1024}
     assert dict(found.section) == dict(SelfSpeculation()) | SPECULATION_DEFAULTS | {"draft": str(tmp_path)} | chosen
     whole = choose(None, given={"draft": str(tmp_path), "draft_vocabulary": None})  # its head has rows of all tokens
     assert whole.section.draft_vocabulary is None and whole.speedup < found.speedup
-    assert found.speedup == pytest.approx(speedup(best), rel=1e-4)
+    assert found.speedup == pytest.approx(max(speedups), rel=1e-4)
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])
@@ -303,15 +303,12 @@ def test_without_a_compiler_steps_are_not_compiled_and_the_log_says_so(monkeypat
 
 
 @pytest.mark.slow
-def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder, caplog):
-    """The same tokens as without drafts, from the chosen exit; one line says why."""
+def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder):
+    """The same tokens as without drafts, from the chosen exit."""
     checkpoint = make_checkpoint(tmp_path / "model", tokenizer_folder)
     described(
         checkpoint, {1: {"all": ([1 + 0.97 * d for d in range(1, 9)], [2.0] * 8)}}, trained=(1, 4), tokens=range(300)
     )
-    caplog.set_level(logging.INFO)
-    for logger in map(logging.getLogger, ("torchtune.utils._logging", "layerskip_recipes.generation.recipe")):
-        logger.propagate = True
 
     def run(*overrides):
         config = generate_config(tmp_path, checkpoint, self_speculation="auto")

@@ -36,11 +36,10 @@ def test_the_same_tokens_and_nothing_compiled_twice(way, small, request):
     graphs, seconds, accepted = None, compiled_steps(small).seconds, 0
     to_the_end = [([row[cut:] for row in END], MAX_LEN - len(END[0]) + cut) for cut in range(3)]
     for prompts, count in (*to_the_end, (SHORT, 9), (LONG, 12), (SHORT[::-1], 2), (SHORT, 70)):
-        speculation = Speculation(**WAYS[way]) if WAYS[way] else None
         expected = [plain(small, prompt, count) for prompt in prompts]
-        generation = run(small, prompts, count, speculation=speculation)
+        generation = run(small, prompts, count, speculation=WAYS[way])
         assert generation.generated == expected
-        eager = run(small, prompts, count, speculation=speculation, compile=False)
+        eager = run(small, prompts, count, speculation=WAYS[way], compile=False)
         for name in ("tokens", "rounds", "drafted", "accepted", "accepted_histogram", "rounds_by_kind"):
             assert getattr(generation.stats, name) == getattr(eager.stats, name)
         if graphs is None:
@@ -56,7 +55,7 @@ def test_the_same_tokens_and_nothing_compiled_twice(way, small, request):
     assert not compiled_steps(small).failed
     assert (accepted > 0) == (way != "plain")
     stop = expected[0][40]
-    generation = run(small, SHORT, 70, speculation=speculation, stop_tokens=[stop])
+    generation = run(small, SHORT, 70, speculation=WAYS[way], stop_tokens=[stop])
     assert generation.generated == [row[: row.index(stop) + 1] if stop in row else row for row in expected]
     assert compiled_steps(small).graphs == graphs
 
@@ -85,20 +84,19 @@ def test_sampled_and_penalised_steps(small, traced):
 
 @compiles
 def test_graphs_read_the_weights_of_their_call(small):
-    speculation = Speculation(**WAYS["chain"])
-    before = run(small, SHORT, 9, speculation=speculation)
+    before = run(small, SHORT, 9, speculation=WAYS["chain"])
     graphs, weights = dict(compiled_steps(small).graphs), {k: v.clone() for k, v in small.state_dict().items()}
     try:
         with torch.no_grad():
             small.layers[0].mlp.w2.weight.mul_(-0.7)
             small.tok_embeddings.weight[:5] += 0.3
         plain.cache_clear()
-        after = run(small, SHORT, 9, speculation=speculation)
+        after = run(small, SHORT, 9, speculation=WAYS["chain"])
         assert after.generated == [plain(small, prompt, 9) for prompt in SHORT] != before.generated
         # Another tensor in a weight's place.
         small.layers[1].mlp.w1.weight = torch.nn.Parameter(-small.layers[1].mlp.w1.weight.detach())
         plain.cache_clear()
-        other = run(small, SHORT, 9, speculation=speculation)
+        other = run(small, SHORT, 9, speculation=WAYS["chain"])
         assert other.generated == [plain(small, prompt, 9) for prompt in SHORT] != after.generated
         assert compiled_steps(small).graphs == graphs
     finally:
@@ -107,18 +105,14 @@ def test_graphs_read_the_weights_of_their_call(small):
 
 
 @compiles
-def test_a_conversation_goes_on_from_the_cache_of_compiled_steps(small):
-    """The cache of one call is that of the next one; a call in between that takes it over is noticed."""
-    speculation = Speculation(**WAYS["chain"])
-    first = run(small, SHORT, 9, speculation=speculation)
+def test_a_call_that_takes_over_the_cache_of_compiled_steps_is_noticed(small):
+    """The cache of one call is that of the next one; test_cache_reuse.py goes on from it."""
+    first = run(small, SHORT, 9, speculation=WAYS["chain"])
     prompts = [(*prompt, *tokens, 4) for prompt, tokens in zip(SHORT, first.generated, strict=True)]
-    again = run(small, prompts, 9, speculation=speculation, cache=first.cache)
-    assert again.cache is first.cache and again.stats.compile_s == 0
-    assert again.stats.reused_tokens == 2 * min(len(prompt) - 2 for prompt in prompts)
-    assert again.generated == [plain(small, prompt, 9) for prompt in prompts]
-    run(small, LONG, 3, speculation=speculation)
-    last = run(small, prompts, 9, speculation=speculation, cache=first.cache)
-    assert last.stats.reused_tokens == 0 and last.generated == again.generated
+    run(small, LONG, 3, speculation=WAYS["chain"])
+    last = run(small, prompts, 9, speculation=WAYS["chain"], cache=first.cache)
+    assert last.cache is first.cache and last.stats.reused_tokens == 0
+    assert last.generated == [plain(small, prompt, 9) for prompt in prompts]
 
 
 SECOND_RUN = """
@@ -126,7 +120,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import test_compile as t
 model = t.make_small(width=32)
-generation = t.run(model, t.SHORT, 9, speculation=t.Speculation(**t.WAYS["chain"]))
+generation = t.run(model, t.SHORT, 9, speculation=t.WAYS["chain"])
 assert generation.context.cpp is not None
 print(generation.generated)
 """
@@ -134,8 +128,7 @@ print(generation.generated)
 
 @compiles
 def test_a_second_run_finds_the_compiled_code(tmp_path):
-    model, speculation = make_small(width=32), Speculation(**WAYS["chain"])
-    tokens = run(model, SHORT, 9, speculation=speculation).generated
+    tokens = run(make_small(width=32), SHORT, 9, speculation=WAYS["chain"]).generated
     folder = Path(torch._inductor.runtime.cache_dir_utils.cache_dir())
     before = {*folder.rglob("*.so")}
     assert before
@@ -166,8 +159,7 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, monkeypatch, caplo
     draft_decoder.norm.scale = packed(draft_decoder.norm.scale.data)
     for way in ways:
         draft_model = DraftModel(draft_decoder) if way == "drafted apart" else None
-        arguments = (WAYS | {"drafted apart": WAYS["chain"]})[way]
-        speculation = Speculation(**arguments) if arguments else None
+        speculation = WAYS["plain" if way == "plain" else "chain"]
         generation = run(model, SHORT, 9, speculation=speculation, draft_model=draft_model)
         assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
     steps = compiled_steps(model)
@@ -189,10 +181,10 @@ def test_without_a_compiler_steps_run_as_they_are(width, error, monkeypatch, cap
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: failing)
     monkeypatch.setattr(cpp_decoder, "load_library", failing)
-    sure = {"exit_layer": 2, "num_speculations": 4, "min_confidence": 1.0}  # ends each draft after one token
+    sure = Speculation(2, 4, min_confidence=1.0)  # ends each draft after one token
     for way in (WAYS["chain"], WAYS["plain"], sure):
         drafted = []
-        generation = run(model, SHORT, 9, speculation=Speculation(**way) if way else None, on_draft=drafted.append)
+        generation = run(model, SHORT, 9, speculation=way, on_draft=drafted.append)
         assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
         assert generation.stats.compile_s < 5
     assert {len(row) for rows in drafted for row in rows} <= {0, 1}

@@ -30,8 +30,7 @@ def test_cuda_graphs(way, width):
     model, reference = make_small(width=width).cuda(), make_small(width=width)
     graphs = None
     for prompts, count in ((SHORT, 40), (LONG, 25), (SHORT, 7)):
-        speculation = Speculation(**WAYS[way]) if WAYS[way] else None
-        generation = run(model, prompts, count, speculation=speculation)
+        generation = run(model, prompts, count, speculation=WAYS[way])
         assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
         assert not compiled_steps(model).failed and not compiled_steps(model).masked
         assert generation.context.fits_flex == (width == 32)
@@ -49,8 +48,7 @@ def test_cuda_graphs_of_one_row_and_other_lengths(way, width, dtype):
     in fp32 the tokens of the CPU."""
     model, reference = make_small(width=width).to("cuda", dtype), make_small(width=width)
     for prompts, count in ((SHORT[:1], 40), (LONGER, 60), (LONGER, 60)):
-        speculation = Speculation(**OTHER_WAYS[way]) if OTHER_WAYS[way] else None
-        generation = run(model, prompts, count, speculation=speculation)
+        generation = run(model, prompts, count, speculation=OTHER_WAYS[way])
         assert len(generation.generated[0]) == count
         assert not compiled_steps(model).refused and not compiled_steps(model).masked
         if dtype == torch.float32:
@@ -87,7 +85,7 @@ def test_cuda_graphs_repeat_by_the_seed():
     model, outputs = make_small().cuda(), []
     for seed in (1, 1, 2):
         sampler = Sampler(1.0, top_k=20, seed=seed)
-        generation = run(model, SHORT, 30, sampler=sampler, speculation=Speculation(**WAYS["chain"]))
+        generation = run(model, SHORT, 30, sampler=sampler, speculation=WAYS["chain"])
         outputs.append(generation.generated)
     assert outputs[0] == outputs[1] != outputs[2] and not compiled_steps(model).failed
 
@@ -95,10 +93,10 @@ def test_cuda_graphs_repeat_by_the_seed():
 @pytest.mark.parametrize("way", WAYS)
 def test_the_host_waits_once_in_a_round_on_a_gpu(way):
     """By torch's own count of calls that wait for the device."""
-    model, speculation = make_small().cuda(), Speculation(**WAYS[way]) if WAYS[way] else None
+    model = make_small().cuda()
     for _ in range(2):  # captures
-        run(model, SHORT, 20, speculation=speculation)
-    generation = Generation(model, SHORT, 20, compile=True, speculation=speculation)
+        run(model, SHORT, 20, speculation=WAYS[way])
+    generation = Generation(model, SHORT, 20, compile=True, speculation=WAYS[way])
     rounds = iter(generation)
     next(rounds)
     with warnings.catch_warnings(record=True) as caught:

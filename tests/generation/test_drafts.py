@@ -7,19 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of, small_model
-from helpers.sampling import penalised
 from helpers.speculation import (
+    KINDS,
     PROMPTS,
     VARIANTS,
     AlwaysLookUp,
     PlainBetween,
     drafting,
+    noisy,
     perturbed,
     plain,
     run,
     search,
 )
-from helpers.tiny import SIZE, VOCAB, walk
+from helpers.tiny import SIZE, walk
 
 from layerskip_recipes.generation import accounts
 from layerskip_recipes.generation.drafting.draft_model import DraftModel
@@ -48,7 +49,7 @@ def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
-@pytest.mark.parametrize("vocabulary", [None, [90, 8, 8, 21, 70, 3, 55, 41]], ids=["all", "some"])
+@pytest.mark.parametrize("vocabulary", [None, (90, 8, 8, 21, 70, 3, 55, 41)], ids=["all", "some"])
 def test_a_draft_is_the_exits_own_text(vocabulary, penalty):
     """The likeliest tokens of the draft vocabulary at the exit; its own drafts are penalised too."""
     model, count, d = model_of("llama3_2"), 14, 3
@@ -57,13 +58,8 @@ def test_a_draft_is_the_exits_own_text(vocabulary, penalty):
     for texts, drafts in rounds:
         lengths = [len(text) - len(prompt) for text, prompt in zip(texts, PROMPTS, strict=False) if text]
         for text, draft in zip(texts, drafts, strict=True):
-            expected, tokens = [], text
-            for _ in range(min(d, count - min(lengths) - 1) if text else 0):
-                logits = walk(model, torch.tensor([tokens]), range(2))[0, -1].tolist()
-                logits = penalised(logits, tokens, penalty)
-                expected.append(max(vocabulary or range(VOCAB), key=logits.__getitem__))
-                tokens = [*tokens, expected[-1]]
-            assert draft == expected or text is None
+            room = min(d, count - min(lengths) - 1)
+            assert text is None or draft == plain(model, tuple(text), room, penalty, 2, vocabulary)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -102,38 +98,31 @@ def test_a_decoder_drafts_in_the_models_place():
     assert differs > 2
 
 
-@pytest.mark.parametrize("ngram", [1, 2])
-def test_look_ups_are_what_a_search_finds(ngram):
-    """Of a model with five tokens, whose texts repeat themselves: such drafts are often right."""
+@pytest.mark.parametrize(("exit_layer", "ngram"), [(2, 1), (2, 2), (3, 2)])
+def test_look_ups_are_what_a_search_finds(exit_layer, ngram):
+    """Of a model with five tokens, whose texts repeat themselves: such drafts are often right. With the whole model as
+    the exit rounds without a match are plain steps."""
     model, stats, n, count = small_model(), GenerationStats(), 4, 24
+    whole, speculation = exit_layer == model.num_layers, Speculation(exit_layer, n, prompt_lookup=ngram)
     for prompt in ((1, 3, 0), (2, 2), (0, 4, 1, 0, 3), (1, 3, 0, 1, 3)):
-        speculation = Speculation(2, n, prompt_lookup=ngram)
         generation, rounds = drafts_of(model, [prompt], count, speculation, rule=AlwaysLookUp())
         found = 0
         for (text,), (draft,) in rounds:
             expected = search(text, ngram, n)
             room = count + len(prompt) - len(text) - 1
             found += bool(expected[:room])
-            assert draft == expected[:room] or not expected
+            assert draft == expected[:room] or not (expected or whole)
         assert generation.generated == [plain(model, prompt, count)]
         assert generation.stats.rounds_by_kind["lookup"] == found
         stats += generation.stats
     assert stats.rounds_by_kind["lookup"] > 5 and 0 < stats.acceptance_rate < 1
+    assert stats.rounds_by_kind["plain" if whole else "chain"] > 3 and (stats.draft_steps == 0) == whole
 
 
-def test_look_ups_alone():
-    """The whole model as the exit: rounds without a match are plain steps."""
-    model, kinds = small_model(), Counter()
-    for prompt in ((1, 3, 0), (2, 2), (0, 4, 1, 0, 3), (1, 3, 0, 1, 3)):
-        speculation = Speculation(len(model.layers), 4, prompt_lookup=2)
-        generation, rounds = drafts_of(model, [prompt], 24, speculation, rule=AlwaysLookUp())
-        assert generation.generated == [plain(model, prompt, 24)] and generation.stats.draft_steps == 0
-        assert all(draft == search(text, 2, 4)[: len(draft)] for (text,), (draft,) in rounds)
-        kinds += generation.stats.rounds_by_kind
-    assert kinds["lookup"] > 3 and kinds["plain"] > 3 and not kinds["chain"]
-    # Another model's layers draft also as a whole.
-    draft_model = DraftModel(perturbed.__wrapped__(model, 0.3))
-    generation, _ = drafts_of(model, [(1, 3, 0)], 24, speculation, draft_model=draft_model)
+def test_other_layers_draft_as_a_whole_beside_look_ups():
+    model = small_model()
+    draft_model, speculation = DraftModel(perturbed.__wrapped__(model, 0.3)), Speculation(3, 4, prompt_lookup=2)
+    generation = run(model, [(1, 3, 0)], 24, speculation=speculation, draft_model=draft_model, rule=AlwaysLookUp())
     assert generation.generated == [plain(model, (1, 3, 0), 24)] and generation.stats.rounds_by_kind["chain"] > 0
 
 
@@ -188,14 +177,10 @@ def clock(monkeypatch):
 
 def bad_draft(model, kind):
     """A speculation and a draft model whose drafts the model never says."""
-    if kind in ("exit", "look-up"):
-        decoder = perturbed.__wrapped__(model, 40.0, 2)
-        return Speculation(2, 4, prompt_lookup=1 if kind == "look-up" else None), DraftModel(decoder)
-    torch.manual_seed(3)
-    draft = Draft(model, kind, 2 if kind == "adapter" else 1)
-    for parameter in draft.parameters():
-        parameter.data += 3 * torch.randn_like(parameter)
-    return Speculation(2 if kind == "adapter" else 1, 4), DraftModel(draft.requires_grad_(False).decoder(model))
+    if kind in KINDS:
+        return Speculation(2, 4), DraftModel(noisy(Draft(model, *KINDS[kind]), 10.0).decoder(model))
+    decoder = perturbed.__wrapped__(model, 40.0, 2)
+    return Speculation(2, 4, prompt_lookup=1 if kind == "look-up" else None), DraftModel(decoder)
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("exit", 3), ("look-up", 1), ("copy", 3), ("adapter", 3)])

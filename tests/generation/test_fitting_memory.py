@@ -4,21 +4,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.configs import LAYER, MODEL, REST, SLOT
+from helpers.configs import LAYER, MODEL, REST, SLOT, benchmark_config
 from helpers.decoding import model_of
 from omegaconf import OmegaConf
 from torchao.quantization import Int8WeightOnlyConfig
 from torchtune import config as tune_config
 
+from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.memory import free_memory, machine_memory, weight_bytes
 
 
+@pytest.fixture
+def with_memory(monkeypatch):
+    """Gives the machine so many bytes."""
+    return lambda size: monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}.get)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("draft", ["", "self_speculation.num_speculations=5", "self_speculation=null"])
-def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compiled, draft):
+def test_weights_caches_and_drafts_must_fit_the_memory(path, with_memory, compiled, draft):
     """To the byte: two rows of the prompt, 24 new tokens, and the draft; compiled, of the size that steps know. A layer
     reads the prompt of one token with three states of the feed-forward network's width, 48, and six of the model's; a
     step has three results in fp32 for each token of a verification."""
@@ -27,22 +34,22 @@ def test_weights_caches_and_drafts_must_fit_the_memory(path, monkeypatch, compil
     slots = 256 + 128 if compiled else 1 + 24 + nodes
     weights, row = 4 * (4 * LAYER + REST), slots * SLOT + 4 * (3 * 48 + 6 * 32) + nodes * 3 * 4 * MODEL["vocab_size"]
 
-    def with_memory(memory):
-        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
-        return LayerSkipGenerate(load_config(str(path), overrides))
+    def load(memory):
+        with_memory(memory)
+        LayerSkipGenerate(load_config(str(path), overrides))
 
-    with_memory(weights + 2 * row)
+    load(weights + 2 * row)
     message = r"^batch_size: caches, prompts and steps of 2 rows .* weights take .* up to 1; for example batch_size=1$"
     with pytest.raises(ValueError, match=message):
-        with_memory(weights + 2 * row - 1)
+        load(weights + 2 * row - 1)
     message = rf"^max_new_tokens: .* Allowed here: up to {slots - 1} positions"
     with pytest.raises(ValueError, match=message):
-        with_memory(weights + row - 1)
+        load(weights + row - 1)
     with pytest.raises(ValueError, match=r"^model: its weights take .* for example dtype=bf16"):
-        with_memory(weights)
+        load(weights)
 
 
-def test_quantised_weights_must_fit_the_memory(path, monkeypatch):
+def test_quantised_weights_must_fit_the_memory(path, with_memory):
     """Matrices have a byte for each weight, and for each row a scale in fp32 and, before torchao 0.15, a zero point in
     int64; the embedding, whose copy is the head, and the norms stay in fp32."""
     matrices, rows = 4 * (LAYER - 64) + REST - 32, 4 * (32 + 16 + 16 + 32 + 48 + 48 + 32) + MODEL["vocab_size"]
@@ -51,15 +58,27 @@ def test_quantised_weights_must_fit_the_memory(path, monkeypatch):
     row = (1 + 100 + 4) * SLOT + 4 * (3 * 48 + 6 * 32) + 4 * 3 * 4 * MODEL["vocab_size"]
     quantizer = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
 
-    def with_memory(memory):
-        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+    def load(memory):
+        with_memory(memory)
         LayerSkipGenerate(load_config(str(path), ["prompt=[a, b]", "batch_size=2", "max_new_tokens=100", quantizer]))
 
-    with_memory(weights + 2 * row)
+    load(weights + 2 * row)
     with pytest.raises(ValueError, match=r"^batch_size: .* weights take .* up to 1; for example batch_size=1$"):
-        with_memory(weights + 2 * row - 1)
+        load(weights + 2 * row - 1)
     with pytest.raises(ValueError, match=r"^model: its weights take .* until they are quantised, .* dtype=bf16"):
-        with_memory(4 * (4 * LAYER + REST) - 1)
+        load(4 * (4 * LAYER + REST) - 1)
+
+
+def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, with_memory):
+    """The longest draft of its variants counts, and the token before it."""
+    variants = {"long": {"exit_layer": 2, "num_speculations": 6}, "short": {"exit_layer": 2, "num_speculations": 2}}
+    path = benchmark_config(tmp_path, checkpoint, prompt=["a", "b"], batch_size=2, variants=variants)
+    need = 4 * (4 * LAYER + REST) + 2 * ((1 + 16 + 7) * SLOT + 4 * (3 * 48 + 6 * 32) + 7 * 3 * 4 * MODEL["vocab_size"])
+    with_memory(need)
+    LayerSkipBenchmark(load_config(str(path)))
+    with_memory(need - 1)
+    with pytest.raises(ValueError, match=r"^batch_size: .* up to 1; for example batch_size=1$"):
+        LayerSkipBenchmark(load_config(str(path)))
 
 
 @pytest.mark.parametrize(("kept", "shards", "parallel", "bytes_"), [
@@ -76,7 +95,7 @@ def test_the_weights_of_each_process(kept, shards, parallel, bytes_):
     assert weight_bytes(model, torch.bfloat16, kept, shards, parallel) == bytes_
 
 
-def test_ranks_that_share_heads_share_their_caches(monkeypatch):
+def test_ranks_that_share_heads_share_their_caches(with_memory, monkeypatch):
     """6 layers x 2 (keys, values) x 2 heads x 8 x 100 positions x 4 bytes = 76,800 bytes a row. A step's logits, scores
     and noise are whole on each rank."""
     model = model_of("llama3_2")
@@ -86,7 +105,7 @@ def test_ranks_that_share_heads_share_their_caches(monkeypatch):
     monkeypatch.setattr("layerskip_recipes.generation.fitting_memory.num_processes", lambda: 2)
 
     def check(memory):
-        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+        with_memory(memory)
         check_memory(cfg, torch.device("cpu"), [], rows=2, prompt=0, new_tokens=99, parallel=2)
 
     check(memory)
@@ -129,9 +148,9 @@ CACHED = f"anon 5\ninactive_file {GIB // 2}\nactive_file {GIB // 2}\n"
         ({"proc/self/cgroup": "1:memory:/\n0::/s", "unified/s/memory.max": 2 * GIB}, 2, 2),
     ],
 )  # fmt: skip
-def test_limits_of_containers_and_jobs(files, limit, free, tmp_path, monkeypatch):
+def test_limits_of_containers_and_jobs(files, limit, free, tmp_path, with_memory):
     """In GiB, on a machine of 64; files without a folder are those of the control group at the mount."""
-    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 64 * GIB, "SC_PAGE_SIZE": 1}.get)
+    with_memory(64 * GIB)
     for name, content in files.items():
         file = tmp_path / name if name.startswith("proc/") else tmp_path / "sys/fs/cgroup" / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -109,16 +109,19 @@ def shown(capsys):
 
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_stop_strings_end_the_text_before_them_in_every_mode(path, capsys, stream):
-    recipe, _ = run(path, "self_speculation=null", "stream=false")
-    whole = TextStream(recipe.tokenizer, recipe.stop_tokens).text(plain_tokens(recipe))
-    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
-    counts = []
-    for mode in (["self_speculation=null"], []):
+    """Without drafts, with them, and in a batch, of which one row ends."""
+    prompts = "prompt=[def main(, import os]"
+    recipe, _ = run(path, prompts, "self_speculation=null", "stream=false")
+    text = TextStream(recipe.tokenizer, recipe.stop_tokens).text
+    first, second = (text(plain_tokens(recipe, row)) for row in range(2))
+    stop = next(first[at : at + 4] for at in range(4, 20) if first[at : at + 4] not in second)
+    counts = set()
+    for mode in ("self_speculation=null", "batch_size=1", "batch_size=2"):
         capsys.readouterr()
-        _, report = run(path, *mode, f"stop_strings=[{json.dumps(stop)}]", f"stream={stream}")
-        assert shown(capsys) == [whole[: whole.index(stop)].rstrip("\n")]
-        counts.append(report["tokens"])
-    assert counts[0] == counts[1] < 24
+        _, report = run(path, prompts, mode, f"stop_strings=[{json.dumps(stop)}]", f"stream={stream}")
+        assert shown(capsys) == [first[: first.index(stop)].rstrip("\n"), second.rstrip("\n")]
+        counts.add(report["tokens"])
+    assert len(counts) == 1 and counts.pop() < 2 * 24
 
 
 def test_stop_tokens_are_the_tokenizers_and_the_configs(path):
@@ -145,16 +148,6 @@ def test_batches_give_what_each_prompt_gives_alone_in_input_order(path, tmp_path
         assert [line["prompt"] for line in found[-1]] == texts
         assert all(line["text"] in printed for line in found[-1])
     assert found[0] == found[1] == found[2]
-
-
-def test_a_stop_string_ends_its_row_of_a_batch_only(path, capsys):
-    recipe, _ = run(path, "prompt=[def main(, import os]", "stream=false")
-    stream = TextStream(recipe.tokenizer, recipe.stop_tokens)
-    texts = [stream.text(plain_tokens(recipe, row)) for row in range(2)]
-    stop = next(texts[0][at : at + 4] for at in range(4, 20) if texts[0][at : at + 4] not in texts[1])
-    capsys.readouterr()
-    run(path, "prompt=[def main(, import os]", "batch_size=2", f"stop_strings=[{json.dumps(stop)}]")
-    assert shown(capsys) == [texts[0][: texts[0].index(stop)].rstrip("\n"), texts[1].rstrip("\n")]
 
 
 @pytest.mark.slow
@@ -213,9 +206,7 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary,
     assert len(draft_decoder.layers) == recipe.speculation.exit_layer == len(linears) / 7
     assert all(type(part.weight) is not torch.nn.Parameter for part in linears)
     assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
-    assert draft_decoder.norm is model.norm and draft_decoder.tok_embeddings is model.tok_embeddings
-    assert draft_decoder.layers[0].attn.pos_embeddings is model.layers[0].attn.pos_embeddings  # as long as the context
-    assert (draft_decoder.output is model.output) == (vocabulary is not None)
+    assert draft_decoder.tok_embeddings is model.tok_embeddings
     rows, head = slice(None), draft_decoder.output
     if vocabulary is not None:
         rows, head = recipe.draft_model.head.vocabulary, recipe.draft_model.head.output

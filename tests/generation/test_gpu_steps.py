@@ -8,7 +8,6 @@ from helpers.compiled import LONG, LONGER, OTHER_WAYS, SHORT, WAYS, make_small, 
 from helpers.speculation import plain
 
 from layerskip_recipes.generation import engine
-from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.steps import StepContext
@@ -65,8 +64,7 @@ def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
     """Texts of some 10 to 260 tokens, which need three blocks; greedy, against decoding from scratch."""
     model, graphs = make_small(width=32), None
     for prompts, count in ((LONG[:1], 9), (SHORT[:1], 5), (LONGER, 24)):
-        speculation = Speculation(**OTHER_WAYS[way]) if OTHER_WAYS[way] else None
-        generation = run(model, prompts, count, speculation=speculation, reserve=270)
+        generation = run(model, prompts, count, speculation=OTHER_WAYS[way], reserve=270)
         assert generation.generated == [plain(model, prompt, count) for prompt in prompts]
         assert generation.context.fits_flex and not gpu_steps.masked and not gpu_steps.refused
         if way in WAYS:  # a look-up's length decides what else is compiled
@@ -83,7 +81,7 @@ def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monke
 
     monkeypatch.setattr(BlockAttention, "__call__", attention)
     monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
-    generation = run(model, LONGER, 24, speculation=Speculation(**WAYS["chain"]), reserve=270)
+    generation = run(model, LONGER, 24, speculation=WAYS["chain"], reserve=270)
     assert generation.generated == [plain(model, prompt, 24) for prompt in LONGER]
     assert not gpu_steps.refused and len(gpu_steps.masked) == len(warnings) == 2
     for name, warning in zip(("draft_token", "chain_logits"), warnings, strict=True):
@@ -124,7 +122,6 @@ def test_a_graph_that_fails_half_way_changes_no_token(way, nth, gpu_steps, monke
         return graph
 
     monkeypatch.setattr(compiling, "_compiled", made)
-    speculation = Speculation(**WAYS[way]) if WAYS[way] else None
-    generation = run(model, SHORT, 12, speculation=speculation)
+    generation = run(model, SHORT, 12, speculation=WAYS[way])
     assert generation.generated == [plain(model, prompt, 12) for prompt in SHORT]
     assert min(calls.values()) >= nth and len(gpu_steps.refused) == len(calls)

@@ -69,14 +69,12 @@ def test_which_exit_drafts(run, checkpoint):
     bare = layerskip_decoder(make_tiny())
     with pytest.raises(ConfigError, match="num_speculations: 4 needs exit_layer too"):
         generate(bare, [1, 2], 4, num_speculations=4)
-    vocabulary = {"exit_layer": 2, "num_speculations": 2, "draft_vocabulary": 5}
-    wrongs = [
+    for wrong, message in (
         ({"num_speculations": 0}, "num_speculations: 0"),
         ({"exit": 3}, "exit"),
-        (vocabulary, "draft_vocabulary: "),
-    ]
-    wrongs += [({"num_speculations": 3, "draft": None}, "num_speculations: is for drafts")]
-    for wrong, message in wrongs:
+        ({"exit_layer": 2, "num_speculations": 2, "draft_vocabulary": 5}, "draft_vocabulary: "),
+        ({"num_speculations": 3, "draft": None}, "num_speculations: is for drafts"),
+    ):
         with pytest.raises((ConfigError, TypeError), match=message):
             generated(model, tokenizer, **wrong)
 

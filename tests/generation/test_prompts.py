@@ -223,12 +223,9 @@ def test_items_of_a_component(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt: "b"}\n', 'prompt_file line 3: .*"prompt: "b"'),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "prompt_file line 2: {'text': 'b'} has no field prompt"),
         ("p.jsonl", '{"prompt": "a", "response": 3}\n', "prompt_file line 1: response 3 is no text"),
         ("p.jsonl", '["a"]\n', "prompt_file line 1: "),
-        ("p.jsonl", 'a\n{"prompt": "a"}\nb\nc\n', r"prompt_file line 1: 'a' [\s\S]* line 3: [\s\S]* line 4: "),
-        ("p.jsonl", '{"prompt": ""}\n', "prompt_file line 1: ''"),
         ("p.jsonl", '{"prompt": 3, "response": "a"}\n', "prompt_file line 1: 3 is empty or no text"),
         ("p.jsonl", "\n\n", "prompt_file: .*no prompt"),
         ("p.txt", "", "prompt_file: ''"),

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.decoding import PROMPT, L, greedy, make_model, model_of
+from helpers.decoding import PROMPT, L, count_calls, greedy, make_model, model_of
 from helpers.speculation import PROMPTS, perturbed, run
 from helpers.tiny import VOCAB
 
@@ -12,16 +12,7 @@ from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
-
-
-def count_calls(model):
-    """A Counter of (layer number or "head", positions) for every call from now on."""
-    calls = Counter()
-    for name, module in [*enumerate(model.layers), ("head", model.norm)]:
-        module.register_forward_pre_hook(lambda _, args, name=name: calls.update([(name, args[0].shape[1])]))
-    return calls
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -66,7 +57,9 @@ def rounds_of(prompt, count, exit_layer, d):
     return rounds
 
 
-@pytest.mark.parametrize(("exit_layer", "d", "count"), [(1, 2, 18), (2, 4, 18), (4, 3, 18), (4, 12, 30), (5, 3, 3)])
+@pytest.mark.parametrize(
+    ("exit_layer", "d", "count"), [(1, 2, 18), (2, 4, 18), (4, 3, 18), (4, 12, 30), (5, 3, 3), (L, 5, 25)]
+)
 def test_rounds_and_acceptance(exit_layer, d, count):
     model, total, rounds = model_of("llama3_2"), GenerationStats(), []
     for prompt in PROMPTS:
@@ -98,18 +91,6 @@ def test_statistics_of_a_batch_are_those_of_its_rows(stop):
     for name in ("tokens", "first_tokens", "drafted", "accepted", "accepted_histogram", "acceptance_by_position"):
         assert getattr(together, name) == getattr(total, name)
     assert together.rounds == max(stats.rounds for stats in alone)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_last_exit_accepts_everything(temperature):
-    """q and p are the same model: 24 tokens after the first are 4 full rounds of 5 + 1. Without drafts there is no
-    rate."""
-    model, sampler = model_of("llama3_2"), Sampler(temperature, seed=0)
-    stats = run(model, [PROMPT], 25, speculation=Speculation(L, 5), sampler=sampler).stats
-    assert (stats.rounds, stats.drafted, stats.accepted, stats.acceptance_rate) == (4, 20, 20, 1)
-    assert stats.accepted_histogram == [0, 0, 0, 0, 0, 4]
-    stats = run(model, [PROMPT], 5, sampler=sampler).stats
-    assert (stats.acceptance_rate, stats.drafted, stats.accepted_histogram, stats.rounds) == (None, 0, [], 4)
 
 
 # ---- bytes ----

@@ -70,36 +70,23 @@ def with_draft(exit_layer, num_speculations, draft, model):
 @pytest.mark.parametrize("variant", ["chain", "look-up"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_draft_reads_all_of_the_text(kind, variant, rule):
-    """Each drafted token is the one that the draft says without a cache, also after drafts of others and none."""
-    model, drafts = model_of("llama3_2"), []
-    draft = draft_of(model, kind)
-    arguments = {"rule": rule(), "on_draft": drafts.append} | drafting(f"{kind}, {variant}", model)
-    text, own = list(PROMPTS[1]), 0
-    for number, (new,) in enumerate(list(Generation(model, PROMPTS[1:2], 40, **arguments))):
-        if number and (drafted := drafts[number - 1][0]):
-            looked_up = "look" in variant and drafted == search(text, 1, len(drafted))
-            if not looked_up:
-                own += 1
-                assert drafted == said_by_draft(model, draft, text, len(drafted))
-        text += new
-    assert own > (0 if "look" in variant else 4)
+    """Each drafted token is the one that the draft says without a cache, also after drafts of others and none, and in
+    rows that have taken another prompt."""
+    model, prompts, seen, own = model_of("llama3_2"), PROMPTS[:4], [], 0
 
+    def on_draft(drafts):
+        for drafted, prompt in zip(drafts, generation.in_row, strict=True):
+            if drafted and not generation.finished[prompt]:
+                seen.append(([*prompts[prompt], *generation.generated[prompt]], drafted))
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_that_takes_another_prompt_after_rounds_without_a_draft(kind):
-    model, drafts, seen = model_of("llama3_2"), [], []
-    draft = draft_of(model, kind)
-    arguments = {"rule": PlainBetween([0, 1, 1, 1, 1]), "on_draft": drafts.append} | with_draft(2, 3, draft, model)
-    generation = Generation(model, PROMPTS[:4], 9, rows=2, **arguments)
-    texts = [list(prompt) for prompt in PROMPTS[:4]]
-    for new in generation:
-        for drafted, prompt in zip(drafts.pop() if drafts else (), generation.in_row, strict=False):
-            seen += [(texts[prompt], drafted)] if drafted and new[prompt] else []
-        texts = [text + tokens for text, tokens in zip(texts, new, strict=True)]
-    assert generation.generated == [plain(model, prompt, 9) for prompt in PROMPTS[:4]]
-    assert len(seen) > 4
+    arguments = {"rule": rule(), "on_draft": on_draft} | drafting(f"{kind}, {variant}", model)
+    generation = Generation(model, prompts, 18, rows=2, **arguments)
+    assert list(generation) and generation.generated == [plain(model, prompt, 18) for prompt in prompts]
     for text, drafted in seen:
-        assert drafted == said_by_draft(model, draft, text, len(drafted))
+        if variant == "chain" or drafted != search(text, 1, len(drafted)):
+            own += 1
+            assert drafted == said_by_draft(model, draft_of(model, kind), text, len(drafted))
+    assert own > 4
 
 
 def test_a_long_text_is_read_in_parts(monkeypatch):

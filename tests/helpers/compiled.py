@@ -11,6 +11,7 @@ from helpers.tiny import widen
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.generation.drafting.speculation import Speculation
 
 has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 
@@ -41,12 +42,9 @@ def make_small(max_seq_len=512, width=16):
 run = functools.partial(speculation.run, compile=True)
 
 
-WAYS = {
-    "plain": {},
-    "chain": {"exit_layer": 1, "num_speculations": 2},
-}
+WAYS = {"plain": None, "chain": Speculation(1, 2)}
 OTHER_WAYS = WAYS | {
-    "looked up": {"exit_layer": 1, "num_speculations": 3, "prompt_lookup": 2},
-    "of some tokens": {"exit_layer": 1, "num_speculations": 2, "draft_vocabulary": tuple(range(0, VOCAB, 2))},
+    "looked up": Speculation(1, 3, prompt_lookup=2),
+    "of some tokens": Speculation(1, 2, draft_vocabulary=range(0, VOCAB, 2)),
 }
 LONGER = [tuple((3 * i + i // 7) % VOCAB for i in range(240))]  # outgrows the first length of graphs with masks

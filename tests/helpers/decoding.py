@@ -1,6 +1,7 @@
 """Shared by tests of decoding: tiny models, and greedy decoding from scratch for every token."""
 
 import functools
+from collections import Counter
 
 import torch
 from helpers.sampling import filtered, penalised
@@ -31,13 +32,13 @@ model_of = functools.cache(make_model)
 
 @functools.cache
 @torch.no_grad()
-def plain(model, prompt, count, penalty=1.0, exit_layer=None):
+def plain(model, prompt, count, penalty=1.0, exit_layer=None, vocabulary=None):
     """`count` tokens by argmax of g(x_E) from scratch for each, those of prompt and output penalised."""
     tokens = list(prompt)
     for _ in range(count):
         logits = walk(model, torch.tensor([tokens]), range(exit_layer or model.num_layers))[0, -1].tolist()
         logits = penalised(logits, tokens, penalty)
-        tokens.append(max(range(len(logits)), key=logits.__getitem__))
+        tokens.append(max(vocabulary or range(len(logits)), key=logits.__getitem__))
     return tokens[len(prompt) :]
 
 
@@ -49,6 +50,14 @@ def greedy(family, prompt, count, exit_layer=None):
 def until(tokens, stop_tokens):
     """The tokens up to the first stop token, with it."""
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stop_tokens), tokens)
+
+
+def count_calls(model):
+    """A Counter of (layer number or "head", positions) for every call from now on."""
+    calls = Counter()
+    for name, module in [*enumerate(model.layers), ("head", model.norm)]:
+        module.register_forward_pre_hook(lambda _, args, name=name: calls.update([(name, args[0].shape[1])]))
+    return calls
 
 
 SMALL = 5

