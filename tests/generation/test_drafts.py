@@ -98,7 +98,7 @@ def test_a_decoder_drafts_in_the_models_place():
     assert differs > 2
 
 
-@pytest.mark.parametrize(("exit_layer", "ngram"), [(2, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("exit_layer", "ngram"), [(2, 1), (2, 2), (2, 3), (3, 2)])
 def test_look_ups_are_what_a_search_finds(exit_layer, ngram):
     """Of a model with five tokens, whose texts repeat themselves: such drafts are often right. With the whole model as
     the exit rounds without a match are plain steps."""
