@@ -194,14 +194,6 @@ def test_without_a_compiler_steps_run_as_they_are(width, error, monkeypatch, cap
     assert "no compiler" in warning or "AssertionError" in warning
 
 
-def test_another_precision_has_graphs_and_caches_of_its_own():
-    model = make_small()
-    steps = compiled_steps(model)
-    assert compiled_steps(model) is steps
-    model.layers[0].attn.q_proj.to(torch.float64)  # as a quantisation changes some of the weights
-    assert compiled_steps(model) is not steps
-
-
 def test_what_was_compiled_in_a_round_teaches_nothing(traced):
     """The seconds of rounds that compiled are unknown; rounds that the limit cuts are left out."""
     rule, learnt, speculation = DraftRule(), [], Speculation(1, 2, prompt_lookup=1)

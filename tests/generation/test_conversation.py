@@ -159,13 +159,6 @@ def test_drafts_are_shown_dim_and_replaced(path, capsys, monkeypatch):
     assert re.sub(r" \x08\x1b7.*?\x1b8\x1b\[J", "", shown) == plain
 
 
-def test_a_stop_string_may_begin_in_one_round_and_end_in_another():
-    stream = TextStream(Letters(), stop_strings=["stop", "zz"])
-    assert stream.extend(list(map(ord, "an s"))) is None
-    assert stream.extend(list(map(ord, "top of"))) == 3
-    assert stream.text(list(map(ord, "an stop"))) == "an "
-
-
 @pytest.mark.parametrize(("draft", "seen"), [("cdefgh", "cdefgh"), ("c\rd", "c"), ("c\nd", "c"), ("", "")])
 def test_a_draft_stays_in_its_line(draft, seen, capsys):
     """Wrapping is off while it is printed, and the next text takes its place."""

@@ -1,4 +1,4 @@
-"""Look-ups against a search in the text; and the rule of when to draft, by made-up costs and acceptance."""
+"""The rule of when to draft, by made-up costs and acceptance."""
 
 import random
 import statistics
@@ -9,33 +9,8 @@ from helpers.speculation import PROMPTS, run, search
 from helpers.tiny import make_tiny
 
 from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundKind
-from layerskip_recipes.generation.drafting.lookup import TextIndex
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
-
-# ---- drafts from the text ----
-
-
-@pytest.mark.parametrize("ngram", [1, 2, 3])
-def test_look_up_finds_what_a_search_finds(ngram):
-    """Texts of a small alphabet that grow in pieces; the length asked for changes nothing but the length."""
-    generator, found, new = random.Random(50), 0, 0
-    for _ in range(100):
-        index, text = TextIndex(ngram), []
-        for _ in range(8):
-            piece = [generator.randrange(3) for _ in range(generator.randrange(6))]
-            index.extend(piece)
-            text += piece
-            for count in (1, 3, 7):
-                expected = search(text, ngram, count)
-                assert index.find(count)[0] == expected
-                assert len(expected) in (0, count)
-            found += bool(expected)
-            new += not expected
-    assert found > 100 and new > 100
-
-
-# ---- when to draft ----
 
 CHAIN, LOOKUP = RoundKind("chain"), RoundKind("lookup", 1, untried=1.0)
 # Cost of a draft step, d, cost of a verification; in plain steps.

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.sampling import N, V, filtered, p_value, penalised, rng
+from helpers.sampling import N, V, filtered, p_value, rng
 
 from layerskip_recipes.generation.sampling import (
     Sampler,
@@ -109,24 +109,6 @@ def test_which_tokens_filters_keep(probs, filters, kept):
     expected = torch.tensor([p if token in kept else 0.0 for token, p in enumerate(probs)])
     filters = filters | {"min_p": torch.tensor(filters["min_p"])} if "min_p" in filters else filters
     torch.testing.assert_close(probs_of(torch.tensor(probs).log(), 1.0, **filters), expected / expected.sum())
-
-
-@pytest.mark.parametrize("penalty", [0.5, 1.7, 4.0])
-def test_the_penalty_comes_before_temperature_and_filters(penalty):
-    """Against a loop, for logits of both signs and 0; what was passed in stays as it was."""
-    logits, seen = 2 * torch.randn(4, 9, generator=rng(32)), torch.rand(4, 9, generator=rng(33)) < 0.5
-    logits[0, :3] = 0
-    before = logits.clone()
-    settings = {"temperature": 0.6, "top_k": 6, "top_p": 0.9, "min_p": 0.05}
-    for sampler in (Sampler(**settings, repetition_penalty=penalty), Sampler(repetition_penalty=penalty)):
-        scores = sampler.scores(logits, seen, sampler.tensors(logits.device))
-        for row in range(4):
-            expected = penalised(before[row].tolist(), seen[row].nonzero().flatten().tolist(), penalty)
-            if not sampler.greedy:
-                expected = filtered(expected, **settings)
-            found = scores[row] if sampler.greedy else scores[row].softmax(-1)
-            torch.testing.assert_close(found, torch.tensor(expected))
-    assert torch.equal(logits, before) and not Sampler(temperature=0.5).penalises
 
 
 def test_half_precision_logits_are_filtered_in_fp32():
