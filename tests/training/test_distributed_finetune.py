@@ -73,8 +73,8 @@ RESUMED = {
     "2 to 2, FSDP to TP": ("untied, both apart", "untied", "step_6", 2, "tensor_parallel_dim=2", "batch_size=4"),
     "1 to 2, copy": (None, "copy", "epoch_0", 2),
     "2 to 1, copy": ("copy, validated, gathered weights kept", "copy", "step_6", 1),
-    "1 to 2, adapter": (None, "adapter", "epoch_0", 2),
-    "2 to 1, adapter": ("adapter beside its model, validated, checkpointed", "adapter", "step_6", 1),
+    "1 to 2, adapter": (None, "adapter", "step_6", 2),
+    "2 to 1, adapter": ("adapter beside its model, validated, checkpointed", "adapter", "epoch_0", 1),
 }
 
 
