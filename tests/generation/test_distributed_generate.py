@@ -37,7 +37,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import config
 from torchtune.modules.peft import get_adapter_params
 
-from layerskip_recipes import layerskip_decoder
+from layerskip_recipes import layerskip_decoder, processes
 from layerskip_recipes.checkpoint.drafts import describe, write_draft
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.loading import load_config
@@ -132,8 +132,10 @@ def test_collectives_per_token(decoded):
         assert counts["all_gather"] / tokens < plain["all_gather"] / plain_tokens
 
 
-def test_ranks_with_other_prompts_are_refused(decoded):
+def test_ranks_with_other_prompts_are_refused_and_one_process_tells_nobody(decoded):
     assert all(rank["other prompts"].startswith("prompt: differs between ranks") for rank in decoded)
+    alone = torch.tensor([5, 1])
+    assert processes.broadcast_from_rank0(alone) is alone
 
 
 def randomise(model):
