@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.configs import benchmark_config, make_checkpoint
@@ -113,6 +114,9 @@ def test_exits_and_draft_lengths_are_searched_and_the_best_is_compiled(monkeypat
     assert peer.setting == "exit 3, 4 drafts, compiled" and len(peer.trial) == 7
     assert set(calls) == set(rates)
     assert peers.fastest_setting(name, JOB, None, compile=False).setting == "exit 3, 4 drafts"
+    for draft, expected in (("draft.gguf", ["plain", "2 drafts", "4 drafts", "6 drafts"]), (None, ["plain"])):
+        files = SimpleNamespace(llama_cpp=SimpleNamespace(gguf="model.gguf", draft=draft))
+        assert list(peers.settings_to_try("llama_cpp", replace(JOB, cfg=SimpleNamespace(peers=files)))) == expected
 
 
 def test_each_temperature_has_its_own_fastest_setting(path, monkeypatch):

@@ -4,12 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
+from helpers.acceptance import tokens_per_round
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
 from helpers.recipes import ready, run_benchmark
-from helpers.speculation import run
 from helpers.tiny import VOCAB, make_tiny
 
-from layerskip_recipes import layerskip_decoder
+from layerskip_recipes import generate, layerskip_decoder
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
@@ -42,21 +43,44 @@ def small_layers(model):
     return layerskip_decoder(model)
 
 
-def test_tokens_per_round_of_exits_and_vocabularies():
-    """Those of the engine's rounds, one text shorter than the other; model/test_exit_quality.py has sampled ones."""
-    model, some = small_layers(make_tiny()), list(range(0, VOCAB, 2))
-    asked = [([1, 2, 3], 12), ([5, 6, 7, 8], 4)]
-    texts = [(prompt, run(model, [prompt], count).generated[0]) for prompt, count in asked]
-    measured = measured_rates(model, texts, some, [len(some)], longest=4)
-    found = rounds_of(measured, 0.0, [False], [False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_per_round_of_exits_and_vocabularies(temperature):
+    """By hand: sum min(p, q) at each position, and the rounds that follow from it."""
+    model, longest = small_layers(make_tiny()), 4
+    prompts = [[1, 2, 3], [5, 6, 7, 8]]
+    outputs = [generate(model, p, 12, temperature=temperature, seed=0).tokens[0, len(p) :].tolist() for p in prompts]
+    outputs[1] = outputs[1][:3]  # a text that ends early
+    some = list(range(0, VOCAB, 2))
+    texts = list(zip(prompts, outputs, strict=True))
+    measured = measured_rates(model, texts, some, [len(some)], longest)
+    found = rounds_of(measured, temperature, [False], [False])
     assert set(found) == {DraftMethod(e, n) for e in range(1, L) for n in (None, len(some))}
+
+    def distribution(logits, allowed):
+        masked = torch.full_like(logits, -torch.inf)
+        masked[allowed] = logits[allowed]
+        if temperature == 0:
+            return torch.nn.functional.one_hot(masked.argmax(), len(logits)).float()
+        return masked.softmax(-1)
+
     for method, rates in found.items():
-        for d, rate in enumerate(rates, start=1):
-            drafts = Speculation(method.model_layers, d, draft_vocabulary=some if method.vocabulary else None)
-            stats = sum((run(model, [p], count, speculation=drafts).stats for p, count in asked), GenerationStats())
-            assert rate == pytest.approx(((stats.tokens - stats.first_tokens) / stats.rounds, d), abs=1e-5)
+        allowed = some if method.vocabulary else list(range(VOCAB))
+        accepted, counts = torch.zeros(2, 12), torch.zeros(2, 12, dtype=torch.bool)
+        for row, (prompt, output) in enumerate(texts):
+            counts[row, : len(output)] = True
+            with torch.no_grad():
+                tokens = torch.tensor([prompt + output])
+                p, q = model(tokens)[0], model(tokens, exit_layer=method.model_layers)[0]
+            rows = range(len(prompt), tokens.shape[1] - 1)
+            everything = list(range(VOCAB))
+            for i, r in enumerate(rows):
+                overlap = torch.minimum(distribution(p[r], everything), distribution(q[r], allowed)).sum()
+                accepted[row, i + 1] = overlap
+        expected = tokens_per_round(accepted, accepted, counts, range(1, longest + 1))
+        assert [n for n, _ in rates] == pytest.approx(expected, abs=1e-5)
+        assert [d for _, d in rates] == [1, 2, 3, 4]
     assert found[DraftMethod(5)][0] > found[DraftMethod(1)][0]  # the later exit knows more
-    both = rounds_of(measured, 0.0, [False, True], [False])
+    both = rounds_of(measured, temperature, [False, True], [False])
     assert {method: rates for method, rates in both.items() if not method.ends} == found
     for method, rates in found.items():
         for (tokens, drafted), ended in zip(rates, both[method._replace(ends=True)], strict=True):

@@ -105,10 +105,16 @@ def test_select_exits_names_the_key_of_what_it_refuses(exits):
 # ---- rates and schedule ----
 
 
+@pytest.mark.parametrize("num_layers", [2, 6, 32])
+def test_exp_rates_are_the_papers(num_layers):
+    """p_l = p_max (exp(l ln2 / (L-1)) - 1): nothing in the first layer, p_max in the last."""
+    expected = [0.2 * (2 ** (layer / (num_layers - 1)) - 1) for layer in range(num_layers)]
+    assert dropout_rates(num_layers, 0.2) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("scale", "d"),
     [
-        ("exp", [2 ** (layer / 4) - 1 for layer in range(5)]),  # the paper's: nothing in the first, p_max in the last
         ("uniform", [1, 1, 1, 1, 1]),
         ("linear", [0, 0.25, 0.5, 0.75, 1]),
         ("log", [math.log(layer + 1) / math.log(5) for layer in range(5)]),
@@ -117,7 +123,7 @@ def test_select_exits_names_the_key_of_what_it_refuses(exits):
         ("step", [0, 0, 0, 0, 1]),
     ],
 )
-def test_rates_are_p_max_times_their_scale(scale, d):
+def test_other_scales(scale, d):
     assert dropout_rates(5, 0.3, scale) == pytest.approx([0.3 * x for x in d], rel=1e-12)
     if scale != "sigmoid":  # the only layer of a model is its last
         assert dropout_rates(1, 0.3, scale) == pytest.approx([0.3])
@@ -229,6 +235,19 @@ def test_masks_and_positions_follow_their_samples(tiny, length, shared, settings
         own = {"mask": masks[row : row + 1], "input_pos": positions[row : row + 1]}
         expected = walk(tiny, tokens[row : row + 1], layers, factors, **own)
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_exits_under_dropout_see_the_skipped_samples_too(tiny):
+    """x_{l+1} of a sample that skips layer l is its x_l, in one and the same draw."""
+    tokens = random_tokens(8, 5)
+    model = layerskip_decoder(tiny, layer_dropout=HALF).train()
+    run = next_draw(model.layer_dropout, 8)
+    _, hidden = model.hidden_states(tokens, exits=range(1, L + 1))
+    for exit_layer in range(1, L + 1):
+        for row, layers in enumerate(run):
+            expected = walk(tiny, tokens[row : row + 1], [layer for layer in layers if layer < exit_layer])
+            torch.testing.assert_close(model.unembed(hidden[exit_layer][row : row + 1]), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

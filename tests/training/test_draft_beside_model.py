@@ -8,16 +8,18 @@ import shutil
 import pytest
 import torch
 from helpers.configs import generate_config, hf_sections, start_section
-from helpers.resuming import COSINE, final_weights, same_tensors
+from helpers.resuming import COSINE, final_weights, resumed, same_tensors
 from helpers.tiny import VOCAB, make_tiny
-from helpers.training import VALIDATION, read_log, set_up, train
+from helpers.training import VALIDATION, losses, read_log, set_up, train
 from safetensors.torch import load_file, save_file
+from torchtune import training
 
 from layerskip_recipes import generate, load_model
 from layerskip_recipes.checkpoint.drafts import own_draft, read_description, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.auto_drafts import chooser_for
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
@@ -180,6 +182,9 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     plain = generate(loaded, tokenizer.prompt("def main("), 8, draft=None).tokens[0]
     assert torch.equal(generate(loaded, tokenizer.prompt("def main("), 8, num_speculations=3).tokens[0], plain)
 
+    draft = read_draft(read_description(str(folder), "draft"), loaded, "draft")
+    assert same_tensors(draft.state_dict(), load_file(f"{own}/draft.safetensors"))
+
     # Its weights fit the model before it is quantised, and its text is that of the quantised model.
     int8 = "quantizer._component_=torchao.quantization.Int8WeightOnlyConfig"
     quantised = LayerSkipGenerate(load_config(str(path), [int8]))
@@ -199,11 +204,34 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     assert f"No drafts: the draft in {own} was trained for weights that another checkpointer reads" in caplog.text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
+def test_resume_is_the_run_that_never_stopped(shards, tmp_path, beside_config):
+    saves = {"save_every_n_steps": 1, "enable_async_checkpointing": shards, "keep_last_n_checkpoints": 4}
+    path = beside_config(epochs=2, lr_scheduler=COSINE, **saves)
+    train(path)
+    whole, end = losses(tmp_path / "out"), tmp_path / "out" / "epoch_1"
+    for checkpoint, done in (("step_1", 1), ("epoch_0", 2)):
+        again = resumed(path, checkpoint)
+        assert losses(again) == {step: whole[step] for step in range(done + 1, 5)}
+        assert same_tensors(final_weights(end), final_weights(again / "epoch_1"))
+        drafts = [load_file(folder / "draft" / "draft.safetensors") for folder in (end, again / "epoch_1")]
+        assert same_tensors(*drafts)
+
+
 def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
     train(beside_config(epochs=2))
     file = tmp_path / "out" / "epoch_1" / "draft" / "draft.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     assert find_checkpoint(tmp_path / "out") == tmp_path / "out" / "epoch_0"
+
+
+def test_a_function_that_builds_a_checkpointer_is_refused(checkpoint, beside_config, monkeypatch):
+    """Before the training: the checkpoint could not say how to read the model."""
+    build = training.FullModelHFCheckpointer
+    monkeypatch.setattr("helpers.configs.reader", lambda **arguments: build(**arguments), raising=False)
+    with pytest.raises(ConfigError, match=r"^checkpointer\._component_: helpers\.configs\.reader is a function, "):
+        train(beside_config(checkpointer=start_section(checkpoint) | {"_component_": "helpers.configs.reader"}))
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -51,10 +51,10 @@ def assert_same_gradients(ours, plain, tolerance=1e-9):
             torch.testing.assert_close(ours[name], gradient, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def check_loss(model, tokens, labels, on=(True,) * L, **settings):
+def check_loss(model, tokens, labels, on=(True,) * L, step=0, **settings):
     """Loss, gradients and the reported exits against plain PyTorch, with the exits that are on by their flags."""
-    weights = paper_weights(on, 0.2)
-    total, per_exit = EarlyExitLoss(curriculum=None, **settings)(model, tokens, labels, step=0, total_steps=9)
+    weights = paper_weights(on, settings.get("scale", 0.2))
+    total, per_exit = EarlyExitLoss(**{"curriculum": None} | settings)(model, tokens, labels, step=step, total_steps=9)
     expected, losses = plain_loss(model, tokens, labels, weights, settings.get("label_smoothing", 0.0))
     torch.testing.assert_close(total, expected, **EXACT)
     ours = gradients(total, model)
@@ -94,6 +94,14 @@ def test_early_exits_change_only_the_given_rows_of_the_head(family):
     assert through_head[rows == 0].abs().max() > 1e-4
     plain[name] -= (1 - rows)[:, None] * through_head
     assert_same_gradients(ours, plain)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("step", "on"), [(0, (0, 2, 4, 5)), (1, (1, 3, 5))])
+def test_the_curriculum_decides_which_exits_weigh(step, on, tiny):
+    """e(0) = 0 in the paper's scale: exit 1 is measured and not trained."""
+    on = [layer in on for layer in range(L)]
+    check_loss(layerskip_decoder(tiny), *batch(), on, step, scale=0.5, curriculum="rotational", interval=2)
 
 
 @pytest.mark.usefixtures("float64")
@@ -177,6 +185,14 @@ def test_the_heads_gradient_in_bf16_is_that_of_any_chunks(family):
 
     once, many = gradient(chunk_tokens=4 * 128), gradient(chunk_tokens=1)
     assert (many - once).norm() < 0.01 * once.norm()
+
+
+def test_a_batch_without_labels_trains_nothing(tiny):
+    model = layerskip_decoder(tiny)
+    tokens, labels = batch()
+    loss, _ = EarlyExitLoss(curriculum=None)(model, tokens, torch.full_like(labels, -100), step=0, total_steps=1)
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in gradients(loss, model).values())
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3_2"])

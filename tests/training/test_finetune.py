@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.resuming import resumed
 from helpers.tiny import exit_logits
-from helpers.training import losses, read_log, set_up, train
+from helpers.training import losses, read_log, set_up, text_data, train
 from omegaconf import OmegaConf
 
 
@@ -44,6 +44,18 @@ def test_offloading_and_bf16_on_a_gpu(tmp_path, finetune):
     plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
     for step in plain:
         assert plain[step]["loss"] == pytest.approx(other[step]["loss"], rel=2e-2)  # bf16
+
+
+def test_gradient_accumulation_changes_nothing(tmp_path, finetune):
+    """Two micro-batches of 2 are one batch of 4, also where the samples have different lengths."""
+    dataset = text_data(tmp_path / "t.json", ["import os\n" * n for n in (1, 9, 2, 5, 7, 3, 8, 1)])
+    path = finetune(dataset=dataset, layer_dropout=None, shuffle=False, max_steps_per_epoch=None, clip_grad_norm=1.0)
+    train(path, f"output_dir={tmp_path}/one", "batch_size=4")
+    train(path, f"output_dir={tmp_path}/two", "batch_size=2", "gradient_accumulation_steps=2")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert sorted(one) == [1, 2]
+    for step in one:
+        assert one[step] == pytest.approx(two[step], rel=1e-4)
 
 
 @pytest.mark.parametrize(

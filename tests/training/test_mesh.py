@@ -58,8 +58,16 @@ def test_packed_weights_of_a_folders_model_are_not_replicated(tmp_path, tokenize
         mesh_sizes(FinetuneConfig.load(load_config("hf/qlora", keys)))
 
 
-def test_replicas_and_a_plan_share_the_ranks(sizes_of):
-    assert sizes_of(PLAN | {"tensor_parallel_dim": 2, "data_parallel_replicate_dim": 2}, processes=8) == (2, 2, 2)
+@pytest.mark.parametrize(
+    ("processes", "keys", "sizes"),
+    [
+        (2, PLAN | {"tensor_parallel_dim": 1}, (1, 2, 1)),
+        (2, PLAN | {"tensor_parallel_dim": 2}, (1, 1, 2)),
+        (4, {"data_parallel_replicate_dim": 2}, (2, 2, 1)),
+    ],
+)
+def test_a_plan_and_how_many_ranks_share_a_matrix(processes, keys, sizes, sizes_of):
+    assert sizes_of(keys, processes) == sizes
 
 
 def test_all_processes_take_what_rank_zero_chose(finetune, monkeypatch):

@@ -190,8 +190,9 @@ def test_a_dataset_that_cannot_be_used(dataset, message, tmp_path, finetune):
 class Broken:
     """A user's own dataset, with an error in its code."""
 
-    def __init__(self, tokenizer) -> None:
-        pass
+    def __init__(self, tokenizer, built: bool) -> None:
+        if not built:
+            raise ValueError("mine")
 
     def __len__(self) -> int:
         return 8
@@ -200,7 +201,9 @@ class Broken:
         raise ValueError("mine")
 
 
-def test_an_error_in_a_users_own_dataset_keeps_its_traceback(finetune):
+@pytest.mark.parametrize(("built", "place"), [(False, "__init__"), (True, "__getitem__")])
+def test_an_error_in_a_users_own_dataset_keeps_its_traceback(built, place, finetune):
+    path = finetune(dataset={"_component_": "test_training_data.Broken", "built": built})
     with pytest.raises(ValueError, match=r"^mine$") as caught:
-        set_up(finetune(dataset={"_component_": "test_training_data.Broken"}))
-    assert not isinstance(caught.value, ConfigError) and caught.traceback[-1].name == "__getitem__"
+        set_up(path)
+    assert not isinstance(caught.value, ConfigError) and caught.traceback[-1].name == place

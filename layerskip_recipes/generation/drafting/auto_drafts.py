@@ -145,8 +145,17 @@ class DraftChooser:
         on_cpu = self.device.startswith("cpu")
         costs = estimated_costs(self.model, self.dtype, not on_cpu, compiled, rows)
         ends, unpacked = on_cpu and not self.split, not self.split and self.dtype != torch.int8
-        able = {"unpacked": unpacked, "int8": ends and compiled, "ends": ends}
-        return choose_drafts(section, self.notes, costs, temperature, asked=asked, key=key, **able)
+        return choose_drafts(
+            section,
+            self.notes,
+            costs,
+            temperature,
+            asked=asked,
+            unpacked=unpacked,
+            int8=ends and compiled,
+            ends=ends,
+            key=key,
+        )
 
 
 def chooser_for(cfg: RecipeConfig, quantizer: Component | None) -> DraftChooser:
