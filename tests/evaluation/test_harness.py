@@ -5,7 +5,7 @@ from helpers.plain_decoding import Letters, plain_answer, plain_logits, plain_sc
 from helpers.tiny import make_tiny
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice
+from layerskip_recipes.generation.drafting.planner import DraftChoice
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS
 
