@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 from compare_engines import Decode, Job, take_turns, transformers_decode
+from layerskip_recipes.generation.load_model import load_model
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.benchmark.measuring import Run
@@ -35,7 +36,6 @@ from layerskip_recipes.checkpoint.hf_names import to_files
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
-from layerskip_recipes.generation.load_model import load_model
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.model.hf_config import read_hf_config

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerskip_recipes.generation.config import DecodingConfig
-from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
-from layerskip_recipes.generation.text.text_stream import TextStream, follow
-from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.generation.text.text_stream import follow
 
 TokenLists = Sequence[Sequence[int]]
 Method = Speculation | None  # self-speculation, autoregressive
@@ -42,15 +40,12 @@ class Turns:
     """Runs all methods on the same batches with the same settings."""
 
     cfg: DecodingConfig
-    model: LayerSkipDecoder  # in eval mode
+    llm: LLM  # without a tokenizer for random weights, which have no text
     batches: Sequence[TokenLists]
     limit: int  # maximum number of new tokens per prompt
-    tokenizer: Any  # for stop strings; None for random weights, which have no text
-    stop_tokens: Sequence[int]
     reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
     seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
     spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
-    draft_models: DraftModels = field(default_factory=DraftModels)
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
 
     def decode(self, method: Method, temperature: float, batch: TokenLists, seed: int) -> tuple[list, GenerationStats]:
@@ -59,16 +54,14 @@ class Turns:
         There is a draft in every round.
         """
         strings = self.cfg.stop_strings
-        texts = [TextStream(self.tokenizer, self.stop_tokens, strings) for _ in batch] if strings else []
-        generation = Generation(
-            self.model,
+        texts = [self.llm.text_stream(stop=strings) for _ in batch] if strings else []
+        generation = self.llm.start(
             batch,
             self.limit,
-            speculation=method,
-            draft_model=self.draft_models.of(method, self.model),
+            method,
+            compile=bool(self.cfg.compile),
+            always_draft=True,
             sampler=self.cfg.sampler(temperature, seed),
-            stop_tokens=self.stop_tokens,
-            compile=self.cfg.compile,
             reserve=self.reserve,
         )
         if texts:

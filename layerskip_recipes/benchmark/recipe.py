@@ -11,7 +11,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +27,33 @@ from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_pat
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
-from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, chooser_for
+from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.prediction import machine_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, OTHER_DRAFTERS, SPECULATION_DEFAULTS, Speculation
+from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.fitting_memory import check_memory
-from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
+from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, try_examples
-from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary
 from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")
+
+
+def _plan_of_random_weights(section: SelfSpeculation, model: LayerSkipDecoder) -> Speculation:
+    """They always draft the full length, from an exit. Of a draft vocabulary only the size affects the time."""
+    keys = SPECULATION_DEFAULTS | {"exit_layer": usual_exit(model.num_layers)} | section.given
+    ids = keys["draft_vocabulary"]
+    return Speculation(
+        **keys | {"prompt_lookup": None, "draft_vocabulary": range(ids) if isinstance(ids, int) else ids}
+    )
 
 
 class LayerSkipBenchmark:
@@ -74,43 +80,22 @@ class LayerSkipBenchmark:
         self.candidates: dict[str, Candidate] = {}
         self.frequent: Sequence[int] | None = None  # the checkpoint's tokens, for `tune`
         self.tuned_draft: DraftDescription | None = None  # whose length and precision `tune` chooses
+        self.spare_tokens, plans = 0, dict[str, Speculation | None]()
         if cfg.random_weights:
-            drafts = {name: self._default_choice(section, model) for name, section in cfg.compared.items()}
-        else:
-            chooser = chooser_for(cfg, cfg.quantizer)
-            settings = (cfg.all_temperatures[0], cfg.compile, cfg.batch_size)
-            drafts = {
-                name: chooser.choose(section, *settings, cfg.key_of(name)) for name, section in cfg.compared.items()
-            }
-            if cfg.tune:
-                exits = chooser.notes.exits
-                self.frequent = None if exits is None else exits.vocabulary
-                section = cfg.self_speculation or SelfSpeculation()
-                self.tuned_draft, _ = chooser.notes.draft_for(section, f"{KEY}.draft")
-        for name, choice in drafts.items():
-            if choice.why is not None:
-                log.info("%s: %s", name, choice.why)
-        chosen = {name: choice.section for name, choice in drafts.items()}
-        choices = Choices(cfg)
-        for key, value in ({"variants": chosen} if chosen and cfg.variants else chosen).items():
-            choices.set(key, value)
-        self.cfg = cfg.with_choices(choices)
-        longest = max((choice.section.num_speculations for choice in drafts.values() if choice.section), default=0)
-        # The prompts.
-        self.spare_tokens = longest + 1 if cfg.random_weights else 0
-        self.limit = cfg.max_new_tokens + self.spare_tokens
-        if cfg.random_weights:
+            plans = {name: _plan_of_random_weights(section, model) for name, section in cfg.compared.items()}
+            self.spare_tokens = max((plan.num_speculations for plan in plans.values() if plan), default=0) + 1
+            self.limit = cfg.max_new_tokens + self.spare_tokens
             self._draw_prompts(model)
         else:
+            self.limit = cfg.max_new_tokens
             self._read_prompts(model)
-        self.methods: dict[str, Method] = {BASELINE: None}
-        for name, choice in drafts.items():
-            method = choice.speculation(self.prompts)
-            if method is not None:  # None: nothing can draft
-                # Random weights always draft the full length, from the exit.
-                off = {key: SPECULATION_DEFAULTS[key] for key in OTHER_DRAFTERS if cfg.random_weights}
-                self.methods[name] = replace(method, **off)
-        choices = Choices(self.cfg)
+            plans = self._plan(DraftPlanner.of_config(cfg, cfg.quantizer))
+        sections = {name: section.resolved(plans[name]) for name, section in cfg.compared.items()}
+        choices = Choices(cfg)
+        for key, value in ({"variants": sections} if sections and cfg.variants else sections).items():
+            choices.set(key, value)
+        drafting = {name: plan for name, plan in plans.items() if plan is not None}  # the others have nothing to draft
+        self.methods: dict[str, Method] = {BASELINE: None} | drafting
         self.repeats = choices.pick("repeats", lambda: min(3, math.ceil(12 / len(self.prompts))))
         self.cfg = self.cfg.with_choices(choices)
         rows = cfg.batch_size
@@ -135,17 +120,24 @@ class LayerSkipBenchmark:
     def _drafts(self) -> dict[str, Speculation]:
         return {name: method for name, method in self.methods.items() if isinstance(method, Speculation)}
 
-    @staticmethod
-    def _default_choice(section: SelfSpeculation, model: LayerSkipDecoder) -> DraftChoice:
-        """For random weights: of a draft vocabulary, only the number of tokens affects the time."""
-        keys = SPECULATION_DEFAULTS | {"exit_layer": usual_exit(model.num_layers)} | section.given
-        return DraftChoice(SelfSpeculation(**keys), None, 0.0, frequent=range(model.tok_embeddings.num_embeddings))
+    def _plan(self, planner: DraftPlanner) -> dict[str, Speculation | None]:
+        """The plan of each variant; for `tune`, what the tuner has to know."""
+        cfg, plans = self.cfg, dict[str, Speculation | None]()
+        for name, section in cfg.compared.items():
+            plans[name], why = planner.plan(
+                section, cfg.all_temperatures[0], bool(cfg.compile), self.prompts, cfg.batch_size, cfg.key_of(name)
+            )
+            if why is not None:
+                log.info("%s: %s", name, why)
+        if cfg.tune:
+            self.frequent = None if planner.exits is None else planner.exits.vocabulary
+            self.tuned_draft, _ = planner.trained_draft(cfg.self_speculation or SelfSpeculation())
+        return plans
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
         cfg = self.cfg
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
-        self.stop_tokens: list[int] = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         examples = try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file)
         self.examples: list[Example]
         self.examples, self.prompts = encode(examples, self.tokenizer, model, self.limit)
@@ -155,7 +147,7 @@ class LayerSkipBenchmark:
     def _draw_prompts(self, model: LayerSkipDecoder) -> None:
         cfg, num_tokens = self.cfg, model.tok_embeddings.num_embeddings
         check_prompt_lengths(model, [cfg.prompt_tokens], self.limit, key="max_new_tokens")
-        self.tokenizer, self.stop_tokens = None, []
+        self.tokenizer = None
         self.prompts = torch.randint(num_tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
 
     def setup(self) -> None:
@@ -163,23 +155,17 @@ class LayerSkipBenchmark:
         cfg = self.cfg
         config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.bandwidth = memory_bandwidth(self.device)
-        # A trained draft is checked against unquantised weights, so its model is quantised after building the draft.
-        quantise_late = cfg.random_weights or any(one.draft is not None for one in self._drafts.values())
+        plans = {cfg.key_of(name): plan for name, plan in self._drafts.items()}
         if cfg.random_weights:
             with training.set_default_dtype(cfg.torch_dtype), self.device:
-                self.model: LayerSkipDecoder = without_adapters(layerskip_decoder(cfg.model.build())).eval()
+                self.llm = LLM(without_adapters(layerskip_decoder(cfg.model.build())).eval())
+            self.llm.prepare(plans, cfg.quantizer)
         else:
-            self.model = load_decoder(cfg, self.device, None if quantise_late else cfg.quantizer)
-        tokens = (self.limit, self.tokenizer, self.stop_tokens, self.reserve)
-        self.turns = Turns(cfg, self.model, self.batches, *tokens, self.seed, self.spare_tokens)
+            self.llm = LLM.of_config(cfg, self.device, self.tokenizer, plans)
+        self.turns = Turns(cfg, self.llm, self.batches, self.limit, self.reserve, self.seed, self.spare_tokens)
         if cfg.tune:
             self.candidates = Tuner(cfg, self.turns, self.frequent, self.tuned_draft).candidates()
-            self.methods |= {name: candidate.speculation for name, candidate in self.candidates.items()}
-        # Build the draft models, then quantise.
-        for name, speculation in self._drafts.items():
-            self.turns.draft_models.of(speculation, self.model, cfg.key_of(name))
-        if cfg.quantizer is not None and quantise_late:
-            self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
+            self.methods |= {name: candidate.plan for name, candidate in self.candidates.items()}
 
     def benchmark(self) -> dict[str, Any]:
         """Measure and write the report; after Ctrl-C or an error it has the runs so far."""
@@ -216,9 +202,9 @@ class LayerSkipBenchmark:
                 "predicted_speedup": None,
             }
             candidate = self.candidates.get(name)
-            predicted = candidate is not None and not candidate.speculation.prompt_lookup
+            predicted = candidate is not None and not candidate.plan.prompt_lookup
             if predicted and temperature == self.cfg.all_temperatures[0]:
-                row["predicted_speedup"] = candidate.prediction.speedup
+                row["predicted_speedup"] = candidate.plan.speedup
             row |= figures(runs, self.runs[temperature, BASELINE], self.bandwidth)
             row |= self._quality(runs)
             results.append(row)
@@ -232,7 +218,7 @@ class LayerSkipBenchmark:
         """The text metrics of a method over all repeats, if the config asks for any."""
         if not self.cfg.metrics:
             return {}
-        text = TextStream(self.tokenizer, self.stop_tokens, self.cfg.stop_strings or []).text
+        text = self.llm.text_stream(stop=self.cfg.stop_strings or []).text
         outputs = [text(tokens) for run in runs for tokens in run.outputs]
         # Outputs are in prompt order; after Ctrl-C the last repeat is incomplete.
         examples = [self.examples[i % len(self.examples)] for i in range(len(outputs))]
@@ -241,7 +227,7 @@ class LayerSkipBenchmark:
     def _settings(self) -> dict[str, Any]:
         cfg = self.cfg
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
-        steps = find_compiled_steps(self.model)
+        steps = self.llm.state.compiled
         return {
             "command": shlex.join(command),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),

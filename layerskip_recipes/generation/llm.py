@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torchtune import training, utils
 from torchtune.data import Message
+from typing_extensions import Self
 
 from layerskip_recipes.checkpoint.drafts import read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
@@ -22,10 +23,10 @@ from layerskip_recipes.config.schema import AUTO, DeviceName, Text, checked_argu
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig
 from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.generation.parallel import load_sharded_decoder
@@ -111,7 +112,7 @@ class LLM:
         draft: Text | None = None,
         device: DeviceName | None = None,
         dtype: Literal["fp32", "bf16"] | None = None,
-    ) -> "LLM":
+    ) -> Self:
         """Load a model in eval mode, its tokenizer, and its trained draft if it has one.
 
         Args:
@@ -144,29 +145,38 @@ class LLM:
     @classmethod
     def of_config(
         cls,
+        cfg: DecodingConfig,
+        device: torch.device,
+        tokenizer: Any,
+        plans: Mapping[str, Speculation | None],
+    ) -> Self:
+        """Load the model of a config in one process, and what drafts by plans, by the keys of their sections."""
+        # A trained draft is checked against unquantised weights.
+        late = any(plan is not None and plan.draft is not None for plan in plans.values())
+        llm = cls(
+            load_decoder(cfg, device, None if late else cfg.quantizer), tokenizer, stop_tokens=cfg.stop_tokens or []
+        )
+        llm.prepare(plans, cfg.quantizer if late else None)
+        return llm
+
+    @classmethod
+    def of_sharded_config(
+        cls,
         cfg: GenerateConfig,
         device: torch.device,
         tokenizer: Any,
         plan: Speculation | None,
-        kept_layers: int = 0,
-        parallel: int = 1,
-    ) -> "LLM":
-        """Load the model of a config for a plan, on one process or several, see `load_sharded_decoder`."""
-        described, trained_draft = None if plan is None else plan.draft, None
-        if num_processes() > 1:
-            tp_plan = None if cfg.tensor_parallel_plan is None else cfg.tensor_parallel_plan.build()
-            model, trained_draft = load_sharded_decoder(cfg, device, kept_layers, parallel, tp_plan, described)
-        else:
-            model = load_decoder(cfg, device, None if described is not None else cfg.quantizer)
-        llm = cls(model, tokenizer, stop_tokens=cfg.stop_tokens or [], trained_draft=trained_draft)
-        llm.prepare({KEY: plan}, cfg.quantizer if described is not None else None)
-        return llm
+        kept_layers: int,
+        parallel: int,
+    ) -> Self:
+        """Load the model of a config on several processes, see `load_sharded_decoder`."""
+        tp_plan = None if cfg.tensor_parallel_plan is None else cfg.tensor_parallel_plan.build()
+        draft = None if plan is None else plan.draft
+        model, trained_draft = load_sharded_decoder(cfg, device, kept_layers, parallel, tp_plan, draft)
+        return cls(model, tokenizer, stop_tokens=cfg.stop_tokens or [], trained_draft=trained_draft)
 
     def prepare(self, plans: Mapping[str, Speculation | None], quantizer: Component | None = None) -> None:
-        """Build what drafts by these plans, by the keys of their sections, and then quantise the model.
-
-        A trained draft is checked against unquantised weights.
-        """
+        """Build what drafts by these plans, by the keys of their sections, and then quantise the model."""
         for key, plan in plans.items():
             if plan is not None:
                 self.state.draft_weights(plan, self.model, key)

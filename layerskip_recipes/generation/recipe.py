@@ -17,7 +17,7 @@ from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.planner import DraftPlanner
-from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
@@ -135,14 +135,18 @@ class LayerSkipGenerate:
         plan, why = plans[choices.pick("compile", pays)]
         if why is not None:
             log.info(why)
-        choices.set("self_speculation", None if plan is None else cfg.self_speculation.resolved(plan))
+        choices.set("self_speculation", cfg.self_speculation and cfg.self_speculation.resolved(plan))
         return cfg.with_choices(choices), plan
 
     def setup(self) -> None:
         if self.shows and log.isEnabledFor(logging.INFO):
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
             log.setLevel(self.cfg.log_level)  # which torchtune has set to DEBUG
-        self.llm = LLM.of_config(self.cfg, self.device, self.tokenizer, self.plan, self.kept_layers, self.parallel)
+        if num_processes() > 1:
+            arguments = (self.device, self.tokenizer, self.plan, self.kept_layers, self.parallel)
+            self.llm = LLM.of_sharded_config(self.cfg, *arguments)
+        else:
+            self.llm = LLM.of_config(self.cfg, self.device, self.tokenizer, {KEY: self.plan})
 
     def generate(self) -> dict[str, Any]:
         """Answer all prompts; prints the report as JSON in the last line.

@@ -162,7 +162,7 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, monkeypatch, caplo
         assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
     steps = compiled_steps(model)
     assert not steps.failed and set(steps.refused.values()) == {"draft_token"}
-    assert {*compiled} == {"draft_token", "next_logits", "chain_logits", "accept_chain"}
+    assert {*compiled} == {"draft_token", "next_logits", "draft_logits", "accept_tokens"}
     assert compiled.count("draft_token") == 1
     assert warned(caplog) == ["compile: not possible for draft_token, going on without (no kernel)"]
 

@@ -148,7 +148,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
         with torch.inference_mode(), cache.used_by(*{model, context.draft_decoder}), monkeypatch.context() as patched:
             if parts:
                 read_texts(
-                    StepContext(model, cache, Sampler(), draft_weights=(draft_decoder, None)),
+                    StepContext(model, cache, Sampler(), draft_decoder=draft_decoder),
                     [text[:3] for text in texts],
                 )
             if compiled is not None:
@@ -440,7 +440,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
     if "head" in part:
         head = DraftHead(decoder or model, arguments["speculation"].draft_vocabulary)
         hooked(head.output)
-        arguments["draft_weights"] = (decoder, head)
+        arguments["draft_weights"] = (decoder or model, head)
     else:
         first = decoder.own_layers.start
         layers = torch.nn.ModuleList([*model.layers[:first], *copy.deepcopy(decoder.layers[first:])])

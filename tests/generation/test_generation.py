@@ -12,10 +12,11 @@ from helpers.speculation import VARIANTS, perturbed, run
 from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
 
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.state import ModelState
 
 DRAFTS = {"exit_layer": 3, "num_speculations": 5}
 LOOK_UPS = {"exit_layer": 1, "num_speculations": 5, "prompt_lookup": 1, "draft_vocabulary": range(0, VOCAB, 2)}
@@ -235,8 +236,9 @@ def test_rounds_without_room_for_a_draft_teach_nothing():
     for _ in range(6):
         list(Generation(model, [PROMPT], 2, speculation=Speculation(3, 6), rule=rule))
     assert not rule.seconds["chain"] and not rule.recent
-    one, same, other = (kept_rule(model, ("settings", longest)) for longest in (1, 1, 2))
-    assert one is same is not other
+    state, plan = ModelState(), Speculation(3, 6)
+    two, three, many, more = (state.rule(plan, limit, 1, False) for limit in (2, 3, 20, 30))
+    assert two is not three is not many is more  # the limit matters where it shortens drafts
 
 
 def test_short_outputs_are_drafted_too():

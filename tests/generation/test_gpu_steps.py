@@ -84,7 +84,7 @@ def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monke
     generation = run(model, LONGER, 24, speculation=WAYS["chain"], reserve=270)
     assert generation.generated == [plain(model, prompt, 24) for prompt in LONGER]
     assert not gpu_steps.refused and len(gpu_steps.masked) == len(warnings) == 2
-    for name, warning in zip(("draft_token", "chain_logits"), warnings, strict=True):
+    for name, warning in zip(("draft_token", "draft_logits"), warnings, strict=True):
         assert warning.startswith(f"compile: not possible for {name} with FlexAttention")
     # A graph for 256 slots, and one for 512.
     lengths = {key[1] for key in gpu_steps.graphs if isinstance(key[1], int)}

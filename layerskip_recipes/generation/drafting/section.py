@@ -90,8 +90,10 @@ class SelfSpeculation(Section):
                 f"splits. Set {key}.draft_vocabulary=null"
             )
 
-    def resolved(self, plan: Speculation) -> "SelfSpeculation":
-        """The section of its plan: without `auto`, except for the exit beside a draft."""
+    def resolved(self, plan: Speculation | None) -> "SelfSpeculation | None":
+        """The section of its plan (None: no drafts): without `auto`, except for the exit beside a draft."""
+        if plan is None:
+            return None
         ids = self.draft_vocabulary
         return SelfSpeculation(
             exit_layer=plan.exit_layer if plan.draft is None else AUTO,
