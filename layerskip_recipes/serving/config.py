@@ -27,7 +27,7 @@ class ServeConfig(GenerateConfig):
     """The address to listen at. `0.0.0.0` lets other machines in; then set LAYERSKIP_API_KEY, too."""
     port: Annotated[int, Field(ge=0, le=65535, examples=[8000])] = 8000
     """The port to listen at; 0: a free one, which the log names."""
-    allowed_origins: list[Origin] = Field([], examples=["[https://app.example]"])
+    allowed_origins: Annotated[list[Origin], Field(examples=["[https://app.example]"])] | None = None
     """Web pages of these origins may use the server (CORS), with the key in LAYERSKIP_API_KEY. `["*"]` allows all."""
     max_waiting: Annotated[int, Field(ge=0, examples=[32])] = 32
     """The most requests that wait while one is answered. Further ones get status 503."""

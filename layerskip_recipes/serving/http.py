@@ -32,6 +32,10 @@ from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, R
 log = utils.get_logger("INFO")
 
 BODY_S = 60  # the longest time that a client may take to send its body
+REST_S, REST_BYTES = (
+    5,
+    2**26,
+)  # how much of a refused body is read: most clients read no answer before they have sent all
 EVENT_S = 0.05  # the shortest time between two events of a stream
 NO_KEY = "is not allowed. Allowed without a key: names of this machine"
 JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")  # the second is the default of curl
@@ -49,7 +53,7 @@ def make_app(recipe: LayerSkipServe) -> Starlette:
     kinds = (HTTPException, ConfigError, ClientDisconnect, asyncio.TimeoutError)
     cors = Middleware(
         CORSMiddleware,
-        allow_origins=recipe.cfg.allowed_origins,
+        allow_origins=recipe.cfg.allowed_origins or (),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=["retry-after"],
@@ -138,7 +142,7 @@ class Server:
             if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
                 raise HTTPException(401, f"authorization: needs the key in the server's {KEY}, as Bearer KEY")
             return
-        # A page of another site sends its origin, or, if its name leads to this machine (DNS rebinding), its name as host.
+        # A page of another site sends its origin. If its name leads to this machine (DNS rebinding), Host has the name.
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if self.recipe.is_local and not _is_local(f"//{host}"):
             raise HTTPException(403, f"host: {host!r} {NO_KEY}; for example localhost")
@@ -223,7 +227,31 @@ async def _refuse(request: HTTPRequest, e: Exception) -> Response:
         status, line, headers = e.status_code, e.detail, e.headers
         if status in (404, 405) and not line.startswith("model"):
             line = f"path: {request.method} {request.url.path} is not supported by this server"
-    return JSONResponse(_error(status, line), status, headers)
+    try:
+        has_ended = await asyncio.wait_for(_skip_rest(request), REST_S)
+    except (asyncio.TimeoutError, ClientDisconnect):
+        has_ended = False
+    except RuntimeError:  # starlette's: it was read
+        has_ended = True
+    response = JSONResponse(_error(status, line), status, headers)
+    if has_ended:
+        return response
+
+    async def answer_and_wait() -> AsyncIterator[bytes]:
+        yield bytes(response.body)
+        await asyncio.sleep(1)  # a connection that is closed while the client sends loses what the client has not read
+
+    return StreamingResponse(answer_and_wait(), status, {**response.headers, "connection": "close"})
+
+
+async def _skip_rest(request: HTTPRequest) -> bool:
+    """Read the rest of a body; returns whether it has ended."""
+    size = 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > REST_BYTES:
+            return False
+    return True
 
 
 def _error(status: int, line: str) -> dict[str, Any]:
