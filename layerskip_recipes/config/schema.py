@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, wraps
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MaxLen
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -149,20 +149,25 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
         return _number_phrase(kind, rules)
     if kind is str:
         patterns = [rule.pattern for rule in _flat(rules) if getattr(rule, "pattern", None)]
-        return "".join(["text", *(f" that matches {pattern}" for pattern in patterns)]), "text"
+        return "".join(["text", *(f" that matches {p}" for p in patterns), _length(rules, "character")]), "text"
     if get_origin(kind) in (list, Sequence):
         (item,) = get_args(kind)
         if words := getattr(next(alternatives(item))[0], "ALLOWED", None):
             return f"{words[0]}, or a list of them", words[1]
         inner, inner_rules = next(alternatives(item))
         one = _phrase(inner, inner_rules)[0] if inner in (int, float, str) or get_origin(inner) is Literal else "values"
-        return f"a list of {PLURALS.sub(lambda word: word[0].split()[-1] + 's', one)}", "[...]"
+        return f"a list of {PLURALS.sub(lambda word: word[0].split()[-1] + 's', one)}{_length(rules, 'item')}", "[...]"
     if words := getattr(kind, "ALLOWED", None):
         return words
     return "a section of keys and values", "null"
 
 
 PLURALS = re.compile("^(an integer|a number|text)")
+
+
+def _length(rules: Sequence[Any], what: str) -> str:
+    most = next((rule.max_length for rule in _flat(rules) if isinstance(rule, MaxLen)), None)
+    return "" if most is None else f" (up to {most} {what}s)"
 
 
 def _flat(rules: Sequence[Any]) -> list[Any]:

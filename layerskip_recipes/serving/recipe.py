@@ -4,10 +4,11 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, m
 log = utils.get_logger("INFO")
 
 KEY = "LAYERSKIP_API_KEY"  # the environment variable
+PIECE = 2**14  # characters that are tokenized at once to see whether a prompt fits
 
 
 class LayerSkipServe(LayerSkipGenerate):
@@ -41,6 +43,8 @@ class LayerSkipServe(LayerSkipGenerate):
         super().__init__(source)
         self.name = Path(self.cfg.model_dir or self.cfg.output_dir or self.cfg.given_folder or "model").name
         self.api_key = os.environ.get(KEY)
+        if self.cfg.allowed_origins and not self.api_key:
+            raise ConfigError(f"allowed_origins: {self.cfg.allowed_origins} needs a key. Set {KEY}, which pages send")
         self.context = most_positions(self.cfg.meta_model)[0]
         self.max_body_bytes = 2**16 + 32 * self.context  # few texts have so many bytes per token
         # Clients are refused until the model is ready, as this socket does not listen yet.
@@ -52,6 +56,7 @@ class LayerSkipServe(LayerSkipGenerate):
         except OSError as e:
             self.socket.close()
             raise ConfigError(f"port: {port} at {host} cannot be used ({e.strerror}); for example port=8001") from e
+        self.is_local = ip_address(self.socket.getsockname()[0].partition("%")[0]).is_loopback
 
     def serve(self) -> None:
         """Answer requests until SIGTERM or Ctrl-C; what runs or waits is finished first."""
@@ -65,7 +70,7 @@ class LayerSkipServe(LayerSkipGenerate):
         # uvicorn handles SIGTERM while it runs, and raises it once more at its end.
         signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
         host, port = self.socket.getsockname()[:2]
-        if not self.api_key and host not in ("127.0.0.1", "::1"):
+        if not (self.api_key or self.is_local):
             log.warning(f"host: {self.cfg.host} lets other machines in without a key. Set {KEY} to ask for one")
         log.info(f"Serving {self.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         server.run(sockets=[self.socket])
@@ -80,7 +85,12 @@ class LayerSkipServe(LayerSkipGenerate):
 
     def answer(self, asked: ChatRequest | CompletionRequest, gone: threading.Event) -> Iterator[str | dict[str, Any]]:
         """Pieces of text as they become final, then the finish reason and the usage. Fails once `gone` is set."""
-        prompt = self._prompt(asked)
+
+        def check(*_: Any) -> None:
+            if gone.is_set():
+                raise ConnectionAbortedError
+
+        prompt = self._prompt(asked, check)
         # Without a wish of the client, the answer is shorter at the end of the model's context.
         room = self.context - len(prompt)
         limit = asked.max_completion_tokens or asked.max_tokens or max(1, min(self.max_new_tokens, room))
@@ -92,11 +102,6 @@ class LayerSkipServe(LayerSkipGenerate):
         text = TextStream(self.tokenizer, self.stop_tokens, strings, goes_on)
         reserve = self._reserve(len(prompt) + limit)
         generation = self._generation([prompt], limit, sampler=sampler, reserve=reserve, reuse=len(prompt))
-
-        def check(*_: Any) -> None:
-            if gone.is_set():
-                raise ConnectionAbortedError
-
         kept = None
         with closing(iter(generation)) as rounds, ExitStack() as hooks:  # type: ignore[type-var]
             generation.context.before_chunk = check
@@ -117,16 +122,24 @@ class LayerSkipServe(LayerSkipGenerate):
         ended = kept is not None or tokens[-1] in self.stop_tokens
         yield {"finish_reason": "stop" if ended else "length", "usage": usage}
 
-    def _prompt(self, asked: ChatRequest | CompletionRequest) -> list[int]:
+    def _prompt(self, asked: ChatRequest | CompletionRequest, check: Callable[[], None]) -> list[int]:
         if isinstance(asked, CompletionRequest):
+            self._check_size(asked.prompt, check)
             return to_tokens(asked.prompt, self.tokenizer)
         messages, system = messages_of(asked), self.cfg.system_prompt
         if system and messages[0].role != "system":
             messages.insert(0, Message(role="system", content=system))
-        # Refuse a very long conversation before the chat template is rendered, which adds more tokens.
-        texts = "".join(message.text_content for message in messages)
-        check_prompt_lengths(self.model, [len(to_tokens(texts, self.tokenizer)) or 1], 1)
+        self._check_size("".join(message.text_content for message in messages), check)
         # Clients write the assistant's messages, too: no text of theirs may hold a special token.
         guarded = getattr(self.tokenizer, "guarded", str)
         messages = [Message(role=m.role, content=guarded(m.text_content)) for m in messages]
         return to_tokens([*messages, Message(role="assistant", content="")], self.tokenizer)
+
+    def _check_size(self, text: str, check: Callable[[], None]) -> None:
+        """Refuse a text that cannot fit, before all of it is tokenized and before the template adds more tokens."""
+        num_tokens = 0
+        for start in range(0, len(text), PIECE):
+            check()
+            num_tokens += len(to_tokens(text[start : start + PIECE], self.tokenizer))
+            if num_tokens > self.context + self.context // 8:  # cut into pieces, a text may have more tokens
+                check_prompt_lengths(self.model, [num_tokens], 1)

@@ -37,7 +37,7 @@ KEYS = {
         temperature tensor_parallel_dim tensor_parallel_plan tokenizer top_k top_p
     """,
     "ServeConfig": """
-        host max_waiting port
+        allowed_origins host max_waiting port
     """,
     "SelfSpeculation": """
         draft draft_int8 draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
