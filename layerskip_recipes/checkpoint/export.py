@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torchtune import training, utils
 
 from layerskip_recipes.checkpoint.drafts import DRAFT, DRAFT_FILE, DraftDescription, own_draft, read_description
-from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, HFCheckpointer, readable, weight_files
+from layerskip_recipes.checkpoint.hf_checkpointer import INDEXES, HFCheckpointer, readable, weight_files
 from layerskip_recipes.checkpoint.hf_names import from_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
@@ -277,7 +277,7 @@ def first_layers(config: dict[str, Any], draft: int) -> dict[str, Any]:
 def _copy_files(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template and settings, but no weights or adapters."""
     for file in (file for pattern in COPIED for file in source.glob(pattern)):
-        if file.is_file() and file.name != INDEX and not file.name.startswith("adapter_"):
+        if file.is_file() and not (file.name.endswith(INDEXES) or file.name.startswith("adapter_")):
             place = target / file.relative_to(source)
             place.parent.mkdir(exist_ok=True)
             try:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from layerskip_recipes import Generation, Speculation
 from layerskip_recipes.checkpoint.drafts import FORMAT
 from layerskip_recipes.checkpoint.export import export, how_to_run
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
@@ -91,6 +92,17 @@ def test_files_that_configs_name_come_along(checkpoint, tmp_path):
     out = export(str(checkpoint), str(tmp_path / "out"))
     files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.parent != out}
     assert files == {"original/tokenizer.model", "additional_chat_templates/tool_use.jinja"}
+
+
+def test_an_index_of_other_weight_files_stays_behind(checkpoint, tmp_path):
+    """It names files that neither an export nor a checkpoint has."""
+    names = {f"{name}.index.json" for name in ("pytorch_model.bin", "consolidated.safetensors")}
+    for name in names:
+        (checkpoint / name).write_text(json.dumps({"weight_map": {"norm.weight": "absent"}}))
+    checkpointer = HFCheckpointer(str(checkpoint), str(tmp_path / "run"))
+    checkpointer.save_checkpoint(checkpointer.load_checkpoint())
+    for folder in (export(str(checkpoint), str(tmp_path / "out")), tmp_path / "run" / "epoch_0"):
+        assert (folder / "tokenizer.json").exists() and not names & {file.name for file in folder.iterdir()}
 
 
 def test_without_a_number_the_trained_exit_is_taken(checkpoint, tmp_path):

@@ -92,7 +92,7 @@ def test_validate_downloads_no_weights(layerskip, tmp_path, monkeypatch):
     repository, asked = tmp_path / "hub", []
     make_hf_folder("llama", repository)
 
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, revision):
         asked.extend(allow_patterns)
         return str(repository)
 
