@@ -145,7 +145,7 @@ def test_yaml_example_is_valid(name, workplace, layerskip, monkeypatch):
 
 # ---- in their short forms ----
 
-FEW = {"max_new_tokens": 9, "repeats": 1, "temperatures": [0.0], "compile": False, "peers": []}
+FEW = {"max_new_tokens": 9, "repeats": 1, "temperatures": [0.0], "compile": False}
 DATA = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 32}
 DATA["max_samples"] = 4
 QUICKSTART = {
