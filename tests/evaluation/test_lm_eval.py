@@ -1,4 +1,4 @@
-"""lm-eval's own command scores a checkpoint, and an exit that `layerskip export` cut out; offline, with a tiny model."""
+"""lm-eval's own command scores a checkpoint, and an exit that `layerskip export` cut out: an offline task."""
 
 import json
 from pathlib import Path

@@ -41,7 +41,8 @@ ELSEWHERE = (
     "llama-server",
     "optimum-cli",  # of optimum-intel
     "python -m vllm",
-    "python tools/transformers_speed.py exported --draft",  # of a model with a chat template
+    "python tools/compare_engines.py qa/benchmark",  # with engines of other packages
+    "lm_eval",  # tests/evaluation/test_lm_eval.py
     "python tools/server_speed",  # of a running server
 )
 TUNE_RUN = {line: words for line, words in commands().items() if words[:2] == ["tune", "run"]}
@@ -161,7 +162,8 @@ QUICKSTART = {
 TOOLS_OPTIONS = {
     "tools/training_cost.py": "model.num_layers=4 early_exit_loss.exits=: "
     "--repeats 1 --steps 1 --batch 1 --seq-len 16 --method ours",
-    "tools/transformers_speed.py": "--new 4 --prompts 1 --repeats 1",
+    "tools/compare_engines.py": "model.num_layers=4 model.vocab_size=300 output_dir=quickstart max_new_tokens=4 "
+    "prompts.count=1 repeats=1 temperatures=[0.0] compile=false",
     "tools/gpu_report.py": "--list",  # test_gpu_report.py runs the steps
 }
 
