@@ -116,8 +116,6 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     (folder / "tools").symlink_to(ROOT / "tools")
     (folder / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "configuration.md", folder / "docs")
-    (folder / "results" / "quickstart").mkdir(parents=True)
-    (folder / "results" / "quickstart" / "model.gguf").touch()
     (folder / "stdlib.txt").write_text("def main(argv):\n    return 0\n" * 50)
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     checkpoint = make_checkpoint(folder / "model", tokenizer_folder)
