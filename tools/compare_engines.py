@@ -478,7 +478,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--engine", action="append", default=[], metavar="'NAME ...'")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     recipe = our_recipe(args.config, args.overrides)
     engines, job = our_methods(recipe, "ours"), Job(recipe)
     try:
