@@ -88,7 +88,7 @@ class Job:
 
     def until_stop(self, rows: TokenLists) -> list[list[int]]:
         """The new tokens of each row up to its first stop token."""
-        stops = self.recipe.stop_tokens
+        stops = self.recipe.llm.stop_tokens
         ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
         return [list(row[:end]) for row, end in zip(rows, ends, strict=True)]
 
@@ -169,7 +169,7 @@ def torchtune(job: Job, *, compile: str = "false") -> Decode:
     recipe = job.recipe
     with training.set_default_dtype(job.dtype), torch.device("meta"):
         model = recipe.cfg.model.build()
-    model.load_state_dict(recipe.model.state_dict(), assign=True)  # the same tensors, no copy
+    model.load_state_dict(recipe.llm.model.state_dict(), assign=True)  # the same tensors, no copy
     make_position_tables(model, job.device, job.dtype)
     with job.device:
         model.setup_caches(recipe.cfg.batch_size, job.dtype, decoder_max_seq_len=job.room)
@@ -193,7 +193,7 @@ def torchtune(job: Job, *, compile: str = "false") -> Decode:
             # torchtune turns temperature 0 into 1e-5, which can still sample another token; top_k=1 cannot.
             temperature=1.0 if sampler.greedy else sampler.temperature,
             top_k=1 if sampler.greedy else sampler.top_k,
-            stop_tokens=recipe.stop_tokens,
+            stop_tokens=recipe.llm.stop_tokens,
             custom_generate_next_token=timed_next_token,
         )[0]
 
@@ -241,7 +241,7 @@ def transformers_decode(
     """`generate` of a loaded model; the compiled version uses a static cache. `schedule`: of the drafts' lengths."""
     from transformers import CompileConfig, GenerationConfig
 
-    stops, limit = job.recipe.stop_tokens, job.recipe.limit
+    stops, limit = job.recipe.llm.stop_tokens, job.recipe.limit
     settings: dict[str, Any] = {"assistant_early_exit": exit_layer}
     if compiled:
         compile_config: Any = CompileConfig(mode="reduce-overhead" if job.device.type == "cuda" else "default")
@@ -298,7 +298,7 @@ def openvino(job: Job, *, path: str, draft: str | None = None, drafts: str = "3"
         (prompt,), sampler = batch, job.sampler(temperature, seed)
         config = genai.GenerationConfig()
         config.max_new_tokens, config.repetition_penalty = job.recipe.limit, sampler.repetition_penalty
-        config.stop_token_ids, config.ignore_eos = set(job.recipe.stop_tokens), not job.recipe.stop_tokens
+        config.stop_token_ids, config.ignore_eos = set(job.recipe.llm.stop_tokens), not job.recipe.llm.stop_tokens
         config.do_sample, config.rng_seed = not sampler.greedy, seed
         if not sampler.greedy:
             config.temperature, config.top_p = sampler.temperature, sampler.top_p or 1.0
@@ -363,7 +363,7 @@ def llama_server(job: Job, *command: str) -> Decode:
             "repeat_penalty": sampler.repetition_penalty,
             "repeat_last_n": job.room,  # the whole text, like our sampler
             "seed": seed,
-            "ignore_eos": not job.recipe.stop_tokens,
+            "ignore_eos": not job.recipe.llm.stop_tokens,
             "cache_prompt": False,
             "return_tokens": True,
         }
@@ -500,7 +500,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def without_stop(recipe: LayerSkipBenchmark, tokens: list[int]) -> str:
-    return recipe.tokenizer.decode([token for token in tokens if token not in recipe.stop_tokens])
+    return recipe.tokenizer.decode([token for token in tokens if token not in recipe.llm.stop_tokens])
 
 
 def print_page(recipe: LayerSkipBenchmark, table: Sequence[Mapping[str, Any]]) -> None:

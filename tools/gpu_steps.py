@@ -26,7 +26,6 @@ from unittest import mock
 
 import torch
 from compare_engines import Decode, Job, take_turns, transformers_decode
-from layerskip_recipes.generation.load_model import load_model
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.benchmark.measuring import Run
@@ -35,7 +34,7 @@ from layerskip_recipes.benchmark.report import figures, speedup_by_acceptance, s
 from layerskip_recipes.checkpoint.hf_names import to_files
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
+from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.model.hf_config import read_hf_config
@@ -197,7 +196,7 @@ def static_cache(recipe: LayerSkipBenchmark) -> Decode:
     """transformers' `generate` on the benchmark's weights, with a static cache; compiled on a GPU."""
     from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only for this engine
 
-    cfg, model, folder = recipe.cfg, recipe.model, Path(str(recipe.cfg.model_dir))
+    cfg, model, folder = recipe.cfg, recipe.llm.model, Path(str(recipe.cfg.model_dir))
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=cfg.torch_dtype)
     theirs.load_state_dict(to_files(model.state_dict(), read_hf_config(folder)), strict=False, assign=True)
@@ -225,7 +224,7 @@ def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], l
     """Decode after prompts of one length, methods in turns. Records round time and the time to read its bytes."""
     turns, runs = recipe.turns, defaultdict[str, list[Run]](list)
     turns.batches = [[prompt[:length] for prompt in recipe.prompts]]
-    before = len(getattr(find_compiled_steps(turns.model), "graphs", ()))
+    before = len(getattr(recipe.llm.state.compiled, "graphs", ()))
     for turn in turns.take(methods, 0.0, 2 if place.tiny else 3):
         for name, run in turn.items():
             runs[name].append(run)
@@ -241,7 +240,7 @@ def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], l
             seconds = row[f"{phase}_s_per_round"]
             found[f"ms {shown}"] = None if seconds is None else 1000 * seconds
         place.record(columns | found | {"speed-up at .7": (speedup_by_acceptance(row, step_s) or {}).get("0.7")})
-    if (steps := find_compiled_steps(turns.model)) is not None:
+    if (steps := recipe.llm.state.compiled) is not None:
         counts = {"graphs": len(steps.graphs), "new graphs": len(steps.graphs) - before}
         without = {"steps without graph": len(steps.refused), "without FlexAttention": len(steps.masked)}
         place.record(columns | {"method": "all", **counts, **without})
@@ -304,7 +303,8 @@ def lossless(place: Place) -> None:
     torch.set_float32_matmul_precision("highest")  # training allows TF32
     count, new, some = (2, 8, 64) if place.tiny else (16, 128, 512)
     for dtype in ("fp32", "bf16"):
-        model, tokenizer = load_model(str(place.work / "quickstart"), dtype=dtype, device=str(place.device))
+        llm = LLM.load(str(place.work / "quickstart"), dtype=dtype, device=str(place.device))
+        model, tokenizer = llm.model, llm.tokenizer
         texts = heldout_prompts(count)
         prompts = [torch.tensor(tokenizer.encode(text, add_bos=False, add_eos=False)) for text in texts]
         tokens = partial(generate, model, max_generated_tokens=new, compile=place.cuda)

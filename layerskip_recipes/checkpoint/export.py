@@ -64,7 +64,7 @@ def export(
     """Write a Hugging Face folder `out`, which must not exist yet, and return it.
 
     Args:
-        checkpoint: as `path` of `load_model`: a Hugging Face folder with safetensors, adapters, or a trained draft of
+        checkpoint: as `path` of `LLM.load`: a Hugging Face folder with safetensors, adapters, or a trained draft of
             kind copy.
         exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`.
         draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.

@@ -42,7 +42,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     seed: int | None = None,
     compile: bool = False,
     draft_vocabulary: torch.Tensor | Sequence[int] | None = None,
@@ -64,7 +64,7 @@ def generate(
         temperature: 0 is greedy.
         top_k, top_p, min_p: filters of draft and verification, see `token_scores`.
         repetition_penalty: above 1, tokens of the prompt and the output become less likely, see `penalise`.
-        stop_tokens: a row ends with the first of these tokens.
+        stop_tokens: a row ends with the first of these tokens; None: only with the limit.
         seed: decides sampled tokens, together with the model, the prompt and the sampling settings. How tokens are
             drafted, and the other prompts, do not matter; equal prompts get different samples. None: a seed drawn from
             torch's global generator.
@@ -103,7 +103,7 @@ def generate(
         exit_layer=exit_layer if plan is None else None,
         speculation=plan,
         sampler=Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed),
-        stop_tokens=stop_tokens,
+        stop_tokens=stop_tokens or (),
         compile=compile,
         shared=shared,
         rule=rule,

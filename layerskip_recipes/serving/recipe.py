@@ -17,10 +17,8 @@ from torchtune import utils
 from torchtune.data import Message
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.generation.text.prompts import to_tokens
-from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.limits import check_prompt_lengths, most_positions
 from layerskip_recipes.serving.config import ServeConfig
 from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, messages_of
@@ -81,7 +79,7 @@ class LayerSkipServe(LayerSkipGenerate):
         """Compile, and measure rounds anew once everything is warm."""
         short = CompletionRequest.parse({"prompt": "?", "max_tokens": min(24, self.max_new_tokens)})
         list(self.answer(short, threading.Event()))
-        self.rule = DraftRule()
+        self.llm.state.rules.clear()
 
     def answer(self, asked: ChatRequest | CompletionRequest, gone: threading.Event) -> Iterator[str | dict[str, Any]]:
         """Pieces of text as they become final, then the finish reason and the usage. Fails once `gone` is set."""
@@ -94,18 +92,18 @@ class LayerSkipServe(LayerSkipGenerate):
         # Without a wish of the client, the answer is shorter at the end of the model's context.
         room = self.context - len(prompt)
         limit = asked.max_completion_tokens or asked.max_tokens or max(1, min(self.max_new_tokens, room))
-        check_prompt_lengths(self.model, [len(prompt)], limit, "max_tokens")
+        check_prompt_lengths(self.llm.model, [len(prompt)], limit, "max_tokens")
         sampler = self.cfg.sampler(self.cfg.temperature if asked.temperature is None else asked.temperature, asked.seed)
         sampler = sampler if asked.top_p is None else replace(sampler, top_p=asked.top_p)
         strings = [*self.stop_strings, *([asked.stop] if isinstance(asked.stop, str) else asked.stop)]
         goes_on = prompt if isinstance(asked, CompletionRequest) else ()
-        text = TextStream(self.tokenizer, self.stop_tokens, strings, goes_on)
-        reserve = self._reserve(len(prompt) + limit)
+        text = self.llm.text_stream(goes_on, strings)
+        reserve = self.llm.reserved_slots(len(prompt) + limit, self.plan)
         generation = self._generation([prompt], limit, sampler=sampler, reserve=reserve, reuse=len(prompt))
         kept = None
         with closing(iter(generation)) as rounds, ExitStack() as hooks:  # type: ignore[type-var]
             generation.context.before_chunk = check
-            for layer in self.model.layers:  # torch may read a long chunk for seconds
+            for layer in self.llm.model.layers:  # torch may read a long chunk for seconds
                 hooks.callback(layer.register_forward_pre_hook(check).remove)
             for (new,) in rounds:
                 hooks.close()
@@ -119,7 +117,7 @@ class LayerSkipServe(LayerSkipGenerate):
         usage |= {"total_tokens": len(prompt) + len(tokens)}
         usage |= {"drafted_tokens": stats.drafted, "accepted_tokens": stats.accepted}
         usage |= {"prompt_tokens_details": {"cached_tokens": stats.reused_tokens}}
-        ended = kept is not None or tokens[-1] in self.stop_tokens
+        ended = kept is not None or tokens[-1] in self.llm.stop_tokens
         yield {"finish_reason": "stop" if ended else "length", "usage": usage}
 
     def _prompt(self, asked: ChatRequest | CompletionRequest, check: Callable[[], None]) -> list[int]:
@@ -142,4 +140,4 @@ class LayerSkipServe(LayerSkipGenerate):
             check()
             num_tokens += len(to_tokens(text[start : start + PIECE], self.tokenizer))
             if num_tokens > self.context + self.context // 8:  # cut into pieces, a text may have more tokens
-                check_prompt_lengths(self.model, [num_tokens], 1)
+                check_prompt_lengths(self.llm.model, [num_tokens], 1)

@@ -153,7 +153,7 @@ def test_repeats_sample_anew_and_methods_take_turns(path, monkeypatch):
 
     def noted(self, model, prompts, *args, **kwargs):
         whole(self, model, prompts, *args, **kwargs)
-        kind = {3: "chain", 2: "short", 0: "baseline"}[self.decoding.num_speculations]
+        kind = {3: "chain", 2: "short", 0: "baseline"}[self.drafters.num_speculations]
         seen.append((kind, prompts[0], self.context.sampler.seed, self.context.sampler.temperature))
 
     monkeypatch.setattr(Generation, "__init__", noted)

@@ -40,9 +40,9 @@ def test_every_family(family, exit_layer):
     assert generation.generated[0] == greedy(family, PROMPT, 16)
     assert 0 < generation.stats.acceptance_rate < 1 or exit_layer == L
     assert len(set(generation.generated[0])) > 5
-    all_drafts = VARIANTS["all"] | {"exit_layer": exit_layer, "draft_weights": (perturbed(model), None)}
-    del all_drafts["decoder"]
-    assert new_tokens(generate(model, prompt, 16, **all_drafts)) == greedy(family, PROMPT, 16)
+    settings = {key: value for key, value in VARIANTS["all"].items() if key != "decoder"} | {"exit_layer": exit_layer}
+    all_drafts = {"speculation": Speculation(**settings), "draft_weights": (perturbed(model), None)}
+    assert run(model, [PROMPT], 16, **all_drafts).generated[0] == greedy(family, PROMPT, 16)
     assert new_tokens(generate(model, prompt, 16, exit_layer=exit_layer)) == greedy(family, PROMPT, 16, exit_layer)
 
 
@@ -212,9 +212,9 @@ COUNT, VOCABULARY = "an integer of 1 or more", "ids of 0..96"
         ([[1]], {"max_generated_tokens": 128}, "max_generated_tokens: ", "more than the model's 128"),
         ([[1], [1] * 125], {}, "max_generated_tokens: ", "more than the model's 128"),
         ([[1]], CHAIN | {"num_speculations": True}, "num_speculations: True ", COUNT),
-        ([[1]], {"num_speculations": 2}, "num_speculations: 2 ", "exit_layer=8"),
+        ([[1]], {"num_speculations": 2}, "exit_layer: None ", "exit_layer=8"),
         ([[1]], CHAIN | {"prompt_lookup": 0}, "prompt_lookup: 0 ", f"{COUNT} (or null)"),
-        ([[1]], {"exit_layer": 2, "prompt_lookup": 2}, "prompt_lookup: ", "num_speculations=6"),
+        ([[1]], {"exit_layer": 2, "prompt_lookup": 2}, "num_speculations: None", "num_speculations=6"),
         ([[1]], CHAIN | {"draft_vocabulary": [True, False]}, "draft_vocabulary: no list ", VOCABULARY),
         ([[1]], CHAIN | {"exit_layer": "2"}, "exit_layer: '2' ", "1..6"),
         ([[1]], {"exit_layer": 0}, "exit_layer: 0", "1..6"),

@@ -76,8 +76,7 @@ def test_generate_takes_every_setting(monkeypatch):
     """What `generate` is given reaches the draft: here at once, each with an effect of its own."""
     model, arguments = model_of("llama3_2"), {"exit_layer": 2, "num_speculations": 3}
     expected = [plain(model, prompt, 18, 1.4) for prompt in PROMPTS]
-    settings = {"draft_vocabulary": range(0, VOCAB, 2), "prompt_lookup": 1}
-    settings |= {"draft_int8": True, "min_confidence": 0.02}
+    settings = {"draft_vocabulary": range(0, VOCAB, 2), "prompt_lookup": 1, "min_confidence": 0.02}
     prompts = [torch.tensor(prompt) for prompt in PROMPTS]
     out = generate(model, prompts, 18, repetition_penalty=1.4, pad_id=96, **settings, **arguments)
     assert out.tokens.tolist() == [

@@ -176,7 +176,7 @@ def test_consecutive_prompts_reuse_their_beginning(served, client, monkeypatch):
     """Where `generate` does: in compiled C++."""
     monkeypatch.setattr(served[0], "compile", True)
     first = complete(client).json()
-    if compiled_steps(served[0].model).failed:
+    if compiled_steps(served[0].llm.model).failed:
         pytest.skip("no C++ compiler")
     again = complete(client, prompt="def main(a").json()
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"] - 1
@@ -532,7 +532,7 @@ def test_decoding_stops_when_the_client_leaves(served, client):
             assert next(answer)
             gone.set()
         else:
-            hook = made.model.layers[layer].register_forward_pre_hook(leave)
+            hook = made.llm.model.layers[layer].register_forward_pre_hook(leave)
             answer = made.answer(asked, gone)
         with pytest.raises(ConnectionAbortedError):
             next(answer)
