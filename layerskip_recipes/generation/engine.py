@@ -13,6 +13,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.accounts import Accounts
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead, DraftWeights
 from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundStart, longest_draft
@@ -26,6 +27,7 @@ from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler, noise_keys
 from layerskip_recipes.generation.state import ModelState, state_of
 from layerskip_recipes.generation.steps import StepContext, choose_token
+from layerskip_recipes.model.changes import has_user_code
 from layerskip_recipes.model.decoder import on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
@@ -98,8 +100,13 @@ class Generation:
         state: ModelState | None = None,
     ) -> None:
         started = time.perf_counter()
+        if has_user_code(model):
+            raise ConfigError(
+                f"model: {type(model).__name__} has a forward hook or another `forward`, but decoding runs it in parts. "
+                "Allowed: hooks on its modules, for example model.layers[0].register_forward_hook(hook)"
+            )
         state = state or state_of(model)
-        self.model = state.decoder(model)
+        self.model, self.in_use = state.decoder(model), state.in_use
         # The layers whose tokens are final: with speculation all layers.
         depth = self.model.check_exit(exit_layer) if speculation is None and exit_layer is not None else None
         self.rows = Rows(prompts, rows, max_generated_tokens, stop_tokens)
@@ -155,7 +162,7 @@ class Generation:
     def __iter__(self) -> Iterator[list[list[int]]]:
         if self.started:
             raise RuntimeError("a Generation runs once; make another one to generate again")
-        if self.model.decoding:
+        if self.model.decoding or not self.in_use.acquire(blocking=False):
             raise RuntimeError(
                 "another Generation of this model has not ended: iterate it to its end, or close() its iterator"
             )
@@ -175,6 +182,7 @@ class Generation:
                             new = self._round()
                     yield self.rows.by_prompt(new)
         finally:
+            self.in_use.release()
             self.accounts.close()
             # The last token has not been fed to the model yet, and the draft's own layers may be further behind.
             if all(self.rows.values_in_rows(self.generated)):

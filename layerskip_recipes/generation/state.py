@@ -1,5 +1,6 @@
 """`ModelState`: what the generations of one model share, so that later ones do no work again."""
 
+import threading
 from collections.abc import Hashable
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ class ModelState:
 
     def __init__(self, trained_draft: Draft | None = None) -> None:
         self.trained_draft = trained_draft
+        self.in_use = threading.Lock()  # held by the generation that decodes; a second one is refused
         self.compiled: CompiledSteps | None = None
         self.weights: dict[Hashable, tuple[LayerSkipDecoder | None, DraftHead | None]] = {}  # None: the model's layers
         self.rules: dict[Hashable, DraftRule] = {}

@@ -135,6 +135,7 @@ class LayerSkipDecoder(TransformerDecoder):
     def with_modules(self, **modules: nn.Module) -> "LayerSkipDecoder":
         """A decoder that shares all modules with this one, except for the given ones."""
         other = copy(self)
+        other.decoding = False
         other._modules = dict(self._modules)  # copy() shares this dict
         for name, module in modules.items():
             setattr(other, name, module)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers.decoding import PROMPT, L, count_calls, greedy, make_model, model_of
 from helpers.speculation import PROMPTS, drafting, noisy, run
 from helpers.tiny import make_tiny
+from torch.nn.utils import parameters_to_vector
 
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -74,6 +75,20 @@ def changed(model, what):
     with torch.no_grad():
         if what == "an optimizer step":
             model.layers[1].mlp.w1.weight.mul_(1.5)
+        elif what == "a vector of parameters":
+            torch.nn.utils.vector_to_parameters(1.5 * parameters_to_vector(model.parameters()), model.parameters())
+        elif what == "averaged weights":  # their tensors replace the model's for a while
+            for parameter in model.parameters():
+                parameter.data = 1.5 * parameter.data
+        elif what == "a copy through .data":
+            for parameter in model.parameters():
+                parameter.data.copy_(1.5 * parameter.data)
+        elif what == "a merged adapter":
+            model.layers[1].attn.q_proj.weight.data += 0.3 * torch.ones(32, 2) @ torch.ones(2, 32)
+        elif what == "another dtype and back":
+            model.bfloat16().float()
+        elif what == "rotary tables":
+            model.layers[0].attn.pos_embeddings.cache.mul_(0.5)
         elif what == "another parameter":
             model.layers[1].mlp.w1.weight = torch.nn.Parameter(1.5 * model.layers[1].mlp.w1.weight)
         else:
@@ -83,6 +98,8 @@ def changed(model, what):
 
 
 CHANGES = ["another family", "another depth", "the same weights", "an optimizer step", "another parameter", "weights"]
+CHANGES += ["a vector of parameters", "averaged weights", "a copy through .data", "a merged adapter"]
+CHANGES += ["another dtype and back", "rotary tables"]
 COMPILED = [pytest.param(what, True, marks=pytest.mark.slow) for what in CHANGES[3:5]]
 
 
