@@ -217,7 +217,7 @@ class Tuner:
         """The statistics of a short run of a plan."""
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
         stats = sum((stats for _, stats in self._decode_all(plan, turns)), GenerationStats())
-        self.turns.llm.state.weights.pop(plan.weights_key, None)  # its int8 copies go with the probe
+        self.turns.llm.state.drafts.pop(plan.weights_key, None)  # its int8 copies go with the probe
         if not stats.draft_steps:
             raise ConfigError(NOTHING_TO_DRAFT)
         return stats

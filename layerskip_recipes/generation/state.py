@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Hashable
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -12,25 +13,37 @@ from layerskip_recipes.generation.drafting.drafter import longest_draft
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
+from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
+
+MOST = 2  # draft weights that are kept for a model without an `LLM`: those of the last plans
+
+
+@dataclass
+class BuiltDraft:
+    """The weights that draft by a plan, and the key of the model's weights that they come from."""
+
+    decoder: LayerSkipDecoder | None  # None: the model itself, which a state must not keep alive
+    head: DraftHead | None
+    source: Hashable
 
 
 class ModelState:
     """The compiled steps of a model and their caches, the weights that draft, and the rules of when to draft.
 
-    `trained_draft`: the draft of all plans with a draft, if it has been read.
+    `trained_draft`: the draft of all plans with a draft, if it has been read. `most`: how many draft weights are kept;
+    None: all.
     """
 
-    def __init__(self, trained_draft: Draft | None = None) -> None:
-        self.trained_draft = trained_draft
+    def __init__(self, trained_draft: Draft | None = None, most: int | None = None) -> None:
+        self.trained_draft, self.most = trained_draft, most
         self.in_use = threading.Lock()  # held by the generation that decodes; a second one is refused
         self.compiled: CompiledSteps | None = None
-        self.weights: dict[Hashable, tuple[LayerSkipDecoder | None, DraftHead | None]] = {}  # None: the model's layers
+        self.drafts: dict[Hashable, BuiltDraft] = {}  # the last used one last
         self.rules: dict[Hashable, DraftRule] = {}
-        self.around: tuple[list[nn.Module], LayerSkipDecoder] | None = (
-            None  # a plain decoder's modules, and its wrapper
-        )
+        # Around a plain decoder: its modules, and our decoder.
+        self.around: tuple[list[nn.Module], LayerSkipDecoder] | None = None
 
     def decoder(self, model: TransformerDecoder) -> LayerSkipDecoder:
         """The model itself, or the `LayerSkipDecoder` around a plain decoder, the same at each call."""
@@ -52,16 +65,25 @@ class ModelState:
         return self.compiled
 
     def draft_weights(self, plan: Speculation, model: LayerSkipDecoder, key: str = KEY) -> DraftWeights:
-        """What drafts by a plan; `key` names the plan's section in messages. Plans with the same weights share them."""
-        if plan.weights_key in self.weights:
-            decoder, head = self.weights[plan.weights_key]
-            if head is not None:
-                head.refresh(decoder or model)
-        else:
+        """What drafts by a plan; `key` names the plan's section in messages. Plans with the same weights share them.
+
+        If the model's weights have changed, a head gets their rows, and int8 copies of layers are made anew.
+        """
+        source = weights_key(model.parameters()) if plan.draft_int8 or plan.draft_vocabulary is not None else None
+        built = self.drafts.pop(plan.weights_key, None)
+        if built is not None and built.source != source and plan.draft_int8 and plan.draft is None:
+            built = None
+        if built is None:
             decoder, head = draft_weights(plan, model, self.trained_draft, key)
-            # Not the model itself: a state must not keep its model alive.
-            self.weights[plan.weights_key] = (None if decoder is model else decoder), head
-        return decoder or model, head
+            built = BuiltDraft(None if decoder is model else decoder, head, source)
+        elif built.source != source and built.head is not None:
+            built.head.refresh(built.decoder or model)
+            built.source = source
+        if self.most is not None:
+            for oldest in [*self.drafts][: len(self.drafts) + 1 - self.most]:
+                del self.drafts[oldest]
+        self.drafts[plan.weights_key] = built
+        return built.decoder or model, built.head
 
     def rule(self, plan: Speculation, max_new_tokens: int, batch_rows: int, compiled: bool) -> DraftRule:
         """The rule of earlier generations whose rounds cost the same."""
@@ -75,4 +97,4 @@ _STATES: WeakKeyDictionary[TransformerDecoder, ModelState] = WeakKeyDictionary()
 
 
 def state_of(model: TransformerDecoder) -> ModelState:
-    return _STATES.setdefault(model, ModelState())
+    return _STATES.setdefault(model, ModelState(most=MOST))

@@ -201,7 +201,8 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary,
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
     drafts = {"draft_int8": "true", "draft_vocabulary": vocabulary or "null"}
     recipe, _ = run(path, *(f"self_speculation.{key}={value}" for key, value in drafts.items()))
-    ((draft_decoder, draft_head),), model = recipe.llm.state.weights.values(), recipe.llm.model
+    (built,), model = recipe.llm.state.drafts.values(), recipe.llm.model
+    draft_decoder, draft_head = built.decoder, built.head
     linears = [part for part in draft_decoder.layers.modules() if isinstance(part, torch.nn.Linear)]
     assert len(draft_decoder.layers) == recipe.plan.exit_layer == len(linears) / 7
     assert all(type(part.weight) is not torch.nn.Parameter for part in linears)

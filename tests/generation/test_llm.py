@@ -48,7 +48,7 @@ def test_five_lines(run):
         settings = {"temperature": temperature, "seed": 3}
         plain = llm.generate(PROMPT, 24, draft=None, **settings)
         assert plain.stats.drafted == 0 and plain.speedup is None and not llm.model.training
-        assert temperature or not llm.state.weights  # no draft is built that nobody wants
+        assert temperature or not llm.state.drafts  # no draft is built that nobody wants
         out = llm.generate(PROMPT, 24, num_speculations=4, **settings)
         assert (out.text, out.tokens) == (plain.text, plain.tokens) and out.stats.drafted > 0 and out.speedup > 0
         for _ in range(2):
@@ -93,9 +93,8 @@ def test_two_objects_of_one_folder_share_nothing(run):
         for parameter in one.model.parameters():
             parameter.mul_(0.5)
     assert other.generate(PROMPT, 16, num_speculations=4).text == text
-    assert not {id(weights) for weights in one.state.weights.values()} & {
-        id(weights) for weights in other.state.weights.values()
-    }
+    assert one.state is not other.state and one.state.rules.keys() == other.state.rules.keys()
+    assert not {*map(id, one.state.rules.values())} & {*map(id, other.state.rules.values())}
 
 
 def test_which_exit_drafts(run, checkpoint):
@@ -172,8 +171,8 @@ def test_a_trained_draft(checkpoint, draft):
         assert out.text == plain and out.stats.drafted > 0
         assert not any("join" in name for name in llm.model.state_dict())
         llm.generate(PROMPT, 24, num_speculations=2)  # with the same weights
-        ((decoder, head),) = llm.state.weights.values()
-        assert decoder.own_layers.start == 1 and len(head.vocabulary) <= 60
+        (built,) = llm.state.drafts.values()
+        assert built.decoder.own_layers.start == 1 and len(built.head.vocabulary) <= 60
 
 
 def test_device_and_dtype(checkpoint):

@@ -1,5 +1,6 @@
 """What generations leave with a model and take from each other: caches, draft heads, settings; what is freed when."""
 
+import copy
 import gc
 import weakref
 
@@ -15,6 +16,7 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.state import ModelState
 
 TOKENS = greedy("llama3_2", PROMPT, 12)
 
@@ -49,6 +51,28 @@ def test_one_generation_of_a_model_at_a_time():
     begun.close()
     assert run(model, [PROMPT], 12).generated == [TOKENS]
     assert not model.decoding and all(layer.attn.kv_cache is None for layer in model.layers)
+
+
+def test_of_two_threads_one_decodes_and_the_other_is_refused_once():
+    """Both pass the check of the flag before either sets it: the lock decides."""
+    model, state = make_model(), ModelState()
+    refused = pytest.raises(RuntimeError, match="another Generation of this model has not ended")
+    with state.in_use, refused:  # as another thread between its check and its first step
+        run(model, [PROMPT], 12, state=state)
+    assert run(model, [PROMPT], 12, state=state).generated == [TOKENS]
+
+
+def test_int8_drafts_follow_weights_that_change():
+    """Also by `.data`, which torch does not count. The copies of unchanged weights are not made again."""
+    model, drafts = make_model(), Speculation(2, 3, draft_int8=True)
+    first, same = (run(model, [PROMPT], 12, speculation=drafts).context.draft_decoder for _ in range(2))
+    assert same is first
+    for parameter in model.layers[0].parameters():
+        parameter.data.mul_(-1)
+    changed = run(model, [PROMPT], 12, speculation=drafts)
+    fresh = run(copy.deepcopy(model), [PROMPT], 12, speculation=drafts)
+    assert changed.context.draft_decoder is not first
+    assert (changed.generated, changed.stats.accepted) == (fresh.generated, fresh.stats.accepted)
 
 
 def test_a_draft_vocabularys_head_stays_where_it_is_with_the_weights_of_now():

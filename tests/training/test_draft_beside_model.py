@@ -245,6 +245,6 @@ def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     llm.generate("def main(", 20, compile=compile)
     ((ours, _),) = llm.decided.values()
     assert ours == command
-    ((decoder, _),) = llm.state.weights.values()
-    int8 = any("Int8" in type(parameter).__name__ for parameter in decoder.parameters())
+    (built,) = llm.state.drafts.values()
+    int8 = any("Int8" in type(parameter).__name__ for parameter in built.decoder.parameters())
     assert int8 == command.draft_int8 == compile
