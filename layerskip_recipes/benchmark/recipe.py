@@ -28,9 +28,9 @@ from layerskip_recipes.benchmark.text_metrics import check_references, text_metr
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
-from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices
+from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, chooser_for
@@ -139,7 +139,7 @@ class LayerSkipBenchmark:
     @staticmethod
     def _default_choice(section: SelfSpeculation, model: LayerSkipDecoder) -> DraftChoice:
         """For random weights: of a draft vocabulary, only the number of tokens affects the time."""
-        keys = SPECULATION_DEFAULTS | {"exit_layer": usual_exit(model.num_layers)} | section.given
+        keys = SPECULATION_DEFAULTS | {"exit_layer": default_exit(model.num_layers)} | section.given
         return DraftChoice(SelfSpeculation(**keys), None, 0.0, frequent=range(model.tok_embeddings.num_embeddings))
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:

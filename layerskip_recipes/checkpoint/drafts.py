@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 from safetensors.torch import load_file, save_file
 from torchtune.utils import get_logger
 
+from layerskip_recipes.acceptance.trained_exits import DESCRIPTION, Measured, Token, write_description
 from layerskip_recipes.checkpoint.checkpointers import (
     CHECKPOINTERS,
     ModelType,
@@ -19,7 +20,6 @@ from layerskip_recipes.checkpoint.checkpointers import (
     weights_folder,
 )
 from layerskip_recipes.checkpoint.hf_checkpointer import readable
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Measured, Token, write_description
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Section, Text

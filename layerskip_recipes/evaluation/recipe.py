@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torchtune import training, utils
 from tqdm import tqdm
 
+from layerskip_recipes.acceptance.exit_quality import exit_quality
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.auto import Choices
@@ -24,7 +25,6 @@ from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, choos
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_vocabulary, most_positions
 from layerskip_recipes.processes import check_one_process
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torchtune.utils import get_logger
 
-from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
+from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.schema import AUTO, Auto, check, refusal
 from layerskip_recipes.data.tokenizer import SampleLength
 from layerskip_recipes.errors import ConfigError
@@ -87,7 +87,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         if choices.pick("optimizer.lr", lambda: rate) is None:
             raise ConfigError(refusal("optimizer.lr", None, Annotated[float, Auto()]))
     if cfg.early_exit_loss is not None:
-        usual = str(usual_exit(cfg.num_layers))
+        usual = str(default_exit(cfg.num_layers))
         choices.pick("early_exit_loss.exits", lambda: ":" if cfg.early_exit_loss.curriculum else usual)
         # The paper's R for 16 and 32 layers; in deeper models, two exits and the last layer have a loss at each step.
         choices.pick("early_exit_loss.interval", lambda: 8 if cfg.num_layers <= 32 else cfg.num_layers // 2)

@@ -10,11 +10,11 @@ from torchtune.modules import TiedLinear
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
 
+from layerskip_recipes.acceptance.measuring import exits_to_measure
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
-from layerskip_recipes.checkpoint.trained_exits import exits_to_measure, usual_exit
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.components import Component, Takes
-from layerskip_recipes.config.layer_strings import select_exits
+from layerskip_recipes.config.layer_strings import default_exit, select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import (
     AUTO,
@@ -171,7 +171,7 @@ class FinetuneConfig(RecipeConfig):
         # Check these first: the choices build the model and the draft.
         check_lora_arguments(self.model)
         if self.draft is not None:
-            choices.pick("draft.exit_layer", lambda: usual_exit(self.num_layers))
+            choices.pick("draft.exit_layer", lambda: default_exit(self.num_layers))
             choices.cfg.draft.check_against(self.meta_model)
         choose_training(choices.cfg, choices)
 

@@ -9,7 +9,7 @@ class LabelCounts:
     """Counts of label tokens since the first step, over all processes."""
 
     def __init__(self, mesh: Mesh, device: torch.device, num_tokens: int) -> None:
-        self.mesh, self.device, self.num_tokens = mesh, device, num_tokens
+        self.mesh = mesh
         # Counts are exact below 2^53. mps has no float64.
         exact = torch.float64 if device.type != "mps" else torch.float32
         self.own = torch.zeros(num_tokens, dtype=exact, device=device)  # in this process

@@ -37,8 +37,8 @@ from layerskip_recipes.training.auto_settings import PER_STEP
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import Checkpoints
 from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.description import Description
 from layerskip_recipes.training.draft_loss import DraftLoss
-from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
 from layerskip_recipes.training.label_counts import LabelCounts
@@ -356,10 +356,10 @@ class LayerSkipFinetune:
         if shards:
             self.checkpoints.save_shards(name, {"model": self._learned_weights()} | optimizer, self._state())
         else:
-            state, statistics = self._state(), DraftStatistics(self.validation, self.data, self.labels)
+            state, description = self._state(), Description(self.validation, self.data, self.labels)
             with self._computing():
                 steps = (self.step, self.total_steps)
-                description = statistics.describe(self.cfg, self.model, self.draft, self.base, *steps)
+                content = description.content(self.cfg, self.model, self.draft, self.base, *steps)
             adapters_only = self.cfg.save_adapter_weights_only
             first, *beside = parts_of(self.learner)
             contents = checkpoint_contents(first, self.cfg.meta_model, self.device, adapters_only)
@@ -367,7 +367,7 @@ class LayerSkipFinetune:
                 of_draft = checkpoint_contents(draft, self.cfg.meta_model, self.device)
                 contents[DRAFT] = of_draft.get(training.MODEL_KEY)
             if is_rank_zero():
-                self.checkpoints.save(name, contents, state | optimizer, description)
+                self.checkpoints.save(name, contents, state | optimizer, content)
             wait_for_all()
         log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 

@@ -17,19 +17,10 @@ from typing import NamedTuple
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, TokensPerRound, TrainedExits, exit_that_drafts
+from layerskip_recipes.acceptance.tokens_per_round import ALL_TOKENS, ASSUMED, Round, TokensPerRound
+from layerskip_recipes.acceptance.trained_exits import LONGEST_DRAFT, TrainedExits
 
-# For a trained exit without a measurement: each drafted token is accepted with probability 0.7.
-_ASSUMED = [(1 - 0.7**n) / 0.3 for n in range(2, 10)]
-ASSUMED = TokensPerRound(greedy=_ASSUMED, sampled=_ASSUMED)
 LEAST_GAIN = 1.02  # the least predicted speed-up for which to draft
-
-
-class Round(NamedTuple):
-    """The expected tokens of a round, and how many tokens it drafts."""
-
-    tokens: float
-    num_drafted: float
 
 
 class DraftMethod(NamedTuple):
@@ -144,20 +135,6 @@ def estimated_costs(
     return Costs(num_layers, rows, plain, draft, share, machine.round, batch_rows, machine.longest)
 
 
-def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = False) -> list[Round]:
-    """The measured rounds of drafts of at most 1, 2, .. tokens, linear between temperatures 0 and 1.
-
-    `ends`: drafts end at low confidence, if this was measured.
-    """
-    if ends and measured.ended is not None:
-        greedy, sampled = measured.ended.greedy, measured.ended.sampled
-    else:
-        greedy, sampled = ([(m, float(n)) for n, m in enumerate(of, 1)] for of in (measured.greedy, measured.sampled))
-    w = min(temperature, 1.0)
-    both = zip(greedy, sampled, strict=True)
-    return [Round(*((1 - w) * g + w * s for g, s in zip(*pair, strict=True))) for pair in both]
-
-
 def rounds_of(
     methods: Mapping[DraftMethod, TokensPerRound],
     temperature: float,
@@ -169,7 +146,7 @@ def rounds_of(
     We measured no difference in acceptance between int8 and full precision.
     """
     return {
-        method._replace(ends=ends, int8=int8): measured_rounds(measured, temperature, ends)
+        method._replace(ends=ends, int8=int8): measured.rounds(temperature, ends)
         for method, measured in methods.items()
         for ends, int8 in product(endings, precisions)
     }
@@ -197,19 +174,17 @@ def known_methods(
 ) -> dict[DraftMethod, TokensPerRound]:
     """The measured exits and draft vocabularies of a checkpoint, in full precision.
 
-    Without a measurement: the trained exit nearest to a quarter of the depth, with an assumed acceptance. Without
-    layerskip.json: none.
+    Without a measurement: `exit_that_drafts`, with an assumed acceptance. Without layerskip.json: none.
     """
     measured = exits.measured.exits if exits and exits.measured else {}
     methods = {
-        DraftMethod(e, None if name == "all" else int(name)): rates
+        DraftMethod(e, None if name == ALL_TOKENS else int(name)): rates
         for e, by_vocabulary in measured.items()
         for name, rates in by_vocabulary.items()
         if e < num_layers and (exit_layer is None or e == exit_layer)
     }
     if methods:
         return methods
-    found = exit_layer
-    if found is None and exits is not None:
-        found = exit_that_drafts(exits.exits or [], num_layers)
-    return {} if found is None else {DraftMethod(found): ASSUMED}
+    if exit_layer is None and exits is not None:
+        exit_layer = exits.exit_that_drafts(num_layers)
+    return {} if exit_layer is None else {DraftMethod(exit_layer): ASSUMED}
