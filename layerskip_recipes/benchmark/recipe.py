@@ -26,7 +26,7 @@ from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, check_same_model
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
-from layerskip_recipes.checkpoint.checkpointers import prepare_device
+from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices

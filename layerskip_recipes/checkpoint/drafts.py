@@ -14,12 +14,12 @@ from layerskip_recipes.checkpoint.checkpointers import (
     CHECKPOINTERS,
     ModelType,
     checkpoint_files,
-    corrected,
     described_folder,
     reads_hf_folder,
     weights_folder,
 )
 from layerskip_recipes.checkpoint.hf_checkpointer import readable
+from layerskip_recipes.checkpoint.torchtune_fixes import corrected
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Section, Text

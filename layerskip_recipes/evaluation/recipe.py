@@ -12,7 +12,7 @@ from torchtune import training, utils
 from tqdm import tqdm
 
 from layerskip_recipes.acceptance.exit_quality import exit_quality
-from layerskip_recipes.checkpoint.checkpointers import prepare_device
+from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.layer_strings import select_exits

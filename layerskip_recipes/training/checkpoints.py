@@ -28,12 +28,12 @@ from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
 
 from layerskip_recipes.acceptance.trained_exits import write_description
+from layerskip_recipes.checkpoint.checkpointer_checks import warn_of_contradictions
 from layerskip_recipes.checkpoint.checkpointers import (
     build_checkpointer,
     is_scratch,
     reads_hf_folder,
     starts_from_scratch,
-    warn_of_contradictions,
 )
 from layerskip_recipes.checkpoint.drafts import BESIDE, DRAFT, DRAFT_FILE, describe_base, earlier_draft, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer

@@ -11,7 +11,8 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params
 
 from layerskip_recipes.acceptance.measuring import exits_to_measure
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer, starts_from_scratch
+from layerskip_recipes.checkpoint.checkpointer_checks import check_checkpointer
+from layerskip_recipes.checkpoint.checkpointers import starts_from_scratch
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import default_exit, select_exits

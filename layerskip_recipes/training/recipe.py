@@ -18,7 +18,7 @@ from torchtune import config, training, utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
-from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
+from layerskip_recipes.checkpoint.checkpointer_checks import check_checkpoint_files, check_tokenizer_dir
 from layerskip_recipes.checkpoint.drafts import DRAFT
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
