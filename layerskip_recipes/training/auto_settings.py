@@ -4,7 +4,7 @@ Keys with a value are kept, and later choices take them into account.
 """
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torchtune.utils import get_logger
@@ -21,9 +21,7 @@ from layerskip_recipes.model.head import chunk_tokens
 from layerskip_recipes.model.memory import free_memory, token_bytes, training_bytes
 from layerskip_recipes.model.nf4 import packs_weights
 from layerskip_recipes.processes import num_processes
-
-if TYPE_CHECKING:
-    from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.keys import FinetuneKeys
 
 log = get_logger("INFO")
 
@@ -38,8 +36,12 @@ SPEED_ARGUMENTS = ("fused", "foreach", "capturable")  # of AdamW; they do not ch
 ADAMW, ROUNDING = "torch.optim.AdamW", "layerskip_recipes.training.stochastic_adamw.StochasticAdamW"
 
 
-def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
+def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
     """Choose the `auto` keys, in an order in which each choice may use the earlier ones."""
+    if cfg.draft is not None:
+        choices.pick("draft.exit_layer", lambda: default_exit(cfg.num_layers))
+        choices.cfg.draft.check_against(cfg.meta_model)  # the later choices build the draft
+        cfg = choices.cfg
     device = choices.pick("device", best_device)
     for section in ("early_exit_loss", "draft"):
         if getattr(cfg, section) is not None:
@@ -105,7 +107,7 @@ def full_learning_rate(width: int) -> float:
 class TrainingMemory:
     """Estimates what fits into 90% of a GPU's memory, or of the machine's free memory."""
 
-    def __init__(self, cfg: "FinetuneConfig", device: str) -> None:
+    def __init__(self, cfg: FinetuneKeys, device: str) -> None:
         self.cfg, self.device = cfg, device
         # Whether all weights are trained, not just a draft or adapters.
         self.all_weights = not (cfg.freezes_model or adapter_names(cfg.meta_model))
