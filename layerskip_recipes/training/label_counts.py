@@ -1,4 +1,5 @@
-"""LabelCounts: how often each token was a label. Early exits train only these rows of the head."""
+"""LabelCounts: how often each token was a label. Early exits train only these rows of the head, unless
+`early_exit_loss.label_rows_only` is false."""
 
 import torch
 

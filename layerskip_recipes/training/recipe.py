@@ -256,12 +256,12 @@ class LayerSkipFinetune:
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
         """Run all micro-batches. Returns how many of this rank's labels count, and its summed losses, "loss" first."""
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
-        now: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps}
-        if self.cfg.early_exit_loss is not None:
-            now["head_rows"] = self.labels.head_rows()
+        settings: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps}
+        if self.cfg.early_exit_loss is not None and self.cfg.early_exit_loss.label_rows_only:
+            settings["head_rows"] = self.labels.head_rows()
         for _ in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
-            count, loss, exits = self._forward(batch, now)
+            count, loss, exits = self._forward(batch, settings)
             # An optimizer in backward steps at once, so weight its only micro-batch by this rank's share of the labels
             # times the number of ranks: FSDP averages gradients over ranks.
             weight: Any = count
@@ -277,8 +277,13 @@ class LayerSkipFinetune:
                 losses[name] = losses.get(name, 0.0) + value * count
         return tokens, losses
 
-    def _forward(self, batch: dict[str, Any], now: dict[str, Any]) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
-        """The number of labels that count in a micro-batch, its loss J at this step, and the loss of each exit."""
+    def _forward(
+        self, batch: dict[str, Any], settings: dict[str, Any]
+    ) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
+        """The number of labels that count in a micro-batch, its loss J at this step, and the loss of each exit.
+
+        `settings`: the step, and the head's rows that early exits may change.
+        """
         check_batch(batch["tokens"], self.model)
         rows, samples = len(batch["tokens"]), self.cfg.batch_size
         if rows != samples and self.model.layer_dropout is not None and num_processes() > 1:
@@ -295,7 +300,7 @@ class LayerSkipFinetune:
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
         self.labels.see(labels.flatten()[batch["counted"]])
         with self.offloading, self._computing():
-            loss, exits = self.loss(self.model, tokens, labels, **now, **batch)
+            loss, exits = self.loss(self.model, tokens, labels, **settings, **batch)
         return len(counted), loss, exits
 
     def _computing(self) -> torch.autocast:

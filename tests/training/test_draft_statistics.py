@@ -67,24 +67,39 @@ def test_a_run_without_validation_measures_its_first_batches(tmp_path, tokenizer
     assert read_trained_exits(tmp_path / "unmeasured" / "epoch_0").measured is None
 
 
-def test_early_exits_change_the_heads_rows_of_labels_of_earlier_steps(tmp_path, tokenizer_folder, monkeypatch):
-    """All micro-batches of a step have the same rows."""
-    given, call = [], EarlyExitLoss.__call__
+@pytest.fixture
+def head_rows_of_micro_batches(monkeypatch):
+    """The `head_rows` with which the loss is called, one for each micro-batch."""
+    calls, call = [], EarlyExitLoss.__call__
 
-    def recorded(self, *args, head_rows, **options):
-        given.append(head_rows.clone())
+    def recorded(self, *args, head_rows=None, **options):
+        calls.append(head_rows if head_rows is None else head_rows.clone())
         return call(self, *args, head_rows=head_rows, **options)
 
     monkeypatch.setattr(EarlyExitLoss, "__call__", recorded)
+    return calls
+
+
+def test_early_exits_change_the_heads_rows_of_labels_of_earlier_steps(
+    tmp_path, tokenizer_folder, head_rows_of_micro_batches
+):
+    """All micro-batches of a step have the same rows."""
     recipe = train(
         finetune_config(
             tmp_path, tokenizer_folder, early_exit_loss=EXITS, dataset=VALIDATION | {"max_samples": 12},
             max_steps_per_epoch=3, gradient_accumulation_steps=2, shuffle=True,
         )
     )  # fmt: skip
-    assert len(given) == 6 and set(given[-1].tolist()) == {0.0, 1.0}
-    for part, rows in enumerate(given):
+    assert len(head_rows_of_micro_batches) == 6 and set(head_rows_of_micro_batches[-1].tolist()) == {0.0, 1.0}
+    for part, rows in enumerate(head_rows_of_micro_batches):
         assert rows.nonzero()[:, 0].tolist() == sorted(label_counts(recipe, part // 2))
+
+
+def test_early_exits_change_all_rows_of_the_head_without_label_rows_only(
+    tmp_path, tokenizer_folder, head_rows_of_micro_batches
+):
+    train(finetune_config(tmp_path, tokenizer_folder, early_exit_loss=EXITS | {"label_rows_only": False}))
+    assert head_rows_of_micro_batches and not any(rows is not None for rows in head_rows_of_micro_batches)
 
 
 def test_a_run_without_early_exits_measures_nothing(tmp_path, tokenizer_folder):
