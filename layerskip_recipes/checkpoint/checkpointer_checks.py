@@ -83,8 +83,9 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     }
     for key, value in built.items():
         if described.get(key) != value:
-            given = described.get(key)
-            raise ConfigError(f"checkpointer.hf_config.{key}: {given!r} does not fit the model, which has {value}")
+            raise ConfigError(
+                f"checkpointer.hf_config.{key}: {described.get(key)!r} does not fit the model, which has {value}"
+            )
 
 
 def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:

@@ -341,8 +341,8 @@ class LayerSkipFinetune:
             with self._computing():
                 measured = self.validation.measure(self.model, self.step, self.draft)
             self.log.write(measured, self.step)
-            own = f"agreement_exit_{self.cfg.num_layers}"  # of the last layer with itself
-            shown = [name for name in measured if "final" in name or ("agreement" in name and own not in name)]
+            last_layers = f"agreement_exit_{self.cfg.num_layers}"  # of the last layer with itself
+            shown = [name for name in measured if "final" in name or ("agreement" in name and last_layers not in name)]
             log.info(f"Validation after step {self.step}: {', '.join(f'{n} {measured[n]:.3f}' for n in shown)}")
 
     def _save(self, name: str, shards: bool = False) -> None:
