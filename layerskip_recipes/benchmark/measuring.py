@@ -7,9 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchtune import utils
-
-from layerskip_recipes.benchmark.peers import Peer, TokenLists, type_and_line
 from layerskip_recipes.generation.config import DecodingConfig
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -18,9 +15,8 @@ from layerskip_recipes.generation.stats import GenerationStats, is_looping
 from layerskip_recipes.generation.text.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
-log = utils.get_logger("INFO")
-
-Method = Speculation | Peer | None  # self-speculation, another library, autoregressive
+TokenLists = Sequence[Sequence[int]]
+Method = Speculation | None  # self-speculation, autoregressive
 
 
 @dataclass
@@ -56,18 +52,14 @@ class Turns:
     spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
     draft_models: DraftModels = field(default_factory=DraftModels)
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
-    failed: dict[str, str] = field(default_factory=dict)
 
     def decode(self, method: Method, temperature: float, batch: TokenLists, seed: int) -> tuple[list, GenerationStats]:
         """Decode one batch: the new tokens of each row up to a stop string, and the statistics.
 
-        There is a draft in every round. Peers do not see stop strings, so their statistics count the tokens after them.
+        There is a draft in every round.
         """
         strings = self.cfg.stop_strings
         texts = [TextStream(self.tokenizer, self.stop_tokens, strings) for _ in batch] if strings else []
-        if isinstance(method, Peer):
-            rows, stats = method.decode(batch, self.cfg.sampler(temperature), seed)
-            return [row[: text.extend(row)] for row, text in zip(rows, texts, strict=True)] if texts else rows, stats
         generation = Generation(
             self.model,
             batch,
@@ -90,10 +82,7 @@ class Turns:
         return generation.generated, generation.stats
 
     def take(self, methods: dict[str, Method], temperature: float, repeats: int) -> Iterator[dict[str, Run]]:
-        """Yield {} after the warm-up, then the runs by method name for each batch of each repeat.
-
-        A peer that fails is removed from `methods` and recorded in `failed`.
-        """
+        """Yield {} after the warm-up, then the runs by method name for each batch of each repeat."""
         # Warm up with two prompt lengths: for the second, torch compiles again, with dynamic shapes.
         for batch in (min(self.batches, key=longest_prompt), max(self.batches, key=longest_prompt)):
             self._turn(methods, temperature, batch, 0, self.seed)
@@ -106,18 +95,7 @@ class Turns:
         self, methods: dict[str, Method], temperature: float, batch: TokenLists, repeat: int, seed: int
     ) -> dict[str, Run]:
         runs = {}
-        for name, method in list(methods.items()):
-            try:
-                runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed))
-            except Exception as e:  # a peer can raise anything, and the other methods go on
-                if not isinstance(method, Peer):
-                    raise
-                del methods[name]
-                self.leave_out(name, e, temperature)
-            else:
-                self.compile_s[temperature, name] += runs[name].stats.compile_s
+        for name, method in methods.items():
+            runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed))
+            self.compile_s[temperature, name] += runs[name].stats.compile_s
         return runs
-
-    def leave_out(self, peer: str, error: Exception, temperature: float) -> None:
-        self.failed[peer] = f"{type_and_line(error)}, at temperature {temperature}"
-        log.warning("peers: %s is left out (%s)", peer, self.failed[peer])

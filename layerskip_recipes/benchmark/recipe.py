@@ -1,5 +1,5 @@
-"""`tune run layerskip_benchmark` compares autoregressive decoding, self-speculation and other libraries, in one process
-and on the same prompts."""
+"""`tune run layerskip_benchmark` compares autoregressive decoding and self-speculation, in one process and on the same
+prompts."""
 
 import importlib.metadata
 import json
@@ -20,9 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
 from tqdm import tqdm
 
-from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Peers
+from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
-from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, check_same_model, fastest_setting
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
@@ -160,7 +159,7 @@ class LayerSkipBenchmark:
         self.prompts = torch.randint(num_tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
 
     def setup(self) -> None:
-        """Load the model, choose variants with `tune`, build the drafts, and find each peer's fastest setting."""
+        """Load the model, choose variants with `tune`, and build the drafts."""
         cfg = self.cfg
         config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.bandwidth = memory_bandwidth(self.device)
@@ -181,26 +180,6 @@ class LayerSkipBenchmark:
             self.turns.draft_models.of(speculation, self.model, cfg.key_of(name))
         if cfg.quantizer is not None and quantise_late:
             self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
-        self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)
-        if cfg.peers:
-            self._find_peers(cfg.peers)
-
-    def _find_peers(self, peers: Peers) -> None:
-        """Find the peers' fastest settings at each temperature; one that fails at any temperature is left out."""
-        cfg = self.cfg
-        depth = self.model.num_layers
-        own = (one.exit_layer for one in self._drafts.values() if one.draft is None)
-        first = next((e for e in own if e < depth), None)
-        exits = [e for e in (first, 2 * first) if e < depth] if first else []
-        longest = longest_prompt(self.prompts)
-        job = Job(cfg, self.model, self.batches[0], longest, self.limit, self.stop_tokens, exits)
-        for temperature in cfg.all_temperatures:
-            for name in (name for name in peers.names if name not in self.turns.failed):
-                try:
-                    check_same_model(PEERS[name].package, cfg.checkpointer, cfg.quantizer is not None)
-                    self.peers[temperature][name] = fastest_setting(name, job, cfg.sampler(temperature), cfg.compile)
-                except Exception as e:  # a peer can raise anything, and the other methods go on
-                    self.turns.leave_out(name, e, temperature)
 
     def benchmark(self) -> dict[str, Any]:
         """Measure and write the report; after Ctrl-C or an error it has the runs so far."""
@@ -208,9 +187,7 @@ class LayerSkipBenchmark:
         try:
             with tqdm(total=len(temperatures) * (1 + self.repeats * len(self.batches)), desc="batches") as bar:
                 for temperature in temperatures:
-                    peers = self.peers[temperature].items()
-                    methods = self.methods | {name: peer for name, peer in peers if name not in self.turns.failed}
-                    for turn in self.turns.take(methods, temperature, self.repeats):
+                    for turn in self.turns.take(self.methods, temperature, self.repeats):
                         for name, run in turn.items():
                             self.runs[temperature, name].append(run)
                         bar.update()
@@ -231,31 +208,25 @@ class LayerSkipBenchmark:
         # Measure again and keep the larger figure: other load on the machine makes a measurement too low.
         self.bandwidth = max(self.bandwidth, memory_bandwidth(self.device))
         for (temperature, name), runs in self.runs.items():
-            if name in self.turns.failed:  # a peer with only some of the runs
-                continue
-            peer = self.peers[temperature].get(name)
             row = {
                 "temperature": temperature,
                 "name": name,
-                "kind": "peer" if peer else "baseline" if name == BASELINE else "variant",
-                "setting": peer and peer.setting,
-                "trial_tokens_per_second": peer and peer.trial,
-                "compile_s": None if peer else self.turns.compile_s[temperature, name],
+                "kind": "baseline" if name == BASELINE else "variant",
+                "compile_s": self.turns.compile_s[temperature, name],
                 "predicted_speedup": None,
             }
             candidate = self.candidates.get(name)
             predicted = candidate is not None and not candidate.speculation.prompt_lookup
             if predicted and temperature == self.cfg.all_temperatures[0]:
                 row["predicted_speedup"] = candidate.prediction.speedup
-            row |= figures(runs, self.runs[temperature, BASELINE], not peer or temperature == 0, self.bandwidth)
+            row |= figures(runs, self.runs[temperature, BASELINE], self.bandwidth)
             row |= self._quality(runs)
             results.append(row)
             if self.cfg.random_weights:
                 # The baseline is the first row of its temperature, and its rounds are single steps.
                 step_s = next(done["round_s"] for done in results if done["temperature"] == temperature)
                 row["speedup_by_acceptance"] = speedup_by_acceptance(row, step_s)
-        failed = self.turns.failed
-        return self._settings() | {"peers_left_out": failed, "interrupted": interrupted, "results": results}
+        return self._settings() | {"interrupted": interrupted, "results": results}
 
     def _quality(self, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
         """The text metrics of a method over all repeats, if the config asks for any."""
@@ -270,14 +241,12 @@ class LayerSkipBenchmark:
     def _settings(self) -> dict[str, Any]:
         cfg = self.cfg
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
-        used = {PEERS[name].package for peers in self.peers.values() for name in peers if name not in self.turns.failed}
-        packages = ["torch", "torchtune", "torchao", *sorted(used - {"torchtune"})]
         steps = find_compiled_steps(self.model)
         return {
             "command": shlex.join(command),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in packages},
+            | {name: importlib.metadata.version(name) for name in ("torch", "torchtune", "torchao")},
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "memory_bandwidth": self.bandwidth,

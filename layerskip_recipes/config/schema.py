@@ -43,11 +43,19 @@ DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda|mps|xpu)(:\d+)?$", exampl
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
 Layers = Annotated[Selection, Field(examples=[":"])]
 Exits = Layers
+LM_EVAL = (
+    "removed, since lm-eval's own command runs its tasks. Write `lm_eval --model hf --model_args "
+    "pretrained=out/epoch_0 --tasks arc_easy`, with its options --include_path, --num_fewshot, --limit and so on"
+)
 # What the error messages of removed keys say.
 REMOVED = {
     "draft_quantizer": "replaced by draft_int8, since no other quantizer paid. Write draft_int8=true",
     "layers": "replaced by exits, which count from 1: the output of layer 3 is exit 4. For example exits=4",
     "layers_val": "replaced by exits_val, which counts from 1. For example exits_val=4",
+    "peers": "removed, since a script compares with other engines. Write `python tools/compare_engines.py CONFIG "
+    "--engine torchtune --engine transformers`",
+    **dict.fromkeys(("tasks", "task_path", "num_fewshot", "limit", "apply_chat_template"), LM_EVAL),
+    **dict.fromkeys(("confirm_run_unsafe_code", "human_eval"), LM_EVAL),
 }
 
 

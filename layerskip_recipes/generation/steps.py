@@ -13,7 +13,7 @@ import torch
 from torchtune.utils import get_logger
 from torchtune.utils._logging import log_once
 
-from layerskip_recipes.generation.drafting.draft_model import DraftHead
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
 from layerskip_recipes.generation.sampling import Sampler, choose_tokens

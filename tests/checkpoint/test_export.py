@@ -13,11 +13,10 @@ from helpers.json_lines import change_json
 from helpers.training import VALIDATION, train
 from safetensors.torch import load_file, save_file
 
-from layerskip_recipes import generate
+from layerskip_recipes import Generation, Speculation
 from layerskip_recipes.checkpoint.drafts import FORMAT
 from layerskip_recipes.checkpoint.export import export, how_to_run
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 
 transformers = pytest.importorskip("transformers")
 load = transformers.AutoModelForCausalLM.from_pretrained
@@ -273,10 +272,12 @@ def test_an_exported_draft_proposes_tokens_of_its_vocabulary_only(
     prompt = TOKENS[:1, :5]
     mask = torch.ones_like(prompt)
     plain = model.generate(prompt, attention_mask=mask, do_sample=False)
-    ours = generate(
-        recipe.model, prompt[0], 40, exit_layer=2, num_speculations=4,
-        draft_model=DraftModel(recipe.draft.decoder(recipe.model)), draft_vocabulary=vocabulary,
+    ours = Generation(
+        recipe.model, prompt.tolist(), 40, speculation=Speculation(2, 4, vocabulary),
+        draft_weights=(recipe.draft.decoder(recipe.model), None),
     )  # fmt: skip
+    for _ in ours:
+        pass
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.generation.utils.AssistedCandidateGenerator", Counted)
         assert model.generate(prompt, attention_mask=mask, assistant_model=draft, do_sample=False).equal(plain)

@@ -13,7 +13,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from layerskip_recipes.acceptance.tokens_per_round import Round
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.generation.drafting.auto_drafts import TrainingNotes, choose_drafts
+from layerskip_recipes.generation.drafting.planner import TrainingNotes, choose_drafts
 from layerskip_recipes.generation.drafting.prediction import (
     DraftMethod,
     estimated_costs,

@@ -10,7 +10,6 @@ from helpers.speculation import PROMPTS, drafting, noisy, run
 from helpers.tiny import make_tiny
 
 from layerskip_recipes.generation import prefill
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -103,7 +102,7 @@ def test_a_cache_serves_the_weights_that_filled_it(what, compile, traced):
 def test_a_cache_serves_the_draft_that_filled_it():
     model = make_model("llama3_2")
     drafts = [noisy(Draft(model, "copy", 2)).decoder(model) for _ in range(2)]
-    ways = [{"speculation": Speculation(2, 3), "draft_model": DraftModel(draft)} for draft in drafts]
+    ways = [{"speculation": Speculation(2, 3), "draft_weights": (draft, None)} for draft in drafts]
     first = run(model, [PROMPT], 9, reserve=60, **ways[0])
     for way, reused in zip(ways, (True, False), strict=True):
         again = run(model, [(*PROMPT, 5)], 9, cache=first.cache, **way)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.compiled import has_compiler, run
+from helpers.compiled import compiled_steps, has_compiler, run
 from helpers.speculation import PROMPTS, VARIANTS, AlwaysLookUp, drafting
 from helpers.tiny import QWEN3, SIZE
 from torch import UntypedStorage
@@ -35,10 +35,10 @@ from torchtune.models.qwen2._component_builders import qwen2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting import chain
-from layerskip_recipes.generation.drafting.draft_model import DraftHead, DraftModel
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import cpp_decoder, huge_pages
-from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import SOURCES, load_library
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
 from layerskip_recipes.generation.prefill import read_texts
@@ -148,7 +148,8 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
         with torch.inference_mode(), cache.used_by(*{model, context.draft_decoder}), monkeypatch.context() as patched:
             if parts:
                 read_texts(
-                    StepContext(model, cache, Sampler(), draft_decoder=draft_decoder), [text[:3] for text in texts]
+                    StepContext(model, cache, Sampler(), draft_weights=(draft_decoder, None)),
+                    [text[:3] for text in texts],
                 )
             if compiled is not None:
                 patched.setattr(LayerSkipDecoder, "forward", None)  # torch reads nothing
@@ -435,11 +436,11 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
     model = talking(precision)
     variants = {"quantised": "perturbed", "head": "vocabulary", "copy, head": "copy, vocabulary"}
     arguments = drafting(variants.get(part, part), model)
-    decoder = arguments["draft_model"] and arguments["draft_model"].decoder
+    decoder = arguments["draft_weights"] and arguments["draft_weights"][0]
     if "head" in part:
         head = DraftHead(decoder or model, arguments["speculation"].draft_vocabulary)
         hooked(head.output)
-        arguments["draft_model"] = DraftModel(decoder, head)
+        arguments["draft_weights"] = (decoder, head)
     else:
         first = decoder.own_layers.start
         layers = torch.nn.ModuleList([*model.layers[:first], *copy.deepcopy(decoder.layers[first:])])
@@ -449,7 +450,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
             hooked(layers[-1])
         draft_decoder = decoder.with_modules(layers=layers)
         draft_decoder.own_layers = decoder.own_layers
-        arguments["draft_model"] = DraftModel(draft_decoder)
+        arguments["draft_weights"] = (draft_decoder, None)
     plainly = run(model, PROMPTS, 16, rows=2)
     drafts = [], []
     torchs, ours = (

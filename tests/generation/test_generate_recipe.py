@@ -201,7 +201,7 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary,
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
     drafts = {"draft_int8": "true", "draft_vocabulary": vocabulary or "null"}
     recipe, _ = run(path, *(f"self_speculation.{key}={value}" for key, value in drafts.items()))
-    draft_decoder, model = recipe.draft_model.decoder, recipe.model
+    draft_decoder, model = recipe.draft_weights.decoder, recipe.model
     linears = [part for part in draft_decoder.layers.modules() if isinstance(part, torch.nn.Linear)]
     assert len(draft_decoder.layers) == recipe.speculation.exit_layer == len(linears) / 7
     assert all(type(part.weight) is not torch.nn.Parameter for part in linears)
@@ -209,7 +209,7 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary,
     assert draft_decoder.tok_embeddings is model.tok_embeddings
     rows, head = slice(None), draft_decoder.output
     if vocabulary is not None:
-        rows, head = recipe.draft_model.head.vocabulary, recipe.draft_model.head.output
+        rows, head = recipe.draft_weights.head.vocabulary, recipe.draft_weights.head.output
     x = torch.randn(1, 3, model.tok_embeddings.embedding_dim)
     expected = torch.nn.Linear(1, 1, bias=False)
     expected.weight = torch.nn.Parameter(getattr(model.output, "tied_module", model.output).weight.detach()[rows])

@@ -12,7 +12,6 @@ from helpers.speculation import VARIANTS, perturbed, run
 from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
 
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -40,7 +39,7 @@ def test_every_family(family, exit_layer):
     assert generation.generated[0] == greedy(family, PROMPT, 16)
     assert 0 < generation.stats.acceptance_rate < 1 or exit_layer == L
     assert len(set(generation.generated[0])) > 5
-    all_drafts = VARIANTS["all"] | {"exit_layer": exit_layer, "draft_model": DraftModel(perturbed(model))}
+    all_drafts = VARIANTS["all"] | {"exit_layer": exit_layer, "draft_weights": (perturbed(model), None)}
     del all_drafts["decoder"]
     assert new_tokens(generate(model, prompt, 16, **all_drafts)) == greedy(family, PROMPT, 16)
     assert new_tokens(generate(model, prompt, 16, exit_layer=exit_layer)) == greedy(family, PROMPT, 16, exit_layer)

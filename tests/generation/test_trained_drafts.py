@@ -32,7 +32,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.draft_model import DraftHead, DraftModel
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -62,8 +62,8 @@ def said_by_draft(model, draft, tokens, count):
 
 
 def with_draft(exit_layer, num_speculations, draft, model):
-    draft_model = DraftModel(draft.decoder(model))
-    return {"speculation": Speculation(exit_layer, num_speculations), "draft_model": draft_model}
+    draft_weights = (draft.decoder(model), None)
+    return {"speculation": Speculation(exit_layer, num_speculations), "draft_weights": draft_weights}
 
 
 @pytest.mark.parametrize("rule", [AlwaysLookUp, PlainBetween])
@@ -254,9 +254,9 @@ def test_a_draft_of_some_tokens_keeps_its_rows_of_a_head_that_is_quantised(kind)
     """Llama 3's head is a matrix of its own. Without a trained draft such a head is quantised before rows are cut."""
     model = make_model("llama3")
     decoder = draft_of(model, kind).decoder(model)
-    draft_model = DraftModel(decoder, DraftHead(decoder, range(0, VOCAB, 2)))
+    draft_weights = (decoder, DraftHead(decoder, range(0, VOCAB, 2)))
     model, speculation = quantise_decoder(model, Component(INT8)), Speculation(2, 3, range(0, VOCAB, 2))
-    generation = run(model, PROMPTS, 16, speculation=speculation, draft_model=draft_model)
+    generation = run(model, PROMPTS, 16, speculation=speculation, draft_weights=draft_weights)
     assert generation.generated == run(model, PROMPTS, 16).generated and generation.stats.drafted > 0
     SelfSpeculation(draft="any", draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft_vocabulary: needs rows of the head, "):

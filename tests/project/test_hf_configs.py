@@ -18,7 +18,7 @@ from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import chooser_for
+from layerskip_recipes.generation.drafting.planner import chooser_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 

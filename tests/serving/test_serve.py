@@ -16,6 +16,7 @@ import httpx2 as httpx
 import openai
 import pytest
 import uvicorn
+from helpers.compiled import compiled_steps
 from helpers.configs import generate_config
 from helpers.pages import blocks, commands
 from helpers.recipes import run_generate as run
@@ -26,7 +27,6 @@ from layerskip_recipes.cli import run as command_line
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.rule import DraftRule
-from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.serving import http, recipe
 from layerskip_recipes.serving.recipe import KEY, LayerSkipServe

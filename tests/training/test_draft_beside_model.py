@@ -21,7 +21,7 @@ from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import chooser_for
+from layerskip_recipes.generation.drafting.planner import chooser_for
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
@@ -197,7 +197,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     note(folder, lambda noted: noted["base"].update(reader))
     assert own_draft(folder) == own and not read_description(own, "draft").is_for(HFCheckpointer)
-    assert load_model(str(folder))[0].decoding_chooser.draft_models.trained_draft is None
+    assert load_model(str(folder))[0].decoding_chooser.draft_weightss.trained_draft is None
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert LayerSkipGenerate(load_config(str(path))).speculation is None
@@ -243,7 +243,7 @@ def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     model, tokenizer = load_model(str(folder), draft=own)
     prompts = [tokenizer.prompt("def main(")]
     command = chooser_for(cfg, None).choose(cfg.self_speculation, 0.0, compile, 1).speculation(prompts)
-    _, ours, draft_model = model.decoding_chooser.choose(model, prompts, 0.0, 20, compile, {})
+    _, ours, draft_weights = model.decoding_chooser.choose(model, prompts, 0.0, 20, compile, {})
     assert ours == command
-    int8 = any("Int8" in type(parameter).__name__ for parameter in draft_model.decoder.parameters())
+    int8 = any("Int8" in type(parameter).__name__ for parameter in draft_weights.decoder.parameters())
     assert int8 == command.draft_int8 == compile

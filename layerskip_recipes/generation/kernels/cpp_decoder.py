@@ -37,7 +37,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from layerskip_recipes.generation.drafting.draft_model import DraftHead
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.kernels.huge_pages import use_huge_pages
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import JoiningLayer
