@@ -51,9 +51,8 @@ def _plan_of_random_weights(section: SelfSpeculation, model: LayerSkipDecoder) -
     """They always draft the full length, from an exit. Of a draft vocabulary only the size affects the time."""
     keys = SPECULATION_DEFAULTS | {"exit_layer": default_exit(model.num_layers)} | section.given
     ids = keys["draft_vocabulary"]
-    return Speculation(
-        **keys | {"prompt_lookup": None, "draft_vocabulary": range(ids) if isinstance(ids, int) else ids}
-    )
+    ids = range(min(ids, model.tok_embeddings.num_embeddings)) if isinstance(ids, int) else ids
+    return Speculation(**keys | {"prompt_lookup": None, "draft_vocabulary": ids})
 
 
 class LayerSkipBenchmark:

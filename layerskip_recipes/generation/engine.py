@@ -102,8 +102,8 @@ class Generation:
         started = time.perf_counter()
         if has_user_code(model):
             raise ConfigError(
-                f"model: {type(model).__name__} has a forward hook or another `forward`, but decoding runs it in parts. "
-                "Allowed: hooks on its modules, for example model.layers[0].register_forward_hook(hook)"
+                f"model: {type(model).__name__} has a forward hook or another `forward`, but decoding runs it in "
+                "parts. Allowed: hooks on its modules, for example model.layers[0].register_forward_hook(hook)"
             )
         state = state or state_of(model)
         self.model, self.in_use = state.decoder(model), state.in_use

@@ -193,6 +193,7 @@ class LLM:
         *,
         compile: bool = False,
         always_draft: bool = False,
+        usual_new_tokens: int | None = None,
         **arguments: Any,
     ) -> Generation:
         """A `Generation` of this model that has not started, with what earlier ones have built and learned.
@@ -200,11 +201,13 @@ class LLM:
         Args:
             plan: how to draft; None: without drafts.
             always_draft: there is a draft in each round that can have one, whether it pays or not.
+            usual_new_tokens: outputs with this limit and shorter ones share a rule; None: `max_new_tokens`.
             **arguments: of `Generation`.
         """
         rule = None
         if plan is not None and not always_draft:
-            rule = self.state.rule(plan, max_new_tokens, len(prompts), compile)
+            batch_rows = min(arguments.get("rows") or len(prompts), len(prompts))
+            rule = self.state.rule(plan, usual_new_tokens or max_new_tokens, batch_rows, compile)
         return Generation(
             self.model,
             prompts,

@@ -266,6 +266,7 @@ class LayerSkipGenerate:
             exit_layer=None if plain else self.exit_layer,
             sampler=sampler or self.cfg.sampler(self.cfg.temperature, self.seed),
             compile=self.compile,
+            usual_new_tokens=self.max_new_tokens,
             on_draft=shown.show_draft if dim_drafts else None,
             **kwargs,
         )

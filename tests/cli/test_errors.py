@@ -60,7 +60,7 @@ TALK = "prompt=interactive"
 GENERATE = [
     ("temperature=.nan", "temperature", "nan", "0 or more"),
     ("self_speculation.draft_quantizer=null", "self_speculation.draft_quantizer", "draft_int8", "draft_int8=true"),
-    ("self_speculation.exit_layer=null", "self_speculation.exit_layer", "None", "exit_layer=auto"),
+    ("self_speculation.exit_layer=x", "self_speculation.exit_layer", "'x'", "exit_layer=auto"),
     ("self_speculation.exit_layer=5", "self_speculation.exit_layer", "5", "1..4"),
     ("self_speculation.exit_layer=[2,9]", "self_speculation.exit_layer", "[2, 9]", "an integer"),
     ("exit_layer=5; self_speculation=null", "exit_layer", "5", "1..4"),

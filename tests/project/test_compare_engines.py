@@ -171,7 +171,7 @@ def test_llama_cpp_decodes_the_same_tokens(folder, gguf, capsys):
 def test_llama_cpp_samples_with_our_settings(gguf):
     """Top 1 of any temperature is greedy, as is min_p 1; a penalty of the whole text never says a token twice."""
     settings = {}
-    recipe = SimpleNamespace(prompts=[[5, 6, 7]], limit=12, stop_tokens=[])
+    recipe = SimpleNamespace(prompts=[[5, 6, 7]], limit=12, llm=SimpleNamespace(stop_tokens=[]))
     recipe.cfg = SimpleNamespace(sampler=lambda temperature, seed: Sampler(temperature, **settings, seed=seed))
     decode = script.llama_server(script.Job(recipe), "-m", str(gguf))
 
