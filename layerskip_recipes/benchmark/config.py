@@ -8,7 +8,7 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from layerskip_recipes.benchmark.text_metrics import Metric
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
+from layerskip_recipes.checkpoint.checkpointer_checks import check_checkpointer
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config

@@ -24,10 +24,10 @@ from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_pr
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
-from layerskip_recipes.checkpoint.checkpointers import prepare_device
+from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
-from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.config.auto import Choices
+from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.planner import DraftPlanner
@@ -49,7 +49,7 @@ log = utils.get_logger("INFO")
 
 def _plan_of_random_weights(section: SelfSpeculation, model: LayerSkipDecoder) -> Speculation:
     """They always draft the full length, from an exit. Of a draft vocabulary only the size affects the time."""
-    keys = SPECULATION_DEFAULTS | {"exit_layer": usual_exit(model.num_layers)} | section.given
+    keys = SPECULATION_DEFAULTS | {"exit_layer": default_exit(model.num_layers)} | section.given
     ids = keys["draft_vocabulary"]
     ids = range(min(ids, model.tok_embeddings.num_embeddings)) if isinstance(ids, int) else ids
     return Speculation(**keys | {"prompt_lookup": None, "draft_vocabulary": ids})

@@ -18,10 +18,12 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
+from layerskip_recipes.acceptance.exit_quality import exit_quality
+from layerskip_recipes.acceptance.tokens_per_round import ALL_TOKENS, MIN_CONFIDENCE, TokensPerRound
+from layerskip_recipes.acceptance.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft, read_draft
-from layerskip_recipes.checkpoint.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT, TokensPerRound
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.config.paths import check_file
@@ -36,7 +38,6 @@ from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.exit_quality import ALL, MIN_CONFIDENCE, exit_quality
 
 PROBE_TOKENS = 48  # new tokens per prompt in a probe
 FIRST_LINE = "# Written by layerskip_benchmark: "  # marks a tuned config
@@ -92,11 +93,14 @@ def measured_rates(
     if trained is not None:
         plan, draft = trained
         quality = exit_quality(model, batches, [0, depth], device, num_speculations=longest, draft=draft)
-        return [(plan, TokensPerRound(**quality[0].tokens_per_round[ALL]))]
+        return [(plan, TokensPerRound(**quality[0].tokens_per_round[ALL_TOKENS]))]
     exits = range(1, depth + 1)
     quality = exit_quality(model, batches, exits, device, num_speculations=longest, vocabulary=vocabulary, sizes=sizes)
     return [
-        (Speculation(e, draft_vocabulary=None if name == ALL else vocabulary[: int(name)]), TokensPerRound(**rates))
+        (
+            Speculation(e, draft_vocabulary=None if name == ALL_TOKENS else vocabulary[: int(name)]),
+            TokensPerRound(**rates),
+        )
         for e in exits[:-1]
         for name, rates in quality[e].tokens_per_round.items()
     ]

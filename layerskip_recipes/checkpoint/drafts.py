@@ -9,17 +9,17 @@ from pydantic import ConfigDict
 from safetensors.torch import load_file, save_file
 from torchtune.utils import get_logger
 
+from layerskip_recipes.acceptance.trained_exits import DESCRIPTION, Measured, Token, write_description
 from layerskip_recipes.checkpoint.checkpointers import (
     CHECKPOINTERS,
     ModelType,
     checkpoint_files,
-    corrected,
     described_folder,
     reads_hf_folder,
     weights_folder,
 )
 from layerskip_recipes.checkpoint.hf_checkpointer import readable
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, Measured, Token, write_description
+from layerskip_recipes.checkpoint.torchtune_fixes import corrected
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
@@ -115,25 +115,27 @@ def write_draft(folder: Path, weights: Mapping[str, torch.Tensor], description: 
 def own_draft(model: Path | None) -> str | None:
     """The folder of the draft that was trained beside the model of a folder, if any, or the folder itself if it is a
     draft's."""
-    found = [] if model is None else [place for place in (model, model / DRAFT) if (place / DRAFT_FILE).is_file()]
-    return str(found[0]) if found else None
+    for folder in () if model is None else (model, model / DRAFT):
+        if (folder / DRAFT_FILE).is_file():
+            return str(folder)
+    return None
 
 
 def earlier_draft(
     section: Component, kind: Kind, exit_layer: int, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor] | None:
     """The draft in a model's folder, if it has this form and was trained for these weights."""
-    own = own_draft(described_folder(section))
-    if own is None:
+    folder = own_draft(described_folder(section))
+    if folder is None:
         return None
     try:
-        described = read_description(own, "checkpointer")
-        found = load_file(readable(Path(own) / DRAFT_FILE, "checkpointer"))
+        described = read_description(folder, "checkpointer")
+        draft_weights = load_file(readable(Path(folder) / DRAFT_FILE, "checkpointer"))
     except ConfigError as e:
-        log.warning(f"The draft in {own} is not trained further: {e}")
+        log.warning(f"The draft in {folder} is not trained further: {e}")
         return None
     fits = (described.kind, described.exit_layer, described.base.hash) == (kind, exit_layer, weights_hash(weights))
-    return found if fits else None
+    return draft_weights if fits else None
 
 
 def _name_of(checkpointer: Any) -> str:

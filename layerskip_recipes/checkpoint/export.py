@@ -22,18 +22,19 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torchtune import training, utils
 
+from layerskip_recipes.acceptance.tokens_per_round import MIN_CONFIDENCE
+from layerskip_recipes.acceptance.trained_exits import DESCRIPTION, read_trained_exits
 from layerskip_recipes.checkpoint.drafts import DRAFT, DRAFT_FILE, DraftDescription, own_draft, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEXES, HFCheckpointer, readable, weight_files
 from layerskip_recipes.checkpoint.hf_names import from_files
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
+from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.paths import check_folder, read_json
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
-from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.model.hf_config import parse_hf_config
 from layerskip_recipes.model.hf_decoder import build_decoder
 from layerskip_recipes.model.hf_folder import holds_adapters, model_folder, named_folder, without_code
@@ -95,7 +96,7 @@ def export(
         trained = _trained_exit(source, layers)
         exit_layer, draft = (trained if value == 0 else value for value in (exit_layer, draft))
     for key, value, most in (("--exit-layer", exit_layer, max(layers - 1, 1)), ("--draft", draft, layers)):
-        check(key, value, Annotated[int, Field(ge=1, le=most, examples=[max(layers // 4, 1)])] | None)
+        check(key, value, Annotated[int, Field(ge=1, le=most, examples=[default_exit(layers)])] | None)
     if exit_layer is not None and draft is not None:
         raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model. Leave it out with --draft {draft}")
     weights = weight_files(source, "export")
@@ -154,7 +155,7 @@ A draft model for llama.cpp and vLLM:
 
 def _trained_exit(source: Path, layers: int) -> int:
     described = read_trained_exits(source, layers)
-    trained = exit_that_drafts((described and described.exits) or [], layers)
+    trained = described.exit_that_drafts(layers) if described else None
     if trained is None and own_draft(source):
         raise ConfigError(
             f"--exit-layer: {str(source)!r} has no trained exit, but a draft beside the model. Export the model "
@@ -163,7 +164,7 @@ def _trained_exit(source: Path, layers: int) -> int:
     if trained is None:
         raise ConfigError(
             f"export: {str(source / DESCRIPTION)!r} names no early exit. Allowed: a number, for example "
-            f"{usual_exit(layers)} after --exit-layer or --draft"
+            f"{default_exit(layers)} after --exit-layer or --draft"
         )
     return trained
 

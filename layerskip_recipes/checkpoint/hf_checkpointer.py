@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torchtune import training
 
+from layerskip_recipes.acceptance.trained_exits import DESCRIPTION
 from layerskip_recipes.checkpoint.hf_names import JOINED, from_files, hf_name, place_in_files, to_files
 from layerskip_recipes.checkpoint.peft_adapters import PeftAdapters
 from layerskip_recipes.checkpoint.side_files import SideFiles
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors

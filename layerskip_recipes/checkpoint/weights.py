@@ -11,7 +11,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from torchtune import training
 from torchtune.modules import TiedLinear
 
-from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer, warn_of_contradictions
+from layerskip_recipes.checkpoint.checkpointer_checks import warn_of_contradictions
+from layerskip_recipes.checkpoint.checkpointers import reading_checkpointer
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from typing_extensions import Self
 
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
+from layerskip_recipes.checkpoint.checkpointer_checks import check_checkpointer
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.recipe_config import RecipeConfig

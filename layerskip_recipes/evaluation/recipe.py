@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from torchtune import training, utils
 from tqdm import tqdm
 
-from layerskip_recipes.checkpoint.checkpointers import prepare_device
+from layerskip_recipes.acceptance.exit_quality import exit_quality
+from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import check_file
@@ -20,7 +21,6 @@ from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.model.exit_quality import exit_quality
 from layerskip_recipes.model.limits import check_vocabulary
 from layerskip_recipes.processes import check_one_process
 

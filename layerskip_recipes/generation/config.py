@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
+from layerskip_recipes.checkpoint.checkpointer_checks import check_checkpointer
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.paths import check_file, check_folder

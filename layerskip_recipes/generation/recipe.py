@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torchtune import config, training, utils
 from torchtune.data import Message
 
-from layerskip_recipes.checkpoint.checkpointers import prepare_device
+from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError

@@ -22,6 +22,7 @@ from torchtune import config
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
+from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.head import capped, norm_and_cap
 from layerskip_recipes.model.layer_dropout import KeptRows, LayerDropout
@@ -171,7 +172,7 @@ class LayerSkipDecoder(TransformerDecoder):
         if isinstance(exit_layer, bool) or not isinstance(exit_layer, int) or not 1 <= exit_layer <= self.num_layers:
             raise ConfigError(
                 f"{key}: {exit_layer!r} is not an exit of this model. Allowed: 1..{self.num_layers} "
-                f"(number of layers run); for example {key}={max(self.num_layers // 4, 1)}"
+                f"(number of layers run); for example {key}={default_exit(self.num_layers)}"
             )
         return exit_layer
 

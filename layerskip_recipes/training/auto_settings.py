@@ -4,14 +4,14 @@ Keys with a value are kept, and later choices take them into account.
 """
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torchtune.utils import get_logger
 
-from layerskip_recipes.checkpoint.trained_exits import usual_exit
 from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
+from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.schema import AUTO, Auto, check, refusal
 from layerskip_recipes.data.tokenizer import SampleLength
 from layerskip_recipes.errors import ConfigError
@@ -21,9 +21,7 @@ from layerskip_recipes.model.head import chunk_tokens
 from layerskip_recipes.model.memory import cast_bytes, free_memory, token_bytes, training_bytes
 from layerskip_recipes.model.nf4 import packs_weights
 from layerskip_recipes.processes import num_local_processes, num_processes
-
-if TYPE_CHECKING:
-    from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.keys import FinetuneKeys
 
 log = get_logger("INFO")
 
@@ -38,8 +36,12 @@ SPEED_ARGUMENTS = ("fused", "foreach", "capturable")  # of AdamW; they do not ch
 ADAMW, ROUNDING = "torch.optim.AdamW", "layerskip_recipes.training.stochastic_adamw.StochasticAdamW"
 
 
-def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
+def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
     """Choose the `auto` keys, in an order in which each choice may use the earlier ones."""
+    if cfg.draft is not None:
+        choices.pick("draft.exit_layer", lambda: default_exit(cfg.num_layers))
+        choices.cfg.draft.check_against(cfg.meta_model)  # the later choices build the draft
+        cfg = choices.cfg
     device = choices.pick("device", best_device)
     for section in ("early_exit_loss", "draft"):
         if getattr(cfg, section) is not None:
@@ -87,7 +89,7 @@ def choose_training(cfg: "FinetuneConfig", choices: Choices) -> None:
         if choices.pick("optimizer.lr", lambda: rate) is None:
             raise ConfigError(refusal("optimizer.lr", None, Annotated[float, Auto()]))
     if cfg.early_exit_loss is not None:
-        usual = str(usual_exit(cfg.num_layers))
+        usual = str(default_exit(cfg.num_layers))
         choices.pick("early_exit_loss.exits", lambda: ":" if cfg.early_exit_loss.curriculum else usual)
         # The paper's R for 16 and 32 layers; in deeper models, two exits and the last layer have a loss at each step.
         choices.pick("early_exit_loss.interval", lambda: 8 if cfg.num_layers <= 32 else cfg.num_layers // 2)
@@ -105,7 +107,7 @@ def full_learning_rate(width: int) -> float:
 class TrainingMemory:
     """Estimates what fits into 90% of a GPU's memory, or of the machine's free memory."""
 
-    def __init__(self, cfg: "FinetuneConfig", device: str) -> None:
+    def __init__(self, cfg: FinetuneKeys, device: str) -> None:
         self.cfg, self.device = cfg, device
         # Whether all weights are trained, not just a draft or adapters.
         self.all_weights = not (cfg.freezes_model or adapter_names(cfg.meta_model))

@@ -27,17 +27,17 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
 
+from layerskip_recipes.acceptance.trained_exits import write_description
+from layerskip_recipes.checkpoint.checkpointer_checks import warn_of_contradictions
 from layerskip_recipes.checkpoint.checkpointers import (
     build_checkpointer,
     is_scratch,
     reads_hf_folder,
     starts_from_scratch,
-    warn_of_contradictions,
 )
 from layerskip_recipes.checkpoint.drafts import BESIDE, DRAFT, DRAFT_FILE, describe_base, earlier_draft, write_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.side_files import SideFiles, files_of_torchtune
-from layerskip_recipes.checkpoint.trained_exits import write_description
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import existing

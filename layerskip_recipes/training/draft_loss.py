@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.schema import AUTO, Auto, Flag, PositiveInt, Section, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
@@ -43,7 +44,7 @@ class DraftSection(Section):
         depth = len(model.layers)
         if depth == 1:
             raise ConfigError("draft: needs a model of 2 layers or more, and this one has 1. Set draft=null")
-        exits = Field(ge=1, le=depth - 1, examples=[max(depth // 4, 1)])  # the draft must have something to skip
+        exits = Field(ge=1, le=depth - 1, examples=[default_exit(depth)])  # the draft must have something to skip
         check("draft.exit_layer", self.exit_layer, Annotated[int, exits])
 
     def build(self, model: LayerSkipDecoder) -> Draft:

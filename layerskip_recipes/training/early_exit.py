@@ -118,6 +118,9 @@ class EarlyExitLossSection(Section):
     with a curriculum, otherwise the exit at a seventh of the depth."""
     scale_fn: ScaleFn = "layerskip"
     """How an exit's weight depends on its layer l; `layerskip` is the paper's sum 0 + 1 + ... + l."""
+    label_rows_only: bool = True
+    """The loss of early exits changes only those rows of the head's matrix whose tokens have been labels in an earlier
+    step. false: all rows, as in the paper."""
     chunk_tokens: ChunkTokens = AUTO
     """At most this many tokens have logits at a time; auto: 2048 on a GPU, 512 elsewhere."""
 
@@ -130,7 +133,7 @@ class EarlyExitLoss:
 
     Args:
         label_smoothing: as in torch.nn.CrossEntropyLoss.
-        **settings: the fields of `EarlyExitLossSection`.
+        **settings: the fields of `EarlyExitLossSection`. With `label_rows_only`, the caller passes `head_rows`.
 
     Raises:
         ConfigError: if an argument is out of range (exits: once the model's depth is known).

@@ -1,4 +1,5 @@
-"""LabelCounts: how often each token was a label. Early exits train only these rows of the head."""
+"""LabelCounts: how often each token was a label. Early exits train only these rows of the head, unless
+`early_exit_loss.label_rows_only` is false."""
 
 import torch
 
@@ -9,14 +10,14 @@ class LabelCounts:
     """Counts of label tokens since the first step, over all processes."""
 
     def __init__(self, mesh: Mesh, device: torch.device, num_tokens: int) -> None:
-        self.mesh, self.device, self.num_tokens = mesh, device, num_tokens
+        self.mesh = mesh
         # Counts are exact below 2^53. mps has no float64.
         exact = torch.float64 if device.type != "mps" else torch.float32
-        self.own = torch.zeros(num_tokens, dtype=exact, device=device)  # in this process
+        self.local_counts = torch.zeros(num_tokens, dtype=exact, device=device)  # in this process
 
     def see(self, label_tokens: torch.Tensor) -> None:
         """Count the labels of a micro-batch, [n], on the device."""
-        self.own.index_add_(0, label_tokens, self.own.new_ones(1).expand(len(label_tokens)))
+        self.local_counts.index_add_(0, label_tokens, self.local_counts.new_ones(1).expand(len(label_tokens)))
 
     def head_rows(self) -> torch.Tensor:
         """[v], 1 for each token that was a label in an earlier step, else 0. Collective.
@@ -33,7 +34,7 @@ class LabelCounts:
 
     def _counts(self) -> torch.Tensor:
         """[v], on the device. Collective."""
-        return self.mesh.sum(self.own.clone())
+        return self.mesh.sum(self.local_counts.clone())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The counts. Collective."""
@@ -42,4 +43,4 @@ class LabelCounts:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Count what all processes had counted before the resume, in one of them."""
         if self.mesh.data_rank == 0:
-            self.own.copy_(state["label_counts"])
+            self.local_counts.copy_(state["label_counts"])

@@ -18,7 +18,7 @@ from torchtune import config, training, utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
-from layerskip_recipes.checkpoint.checkpointers import check_checkpoint_files, check_tokenizer_dir
+from layerskip_recipes.checkpoint.checkpointer_checks import check_checkpoint_files, check_tokenizer_dir
 from layerskip_recipes.checkpoint.drafts import DRAFT
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
@@ -37,8 +37,8 @@ from layerskip_recipes.training.auto_settings import PER_STEP
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import Checkpoints
 from layerskip_recipes.training.config import FinetuneConfig
+from layerskip_recipes.training.description import Description
 from layerskip_recipes.training.draft_loss import DraftLoss
-from layerskip_recipes.training.draft_statistics import DraftStatistics
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
 from layerskip_recipes.training.label_counts import LabelCounts
@@ -256,12 +256,12 @@ class LayerSkipFinetune:
     def _backward(self, batches: Iterator[dict[str, Any]]) -> tuple[int, dict[str, torch.Tensor]]:
         """Run all micro-batches. Returns how many of this rank's labels count, and its summed losses, "loss" first."""
         tokens, losses = 0, {"loss": torch.zeros((), device=self.device)}
-        now: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps}
-        if self.cfg.early_exit_loss is not None:
-            now["head_rows"] = self.labels.head_rows()
+        settings: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps}
+        if self.cfg.early_exit_loss is not None and self.cfg.early_exit_loss.label_rows_only:
+            settings["head_rows"] = self.labels.head_rows()
         for _ in range(self.cfg.gradient_accumulation_steps):
             batch = next(batches)
-            count, loss, exits = self._forward(batch, now)
+            count, loss, exits = self._forward(batch, settings)
             # An optimizer in backward steps at once, so weight its only micro-batch by this rank's share of the labels
             # times the number of ranks: FSDP averages gradients over ranks.
             weight: Any = count
@@ -277,8 +277,13 @@ class LayerSkipFinetune:
                 losses[name] = losses.get(name, 0.0) + value * count
         return tokens, losses
 
-    def _forward(self, batch: dict[str, Any], now: dict[str, Any]) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
-        """The number of labels that count in a micro-batch, its loss J at this step, and the loss of each exit."""
+    def _forward(
+        self, batch: dict[str, Any], settings: dict[str, Any]
+    ) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
+        """The number of labels that count in a micro-batch, its loss J at this step, and the loss of each exit.
+
+        `settings`: the step, and the head's rows that early exits may change.
+        """
         check_batch(batch["tokens"], self.model)
         rows, samples = len(batch["tokens"]), self.cfg.batch_size
         if rows != samples and self.model.layer_dropout is not None and num_processes() > 1:
@@ -295,7 +300,7 @@ class LayerSkipFinetune:
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
         self.labels.see(labels.flatten()[batch["counted"]])
         with self.offloading, self._computing():
-            loss, exits = self.loss(self.model, tokens, labels, **now, **batch)
+            loss, exits = self.loss(self.model, tokens, labels, **settings, **batch)
         return len(counted), loss, exits
 
     def _computing(self) -> torch.autocast:
@@ -336,8 +341,8 @@ class LayerSkipFinetune:
             with self._computing():
                 measured = self.validation.measure(self.model, self.step, self.draft)
             self.log.write(measured, self.step)
-            own = f"agreement_exit_{self.cfg.num_layers}"  # of the last layer with itself
-            shown = [name for name in measured if "final" in name or ("agreement" in name and own not in name)]
+            last_layers = f"agreement_exit_{self.cfg.num_layers}"  # of the last layer with itself
+            shown = [name for name in measured if "final" in name or ("agreement" in name and last_layers not in name)]
             log.info(f"Validation after step {self.step}: {', '.join(f'{n} {measured[n]:.3f}' for n in shown)}")
 
     def _save(self, name: str, shards: bool = False) -> None:
@@ -356,10 +361,10 @@ class LayerSkipFinetune:
         if shards:
             self.checkpoints.save_shards(name, {"model": self._learned_weights()} | optimizer, self._state())
         else:
-            state, statistics = self._state(), DraftStatistics(self.validation, self.data, self.labels)
+            state, description = self._state(), Description(self.validation, self.data, self.labels)
             with self._computing():
                 steps = (self.step, self.total_steps)
-                description = statistics.describe(self.cfg, self.model, self.draft, self.base, *steps)
+                content = description.content(self.cfg, self.model, self.draft, self.base, *steps)
             adapters_only = self.cfg.save_adapter_weights_only
             first, *beside = parts_of(self.learner)
             contents = checkpoint_contents(first, self.cfg.meta_model, self.device, adapters_only)
@@ -367,7 +372,7 @@ class LayerSkipFinetune:
                 of_draft = checkpoint_contents(draft, self.cfg.meta_model, self.device)
                 contents[DRAFT] = of_draft.get(training.MODEL_KEY)
             if is_rank_zero():
-                self.checkpoints.save(name, contents, state | optimizer, description)
+                self.checkpoints.save(name, contents, state | optimizer, content)
             wait_for_all()
         log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 

@@ -9,12 +9,12 @@ from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
+from layerskip_recipes.acceptance.exit_quality import ExitQuality, exit_quality
 from layerskip_recipes.data.datasets import IndexedErrorDataset, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.exit_quality import ExitQuality, exit_quality
 from layerskip_recipes.model.limits import check_length
 from layerskip_recipes.processes import is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig

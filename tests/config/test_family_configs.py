@@ -160,7 +160,7 @@ def test_the_papers_values(name):
     config = merged(f"paper/{name}")
     dropout, loss = config.layer_dropout, config.early_exit_loss
     assert (dropout.prob, dropout.layers_scale, dropout.schedule) == (prob, "exp", schedule)
-    assert dropout.inverted is False
+    assert dropout.inverted is False and loss.label_rows_only is False
     assert (loss.scale, loss.curriculum, loss.get("interval")) == (scale, curriculum, interval)
     for given, expected in (
         (config.optimizer.lr, lr),

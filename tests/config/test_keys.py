@@ -25,7 +25,7 @@ KEYS = {
         inverted layers layers_scale prob schedule
     """,
     "EarlyExitLossSection": """
-        chunk_tokens curriculum exits interval scale scale_fn
+        chunk_tokens curriculum exits interval label_rows_only scale scale_fn
     """,
     "DraftSection": """
         chunk_tokens exit_layer finetune_model kind vocabulary

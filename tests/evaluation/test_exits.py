@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 from torchtune import config as tune_config
 from torchtune.models.llama3_2 import llama3_2
 
+from layerskip_recipes.acceptance.exit_quality import exit_quality
 from layerskip_recipes.checkpoint.checkpointers import checkpoint_files
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.model.exit_quality import exit_quality
 
 
 def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):

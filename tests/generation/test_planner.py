@@ -12,15 +12,13 @@ from helpers.smollm2 import MODEL
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
+from layerskip_recipes.acceptance.tokens_per_round import Round
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.prediction import (
-    Round,
     estimated_costs,
     machine_for,
-    measured_rounds,
     ranked,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -148,15 +146,6 @@ def test_matrix_tiles_make_long_drafts_pay(tiles, monkeypatch):
         assert machine_for(dtype, gpu, compiled).longest == 8
 
 
-def test_acceptance_by_temperature():
-    ended = EndedDrafts(greedy=[(1.8, 1.0), (2.3, 1.7)], sampled=[(1.5, 1.0), (1.9, 1.6)])
-    measured = TokensPerRound(greedy=[1.8, 2.5], sampled=[1.5, 2.0], ended=ended)
-    assert measured_rounds(measured, 0.0) == [(1.8, 1), (2.5, 2)] and measured_rounds(measured, 2.0)[1] == (2.0, 2)
-    assert measured_rounds(measured, 0.8)[1] == pytest.approx((0.2 * 2.5 + 0.8 * 2.0, 2))
-    assert measured_rounds(measured, 0.0, True) == [(1.8, 1.0), (2.3, 1.7)]
-    assert measured_rounds(measured, 0.8, True)[1] == pytest.approx((0.2 * 2.3 + 0.8 * 1.9, 0.2 * 1.7 + 0.8 * 1.6))
-
-
 def test_drafts_that_end_early_are_longer_at_most_and_cost_their_mean_length(tmp_path):
     """Up to 8 tokens, on average 4.5 of them drafted. In a batch all rows must end."""
     greedy, sampled = TASK["2048"]
@@ -241,8 +230,9 @@ def test_no_exit_means_look_ups_alone(tmp_path):
 
 
 def test_a_trained_exit_that_nobody_measured(tmp_path):
-    found = choose(described(tmp_path, {}, trained=(6, 8, 30)))
-    assert found.section.exit_layer == 8 and "acceptance assumed" in found.why
+    """Exit 5 is the nearest to a seventh of 30 layers, and exit 8 the nearest to a quarter."""
+    found = choose(described(tmp_path, {}, trained=(2, 5, 8, 30)))
+    assert found.section.exit_layer == 5 and "acceptance assumed" in found.why
     given = {"exit_layer": 3, "num_speculations": 5}
     assert choose(tmp_path, given=given).section == SelfSpeculation(**SPECULATION_DEFAULTS | given)
 

@@ -11,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 
 from layerskip_recipes import EarlyExitLoss, hf_decoder, layerskip_decoder
-from layerskip_recipes.checkpoint.trained_exits import exit_that_drafts
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
@@ -84,21 +83,6 @@ def test_the_exit_that_will_draft_is_trained(layers, trained, chosen):
 @pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.4e-5), (2048, 6e-5), (1024, 1.2e-4), (64, 1e-3)])
 def test_the_learning_rate_of_all_weights(width, lr):
     assert full_learning_rate(width) == lr
-
-
-@pytest.mark.parametrize(
-    ("trained", "layers", "exit_layer"),
-    [
-        (range(1, 33), 32, 8),  # the paper's Llama 2 7B
-        (range(2, 31), 30, 7),  # 7 and 8 are as near to 7.5
-        ([6, 30], 30, 6),
-        ([12, 24], 24, 12),
-        ([24], 24, None),
-        ([], 24, None),
-    ],
-)
-def test_the_exit_that_drafts(trained, layers, exit_layer):
-    assert exit_that_drafts(list(trained), layers) == exit_layer
 
 
 @pytest.mark.parametrize(

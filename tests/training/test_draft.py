@@ -14,8 +14,8 @@ from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, read_log, train
 from safetensors.torch import load_file, save_file
 
+from layerskip_recipes.acceptance.trained_exits import LONGEST_DRAFT, read_trained_exits
 from layerskip_recipes.checkpoint.drafts import read_description
-from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, read_trained_exits
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torchtune import training
 
 from layerskip_recipes import LLM
+from layerskip_recipes.acceptance.trained_exits import LONGEST_DRAFT
 from layerskip_recipes.checkpoint.drafts import own_draft, read_description, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
-from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig

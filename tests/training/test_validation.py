@@ -15,7 +15,7 @@ from helpers.resuming import WEIGHTS, final_weights, same_tensors
 from helpers.training import VALIDATION, json_data, losses, read_log, set_up, train, validated
 from torchtune.utils import get_logger
 
-from layerskip_recipes.checkpoint.trained_exits import read_trained_exits
+from layerskip_recipes.acceptance.trained_exits import read_trained_exits
 
 pytestmark = pytest.mark.slow
 

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
+from layerskip_recipes.acceptance.tokens_per_round import ASSUMED, MIN_CONFIDENCE
+from layerskip_recipes.acceptance.trained_exits import DESCRIPTION, TrainedExits, read_trained_exits
 from layerskip_recipes.checkpoint.checkpointers import described_folder
 from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft, read_description
-from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, TrainedExits, read_trained_exits, usual_exit
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.distributed.tensor_parallel import ranks_per_matrix
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.prediction import (
-    ASSUMED,
     LEAST_GAIN,
     Costs,
     Option,
@@ -31,7 +32,6 @@ from layerskip_recipes.generation.drafting.prediction import (
 from layerskip_recipes.generation.drafting.section import SPLITS, SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
 from layerskip_recipes.processes import num_processes
 
 LOOKUP = 3  # tokens of prompt look-up
@@ -234,7 +234,7 @@ class DraftPlanner:
             reason = f"{self.folder or 'the model'} has no {DESCRIPTION}, so no exit is known to be trained"
         else:
             reason = f"{DESCRIPTION} in {self.folder} names no trained exit before the last one"
-        return f"{reason}. To draft anyway: {key}.exit_layer={usual_exit(self.model.num_layers)}"
+        return f"{reason}. To draft anyway: {key}.exit_layer={default_exit(self.model.num_layers)}"
 
     @staticmethod
     def _described(plan: Speculation, costs: Costs, assumed: bool) -> str:

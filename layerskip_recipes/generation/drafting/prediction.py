@@ -17,29 +17,14 @@ from typing import NamedTuple
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.checkpoint.trained_exits import (
-    ALL_TOKENS,
-    LONGEST_DRAFT,
-    TokensPerRound,
-    TrainedExits,
-    exit_that_drafts,
-)
+from layerskip_recipes.acceptance.tokens_per_round import ALL_TOKENS, ASSUMED, Round, TokensPerRound
+from layerskip_recipes.acceptance.trained_exits import LONGEST_DRAFT, TrainedExits
 from layerskip_recipes.generation.drafting.speculation import Speculation
 
-# For a trained exit without a measurement: each drafted token is accepted with probability 0.7.
-_ASSUMED = [(1 - 0.7**n) / 0.3 for n in range(2, 10)]
-ASSUMED = TokensPerRound(greedy=_ASSUMED, sampled=_ASSUMED)
 LEAST_GAIN = 1.02  # the least predicted speed-up for which to draft
 
 
 Option = tuple[Speculation, TokensPerRound]  # a way to draft, and its measured acceptance
-
-
-class Round(NamedTuple):
-    """The expected tokens of a round, and how many tokens it drafts."""
-
-    tokens: float
-    num_drafted: float
 
 
 @dataclass(frozen=True)
@@ -126,20 +111,6 @@ def estimated_costs(
     return Costs(num_layers, rows, plain, draft, share, machine.round, batch_rows, machine.longest)
 
 
-def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = False) -> list[Round]:
-    """The measured rounds of drafts of at most 1, 2, .. tokens, linear between temperatures 0 and 1.
-
-    `ends`: drafts end at low confidence, if this was measured.
-    """
-    if ends and measured.ended is not None:
-        greedy, sampled = measured.ended.greedy, measured.ended.sampled
-    else:
-        greedy, sampled = ([(m, float(n)) for n, m in enumerate(of, 1)] for of in (measured.greedy, measured.sampled))
-    w = min(temperature, 1.0)
-    both = zip(greedy, sampled, strict=True)
-    return [Round(*((1 - w) * g + w * s for g, s in zip(*pair, strict=True))) for pair in both]
-
-
 def variants(
     options: Iterable[Option], temperature: float, min_confidences: Sequence[float], precisions: Sequence[bool]
 ) -> list[tuple[Speculation, list[Round]]]:
@@ -150,7 +121,7 @@ def variants(
     return [
         (
             replace(plan, min_confidence=min_confidence, draft_int8=int8),
-            measured_rounds(measured, temperature, min_confidence > 0),
+            measured.rounds(temperature, min_confidence > 0),
         )
         for plan, measured in options
         for min_confidence, int8 in product(min_confidences, precisions)
@@ -192,5 +163,5 @@ def known_options(exits: TrainedExits | None, num_layers: int, exit_layer: int |
     if options:
         return options
     if exit_layer is None and exits is not None:
-        exit_layer = exit_that_drafts(exits.exits or [], num_layers)
+        exit_layer = exits.exit_that_drafts(num_layers)
     return [] if exit_layer is None else [(Speculation(exit_layer), ASSUMED)]

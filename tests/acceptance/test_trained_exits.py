@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from layerskip_recipes.checkpoint.trained_exits import TokensPerRound, read_trained_exits, write_description
+from layerskip_recipes.acceptance.measuring import exits_to_measure
+from layerskip_recipes.acceptance.tokens_per_round import TokensPerRound
+from layerskip_recipes.acceptance.trained_exits import TrainedExits, read_trained_exits, write_description
 from layerskip_recipes.errors import ConfigError
 
 RATES = {"greedy": [1.5, 1.75], "sampled": [1.4, 1.5]}
@@ -80,3 +82,33 @@ def test_the_file_of_another_model_is_ignored_with_a_warning(changes, fits, tmp_
     write_description(tmp_path, DESCRIPTION | changes)
     assert (read_trained_exits(tmp_path, 8, 10) is not None) == fits
     assert ("is ignored: it describes another model" in caplog.text) != fits
+
+
+@pytest.mark.parametrize(
+    ("trained", "layers", "exit_layer"),
+    [
+        (range(1, 33), 32, 5),  # the paper's Llama 2 7B
+        (range(1, 31), 30, 4),  # as the exit that hf/* train
+        ([3, 5, 28], 28, 3),  # both are as near to 4
+        ([6, 30], 30, 6),
+        ([12, 24], 24, 12),
+        ([24], 24, None),
+        ([], 24, None),
+    ],
+)
+def test_the_trained_exit_nearest_to_a_seventh_of_the_depth_drafts(trained, layers, exit_layer):
+    assert TrainedExits(exits=list(trained)).exit_that_drafts(layers) == exit_layer
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        ([30], []),
+        ([6, 30], [6]),
+        ([3, 9, 16, 23, 30], [3, 9, 16, 23]),
+        ([*range(1, 31)], [4, 7, 11, 15]),
+        ([25, 26, 27, 28, 29, 30], [25]),
+    ],
+)
+def test_the_exits_that_are_measured(trained, expected):
+    assert exits_to_measure(trained, 30) == expected

@@ -11,14 +11,12 @@ from torch import nn
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
+from layerskip_recipes.acceptance.tokens_per_round import ALL_TOKENS, FirstAndLater, expected_rounds
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import Head, chunk_tokens, compute_dtype
 from layerskip_recipes.model.limits import check_batch
-
-ALL = "all"  # name of the draft vocabulary with all tokens
-MIN_CONFIDENCE = 0.4  # the `self_speculation.min_confidence` that is measured and chosen
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class ExitQuality:
     overlap: float  # mean of sum_v min(p_v, q_v): the accept rate of a sampled token at temperature 1
     accepted_length: float | None  # greedily accepted tokens per round of n drafted ones; None without any text
     tokens_per_round: dict[str, dict[str, Any]] = field(repr=False)
-    """By draft vocabulary, a `TokensPerRound` of checkpoint/trained_exits.py for drafts of 1 to n tokens. {} without a
-    text: at least two labels in a row."""
+    """By draft vocabulary, the fields of a `TokensPerRound` for drafts of 1 to n tokens. {} without a text, which has
+    two labels in a row or more."""
 
     @property
     def perplexity(self) -> float:
@@ -45,48 +43,6 @@ class ExitQuality:
     def report(self) -> dict[str, float | None]:
         names = ("loss", "perplexity", "accuracy", "exact_match", "agreement", "overlap", "accepted_length")
         return {name: getattr(self, name) for name in names}
-
-
-def expected_rounds(
-    first: torch.Tensor,
-    later: torch.Tensor,
-    text: torch.Tensor,
-    longest: int,
-    sure: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The expected numbers of rounds and of drafted tokens that write the texts [..], for drafts of at most 1 to n =
-    `longest` tokens: [.., n] each.
-
-    first, later [.., s]: the probability that a token is accepted as the first of a draft, or as a later one. text
-    [.., s]: True for tokens of a text; other tokens separate texts. `sure`: the same two of `sampling.confidence`; a
-    draft ends where their product is below MIN_CONFIDENCE, and never with ones.
-
-    A round at token i drafts l(i) tokens, and accepts at least k <= l(i) of them with probability S_k(i) = first_i
-    later_(i+1) .. later_(i+k-1). So the rounds R(i) that write the text from token i on are R(i) = 1 + R(i+1) +
-    sum_k S_k(i) (R(i+k+1) - R(i+k)), or with G(i) = R(i) - R(i+1): G(i) = 1 - sum_k S_k(i) G(i+k). The sum of G is R at
-    the first token. With l(i) instead of 1 it is the number of drafted tokens.
-    """
-
-    def products(first: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
-        """[.., s, k]: of the values of the first k tokens of a draft at token i."""
-        first, later = (torch.where(text, x, 0.0).double() for x in (first, later))
-        values = F.pad(later, (0, longest)).unfold(-1, longest, 1)[..., :-1, :].clone()
-        values[..., 0] = first
-        return values.cumprod(-1)
-
-    # Whether a draft at token i has a k-th token, and S_k(i).
-    drafts = (F.pad(products(*sure)[..., :-1], (1, 0), value=1.0) >= MIN_CONFIDENCE).double()
-    drafts, reach = torch.broadcast_tensors(drafts, products(first, later))
-    within = torch.ones(longest, longest, dtype=torch.float64).triu()  # [k, n]: k <= n
-    reach = (reach * drafts)[..., None, None]
-    counts = torch.stack([torch.ones_like(drafts), drafts @ within], -2)  # [.., s, 2, n]: 1 and l(i)
-    *batch, length, _, _ = counts.shape
-    more = counts.new_zeros(*batch, length + longest, 2, longest)  # G(i) of both, for each n
-    for i in reversed(range(length)):
-        fewer = (reach[..., i, :, :, :] * within[:, None] * more[..., i + 1 : i + 1 + longest, :, :]).sum(-3)
-        more[..., i, :, :] = torch.where(text[..., i, None, None], counts[..., i, :, :] - fewer, 0.0)
-    rounds, drafted = more.sum(-3).unbind(-2)
-    return rounds, drafted
 
 
 @torch.no_grad()  # not inference mode: FSDP could not reuse its tensors in training
@@ -113,8 +69,8 @@ def exit_quality(
     """
     exits, last = sorted(exits), model.num_layers
     ids = on_device(vocabulary if draft is None else draft.vocabulary or (), device)
-    own: torch.Tensor | slice = slice(None) if draft is None or draft.vocabulary is None else ids
-    vocabularies = {ALL: own} | {str(size): ids[:size] for size in sizes}
+    every_token: torch.Tensor | slice = slice(None) if draft is None or draft.vocabulary is None else ids
+    vocabularies = {ALL_TOKENS: every_token} | {str(size): ids[:size] for size in sizes}
     sums: dict[str, torch.Tensor] = {}
     for batch in batches:
         # Labels that count, each at the position that predicts it.
@@ -122,23 +78,23 @@ def exit_quality(
         written = generated(batch["labels"])
         utils.batch_to_device(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
-        one = _Batch(labels, F.pad(written[:, 1:], (0, 1)).to(device), vocabularies, num_speculations)
+        at_labels = _Batch(labels, F.pad(written[:, 1:], (0, 1)).to(device), vocabularies, num_speculations)
         # Hidden states of all exits stay until the last layer; compare() then computes logits chunk by chunk.
         if draft is None:
 
-            def on_exit(exit_layer: int, x: torch.Tensor, one: _Batch = one) -> None:
+            def on_exit(exit_layer: int, x: torch.Tensor, at_labels: _Batch = at_labels) -> None:
                 if exit_layer in exits:
-                    one.keep(exit_layer, [x])
+                    at_labels.keep(exit_layer, [x])
                 if exit_layer == last:  # within the model's forward, where a sharded head is gathered
-                    one.compare(Head(model))
+                    at_labels.compare(Head(model))
 
             model(batch.pop("tokens"), on_exit=on_exit, unembed=False, **batch)
         else:
             x, final = draft.teacher_states(model, batch.pop("tokens"), **batch)
-            one.keep(0, draft.states(x, final, **batch))
-            one.keep(last, [final])
-            one.compare(Head(model, norm=nn.Identity()))  # these states have passed the norm
-        sums = {name: value + sums.get(name, 0.0) for name, value in one.sums.items()}
+            at_labels.keep(0, draft.states(x, final, **batch))
+            at_labels.keep(last, [final])
+            at_labels.compare(Head(model, norm=nn.Identity()))  # these states have passed the norm
+        sums = {name: value + sums.get(name, 0.0) for name, value in at_labels.sums.items()}
     # Sum over processes.
     if sums:
         totals = add_up(torch.cat([part.flatten() for part in sums.values()])).cpu()
@@ -146,29 +102,30 @@ def exit_quality(
         sums = {name: part.view_as(sums[name]) for name, part in zip(sums, parts, strict=True)}
     if not (sums and sums["labels"] > 0):
         raise ConfigError(f"{key}: no label counts, so there is nothing to measure")
-    return {e: _quality(sums, index, [ALL] if e == last else [*vocabularies]) for index, e in enumerate(exits)}
+    return {e: _quality(sums, index, [ALL_TOKENS] if e == last else [*vocabularies]) for index, e in enumerate(exits)}
 
 
 def _quality(sums: Mapping[str, torch.Tensor], index: int, vocabularies: Sequence[str]) -> ExitQuality:
     """The quality of the exit number `index`, given the sums over all batches; see `_Batch.sums`."""
     labels, generated, tokens = (sums[name].item() for name in ("labels", "generated", "tokens"))
-    own = {name: values[index] for name, values in sums.items() if values.dim()}
-    agreement, overlap = (own["accepted"][0] / max(generated, 1)).tolist()
-    rates, ended_rates = (tokens / own[name] for name in ("rounds", "ended_rounds"))
-    ended = torch.stack([ended_rates, own["ended_drafted"] / own["ended_rounds"]], -1)
-    kinds = ("greedy", "sampled")
+    of_exit = {name: values[index] for name, values in sums.items() if values.dim()}
+    agreement, overlap = (of_exit["accepted"][0] / max(generated, 1)).tolist()
+    # [vocabularies, greedy and sampled, n], and for drafts that end also [.., 2]: tokens and drafted tokens per round.
+    rates, ended_rates = tokens / of_exit["rounds"], tokens / of_exit["ended_rounds"]
+    ended = torch.stack([ended_rates, of_exit["ended_drafted"] / of_exit["ended_rounds"]], -1)
+    decoding = ("greedy", "sampled")
     return ExitQuality(
         labels=round(labels),
         generated=round(generated),
-        loss=own["loss"].item() / labels,
-        accuracy=own["right"].item() / labels,
-        exact_match=(own["exact"] / sums["samples"]).item(),
+        loss=of_exit["loss"].item() / labels,
+        accuracy=of_exit["right"].item() / labels,
+        exact_match=(of_exit["exact"] / sums["samples"]).item(),
         agreement=agreement,
         overlap=min(overlap, 1.0),
         accepted_length=rates[0, 0, -1].item() - 1 if tokens else None,
         tokens_per_round={
-            name: dict(zip(kinds, rates[i].tolist(), strict=True))
-            | {"ended": dict(zip(kinds, ended[i].tolist(), strict=True))}
+            name: dict(zip(decoding, rates[i].tolist(), strict=True))
+            | {"ended": dict(zip(decoding, ended[i].tolist(), strict=True))}
             for i, name in enumerate(vocabularies if tokens else ())
         },
     )
@@ -232,11 +189,11 @@ class _Batch:
                             of_exit[:, number, 2] = q.amax(-1)
         # Rounds: many small operations, so on the CPU. The first token of a text comes from its prefill.
         text = (self.generated & F.pad(self.generated[:, :-1], (1, 0))).cpu()
-        both = self._by_position(drafted).cpu()
-        first, later = both[..., :2, :, :]
-        # Drafts of a fixed length, as if the draft were always sure, and drafts that end.
-        sure, sure_later = (torch.stack([torch.ones_like(x), x]) for x in both[..., 2:, :, :])
-        rounds, counts = expected_rounds(first, later, text, self.num_speculations, (sure, sure_later))
+        by_position = FirstAndLater(*self._by_position(drafted).cpu())
+        accept_rate = FirstAndLater(*(values[..., :2, :, :] for values in by_position))
+        confidence = FirstAndLater(*(values[..., 2:, :, :] for values in by_position))
+        rounds, _ = expected_rounds(accept_rate, text, self.num_speculations)
+        ended_rounds, ended_drafted = expected_rounds(accept_rate, text, self.num_speculations, confidence)
         has_labels = self.counts.any(-1)
         sums = {
             "labels": self.counts.sum(),
@@ -250,9 +207,9 @@ class _Batch:
             # [exits, vocabularies, greedy and sampled]: first drafted tokens
             "accepted": (drafted[0, ..., :2, :] * self.generated.flatten()[self.rows]).sum(-1),
             # [.., n]: of drafts of a fixed length, and of drafts that end
-            "rounds": rounds[0].sum(-2),
-            "ended_rounds": rounds[1].sum(-2),
-            "ended_drafted": counts[1].sum(-2),
+            "rounds": rounds.sum(-2),
+            "ended_rounds": ended_rounds.sum(-2),
+            "ended_drafted": ended_drafted.sum(-2),
         }
         self.sums = {name: value.to(device, widest) for name, value in sums.items()}
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from helpers.acceptance import followed_rounds, tokens_per_round
 from helpers.tiny import VOCAB, make_tiny, unembedded
 
+from layerskip_recipes.acceptance.exit_quality import exit_quality
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.exit_quality import exit_quality
 
 CPU = torch.device("cpu")
 FREQUENT = [5, 96, 7, *range(20, 60), 3]

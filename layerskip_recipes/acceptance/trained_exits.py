@@ -13,14 +13,16 @@ For a trained draft (drafts.py), "measured" has {"draft": {"greedy": ..., "sampl
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torchtune.utils import get_logger
 from typing_extensions import Self
 
+from layerskip_recipes.acceptance.tokens_per_round import ALL_TOKENS, StoredPart, TokensPerRound
+from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.errors import ConfigError, first_line
 
 log = get_logger("INFO")
@@ -30,50 +32,17 @@ MOST_TOKENS = 16384  # maximum length of "vocabulary"
 DRAFT_VOCABULARIES = (512, 1024, 2048, 4096, 8192, MOST_TOKENS)
 LONGEST_DRAFT = 15  # the longest draft that is measured: a round then verifies 16 tokens, the rows of a matrix tile
 
-Rates = Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1)]
-Pairs = list[tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=0)]]]
 Exit = Annotated[int, Field(ge=1)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-ALL_TOKENS = "all"
+VocabularyName = Annotated[str, Field(pattern=r"^(all|[1-9]\d{0,8})$")]
 
 
-class _Noted(BaseModel):
-    """A part of layerskip.json. Reading checks all that its users rely on."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-
-class EndedDrafts(_Noted):
-    """Tokens per round, and drafted tokens, for drafts of at most 1, 2, .. tokens that end at low confidence."""
-
-    greedy: Pairs
-    sampled: Pairs
-
-
-class TokensPerRound(_Noted):
-    """Expected tokens per round for drafts of 1, 2, .. tokens, teacher-forced (exit_quality.expected_rounds).
-
-    They include the token after the accepted ones.
-    """
-
-    greedy: Rates
-    sampled: Rates
-    """At temperature 1."""
-    ended: EndedDrafts | None = None
-    """None: not measured."""
-
-    @model_validator(mode="after")
-    def _same_lengths(self) -> Self:
-        ended = [] if self.ended is None else [self.ended.greedy, self.ended.sampled]
-        if {len(self.sampled), *map(len, ended)} != {len(self.greedy)}:
-            raise ValueError("its lists have different lengths")
-        return self
-
-
-class Measured(_Noted):
+class Measured(StoredPart):
     on: Literal["dataset_val", "training"]
     labels: int
-    exits: dict[Exit, dict[Annotated[str, Field(pattern=r"^(all|[1-9]\d{0,8})$")], TokensPerRound]] = {}
+    exits: dict[Exit, dict[Annotated[str, Field(pattern=r"^(all|[1-9]\d{0,8})$")], TokensPerRound]] = Field(
+        default_factory=dict
+    )
     """For each early exit and draft vocabulary: "all", or n for the first n tokens of `vocabulary`."""
     draft: TokensPerRound | None = None
     """For a trained draft, with its own vocabulary."""
@@ -86,7 +55,7 @@ class Measured(_Noted):
         return self
 
 
-class TrainedExits(_Noted):
+class TrainedExits(StoredPart):
     """The content of layerskip.json."""
 
     num_layers: int | None = None
@@ -96,6 +65,11 @@ class TrainedExits(_Noted):
     vocabulary: list[Token] | None = None
     """Label tokens of the training data, most frequent first."""
     measured: Measured | None = None
+
+    def exit_that_drafts(self, num_layers: int) -> int | None:
+        """The trained early exit that drafts if none was measured; None if no early exit is trained."""
+        early = [e for e in self.exits or [] if e < num_layers]
+        return default_exit(num_layers, early) if early else None
 
     def fits(self, num_layers: int | None, num_tokens: int | None) -> bool:
         """Whether a model of this size has all exits and tokens that the file names."""
@@ -130,9 +104,9 @@ def read_trained_exits(
     if not file.is_file():
         return None
     try:
-        found = TrainedExits.model_validate_json(file.read_text(encoding="utf-8"))
-        if found.fits(num_layers, num_tokens):
-            return found
+        trained = TrainedExits.model_validate_json(file.read_text(encoding="utf-8"))
+        if trained.fits(num_layers, num_tokens):
+            return trained
         log.warning(
             f"{str(file)!r} is ignored: it describes another model ({num_layers} layers, {num_tokens} tokens here)"
         )
@@ -144,22 +118,3 @@ def read_trained_exits(
     except (OSError, UnicodeDecodeError) as e:
         why = first_line(e)
     raise ConfigError(f"{str(file)!r} cannot be read ({why}). It describes the trained exits: delete or repair it")
-
-
-def usual_exit(num_layers: int) -> int:
-    """The exit at a seventh of the depth, which is trained by default; a fifth was slower (docs/lab_notes.md)."""
-    return max(round(num_layers / 7), 1)
-
-
-def exits_to_measure(trained: Sequence[int], num_layers: int) -> list[int]:
-    """The trained early exits; if more than four, the exits nearest to 1/8, 2/8, 3/8 and 4/8 of the depth."""
-    early = sorted(e for e in trained if e < num_layers)
-    if len(early) <= 4:
-        return early
-    return sorted({min(early, key=lambda e: abs(e - part * num_layers / 8)) for part in (1, 2, 3, 4)})
-
-
-def exit_that_drafts(trained: Sequence[int], num_layers: int) -> int | None:
-    """The trained early exit nearest to a quarter of the depth, as in the paper; None if no early exit is trained."""
-    early = [e for e in trained if e < num_layers]
-    return min(early, key=lambda e: (abs(e - num_layers / 4), e), default=None)

@@ -9,10 +9,10 @@ from helpers.ranks import train_on_ranks
 from helpers.resuming import keep_only
 from helpers.training import VALIDATION, few_texts, losses, texts, train  # noqa: F401
 
-from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, exits_to_measure, read_trained_exits
-from layerskip_recipes.model.exit_quality import exit_quality
-from layerskip_recipes.training import draft_statistics
-from layerskip_recipes.training.draft_statistics import DraftStatistics
+from layerskip_recipes.acceptance import measuring
+from layerskip_recipes.acceptance.exit_quality import exit_quality
+from layerskip_recipes.acceptance.trained_exits import LONGEST_DRAFT, read_trained_exits
+from layerskip_recipes.training import description
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 EXITS = {"curriculum": None, "exits": "1,2,3", "scale": 1.0, "scale_fn": "uniform"}
@@ -31,8 +31,8 @@ def in_order(vocabulary, counts) -> bool:
 
 def test_a_run_without_validation_measures_its_first_batches(tmp_path, tokenizer_folder, monkeypatch):
     """As test_exit_quality.py checks it, of single samples; the losses are those of a run that measures nothing."""
-    monkeypatch.setattr(draft_statistics, "DRAFT_VOCABULARIES", (4, 64, 512))
-    monkeypatch.setattr(draft_statistics, "ENOUGH_SAMPLES", 4)
+    monkeypatch.setattr(measuring, "DRAFT_VOCABULARIES", (4, 64, 512))
+    monkeypatch.setattr(measuring, "ENOUGH_SAMPLES", 4)
     path = finetune_config(
         tmp_path, tokenizer_folder, early_exit_loss=EXITS, dataset=VALIDATION | {"max_samples": 12},
         max_steps_per_epoch=6, shuffle=True, save_every_n_steps=2,
@@ -61,30 +61,45 @@ def test_a_run_without_validation_measures_its_first_batches(tmp_path, tokenizer
     assert losses(again) == {step: whole[step] for step in (5, 6)}
     resumed = read_trained_exits(again / "epoch_0")
     assert (resumed.vocabulary, resumed.measured) == (found.vocabulary, found.measured)
-    monkeypatch.setattr(DraftStatistics, "measure", lambda *a, **k: None)
+    monkeypatch.setattr(description, "measured_acceptance", lambda *a, **k: None)
     train(path, f"output_dir={tmp_path}/unmeasured")
     assert losses(tmp_path / "unmeasured") == whole
     assert read_trained_exits(tmp_path / "unmeasured" / "epoch_0").measured is None
 
 
-def test_early_exits_change_the_heads_rows_of_labels_of_earlier_steps(tmp_path, tokenizer_folder, monkeypatch):
-    """All micro-batches of a step have the same rows."""
-    given, call = [], EarlyExitLoss.__call__
+@pytest.fixture
+def head_rows_of_micro_batches(monkeypatch):
+    """The `head_rows` with which the loss is called, one for each micro-batch."""
+    calls, call = [], EarlyExitLoss.__call__
 
-    def recorded(self, *args, head_rows, **options):
-        given.append(head_rows.clone())
+    def recorded(self, *args, head_rows=None, **options):
+        calls.append(head_rows if head_rows is None else head_rows.clone())
         return call(self, *args, head_rows=head_rows, **options)
 
     monkeypatch.setattr(EarlyExitLoss, "__call__", recorded)
+    return calls
+
+
+def test_early_exits_change_the_heads_rows_of_labels_of_earlier_steps(
+    tmp_path, tokenizer_folder, head_rows_of_micro_batches
+):
+    """All micro-batches of a step have the same rows."""
     recipe = train(
         finetune_config(
             tmp_path, tokenizer_folder, early_exit_loss=EXITS, dataset=VALIDATION | {"max_samples": 12},
             max_steps_per_epoch=3, gradient_accumulation_steps=2, shuffle=True,
         )
     )  # fmt: skip
-    assert len(given) == 6 and set(given[-1].tolist()) == {0.0, 1.0}
-    for part, rows in enumerate(given):
+    assert len(head_rows_of_micro_batches) == 6 and set(head_rows_of_micro_batches[-1].tolist()) == {0.0, 1.0}
+    for part, rows in enumerate(head_rows_of_micro_batches):
         assert rows.nonzero()[:, 0].tolist() == sorted(label_counts(recipe, part // 2))
+
+
+def test_early_exits_change_all_rows_of_the_head_without_label_rows_only(
+    tmp_path, tokenizer_folder, head_rows_of_micro_batches
+):
+    train(finetune_config(tmp_path, tokenizer_folder, early_exit_loss=EXITS | {"label_rows_only": False}))
+    assert head_rows_of_micro_batches and not any(rows is not None for rows in head_rows_of_micro_batches)
 
 
 def test_a_run_without_early_exits_measures_nothing(tmp_path, tokenizer_folder):
@@ -111,17 +126,3 @@ def test_two_processes_count_and_measure_what_one_does(tmp_path, tokenizer_folde
     for e, of_exit in one.measured.exits.items():
         assert two.measured.exits[e]["all"].greedy == pytest.approx(of_exit["all"].greedy, abs=1e-2)
         assert two.measured.exits[e]["all"].sampled == pytest.approx(of_exit["all"].sampled, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("trained", "expected"),
-    [
-        ([30], []),
-        ([6, 30], [6]),
-        ([3, 9, 16, 23, 30], [3, 9, 16, 23]),
-        ([*range(1, 31)], [4, 7, 11, 15]),
-        ([25, 26, 27, 28, 29, 30], [25]),
-    ],
-)
-def test_the_exits_that_are_measured(trained, expected):
-    assert exits_to_measure(trained, 30) == expected
