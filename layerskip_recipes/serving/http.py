@@ -32,10 +32,8 @@ from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, R
 log = utils.get_logger("INFO")
 
 BODY_S = 60  # the longest time that a client may take to send its body
-REST_S, REST_BYTES = (
-    5,
-    2**26,
-)  # how much of a refused body is read: most clients read no answer before they have sent all
+# How much of a refused body is read: most clients read an answer only after they have sent all.
+REST_S, REST_BYTES = 5, 2**26
 EVENT_S = 0.05  # the shortest time between two events of a stream
 NO_KEY = "is not allowed. Allowed without a key: names of this machine"
 JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")  # the second is the default of curl
@@ -227,14 +225,8 @@ async def _refuse(request: HTTPRequest, e: Exception) -> Response:
         status, line, headers = e.status_code, e.detail, e.headers
         if status in (404, 405) and not line.startswith("model"):
             line = f"path: {request.method} {request.url.path} is not supported by this server"
-    try:
-        has_ended = await asyncio.wait_for(_skip_rest(request), REST_S)
-    except (asyncio.TimeoutError, ClientDisconnect):
-        has_ended = False
-    except RuntimeError:  # starlette's: it was read
-        has_ended = True
     response = JSONResponse(_error(status, line), status, headers)
-    if has_ended:
+    if await _has_ended(request):
         return response
 
     async def answer_and_wait() -> AsyncIterator[bytes]:
@@ -244,14 +236,23 @@ async def _refuse(request: HTTPRequest, e: Exception) -> Response:
     return StreamingResponse(answer_and_wait(), status, {**response.headers, "connection": "close"})
 
 
-async def _skip_rest(request: HTTPRequest) -> bool:
-    """Read the rest of a body; returns whether it has ended."""
-    size = 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > REST_BYTES:
-            return False
-    return True
+async def _has_ended(request: HTTPRequest) -> bool:
+    """Read the rest of a body; returns whether it ended within the limits."""
+
+    async def skip() -> bool:
+        size = 0
+        async for piece in request.stream():
+            size += len(piece)
+            if size > REST_BYTES:
+                return False
+        return True
+
+    try:
+        return await asyncio.wait_for(skip(), REST_S)
+    except (asyncio.TimeoutError, ClientDisconnect):
+        return False
+    except RuntimeError:  # starlette's: all of it was read before
+        return True
 
 
 def _error(status: int, line: str) -> dict[str, Any]:

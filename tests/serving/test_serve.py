@@ -323,6 +323,14 @@ def test_a_body_without_end_is_refused_and_its_connection_closed(url, path, monk
     assert (b"path: POST" if path == "unknown" else b'"body: is too large') in answer
 
 
+def test_a_body_that_does_not_come_is_refused_and_its_connection_closed(url, monkeypatch):
+    monkeypatch.setattr(http, "BODY_S", 0.05)
+    monkeypatch.setattr(http, "REST_S", 0.05)
+    response = httpx.post(f"{url}/completions", content=iter(lambda: time.sleep(0.2) or b" ", None), timeout=10)
+    assert response.status_code == 408 and response.headers["connection"] == "close"
+    assert response.json()["error"]["message"].startswith("body: did not arrive within")
+
+
 def test_a_large_body_is_answered_after_it_was_sent(url):
     """httpx sends all of a body before it reads the answer. The connection is used again."""
     with httpx.Client() as client:
