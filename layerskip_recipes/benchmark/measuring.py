@@ -2,7 +2,7 @@
 affect all of them."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ from torchtune import utils
 from layerskip_recipes.benchmark.peers import Peer, TokenLists, type_and_line
 from layerskip_recipes.generation.config import DecodingConfig
 from layerskip_recipes.generation.drafting.draft_model import DraftModels
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
@@ -58,10 +59,13 @@ class Turns:
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
     failed: dict[str, str] = field(default_factory=dict)
 
-    def decode(self, method: Method, temperature: float, batch: TokenLists, seed: int) -> tuple[list, GenerationStats]:
+    def decode(
+        self, method: Method, temperature: float, batch: TokenLists, seed: int, rule: DraftRule | None = None
+    ) -> tuple[list, GenerationStats]:
         """Decode one batch: the new tokens of each row up to a stop string, and the statistics.
 
-        There is a draft in every round. Peers do not see stop strings, so their statistics count the tokens after them.
+        Without a `rule` there is a draft in every round. Peers do not see stop strings, so their statistics count the
+        tokens after them.
         """
         strings = self.cfg.stop_strings
         texts = [TextStream(self.tokenizer, self.stop_tokens, strings) for _ in batch] if strings else []
@@ -78,6 +82,7 @@ class Turns:
             stop_tokens=self.stop_tokens,
             compile=self.cfg.compile,
             reserve=self.reserve,
+            rule=rule,
         )
         if texts:
             follow(generation, texts)
@@ -96,19 +101,28 @@ class Turns:
         """
         # Warm up with two prompt lengths: for the second, torch compiles again, with dynamic shapes.
         for batch in (min(self.batches, key=longest_prompt), max(self.batches, key=longest_prompt)):
-            self._turn(methods, temperature, batch, 0, self.seed)
+            self._turn(methods, temperature, batch, 0, self.seed, {})
         yield {}
+        # As in generation, a rule that has measured warm rounds decides when to draft. The acceptance of random weights
+        # (no tokenizer) means nothing, so they always draft.
+        rules = {} if self.tokenizer is None else {name: DraftRule() for name in methods}
         for repeat in range(repeats):
             for i, batch in enumerate(self.batches):
-                yield self._turn(methods, temperature, batch, repeat, self.seed + repeat * len(self.batches) + i)
+                yield self._turn(methods, temperature, batch, repeat, self.seed + repeat * len(self.batches) + i, rules)
 
     def _turn(
-        self, methods: dict[str, Method], temperature: float, batch: TokenLists, repeat: int, seed: int
+        self,
+        methods: dict[str, Method],
+        temperature: float,
+        batch: TokenLists,
+        repeat: int,
+        seed: int,
+        rules: Mapping[str, DraftRule],
     ) -> dict[str, Run]:
         runs = {}
         for name, method in list(methods.items()):
             try:
-                runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed))
+                runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed, rules.get(name)))
             except Exception as e:  # a peer can raise anything, and the other methods go on
                 if not isinstance(method, Peer):
                     raise
