@@ -2,7 +2,7 @@
 affect all of them."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,10 +48,12 @@ class Turns:
     spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
 
-    def decode(self, method: Method, temperature: float, batch: TokenLists, seed: int) -> tuple[list, GenerationStats]:
+    def decode(
+        self, method: Method, temperature: float, batch: TokenLists, seed: int, always_draft: bool = True
+    ) -> tuple[list, GenerationStats]:
         """Decode one batch: the new tokens of each row up to a stop string, and the statistics.
 
-        There is a draft in every round.
+        Without `always_draft` the rule decides when to draft, as in generation.
         """
         strings = self.cfg.stop_strings
         texts = [self.llm.text_stream(stop=strings) for _ in batch] if strings else []
@@ -60,7 +62,7 @@ class Turns:
             self.limit,
             method,
             compile=bool(self.cfg.compile),
-            always_draft=True,
+            always_draft=always_draft,
             sampler=self.cfg.sampler(temperature, seed),
             reserve=self.reserve,
         )
@@ -78,17 +80,28 @@ class Turns:
         """Yield {} after the warm-up, then the runs by method name for each batch of each repeat."""
         # Warm up with two prompt lengths: for the second, torch compiles again, with dynamic shapes.
         for batch in (min(self.batches, key=longest_prompt), max(self.batches, key=longest_prompt)):
-            self._turn(methods, temperature, batch, 0, self.seed)
+            self._turn(methods, temperature, batch, 0, self.seed, always_draft=True)
         yield {}
+        # As in generation, a rule that has measured warm rounds decides when to draft. The acceptance of random weights
+        # (no tokenizer) means nothing, so they always draft.
+        self.llm.state.rules.clear()
+        always_draft = self.llm.tokenizer is None
         for repeat in range(repeats):
             for i, batch in enumerate(self.batches):
-                yield self._turn(methods, temperature, batch, repeat, self.seed + repeat * len(self.batches) + i)
+                seed = self.seed + repeat * len(self.batches) + i
+                yield self._turn(methods, temperature, batch, repeat, seed, always_draft)
 
     def _turn(
-        self, methods: dict[str, Method], temperature: float, batch: TokenLists, repeat: int, seed: int
+        self,
+        methods: dict[str, Method],
+        temperature: float,
+        batch: TokenLists,
+        repeat: int,
+        seed: int,
+        always_draft: bool,
     ) -> dict[str, Run]:
         runs = {}
         for name, method in methods.items():
-            runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed))
+            runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed, always_draft))
             self.compile_s[temperature, name] += runs[name].stats.compile_s
         return runs

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import run_tune
-from helpers.configs import benchmark_config
+from helpers.configs import benchmark_config, generate_config
 from helpers.json_lines import write_lines
 from helpers.recipes import run_benchmark as run
+from helpers.recipes import run_generate
 
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Run, Turns
@@ -22,7 +23,9 @@ from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.report import figures
 from layerskip_recipes.cli import recipes as cli
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation.accounts import Accounts
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.report import draft_figures
 from layerskip_recipes.generation.stats import GenerationStats
@@ -95,7 +98,7 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
         row = table[name]
         assert row["acceptance_rate"] == row["accepted"] / row["drafted"]
         assert row["drafted_per_round"] == row["drafted"] / row["rounds"]
-        assert row["rounds_by_kind"] == {"chain": row["rounds"]}
+        assert {*row["rounds_by_kind"]} == {"plain", "chain"} and sum(row["rounds_by_kind"].values()) == row["rounds"]
         assert row["tokens_per_round"] == pytest.approx(row["accepted"] / row["rounds"] + 1)
         cost = row["draft_s_per_round"] / row["draft_steps_per_round"] / base["round_s"]
         assert row["draft_cost"] == pytest.approx(cost)
@@ -107,6 +110,24 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
         moved = row["bytes_per_token"] * row["tokens_per_second"]["median"]
         assert row["share_of_memory_bandwidth"] == pytest.approx(moved / report["memory_bandwidth"])
     assert base["drafted"] == 0 and base["engine_efficiency"] is None and base["compile_s"] == 0
+
+
+@pytest.mark.parametrize("cost", [1.0, 2.5])
+def test_a_variant_drafts_where_generation_does(cost, path, tmp_path, checkpoint, monkeypatch):
+    """With the same settings both commands have the same rounds, whether drafts pay or not. The cost replaces times."""
+    monkeypatch.setattr(DraftRule, "cost", lambda self, kind: cost)
+    monkeypatch.setattr(Accounts, "round_s", 1.0)
+    settings = {"exit_layer": 2, "num_speculations": 3, "prompt_lookup": 2}
+    compares = {"prompt": ["def main(", "import os"], "benchmark": {"compare": True}, "compile": False}
+    config = generate_config(tmp_path, checkpoint, max_new_tokens=48, self_speculation=settings, **compares)
+    _, generated = run_generate(config)
+    variants = ", ".join(f"{key}: {value}" for key, value in settings.items())
+    given = ["temperatures=[0.0]", "max_new_tokens=48", "repeats=1", "picture=null"]
+    _, measured = run(path, *given, f"variants={{same: {{{variants}}}}}")
+    row = rows(measured, 0.0)["same"]
+    same = ("rounds_by_kind", "rounds", "drafted", "accepted")
+    assert [row[key] for key in same] == [generated[key] for key in same]
+    assert (generated["rounds_by_kind"]["plain"] > 10) is (cost > 1) and generated["drafted"] > 0
 
 
 def test_outputs_are_the_same_by_all_methods(report):
