@@ -417,13 +417,17 @@ def finetune(place: Place) -> None:
         place.record({"left out": "no --model-dir was given"})
         return
     shutil.rmtree(place.work / "finetuned", ignore_errors=True)  # of an earlier call
-    started, out = time.perf_counter(), f"output_dir={place.work / 'finetuned'}"
+    script, data = ROOT / "examples/spoken_commands.py", place.work / "commands"
+    subprocess.run([sys.executable, str(script), str(data)], check=True, stdout=subprocess.DEVNULL)
+    model = f"model_dir={place.model_dir.resolve()}"
+    folders = (f"data_dir={data}", f"output_dir={place.work / 'finetuned'}")
+    started = time.perf_counter()
     training = ["save_every_n_steps=null"]
     training += ["max_steps_per_epoch=2", "dataset_val.count=2"] if place.tiny else ["max_steps_per_epoch=200"]
-    run_recipe(place, "layerskip_finetune", "task/finetune", f"model_dir={place.model_dir.resolve()}", out, *training)
+    run_recipe(place, "layerskip_finetune", "qa/finetune", model, *folders, *training)
     place.record({"part": "training", "seconds": time.perf_counter() - started})
     decoding = ["repeats=1", "max_new_tokens=8", "prompts.count=1", "compile=false"] if place.tiny else ["compile=true"]
-    run_recipe(place, "layerskip_benchmark", "task/benchmark", out, *decoding)
+    run_recipe(place, "layerskip_benchmark", "qa/benchmark", *folders, *decoding)
     for row in json.loads((place.work / "finetuned/benchmark/tune.json").read_text())["results"]:
         kept = {name: row[key] for name, key in TUNED.items()} | {"exact match": row["metrics"]["exact_match"]}
         place.record({"part": row["name"], "temperature": row["temperature"], **kept})

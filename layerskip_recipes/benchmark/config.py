@@ -79,8 +79,7 @@ class BenchmarkConfig(DecodingConfig):
     """How many times each method decodes all prompts. The report has the median and the range. auto: as many as
     decode 12 prompts, at most 3."""
     metrics: Annotated[list[Metric], Field(examples=["[rougeL]"])] | None = None
-    """Scores of the outputs against the prompts' references. `correct` is the share that the task's own check accepts,
-    for tasks that have one (`layerskip_recipes.tasks.bfcl`)."""
+    """Scores of the outputs against the prompts' references."""
     random_weights: Flag = False
     """Measure the cost of rounds without a checkpoint or tokenizer: weights and prompts are random. The report has the
     times, and the speed-ups at accept rates of 0.5, 0.7 and 0.9."""

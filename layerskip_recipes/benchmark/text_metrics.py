@@ -1,7 +1,7 @@
 """Scores outputs against references: ROUGE, BLEU and exact match, each from 0 to 1.
 
 ROUGE is the mean F-measure of lower-case words without stemming. BLEU is corpus BLEU-4 with SacreBLEU's 13a tokenizer
-and no smoothing. torchmetrics computes both. `correct` is the share of outputs that the task itself accepts.
+and no smoothing. torchmetrics computes both.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from layerskip_recipes.data.chat_template import THINK
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.text.prompts import Example
 
-Metric = Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match", "correct"]
+Metric = Literal["rouge1", "rouge2", "rougeL", "bleu", "exact_match"]
 
 
 def text_metrics(names: Sequence[Metric], outputs: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
@@ -20,9 +20,6 @@ def text_metrics(names: Sequence[Metric], outputs: Sequence[str], examples: Sequ
     answers = [_answer(output) for output in outputs]
 
     def metric(name: Metric) -> float:
-        if name == "correct":
-            right = [bool(e.is_right and e.is_right(answer)) for e, answer in zip(examples, answers, strict=True)]
-            return sum(right) / len(right)
         if name == "exact_match":
             same = [answer == _answer(reference) for answer, reference in zip(answers, references, strict=True)]
             return sum(same) / len(same)
@@ -50,9 +47,4 @@ def check_references(names: Sequence[Metric], examples: Sequence[Example]) -> No
             f"metrics: {', '.join(names)} needs references, and prompt {without[0]} of {len(examples)} has none. Give "
             '{"prompt": "text", "response": "text"} lines in prompt_file, or a component of layerskip_recipes.tasks as '
             "prompts; or metrics=null"
-        )
-    if "correct" in names and any(example.is_right is None for example in examples):
-        raise ConfigError(
-            "metrics: correct needs prompts that judge their outputs, such as layerskip_recipes.tasks.bfcl, and these "
-            "have none. Allowed: exact_match, rouge1, rouge2, rougeL, bleu"
         )

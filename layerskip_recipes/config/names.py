@@ -2,6 +2,7 @@
 
 import difflib
 import runpy
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from layerskip_recipes.errors import ConfigError
 PACKAGE = Path(__file__).parents[1]
 # Configs are inside the package in a wheel, and beside it in a checkout.
 CONFIG_DIR = next(d for d in (PACKAGE / "configs", PACKAGE.parent / "recipes" / "configs") if d.is_dir())
+# The scripts that write what the configs of removed folders read: {folder: (script, its folder of data)}.
+REPLACED_BY_SCRIPTS = {"task": ("spoken_commands", "commands"), "bfcl": ("function_calls", "bfcl")}
 
 
 def our_configs() -> dict[str, Path]:
@@ -43,16 +46,25 @@ def find_config(name: str, relative_to: Path | None = None, key: str = "config")
     known = torchtune_configs() | our_configs()
     if name in known:
         return known[name]
-    theirs = name.removesuffix("_layerskip")
-    if theirs in known:
-        bases = f"[{theirs}, _layerskip{'' if 'lora' in theirs else ', _adamw'}]"
-        raise ConfigError(
-            f"{key}: {name!r} was removed. layerskip_finetune adds LayerSkip's sections to --config {theirs}; in a "
-            f"file, write extends: {bases}"
-        )
+    if instead := _instead_of_removed(name, known):
+        raise ConfigError(f"{key}: {name!r} was removed. {instead}")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise ConfigError(
         f"{key}: {name!r} is neither a file nor a config name."
         + (f" Nearest: {', '.join(near)}." if near else "")
         + " `layerskip ls` lists all."
     )
+
+
+def _instead_of_removed(name: str, known: Mapping[str, Path]) -> str | None:
+    """What to write instead of the name of a config that was removed; None for other names."""
+    theirs = name.removesuffix("_layerskip")
+    if theirs in known:
+        bases = f"[{theirs}, _layerskip{'' if 'lora' in theirs else ', _adamw'}]"
+        return f"layerskip_finetune adds LayerSkip's sections to --config {theirs}; in a file, write extends: {bases}"
+    folder, _, config = name.partition("/")
+    ours = f"qa/{config}"
+    if folder in REPLACED_BY_SCRIPTS and ours in known:
+        script, data = REPLACED_BY_SCRIPTS[folder]
+        return f"Write its data with `python examples/{script}.py {data}`, and then --config {ours} data_dir={data}"
+    return None

@@ -46,8 +46,7 @@ class RecipeConfig(Section):
     checkpoint; for a draft, also its model), a folder of PEFT's LoRA adapters, which are merged into their base model,
     or a name on the Hugging Face Hub. Other keys refer to it."""
     data_dir: Annotated[Text, Field(examples=["my_data"])] | None = None
-    """The data of the configs `qa/*`: a folder with `train.jsonl` and `test.jsonl`. For `bfcl/*`, the folder
-    `bfcl_eval/data` if its package is not installed. Other keys refer to it."""
+    """The data of the configs `qa/*`: a folder with `train.jsonl` and `test.jsonl`. Other keys refer to it."""
     output_dir: Annotated[Text, Field(examples=["/tmp/layerskip"])] | None = None
     """The folder that training writes to. For other recipes, a variable that other keys refer to."""
     device: Annotated[DeviceName, Auto()] = AUTO

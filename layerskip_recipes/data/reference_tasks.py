@@ -77,8 +77,6 @@ xsum_summarization = partial(
 )
 # Compares with the canonical solution and never executes code; lm-eval's task `humaneval` measures pass@1.
 human_eval = partial(task, source=HUMAN_EVAL, prompt="{prompt}", response="{canonical_solution}", count=None)
-# Needs a file of the data set. The config paper/topv2_1_5B finetunes a model with these templates.
-topv2 = partial(task, prompt="{utterance}\n", response="{semantic_parse}")
 
 
 @checked_arguments("prompts.")

@@ -61,27 +61,46 @@ def qa_dataset(
         answer: the field that holds the answer.
         count: read only this number of lines. None: all.
     """
+    return ReplyDataset(tokenizer, _read_pairs(path, question, answer, count))
+
+
+@checked_arguments()
+def qa_prompts(
+    path: Annotated[Text, Field(examples=["test.jsonl"])],
+    question: Annotated[Text, Field(examples=["input"])] = "input",
+    answer: Annotated[Text, Field(examples=["output"])] | None = "output",
+    count: Annotated[PositiveInt, Field(examples=[24])] | None = None,
+) -> list[Example]:
+    """The questions of `qa_dataset`'s files as prompts, with the answers as references; `answer` None: without."""
+    return [*_read_pairs(path, question, answer, count)]
+
+
+def _read_pairs(path: str, question: str, answer: str | None, count: int | None) -> Sequence[Example]:
+    answer_field = answer or "output"
 
     def example(number: int, line: dict[str, Any]) -> Example:
         if {"prompt", "text"} <= line.keys() and not {question, answer} & line.keys():  # an output_file
-            line = {question: line["prompt"], answer: line["text"]}
+            line = {question: line["prompt"], answer_field: line["text"]}
         asked = line.get(question)
         is_chat = isinstance(asked, dict) and {"user"} <= asked.keys() <= {"user", "system"}
         turns = asked if is_chat else {"user": asked}
-        for name, text in [*((question, text) for text in turns.values()), (answer, line.get(answer))]:
+        texts = [(question, text) for text in turns.values()]
+        if answer is not None:
+            texts.append((answer, line.get(answer)))
+        for name, text in texts:
             if not isinstance(text, str) or re.search("[\ud800-\udfff]", text) or not (text or name == answer):
                 given = f"{name} is {line[name]!r:.60}" if name in line else f"no field {name}, but {', '.join(line)}"
                 advice = ANSWER_FIRST.format(folder=Path(path).parent) if name == answer not in line else ""
                 raise ConfigError(
                     f"path: {path!r} line {number}: {given}. Allowed: a question and an answer as text in UTF-8, for "
-                    f'example {{"{question}": "wake me at 7", "{answer}": "alarm 07:00"}}{advice}'
+                    f'example {{"{question}": "wake me at 7", "{answer_field}": "alarm 07:00"}}{advice}'
                 )
-        return {"prompt": turns, "response": line[answer]}
+        return {"prompt": turns, "response": None if answer is None else line[answer]}
 
     examples = JsonLines(path, "path", example, count)
     if not len(examples):
         raise ConfigError(f"path: {path!r} holds no lines. Give a file with a JSON object on each line")
-    return ReplyDataset(tokenizer, examples)
+    return examples
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,9 @@
 It gives a tokenizer, a dataset, and prompts from held-out files, without a download.
 """
 
-import ast
 import json
 import os
-import random
 import sysconfig
-import textwrap
 import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +16,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 
 from layerskip_recipes.config.schema import PositiveInt, check, checked_arguments
-from layerskip_recipes.data.replies import Example, ReplyDataset
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 
@@ -131,37 +127,3 @@ def heldout_prompts(
                 break
     check("prompts.count", count, Annotated[int, Field(ge=1, le=len(prompts), examples=[min(8, len(prompts))])])
     return [prompts[i * len(prompts) // count] for i in range(count)]
-
-
-@checked_arguments("prompts.")
-def code_index(count: PositiveInt = 24, split: Literal["train", "test"] = "test") -> list[Example]:
-    """At most `count` short functions as prompts; the references list their parameters and calls as JSON.
-
-    The split "test" has functions of the files that `stdlib_texts` holds out.
-    """
-    found = {}
-    for text in stdlib_texts("heldout" if split == "test" else "train").values():
-        lines = text.splitlines(keepends=True)
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                source = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).rstrip()
-                if len(source) <= 300:
-                    found[source] = json.dumps(_index_entry(node))
-    pairs = list(found.items())
-    random.Random(0).shuffle(pairs)
-    return [{"prompt": {"user": f"Index as JSON:\n{code}"}, "response": entry} for code, entry in pairs[:count]]
-
-
-def _index_entry(node: ast.FunctionDef) -> dict[str, Any]:
-    names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-    calls = [ast.unparse(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)]
-    returns = any(isinstance(inner, ast.Return) and inner.value is not None for inner in ast.walk(node))
-    return {"function": node.name, "parameters": names, "returns": returns, "calls": list(dict.fromkeys(calls))}
-
-
-@checked_arguments("dataset.")
-def code_index_dataset(
-    tokenizer: Any, split: Literal["train", "test"] = "train", count: PositiveInt = 40_000
-) -> ReplyDataset:
-    """`code_index` as conversations in the tokenizer's chat template; the loss counts the JSON."""
-    return ReplyDataset(tokenizer, code_index(count, split))

@@ -51,19 +51,8 @@ def test_exact_match_is_without_the_opening_of_a_think_block():
     assert text_metrics(["exact_match"], outputs, examples([reference] * 3)) == {"exact_match": 2 / 3}
 
 
-def test_correct_is_what_the_task_accepts():
-    judge = Example("p", "four", is_right=lambda output: output in ("four", "4"))
-    assert text_metrics(["correct", "exact_match"], [" 4\n", "five", "four"], [judge] * 3) == {
-        "correct": 2 / 3,
-        "exact_match": 1 / 3,
-    }
-    check_references(["correct"], [judge])
-    with pytest.raises(ValueError, match=r"^metrics: correct needs prompts that judge .* such as .*tasks\.bfcl"):
-        check_references(["correct"], [judge, *examples(["four"])])
-
-
 def test_metrics_need_references():
     with pytest.raises(ValueError, match="metrics: bleu, rouge1 needs references, and prompt 2 of 3 has none"):
         check_references(["bleu", "rouge1"], [Example("p", response) for response in ["a", None, None]])
-    check_references([name for name in get_args(Metric) if name != "correct"], [Example("p", ""), Example("q", "r")])
+    check_references(get_args(Metric), [Example("p", ""), Example("q", "r")])
     check_references([], [Example("p")])

@@ -42,6 +42,8 @@ def test_a_path_is_found_from_any_folder(name, base, tmp_path, monkeypatch):
     [
         ("quickstart/finetun", "'quickstart/finetun' .*Nearest: .*quickstart/finetune[,.]"),
         ("Quickstart/Generate", "'Quickstart/Generate' .*Nearest: .*quickstart/generate[,.]"),
+        ("task/finetune", r".*python examples/spoken_commands\.py commands.* --config qa/finetune data_dir=commands$"),
+        ("bfcl/eval", r".*python examples/function_calls\.py bfcl.* --config qa/eval data_dir=bfcl$"),
         ("llama3/8B_lora_layerskip", r".* --config llama3/8B_lora; .* extends: \[llama3/8B_lora, _layerskip\]$"),
         ("llama3_2/3B_full_layerskip", r".* extends: \[llama3_2/3B_full, _layerskip, _adamw\]$"),
         ("llama3_2/1B_full_single_devce", ".*Nearest: .*llama3_2/1B_full_single_device[,.]"),

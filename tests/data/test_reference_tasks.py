@@ -20,7 +20,7 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data import json_lines
 from layerskip_recipes.data import reference_tasks as tasks
-from layerskip_recipes.data.replies import qa_dataset
+from layerskip_recipes.data.replies import qa_dataset, qa_prompts
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.text.prompts import encode, try_examples
@@ -83,15 +83,18 @@ def test_language_modelling_cuts_articles_by_words():
     assert made == [{"prompt": "  One two,\n\nthree", "response": " four. Five"}]
 
 
-def test_xsum_and_topv2_files():
+def test_xsum_files():
     rows = [{"document": "Rain fell.", "summary": "It rained.", "id": "1"}] * 2
     made = tasks.xsum_summarization(source=write_lines("x.jsonl", rows), n_shot=1, count=1)
     assert made[0]["prompt"].count("Rain fell.") == 2 and made[0]["prompt"].count("It rained.") == 1
     assert made[0]["response"].strip() == "It rained."
-    # Words that a CSV reader likes to take for something else.
-    Path("t.tsv").write_text('domain\tutterance\tsemantic_parse\nalarm\tNA\t[IN:X 7 ]\nalarm\t"hi" twice\t[IN:Y ]\n')
-    made = tasks.topv2(source="t.tsv", count=2, prompt="{utterance} =>", response="{semantic_parse}")
-    assert made == [{"prompt": "NA =>", "response": "[IN:X 7 ]"}, {"prompt": '"hi" twice =>', "response": "[IN:Y ]"}]
+
+
+def test_words_of_a_table_stay_words():
+    """A CSV reader takes NA for a missing value, and quotation marks for its own."""
+    Path("t.tsv").write_text('document\tsummary\nNA\t7\n"hi" twice\tnull\n')
+    made = tasks.xsum_summarization(source="t.tsv", count=2, prompt="{document} =>", response="{summary}")
+    assert made == [{"prompt": "NA =>", "response": "7"}, {"prompt": '"hi" twice =>', "response": "null"}]
 
 
 def test_human_eval_completes_to_a_program():
@@ -126,7 +129,6 @@ WRONG = [
     ("task=cnn_dm_summarization; source=no.csv", "prompts.source", "'no.csv'", ".parquet"),
     ("task=cnn_dm_summarization; source=no/such", "prompts.source", "'no/such'", "on the hub"),
     ("task=cnn_dm_summarization; source=qa.csv; count=1; n_shot=0", "prompts", "'qa.csv' row 0 (KeyError", "(q, a)"),
-    ("task=topv2", "prompts.source", "missing", "topv2 needs it"),
     ("task=cnn_dm_summarization; source=folder", "prompts.source", "split 'test'", "train"),
     ("task=cnn_dm_language_modeling; source=cnn.jsonl", "prompts.n_shot", "need 1 rows", "only 0 fit"),
     ("task=cnn_dm_language_modeling; prompt_words=0", "prompts.prompt_words", "0", "1 or more"),
@@ -182,6 +184,8 @@ def test_questions_and_answers_of_any_text():
     asked = {"user": "who?", "system": "Be brief."}
     chat = write_lines("answers.jsonl", [{"index": 0, "prompt": asked, "text": "me", "tokens": 1}])
     assert [*qa_dataset(None, chat, "prompt", "text").examples] == [{"prompt": asked, "response": "me"}]
+    assert qa_prompts(chat) == [{"prompt": asked, "response": "me"}]
+    assert qa_prompts(chat, answer=None) == [{"prompt": asked, "response": None}]
 
 
 def write_many(name: str, num_lines: int) -> str:
@@ -228,6 +232,18 @@ def test_a_pipe_can_be_read():
     os.close(read)
 
 
+def test_a_question_without_an_answer_is_a_prompt_but_no_sample():
+    lines = [{"input": "who?"}, {"input": {"user": "where?", "system": "Be brief."}}]
+    path = write_lines("train.jsonl", lines)
+    assert qa_prompts(path, answer=None) == [
+        {"prompt": {"user": "who?"}, "response": None},
+        {"prompt": {"user": "where?", "system": "Be brief."}, "response": None},
+    ]
+    for read in (qa_prompts, lambda path: qa_dataset(None, path)):
+        with pytest.raises(ConfigError, match=r"^path: .* line 1: no field output.*--config qa/answers"):
+            read(path)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -256,12 +272,19 @@ def test_a_bad_question_or_answer_is_named_by_its_line(line, said):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "deepseek_r1_distill", "smollm3", "smollm2"])
-@pytest.mark.parametrize("reply", ["alarm 07:00", "<think>\nhours\n</think>\n\nalarm 07:00"])
-def test_all_qa_configs_ask_with_the_tokens_that_they_train(tokenizer_folder, family, reply):
+@pytest.mark.parametrize(
+    ("question", "reply"),
+    [
+        ("wake me at 7", "alarm 07:00"),
+        ("wake me at 7", "<think>\nhours\n</think>\n\nalarm 07:00"),
+        ({"system": "Reply briefly.", "user": "wake me at 7"}, "alarm 07:00"),
+    ],
+)
+def test_all_qa_configs_ask_with_the_tokens_that_they_train(tokenizer_folder, family, question, reply):
     template = Path(__file__).with_name("templates") / f"{family}.jinja"
     tokenizer = hf_tokenizer(str(tokenizer_folder), chat_template=template.read_text())
     for name in ("train", "test"):
-        write_lines(f"{name}.jsonl", [{"input": "wake me at 7", "output": reply}])
+        write_lines(f"{name}.jsonl", [{"input": question, "output": reply}])
     configs = {name: load_config(f"qa/{name}", ["data_dir=.", "model_dir=m"]) for name in ("finetune", "eval")}
     sections = [configs["finetune"].dataset, configs["finetune"].dataset_val, configs["eval"].dataset]
     samples = [Component(OmegaConf.to_container(section, resolve=True)).build(tokenizer)[0] for section in sections]

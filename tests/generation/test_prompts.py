@@ -135,7 +135,7 @@ def test_the_output_file_is_none_that_the_run_reads(path, tmp_path):
     for key, others in {
         "prompt_file": [],
         "prompts.path": [tasks[0], tasks[1] + "jsonl"],
-        "prompts.source": [tasks[0], tasks[1] + "topv2"],
+        "prompts.source": [tasks[0], tasks[1] + "xsum_summarization"],
     }.items():
         message = rf"^output_file: .* would overwrite {re.escape(key)}\. .*=answers\.jsonl"
         for name in ("a.jsonl", "link.jsonl", f"../{tmp_path.name}/a.jsonl"):

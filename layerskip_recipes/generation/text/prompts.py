@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ class Example:
     response: str | None = None
     line: int | None = field(default=None, compare=False)  # in a JSONL file, from 1
     error: str | None = None  # why it cannot be answered
-    is_right: Callable[[str], bool] | None = field(default=None, compare=False)  # a task's own judgement of an output
 
 
 def try_examples(prompt: Any = None, prompts: Component | None = None, prompt_file: str | None = None) -> list[Example]:
@@ -118,8 +117,7 @@ def _example(item: Any, key: str, line: int | None = None) -> Example:
     prompt = fields["prompt"]
     if isinstance(prompt, Mapping):
         prompt = {role: text for role, text in prompt.items() if text is not None}
-    is_right = fields.get("is_right")
-    return Example(prompt, fields.get("response"), line, is_right=is_right if callable(is_right) else None)
+    return Example(prompt, fields.get("response"), line)
 
 
 def _mistake(fields: Mapping[str, Any]) -> str | None:

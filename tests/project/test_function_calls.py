@@ -1,4 +1,4 @@
-"""The public task: questions with function calls, their split, their answers, and how outputs are judged."""
+"""The scripts about function calls: questions, their split, their answers, and how outputs are judged."""
 
 import importlib.util
 import json
@@ -8,12 +8,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from helpers.json_lines import write_lines
+from helpers.tools import load
 
-from layerskip_recipes.data import function_calls
-from layerskip_recipes.data.function_calls import CATEGORIES, bfcl, bfcl_dataset, first_answer, is_right
-from layerskip_recipes.data.tokenizer import hf_tokenizer
-from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.text.prompts import try_examples
+SCRIPT, CHECK = load("function_calls", "examples"), load("check_function_calls", "examples")
 
 PROPERTIES = {
     "city": {"type": "string"},
@@ -43,14 +41,14 @@ def question(at: str, names: list[str], calls: list[dict], turns: list[dict]) ->
     return {"id": at, "question": [turns], "function": functions}, {"id": at, "ground_truth": calls}
 
 
-def write(folder: Path, pairs: list[tuple[dict, dict]]) -> str:
+def write(folder: Path, pairs: list[tuple[dict, dict]]) -> Path:
     """The files of the package, all questions in one category."""
     (folder / "possible_answer").mkdir(parents=True)
-    for category in CATEGORIES:
+    for category in SCRIPT.CATEGORIES:
         for i, place in enumerate((folder, folder / "possible_answer")):
             lines = [json.dumps(pair[i]) + "\n" for pair in pairs if category == "live_simple"]
             (place / f"BFCL_v4_{category}.json").write_text("".join(lines))
-    return str(folder)
+    return folder
 
 
 def many(count: int, functions: int) -> list[tuple[dict, dict]]:
@@ -61,51 +59,54 @@ def many(count: int, functions: int) -> list[tuple[dict, dict]]:
     return [question(f"q{i}", names, [{names[0]: {"city": ["Oslo"]}}], [user]) for i, names in enumerate(offered)]
 
 
-def offered(examples: list[dict]) -> set[str]:
-    return {json.loads(line)["name"] for e in examples for line in e["prompt"]["system"].splitlines()[1:]}
+def offered(lines: list[dict]) -> set[str]:
+    return {json.loads(function)["name"] for line in lines for function in line["input"]["system"].splitlines()[1:]}
 
 
 def test_no_function_of_the_test_split_is_in_a_training_question(tmp_path):
-    path = write(tmp_path, many(300, 600))
-    train, test = bfcl(path, "train"), bfcl(path, "test")
-    assert len(train) + len(test) == 300 and 20 < len(test) < 150
-    assert not offered(train) & offered(test)
-    first = bfcl(path, count=10)
-    assert [(e["prompt"], e["response"]) for e in first] == [(e["prompt"], e["response"]) for e in test[:10]]
+    lines = SCRIPT.splits(write(tmp_path, many(300, 600)))
+    assert len(lines["train"]) + len(lines["test"]) == 300 and 20 < len(lines["test"]) < 150
+    assert not offered(lines["train"]) & offered(lines["test"])
 
 
-def test_a_prompt_has_the_functions_and_the_leaderboards_own_system_message(tmp_path, caplog, monkeypatch):
+def test_a_prompt_has_the_functions_and_the_leaderboards_own_system_message(tmp_path, monkeypatch):
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Wärme in Oslo?"}]
-    long = [{"role": "user", "content": "why " * 500}]
-    path = write(tmp_path, [question("a", ["forecast"], CALLS, turns), question("b", ["forecast"], CALLS, long)])
-    monkeypatch.setattr(function_calls, "_held_out", lambda rows: {"forecast"})
-    with caplog.at_level("INFO"):
-        (example,) = bfcl(path)
-    assert "1 of 2 test questions have over 2000 characters" in caplog.text
-    system = example["prompt"]["system"].splitlines()
+    too_long = [{"role": "user", "content": "why " * 500}]
+    pairs = [question("a", ["forecast"], CALLS, turns), question("b", ["forecast"], CALLS, too_long)]
+    monkeypatch.setattr(SCRIPT, "held_out_functions", lambda questions: {"forecast"})
+    lines = SCRIPT.splits(write(tmp_path, pairs))
+    assert lines["train"] == []
+    (line,) = lines["test"]
+    system = line["input"]["system"].splitlines()
     assert (system[0], json.loads(system[2])) == ("Be kind.", FORECAST) and len(system) == 3
-    assert example["prompt"]["user"] == "Wärme in Oslo?"
-    assert example["is_right"](example["response"]) and not example["is_right"]("[]")
-    section = SimpleNamespace(path="bfcl", build=lambda: [example])
-    assert try_examples(prompts=section)[0].is_right is example["is_right"]  # it reaches the benchmark
+    assert line["input"]["user"] == "Wärme in Oslo?"
+    assert CHECK.is_right(line["output"], line["functions"], line["calls"])
 
 
-def test_the_loss_counts_the_calls(tmp_path, tokenizer_folder, monkeypatch):
-    path = write(tmp_path, many(3, 5))
-    monkeypatch.setattr(function_calls, "_held_out", lambda rows: set())
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token if not add_generation_prompt }}"
-    tokenizer = hf_tokenizer(str(tokenizer_folder), chat_template=template)
-    dataset = bfcl_dataset(tokenizer, path)
-    assert len(dataset) == 3
-    learned = [tokenizer.decode([label for label in sample["labels"] if label != -100]) for sample in dataset]
-    assert learned == [example["response"] for example in bfcl(path, "train")]
+def test_the_answers_of_a_run_are_judged_by_the_question(tmp_path, monkeypatch, capsys):
+    """The output file of layerskip_generate has its own order, and the keys of a prompt in another one."""
+    data = write(tmp_path / "data", many(40, 600))
+    monkeypatch.setattr("sys.argv", ["function_calls.py", str(tmp_path / "bfcl"), str(data)])
+    SCRIPT.main()
+    assert "test.jsonl: " in capsys.readouterr().out
+    tests = [json.loads(line) for line in (tmp_path / "bfcl" / "test.jsonl").read_text().splitlines()][:4]
+    answers = [
+        {"index": i, "prompt": dict(reversed(line["input"].items())), "text": line["output"] if i else "[]"}
+        for i, line in reversed([*enumerate(tests)])
+    ]
+    file = write_lines(tmp_path / "answers.jsonl", answers)
+    monkeypatch.setattr("sys.argv", ["check_function_calls.py", str(tmp_path / "bfcl" / "test.jsonl"), file])
+    CHECK.main()
+    assert capsys.readouterr().out == "3 of 4 answers are right (75%)\n"
 
 
 def test_an_answer_has_the_first_allowed_values_of_what_must_be_given():
-    assert json.loads(first_answer([FORECAST], CALLS)) == [{"name": "forecast", "arguments": {"city": "Oslo, NO"}}]
+    assert json.loads(SCRIPT.first_answer([FORECAST], CALLS)) == [
+        {"name": "forecast", "arguments": {"city": "Oslo, NO"}}
+    ]
     allowed = {"city": ["", "Bergen"], "days": [3], "place": [{"kind": ["fjord", "sea"], "depth": ["", 5]}]}
     allowed["stops"] = [[{"name": ["Voss", "Flåm"], "wait": ["", 5]}, {"name": ["Myrdal"]}]]
-    answer = first_answer([FORECAST], [{"forecast": allowed}, {"forecast": {"city": [""]}}])
+    answer = SCRIPT.first_answer([FORECAST], [{"forecast": allowed}, {"forecast": {"city": [""]}}])
     first, second = json.loads(answer)
     stops = [{"name": "Voss"}, {"name": "Myrdal"}]
     assert first["arguments"] == {"city": "Bergen", "days": 3, "place": {"kind": "fjord"}, "stops": stops}
@@ -138,7 +139,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "right"), [*((a, True) for a in RIGHT), *((a, False) for a in WRONG)])
 def test_arguments_are_compared_with_the_allowed_values(arguments, right):
-    assert is_right(json.dumps([{"name": "forecast", "arguments": arguments}]), [FORECAST], CALLS) is right
+    assert CHECK.is_right(json.dumps([{"name": "forecast", "arguments": arguments}]), [FORECAST], CALLS) is right
 
 
 def test_calls_may_come_in_any_order_but_not_more_or_fewer():
@@ -146,23 +147,23 @@ def test_calls_may_come_in_any_order_but_not_more_or_fewer():
     oslo, voss = ({"name": "forecast", "arguments": {"city": city}} for city in ("Oslo", "Voss"))
 
     def judged(*made: object) -> bool:
-        return is_right(json.dumps(made), [FORECAST], calls)
+        return CHECK.is_right(json.dumps(made), [FORECAST], calls)
 
     assert judged(oslo, voss) and judged(voss, oslo)
     for made in ([oslo], [oslo, oslo], [oslo, voss, oslo], [oslo, voss | {"name": "f"}], [oslo, 1], [oslo, {}], []):
         assert not judged(*made)
     for text in ("", "Sure!", "{}", "[" * 10_000, json.dumps([oslo, voss])[:-1], "[{]"):
-        assert not is_right(text, [FORECAST], calls)
+        assert not CHECK.is_right(text, [FORECAST], calls)
     must = [{"forecast": {"city": ["Oslo"], "days": [3]}}]  # not marked as optional
-    assert not is_right(json.dumps([oslo]), [FORECAST], must)
+    assert not CHECK.is_right(json.dumps([oslo]), [FORECAST], must)
 
 
 def test_the_command_that_installs_the_data_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^prompts\.path: null.* not installed.*pip install --no-deps bfcl-eval"):
-        bfcl()
-    with pytest.raises(ConfigError, match=r"^prompts\.path: .*BFCL_v4_simple_python\.json' cannot be read"):
-        bfcl(str(tmp_path))
+    monkeypatch.setattr(SCRIPT, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["function_calls.py", str(tmp_path / "bfcl")])
+    with pytest.raises(SystemExit, match="pip install --no-deps bfcl-eval"):
+        SCRIPT.main()
+    assert not (tmp_path / "bfcl").exists()
 
 
 @pytest.mark.real
@@ -178,10 +179,10 @@ def test_outputs_are_judged_as_by_the_leaderboards_checker(monkeypatch):
 
     rng, judged = random.Random(0), {True: 0, False: 0}
     others = [str.upper, str, lambda v: v + 1, lambda v: [v], lambda v: v[:-1], lambda v: v[::-1], float, lambda v: {}]
-    for category in CATEGORIES:
-        for row in function_calls._read(function_calls._installed(), category):
+    for category in SCRIPT.CATEGORIES:
+        for row in SCRIPT.read_questions(SCRIPT.installed_data(), category):
             for change in range(6):
-                made = json.loads(first_answer(row["function"], row["calls"]))
+                made = json.loads(SCRIPT.first_answer(row["function"], row["calls"]))
                 arguments = made[0]["arguments"]
                 if change and arguments:
                     key = rng.choice([*arguments])
@@ -189,7 +190,7 @@ def test_outputs_are_judged_as_by_the_leaderboards_checker(monkeypatch):
                         arguments[key] = rng.choice(others)(arguments[key])
                     except (TypeError, ValueError):
                         del arguments[key]
-                right = is_right(json.dumps(made), row["function"], row["calls"])
+                right = CHECK.is_right(json.dumps(made), row["function"], row["calls"])
                 calls = [{call["name"]: call["arguments"]} for call in made]
                 theirs = ast_checker(row["function"], calls, row["calls"], Language.PYTHON, category, "x")
                 assert right is theirs["valid"], (row["id"], made)

@@ -1,0 +1,137 @@
+"""The scripts that write questions and answers: commands with their parses, functions with their entries, TOPv2."""
+
+import json
+import re
+import zlib
+from pathlib import Path
+
+from helpers.tools import load
+from omegaconf import OmegaConf
+from torchtune.datasets import instruct_dataset
+
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.data.tokenizer import hf_tokenizer
+
+COMMANDS, INDEX, TOPV2 = (load(name, "examples") for name in ("spoken_commands", "code_index", "topv2"))
+
+
+def write(script, monkeypatch, folder: Path) -> dict[str, list[dict]]:
+    """The lines of both files that a script writes to a folder."""
+    monkeypatch.setattr("sys.argv", ["script", str(folder)])
+    script.main()
+    return {
+        split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "test")
+    }
+
+
+# ---- spoken_commands.py ----
+
+
+def slot_values(pairs: list[dict]) -> set[str]:
+    return {value for pair in pairs for value in re.findall(r"\[SL:\w+ ([^\[\]]+?) \]", pair["output"])}
+
+
+def test_a_parse_brackets_the_words_of_its_command():
+    for pair in COMMANDS.pairs("test", 300):
+        parse = pair["output"]
+        assert re.sub(r"\[(IN|SL):[A-Z_]+ | \]", "", parse) == pair["input"]
+        assert parse.count("[") == parse.count("]") >= 2 and not set("{}()|") & set(parse)
+
+
+def test_commands_are_distinct_and_the_test_values_are_held_out(tmp_path, monkeypatch):
+    written = write(COMMANDS, monkeypatch, tmp_path / "commands")
+    train, test = written["train"], written["test"]
+    assert len({pair["input"] for pair in train}) == 40_000 and len(test) == 500
+    assert COMMANDS.pairs("train", 10) == train[:10] and COMMANDS.pairs("test", 10) == test[:10]
+    checksums = {name: zlib.crc32((tmp_path / "commands" / f"{name}.jsonl").read_bytes()) for name in written}
+    assert checksums == {"train": 1557953512, "test": 1034754039}  # the commands of the figures in results.md
+    # Every test command has a slot value that no training command has.
+    split = [values for values in COMMANDS.VALUES.values() if isinstance(values, dict)]
+    shown, held_out = ({value for values in split for value in values[name]} for name in ("train", "test"))
+    assert not shown & held_out and min(len(values["test"]) for values in split) >= 14
+    seen = slot_values(train)
+    assert all(slot_values([pair]) - seen for pair in test)
+    assert len({pair["output"].split()[0] for pair in test}) >= 20  # intents
+
+
+def words(texts: object) -> set[str]:
+    return {*re.findall(r"[a-z]+", json.dumps(texts))}
+
+
+def test_training_shows_other_words_but_none_that_is_held_out():
+    values, listed = COMMANDS.VALUES, set(COMMANDS.GRAMMAR["words"])
+    split = [choices for choices in values.values() if isinstance(choices, dict)]
+    common = [COMMANDS.TEMPLATES, *(choices for choices in values.values() if choices not in split)]
+    known = {name: words([common, *(choices[name] for choices in split)]) for name in ("train", "test")}
+    train, test = ([words(pair["input"]) for pair in COMMANDS.pairs(name, 2000)] for name in ("train", "test"))
+    assert all(command <= known["test"] for command in test)
+    assert not any(command & (known["test"] - known["train"]) for command in train)
+    # Two fifths of a command's one to four values: half of the other words are from the list, half are invented.
+    other = set().union(*train) - known["train"]
+    assert len(other & listed) > 300 and len(other - listed) > 500
+    assert 0.4 < sum(not command <= known["train"] for command in train) / 2000 < 0.7
+
+
+# ---- code_index.py ----
+
+
+def test_an_index_entry_says_what_a_function_takes_and_calls(tmp_path, monkeypatch):
+    texts = {
+        "train": "def f(a, *, b=1):\n    g(a)\n    return g(b.c(a))\n",
+        "heldout": "class A:\n    @staticmethod\n    def h():\n        'Doc.'\n\n    def long(self):\n"
+        + "        pass\n" * 40,
+    }
+    monkeypatch.setattr(INDEX, "stdlib_texts", lambda split: {"module.py": texts[split]})
+    written = write(INDEX, monkeypatch, tmp_path)
+    (train,), (test,) = written["train"], written["test"]
+    assert train["input"].endswith("\n" + texts["train"].rstrip())
+    entry = {"function": "f", "parameters": ["a", "b"], "returns": True, "calls": ["g", "b.c"]}
+    assert json.loads(train["output"]) == entry
+    assert test["input"].endswith("\ndef h():\n    'Doc.'")
+    assert json.loads(test["output"]) == {"function": "h", "parameters": [], "returns": False, "calls": []}
+
+
+# ---- topv2.py ----
+
+
+def table(*rows: str) -> str:
+    return "".join(row + "\n" for row in ("domain\tutterance\tsemantic_parse", *rows))
+
+
+def test_topv2_becomes_lines_of_all_domains(tmp_path, monkeypatch):
+    """Words that a CSV reader takes for something else stay as they are."""
+    (tmp_path / "alarm_train.tsv").write_text(table("alarm\tNA\t[IN:X 7 ]", 'alarm\t"hi" twice\t[IN:Y ]'))
+    (tmp_path / "music_train.tsv").write_text(table("music\tplay ü\t[IN:Z ü ]"))
+    (tmp_path / "alarm_test.tsv").write_text(table("alarm\tstop\t[IN:X ]"))
+    (tmp_path / "alarm_eval.tsv").write_text(table("alarm\tnot this\t[IN:X ]"))
+    assert write(TOPV2, monkeypatch, tmp_path) == {
+        "train": [
+            {"input": "NA", "output": "[IN:X 7 ]"},
+            {"input": '"hi" twice', "output": "[IN:Y ]"},
+            {"input": "play ü", "output": "[IN:Z ü ]"},
+        ],
+        "test": [{"input": "stop", "output": "[IN:X ]"}],
+    }
+
+
+def test_the_papers_config_learns_the_parses_of_topv2(tmp_path, monkeypatch, tokenizer_folder):
+    """Its samples are those that torchtune reads from the data set's own files."""
+    (tmp_path / "alarm_train.tsv").write_text(table("alarm\twake me\t[IN:X me ]", "alarm\tstop\t[IN:Y ]"))
+    write(TOPV2, monkeypatch, tmp_path)
+    cfg = load_config("paper/topv2_1_5B", [f"dataset.path={tmp_path}/train.jsonl"])
+    tokenizer = hf_tokenizer(str(tokenizer_folder), chat_template=cfg.tokenizer.chat_template)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    theirs = instruct_dataset(
+        tokenizer,
+        source="csv",
+        data_files=str(tmp_path / "*_train.tsv"),
+        delimiter="\t",
+        column_map={"input": "utterance", "output": "semantic_parse"},
+        train_on_input=False,
+        split="train",
+    )
+    ours = Component(OmegaConf.to_container(cfg.dataset)).build(tokenizer)
+    for sample, expected in zip(ours, theirs, strict=True):
+        assert sample == {key: list(expected[key]) for key in ("tokens", "labels")}
