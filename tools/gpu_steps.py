@@ -31,14 +31,14 @@ from layerskip_recipes.benchmark.measuring import Run
 from layerskip_recipes.benchmark.peers import Job, Peer, transformers_decoder
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.report import figures, speedup_by_acceptance, spread
-from layerskip_recipes.checkpoint.hf_names import to_files
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.families.hf_config import read_hf_config
+from layerskip_recipes.families.hf_names import to_files
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.load_model import load_model
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.generation.stats import memory_bandwidth
-from layerskip_recipes.model.hf_config import read_hf_config
 from layerskip_recipes.quickstart import heldout_prompts, stdlib_tokenizer
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 

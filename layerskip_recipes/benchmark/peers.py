@@ -21,10 +21,10 @@ from layerskip_recipes.checkpoint.checkpointers import weights_folder
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import first_line
+from layerskip_recipes.folders.model_folder import holds_adapters
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.hf_folder import holds_adapters
 
 TokenLists = Sequence[Sequence[int]]
 # (prompts, sampler, seed) -> the new tokens of each row, and the statistics.

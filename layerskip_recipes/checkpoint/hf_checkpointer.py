@@ -18,16 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torchtune import training
 
-from layerskip_recipes.checkpoint.hf_names import JOINED, from_files, hf_name, place_in_files, to_files
 from layerskip_recipes.checkpoint.peft_adapters import PeftAdapters
 from layerskip_recipes.checkpoint.side_files import SideFiles
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.hf_config import HFConfig, parse_hf_config
+from layerskip_recipes.families.hf_decoder import build_decoder
+from layerskip_recipes.families.hf_names import JOINED, from_files, hf_name, place_in_files, to_files
+from layerskip_recipes.folders.model_folder import base_folder, model_folder, without_code
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
-from layerskip_recipes.model.hf_config import HFConfig, parse_hf_config
-from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import base_folder, model_folder, without_code
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"

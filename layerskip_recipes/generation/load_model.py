@@ -13,6 +13,8 @@ from layerskip_recipes.config.auto import best_device
 from layerskip_recipes.config.schema import AUTO, DeviceName, Text, checked_arguments
 from layerskip_recipes.data.tokenizer import HFTokenizer, hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
+from layerskip_recipes.families.hf_decoder import hf_decoder
+from layerskip_recipes.folders.model_folder import named_folder
 from layerskip_recipes.generation.drafting.auto_drafts import DraftChooser, TrainingNotes
 from layerskip_recipes.generation.drafting.draft_model import DraftModel, DraftModels
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -20,8 +22,6 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.hf_decoder import hf_decoder
-from layerskip_recipes.model.hf_folder import named_folder
 
 log = utils.get_logger("INFO")
 

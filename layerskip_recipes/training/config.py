@@ -29,9 +29,9 @@ from layerskip_recipes.config.schema import (
 )
 from layerskip_recipes.data.datasets import CollateFn, Datasets
 from layerskip_recipes.errors import ConfigError, mistakes_of
+from layerskip_recipes.families.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.adapters import adapter_mistakes, adapter_names, check_lora_arguments
 from layerskip_recipes.model.decoder import layerskip_decoder
-from layerskip_recipes.model.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.layer_dropout import LayerDropout, LayerDropoutSection
 from layerskip_recipes.model.memory import weight_bytes
 from layerskip_recipes.model.nf4 import check_nf4, packs_weights

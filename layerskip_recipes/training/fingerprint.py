@@ -10,11 +10,11 @@ from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.hf_config import read_hf_config
+from layerskip_recipes.families.hf_decoder import is_hf_decoder
+from layerskip_recipes.folders.model_folder import base_folder, model_folder
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import weights_hash
-from layerskip_recipes.model.hf_config import read_hf_config
-from layerskip_recipes.model.hf_decoder import is_hf_decoder
-from layerskip_recipes.model.hf_folder import base_folder, model_folder
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig

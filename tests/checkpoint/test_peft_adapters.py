@@ -15,7 +15,7 @@ from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.hf_decoder import hf_decoder
+from layerskip_recipes.families.hf_decoder import hf_decoder
 
 peft = pytest.importorskip("peft")
 

@@ -37,12 +37,12 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
+from layerskip_recipes.families.hf_decoder import NormFirstAttention, RotaryPositions
 from layerskip_recipes.generation.drafting.draft_model import DraftHead
 from layerskip_recipes.generation.kernels.huge_pages import use_huge_pages
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import JoiningLayer
 from layerskip_recipes.model.head import head_of
-from layerskip_recipes.model.hf_decoder import NormFirstAttention, RotaryPositions
 from layerskip_recipes.model.kv_cache import DecodingCache
 
 SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]

@@ -28,8 +28,8 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from layerskip_recipes.config.schema import Fraction, PositiveInt, Section, check
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.hf_config import HFConfig, Rope, read_hf_config, rotary_width
-from layerskip_recipes.model.hf_folder import base_folder, model_folder
+from layerskip_recipes.families.hf_config import HFConfig, Rope, read_hf_config, rotary_width
+from layerskip_recipes.folders.model_folder import base_folder, model_folder
 from layerskip_recipes.model.nf4 import scales_per_block
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

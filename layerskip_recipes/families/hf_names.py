@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from layerskip_recipes.model.hf_config import HFConfig
+from layerskip_recipes.families.hf_config import HFConfig
 
 # Name prefixes within a layer: torchtune's and Hugging Face's. The first prefix that matches counts.
 LAYER = {
