@@ -32,8 +32,8 @@ from layerskip_recipes.benchmark.peers import Job, Peer, transformers_decoder
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.report import figures, speedup_by_acceptance, spread
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.families.hf_config import read_hf_config
 from layerskip_recipes.families.hf_names import to_files
+from layerskip_recipes.families.reading import read_hf_config
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.load_model import load_model

@@ -30,9 +30,9 @@ from layerskip_recipes.config.paths import check_folder, read_json
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError, first_line
-from layerskip_recipes.families.hf_config import parse_hf_config
 from layerskip_recipes.families.hf_decoder import build_decoder
 from layerskip_recipes.families.hf_names import from_files
+from layerskip_recipes.families.reading import parse_hf_config
 from layerskip_recipes.folders.model_folder import holds_adapters, model_folder, named_folder, without_code
 from layerskip_recipes.folders.run_folder import flush
 from layerskip_recipes.model.decoder import layerskip_decoder

@@ -23,9 +23,10 @@ from layerskip_recipes.checkpoint.side_files import SideFiles
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.families.hf_config import HFConfig, parse_hf_config
+from layerskip_recipes.families.hf_config import HFConfig
 from layerskip_recipes.families.hf_decoder import build_decoder
-from layerskip_recipes.families.hf_names import JOINED, from_files, hf_name, place_in_files, to_files
+from layerskip_recipes.families.hf_names import from_files, hf_name, place_in_files, to_files
+from layerskip_recipes.families.reading import parse_hf_config
 from layerskip_recipes.folders.model_folder import base_folder, model_folder, without_code
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
 
@@ -90,7 +91,7 @@ class HFCheckpointer:
         # Adapters of a part of a joined matrix need it when they are saved.
         if self._merged is not None:
             tensors = self._merged.merge(tensors)
-        self._joined = {name: value for name, value in tensors.items() if name.split(".")[-2] in JOINED}
+        self._joined = {name: value for name, value in tensors.items() if name.split(".")[-2] in self.config.JOINED}
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
 
     def save_checkpoint(self, contents: Mapping[str, Any], epoch: int = 0, adapter_only: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Weight names in torchtune and in Hugging Face files, and the matrices that Phi's files join."""
+"""From weights with torchtune's names to the tensors of Hugging Face's files, and back, by a family's names."""
 
 import re
 from collections.abc import Mapping
@@ -7,56 +7,29 @@ import torch
 
 from layerskip_recipes.families.hf_config import HFConfig
 
-# Name prefixes within a layer: torchtune's and Hugging Face's. The first prefix that matches counts.
-LAYER = {
-    "attn.output_proj": "self_attn.o_proj",
-    "attn.q_norm.scale": "self_attn.q_norm.weight",
-    "attn.k_norm.scale": "self_attn.k_norm.weight",
-    "attn": "self_attn",
-    "mlp.w1": "mlp.gate_proj",
-    "mlp.w2": "mlp.down_proj",
-    "mlp.w3": "mlp.up_proj",
-    "sa_norm.scale": "input_layernorm.weight",
-    "mlp_norm.scale": "post_attention_layernorm.weight",
-}
-GEMMA2 = LAYER | {
-    "sa_scale.scale": "post_attention_layernorm.weight",
-    "mlp_norm.scale": "pre_feedforward_layernorm.weight",
-    "mlp_scale.scale": "post_feedforward_layernorm.weight",
-}
-OUTER = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "norm.rms_norm.scale": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-# Phi's files concatenate these matrices along dim 0.
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
 
 def hf_name(name: str, config: HFConfig) -> str:
     """Translate torchtune's name of a parameter or module to Hugging Face's, ignoring joined matrices."""
-    found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    if found is None:
-        return OUTER[name]
-    names = GEMMA2 if config.architecture == "Gemma2ForCausalLM" else LAYER
-    ours = next(part for part in names if found[2].startswith(part))
-    return f"model.layers.{found[1]}.{names[ours]}{found[2].removeprefix(ours)}"
+    in_layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if in_layer is None:
+        return config.OUTER_NAMES[name]
+    index, rest = in_layer.groups()
+    ours, theirs = next(pair for pair in config.LAYER_NAMES.items() if rest.startswith(pair[0]))
+    return f"{config.OUTER_NAMES['layers']}.{index}.{theirs}{rest.removeprefix(ours)}"
 
 
 def place_in_files(name: str, config: HFConfig) -> tuple[str, slice]:
     """The tensor in Hugging Face's files that holds torchtune's parameter or module `name`, and its rows there."""
     name = hf_name(name, config)
-    if config.architecture == "Phi3ForCausalLM":
-        heads, key_heads, width = config.heads
-        num_rows = {"q_proj": heads * width, "k_proj": key_heads * width, "v_proj": key_heads * width}
-        for joined, parts in JOINED.items():
-            start = 0
-            for part in parts:
-                end = start + num_rows.get(part, config.intermediate_size)
-                if part in name.split("."):
-                    return name.replace(part, joined), slice(start, end)
-                start = end
+    heads, key_heads, head_dim = config.heads
+    num_rows = {"q_proj": heads * head_dim, "k_proj": key_heads * head_dim, "v_proj": key_heads * head_dim}
+    for joined, parts in config.JOINED.items():
+        start = 0
+        for part in parts:
+            end = start + num_rows.get(part, config.intermediate_size)
+            if part in name.split("."):
+                return name.replace(part, joined), slice(start, end)
+            start = end
     return name, slice(None)
 
 

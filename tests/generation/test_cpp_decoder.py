@@ -33,8 +33,8 @@ from torchtune.models.phi3._component_builders import phi3
 from torchtune.models.qwen2._component_builders import qwen2
 
 from layerskip_recipes import layerskip_decoder
-from layerskip_recipes.families.hf_config import parse_hf_config
 from layerskip_recipes.families.hf_decoder import build_decoder
+from layerskip_recipes.families.reading import parse_hf_config
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.drafting.draft_model import DraftHead, DraftModel
