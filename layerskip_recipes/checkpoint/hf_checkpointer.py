@@ -84,7 +84,8 @@ class HFCheckpointer:
             tensors |= load_file(file)
         with torch.device("meta"):
             parameters = build_decoder(self.config, max_seq_len=1).state_dict()
-        unused = (*NOT_WEIGHTS, "lm_head.weight") if self.config.tie_word_embeddings else NOT_WEIGHTS
+        head = self.config.OUTER_NAMES["output.weight"]
+        unused = (*NOT_WEIGHTS, head) if self.config.tie_word_embeddings else NOT_WEIGHTS
         tensors = {name: value for name, value in tensors.items() if not name.endswith(unused)}
         where = f"checkpointer.path: the weights in {str(self._base_dir)!r} do not fit its config.json, it"
         check_tensors(to_files(parameters, self.config), tensors, where)
