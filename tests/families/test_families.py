@@ -52,8 +52,8 @@ def test_the_cpp_knows_the_parts_of_every_family(architecture):
 
 
 class MadeUp(Gemma):
-    """Gemma 2's norms around attention and MLP, Qwen 3's norms of heads, Phi's joined matrices, layers without positions
-    as in SmolLM3; and a key, a default and weight names that no other family has."""
+    """Gemma 2's norms around attention and MLP, Qwen 3's norms of heads, Phi's joined matrices, SmolLM3's layers
+    without positions, and a key, a default and weight names that no other family has."""
 
     hidden_size: PositiveInt = 48
     leap: int = 2
