@@ -9,7 +9,7 @@ stream of text, and with drafts from an exit as a stream of tokens. All four giv
 
 import argparse
 
-from layerskip_recipes import Generation, Speculation, generate, load_model, stream
+from layerskip_recipes import LLM, Generation, Speculation
 
 PROMPT = "def read_file(path):"
 NEW_TOKENS = 48
@@ -20,23 +20,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.folder)
-    prompt = tokenizer.prompt(PROMPT)
+    llm = LLM.load(args.folder)
 
-    # One call from a prompt to tokens.
-    plain = generate(model, prompt, NEW_TOKENS, draft=None)
-    chosen = generate(model, prompt, NEW_TOKENS)
+    # One call from a prompt to its answer.
+    plain = llm.generate(PROMPT, NEW_TOKENS, draft=None)
+    chosen = llm.generate(PROMPT, NEW_TOKENS)
     speeds = [out.stats.tokens_per_second for out in (plain, chosen)]
     print("{:.0f} tokens/s without drafts, {:.0f} as chosen".format(*speeds))
-    print(f"same tokens: {plain.tokens.equal(chosen.tokens)}")
+    print(f"same tokens: {plain.tokens == chosen.tokens}")
 
-    # One call from a question to pieces of text.
-    for text in stream(model, tokenizer, PROMPT, NEW_TOKENS):
+    # The answer in pieces, as they become final.
+    for text in llm.stream(PROMPT, NEW_TOKENS):
         print(text, end="", flush=True)
 
     # The decoding loop itself: each round makes some tokens of each row final.
-    speculation = Speculation(exit_layer=max(1, model.num_layers // 8), num_speculations=4)
-    stop_tokens = tokenizer.stop_tokens
+    model, tokenizer = llm.model, llm.tokenizer
+    speculation = Speculation(exit_layer=max(1, model.num_layers // 7), num_speculations=4)
+    prompt, stop_tokens = tokenizer.prompt(PROMPT), tokenizer.stop_tokens
     generation = Generation(model, [prompt], NEW_TOKENS, speculation=speculation, stop_tokens=stop_tokens)
     for new in generation:
         print(tokenizer.decode(new[0]), end="", flush=True)

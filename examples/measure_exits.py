@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchtune.data import padded_collate_sft
 
-from layerskip_recipes import load_model
+from layerskip_recipes import LLM
 from layerskip_recipes.quickstart import StdlibDataset
 
 
@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--samples", type=int, default=32)
     args = parser.parse_args()
-    model, tokenizer = load_model(args.folder)
+    llm = LLM.load(args.folder)
+    model, tokenizer = llm.model, llm.tokenizer
     data = StdlibDataset(tokenizer, split="heldout", seq_len=64, max_samples=args.samples)
     exits = range(1, model.num_layers + 1)
     losses, agreements, tokens = torch.zeros(len(exits)), torch.zeros(len(exits)), 0

@@ -7,15 +7,16 @@ if TYPE_CHECKING:
     from layerskip_recipes.checkpoint.hf_checkpointer import hf_checkpointer
     from layerskip_recipes.data.tokenizer import hf_tokenizer
     from layerskip_recipes.families.hf_decoder import hf_decoder
-    from layerskip_recipes.generation.api import generate, stream
+    from layerskip_recipes.generation.api import generate
     from layerskip_recipes.generation.drafting.speculation import Speculation
     from layerskip_recipes.generation.engine import Generation
-    from layerskip_recipes.generation.load_model import load_model
+    from layerskip_recipes.generation.llm import LLM
     from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
     from layerskip_recipes.model.layer_dropout import dropout_rates, schedule_scale
     from layerskip_recipes.training.early_exit import EarlyExitLoss, enabled_exits, exit_weights
 
 __all__ = [
+    "LLM",
     "EarlyExitLoss",
     "Generation",
     "LayerSkipDecoder",
@@ -28,9 +29,7 @@ __all__ = [
     "hf_decoder",
     "hf_tokenizer",
     "layerskip_decoder",
-    "load_model",
     "schedule_scale",
-    "stream",
 ]
 
 # Modules are imported at first use: torch takes seconds to import, and `layerskip ls` does not need it.
@@ -38,10 +37,10 @@ _MODULES = {
     "checkpoint.hf_checkpointer": ("hf_checkpointer",),
     "data.tokenizer": ("hf_tokenizer",),
     "families.hf_decoder": ("hf_decoder",),
-    "generation.api": ("generate", "stream"),
+    "generation.api": ("generate",),
     "generation.drafting.speculation": ("Speculation",),
     "generation.engine": ("Generation",),
-    "generation.load_model": ("load_model",),
+    "generation.llm": ("LLM",),
     "model.decoder": ("LayerSkipDecoder", "layerskip_decoder"),
     "model.layer_dropout": ("dropout_rates", "schedule_scale"),
     "training.early_exit": ("EarlyExitLoss", "enabled_exits", "exit_weights"),

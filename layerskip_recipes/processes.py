@@ -30,6 +30,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def num_local_processes() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
+
+
 def check_one_process() -> None:
     """Raise a ConfigError in a recipe for one device if torchrun started several processes."""
     if num_processes() > 1:

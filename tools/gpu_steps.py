@@ -25,18 +25,17 @@ from typing import Any
 from unittest import mock
 
 import torch
+from compare_engines import Decode, Job, take_turns, transformers_decode
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.benchmark.measuring import Run
-from layerskip_recipes.benchmark.peers import Job, Peer, transformers_decoder
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.report import figures, speedup_by_acceptance, spread
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.families.hf_names import to_files
 from layerskip_recipes.families.reading import read_hf_config
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
-from layerskip_recipes.generation.load_model import load_model
+from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.quickstart import heldout_prompts, stdlib_tokenizer
@@ -193,41 +192,47 @@ def make_benchmark(
     return recipe
 
 
-def static_cache_peer(recipe: LayerSkipBenchmark) -> Peer:
+def static_cache(recipe: LayerSkipBenchmark) -> Decode:
     """transformers' `generate` on the benchmark's weights, with a static cache; compiled on a GPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only for this peer
+    from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import, and only for this engine
 
-    cfg, model, folder, prompts = recipe.cfg, recipe.model, Path(str(recipe.cfg.model_dir)), recipe.prompts
-    job = Job(cfg, model, prompts, len(prompts[0]), recipe.limit, stop_tokens=[], exits=[])
+    cfg, model, folder = recipe.cfg, recipe.llm.model, Path(str(recipe.cfg.model_dir))
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=cfg.torch_dtype)
     theirs.load_state_dict(to_files(model.state_dict(), read_hf_config(folder)), strict=False, assign=True)
     theirs.tie_weights()
     with recipe.device:  # no checkpoint has its frequencies
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
-    vars(job)["transformers_model"] = theirs.eval()  # in place of reading a checkpoint
-    compiled = recipe.device.type == "cuda"
-    return Peer(transformers_decoder(job, compiled), "static cache" if compiled else "eager", {})
+    return transformers_decode(Job(recipe), theirs.eval(), compiled=recipe.device.type == "cuda")
+
+
+def measure_transformers(place: Place, recipe: LayerSkipBenchmark, lengths: Iterable[int]) -> None:
+    """Plain decoding by transformers and by this package, in turns. Records the time of a step with a token per row."""
+    slots = Job(recipe).room
+    engines = {
+        "baseline": lambda batch, temperature, seed: recipe.turns.decode(None, temperature, batch, seed),
+        f"transformers, {slots} slots": static_cache(recipe),
+    }
+    for length in lengths:
+        batches = [[prompt[:length] for prompt in recipe.prompts]]
+        for name, turns in take_turns(engines, batches, 0.0, 2 if place.tiny else 3, recipe.seed).items():
+            steps = [1000 * len(turn.outputs) / (turn.stats.tokens_per_second or float("nan")) for turn in turns]
+            place.record({"text": length, "method": name, "ms a round": spread(steps)})
 
 
 def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], length: int, **columns: Any) -> None:
     """Decode after prompts of one length, methods in turns. Records round time and the time to read its bytes."""
     turns, runs = recipe.turns, defaultdict[str, list[Run]](list)
     turns.batches = [[prompt[:length] for prompt in recipe.prompts]]
-    before = len(getattr(find_compiled_steps(turns.model), "graphs", ()))
+    before = len(getattr(recipe.llm.state.compiled, "graphs", ()))
     for turn in turns.take(methods, 0.0, 2 if place.tiny else 3):
         for name, run in turn.items():
             runs[name].append(run)
     columns |= {"text": length}
-    step_s = figures(runs["baseline"], runs["baseline"], False, 0.0)["round_s"]
-    for name, method in methods.items():
+    step_s = figures(runs["baseline"], runs["baseline"], 0.0)["round_s"]
+    for name in methods:
         method_runs = runs[name]
-        if isinstance(method, Peer):  # its rounds are steps with one token per row
-            rows = len(method_runs[0].outputs)
-            rounds = [1000 * rows / (run.stats.tokens_per_second or float("nan")) for run in method_runs]
-            place.record(columns | {"method": name, "ms a round": spread(rounds)})
-            continue
-        row = figures(method_runs, runs["baseline"], False, recipe.bandwidth)
+        row = figures(method_runs, runs["baseline"], recipe.bandwidth)
         rounds = [1000 * run.stats.decode_s / run.stats.rounds for run in method_runs]
         read = sum(run.stats.weight_bytes + run.stats.cache_bytes for run in method_runs) / row["rounds"]
         found = {"method": name, "ms a round": spread(rounds), "ms to read": 1000 * read / recipe.bandwidth}
@@ -235,9 +240,7 @@ def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], l
             seconds = row[f"{phase}_s_per_round"]
             found[f"ms {shown}"] = None if seconds is None else 1000 * seconds
         place.record(columns | found | {"speed-up at .7": (speedup_by_acceptance(row, step_s) or {}).get("0.7")})
-    for name, why in turns.failed.items():
-        place.record(columns | {"method": name, "failed": why})
-    if (steps := find_compiled_steps(turns.model)) is not None:
+    if (steps := recipe.llm.state.compiled) is not None:
         counts = {"graphs": len(steps.graphs), "new graphs": len(steps.graphs) - before}
         without = {"steps without graph": len(steps.refused), "without FlexAttention": len(steps.masked)}
         place.record(columns | {"method": "all", **counts, **without})
@@ -269,9 +272,7 @@ def decode(place: Place, shape: str) -> None:
         measure(place, recipe, recipe.methods, length)
         if place.cuda and length == lengths[0]:
             count_launches(place, recipe, recipe.methods)
-    peers = {"baseline": None, f"transformers, {max(lengths) + recipe.limit} slots": static_cache_peer(recipe)}
-    for length in lengths:
-        measure(place, recipe, peers, length)
+    measure_transformers(place, recipe, lengths)
 
 
 def batches(place: Place) -> None:
@@ -302,7 +303,8 @@ def lossless(place: Place) -> None:
     torch.set_float32_matmul_precision("highest")  # training allows TF32
     count, new, some = (2, 8, 64) if place.tiny else (16, 128, 512)
     for dtype in ("fp32", "bf16"):
-        model, tokenizer = load_model(str(place.work / "quickstart"), dtype=dtype, device=str(place.device))
+        llm = LLM.load(str(place.work / "quickstart"), dtype=dtype, device=str(place.device))
+        model, tokenizer = llm.model, llm.tokenizer
         texts = heldout_prompts(count)
         prompts = [torch.tensor(tokenizer.encode(text, add_bos=False, add_eos=False)) for text in texts]
         tokens = partial(generate, model, max_generated_tokens=new, compile=place.cuda)

@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
-from layerskip_recipes.benchmark.peers import PEERS
 from layerskip_recipes.benchmark.text_metrics import Metric
 from layerskip_recipes.checkpoint.checkpointers import check_checkpointer
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
-from layerskip_recipes.config.schema import AUTO, Auto, Flag, Picture, PositiveInt, Section, Text
+from layerskip_recipes.config.schema import AUTO, Auto, Flag, Picture, PositiveInt, Text
 from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation, SelfSpeculation
@@ -37,10 +36,8 @@ def _parse_variants(value: Any) -> dict[str, SelfSpeculation]:
         if section is None:
             continue
         key = f"variants.{name}"
-        if name == BASELINE or name in PEERS:
-            raise ConfigError(
-                f"{key}: the name is taken. Allowed: any except {', '.join([BASELINE, *PEERS])}; {EXAMPLE}"
-            )
+        if name == BASELINE:
+            raise ConfigError(f"{key}: the name is taken. Allowed: any except {BASELINE}; {EXAMPLE}")
         variants[name] = SelfSpeculation.parse(_with_defaults({} if section == AUTO else section), key)
     return variants
 
@@ -52,50 +49,6 @@ def _with_defaults(section: Any) -> Any:
     if not has_draft and given.get("exit_layer", AUTO) == AUTO:
         return section
     return SPECULATION_DEFAULTS | ({"draft_vocabulary": AUTO} if has_draft else {}) | given
-
-
-class FastestSetting(Section):
-    """Has no keys: a trial finds the fastest setting."""
-
-
-def is_gguf(file: str) -> str:
-    if not Path(file).is_file():
-        raise ConfigError(f": {file!r} is not a file. Allowed: a GGUF file; for example {{key}}=model.gguf")
-    return file
-
-
-class LlamaCpp(Section):
-    """llama.cpp through the package xllamacpp: CPU only, one prompt at a time."""
-
-    gguf: Annotated[Text, AfterValidator(is_gguf), Field(examples=["model.gguf"])]
-    """A GGUF file of the same model in any precision; docs/serving.md shows how to make one."""
-    draft: Annotated[Text, AfterValidator(is_gguf), Field(examples=["draft.gguf"])] | None = None
-    """A GGUF file of a draft model. The trial compares plain decoding with 2, 4 and 6 drafted tokens."""
-
-
-class Peers(Section):
-    """Other libraries by name."""
-
-    torchtune: FastestSetting | None = None
-    """torchtune's `generate` with its KV cache."""
-    transformers: FastestSetting | None = None
-    """transformers' `generate`."""
-    transformers_early_exit: FastestSetting | None = None
-    """transformers' `generate(assistant_early_exit=E)` with 2, 4 and 6 drafted tokens. E is the exit of the first
-    variant that has one, or twice that exit."""
-    llama_cpp: LlamaCpp | None = None
-    """llama.cpp on a GGUF file."""
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name in PEERS if getattr(self, name) is not None]
-
-
-def _parse_peers(value: Any) -> Any:
-    """Turn a list of names into sections without keys, and an empty value into None."""
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        value = {name: {} for name in value}
-    return None if value == {} else value
 
 
 class BenchmarkConfig(DecodingConfig):
@@ -114,13 +67,6 @@ class BenchmarkConfig(DecodingConfig):
     tokens, and nothing else. null drops a variant of the extended config."""
     self_speculation: OptionalSpeculation = None
     """The only variant if `variants` is missing, so a generation config can be measured unchanged."""
-    peers: Annotated[
-        Peers | None,
-        BeforeValidator(_parse_peers, json_schema_input_type=Peers | list[Literal[tuple(PEERS)]] | None),
-        Field(examples=["[torchtune]"]),
-    ] = None
-    """Other libraries to run on the same model: a list of names, or sections by name. A library that is not installed
-    or does not support the config is left out."""
     temperatures: Annotated[list[Temperature], Field(min_length=1, examples=["[0.0,0.8]"])] | None = None
     """Temperatures to measure, each with its own table. The default is [0.0, 0.8]."""
     temperature: Temperature | None = None
@@ -187,7 +133,7 @@ class BenchmarkConfig(DecodingConfig):
         if self.tune and self.self_speculation is not None:
             yield from mistakes_of(self.self_speculation.check_against, model)
         if self.random_weights:
-            for key in ("peers", "metrics", "tune", "stop_strings"):
+            for key in ("metrics", "tune", "stop_strings"):
                 if value := getattr(self, key):
                     yield f"{key}: {value} needs a checkpoint, and random_weights has none. Set {key}=null"
             for name, variant in self.compared.items():
@@ -209,8 +155,8 @@ class BenchmarkConfig(DecodingConfig):
         yield from self.check_prompts()
 
     def _check_methods(self) -> Iterator[str]:
-        if not (self.variants or self.self_speculation or self.tune or (self.peers and self.peers.names)):
-            yield f"variants: {self.variants or None} has nothing to compare. Allowed: sections, or peers; {EXAMPLE}"
+        if not (self.variants or self.self_speculation or self.tune):
+            yield f"variants: {self.variants or None} has nothing to compare. Allowed: sections; {EXAMPLE}"
         if self.variants and self.self_speculation is not None and not self.tune:
             yield (
                 f"self_speculation: {self.self_speculation!r} has no effect beside variants. Set self_speculation=null"

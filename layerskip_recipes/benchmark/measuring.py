@@ -7,20 +7,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchtune import utils
-
-from layerskip_recipes.benchmark.peers import Peer, TokenLists, type_and_line
 from layerskip_recipes.generation.config import DecodingConfig
-from layerskip_recipes.generation.drafting.draft_model import DraftModels
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
-from layerskip_recipes.generation.text.text_stream import TextStream, follow
-from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.generation.text.text_stream import follow
 
-log = utils.get_logger("INFO")
-
-Method = Speculation | Peer | None  # self-speculation, another library, autoregressive
+TokenLists = Sequence[Sequence[int]]
+Method = Speculation | None  # self-speculation, autoregressive
 
 
 @dataclass
@@ -46,37 +40,28 @@ class Turns:
     """Runs all methods on the same batches with the same settings."""
 
     cfg: DecodingConfig
-    model: LayerSkipDecoder  # in eval mode
+    llm: LLM  # without a tokenizer for random weights, which have no text
     batches: Sequence[TokenLists]
     limit: int  # maximum number of new tokens per prompt
-    tokenizer: Any  # for stop strings; None for random weights, which have no text
-    stop_tokens: Sequence[int]
     reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
     seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
     spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
-    draft_models: DraftModels = field(default_factory=DraftModels)
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
-    failed: dict[str, str] = field(default_factory=dict)
 
     def decode(self, method: Method, temperature: float, batch: TokenLists, seed: int) -> tuple[list, GenerationStats]:
         """Decode one batch: the new tokens of each row up to a stop string, and the statistics.
 
-        There is a draft in every round. Peers do not see stop strings, so their statistics count the tokens after them.
+        There is a draft in every round.
         """
         strings = self.cfg.stop_strings
-        texts = [TextStream(self.tokenizer, self.stop_tokens, strings) for _ in batch] if strings else []
-        if isinstance(method, Peer):
-            rows, stats = method.decode(batch, self.cfg.sampler(temperature), seed)
-            return [row[: text.extend(row)] for row, text in zip(rows, texts, strict=True)] if texts else rows, stats
-        generation = Generation(
-            self.model,
+        texts = [self.llm.text_stream(stop=strings) for _ in batch] if strings else []
+        generation = self.llm.start(
             batch,
             self.limit,
-            speculation=method,
-            draft_model=self.draft_models.of(method, self.model),
+            method,
+            compile=bool(self.cfg.compile),
+            always_draft=True,
             sampler=self.cfg.sampler(temperature, seed),
-            stop_tokens=self.stop_tokens,
-            compile=self.cfg.compile,
             reserve=self.reserve,
         )
         if texts:
@@ -90,10 +75,7 @@ class Turns:
         return generation.generated, generation.stats
 
     def take(self, methods: dict[str, Method], temperature: float, repeats: int) -> Iterator[dict[str, Run]]:
-        """Yield {} after the warm-up, then the runs by method name for each batch of each repeat.
-
-        A peer that fails is removed from `methods` and recorded in `failed`.
-        """
+        """Yield {} after the warm-up, then the runs by method name for each batch of each repeat."""
         # Warm up with two prompt lengths: for the second, torch compiles again, with dynamic shapes.
         for batch in (min(self.batches, key=longest_prompt), max(self.batches, key=longest_prompt)):
             self._turn(methods, temperature, batch, 0, self.seed)
@@ -106,18 +88,7 @@ class Turns:
         self, methods: dict[str, Method], temperature: float, batch: TokenLists, repeat: int, seed: int
     ) -> dict[str, Run]:
         runs = {}
-        for name, method in list(methods.items()):
-            try:
-                runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed))
-            except Exception as e:  # a peer can raise anything, and the other methods go on
-                if not isinstance(method, Peer):
-                    raise
-                del methods[name]
-                self.leave_out(name, e, temperature)
-            else:
-                self.compile_s[temperature, name] += runs[name].stats.compile_s
+        for name, method in methods.items():
+            runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed))
+            self.compile_s[temperature, name] += runs[name].stats.compile_s
         return runs
-
-    def leave_out(self, peer: str, error: Exception, temperature: float) -> None:
-        self.failed[peer] = f"{type_and_line(error)}, at temperature {temperature}"
-        log.warning("peers: %s is left out (%s)", peer, self.failed[peer])

@@ -1,5 +1,5 @@
-"""`tune run layerskip_benchmark` compares autoregressive decoding, self-speculation and other libraries, in one process
-and on the same prompts."""
+"""`tune run layerskip_benchmark` compares autoregressive decoding and self-speculation, in one process and on the same
+prompts."""
 
 import importlib.metadata
 import json
@@ -11,7 +11,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +19,40 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
 from tqdm import tqdm
 
-from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig, Peers
+from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
-from layerskip_recipes.benchmark.peers import PEERS, Job, Peer, check_same_model, fastest_setting
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
 from layerskip_recipes.checkpoint.trained_exits import usual_exit
-from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.paths import check_file, check_folder
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, chooser_for
+from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.prediction import machine_for
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, OTHER_DRAFTERS, SPECULATION_DEFAULTS, Speculation
+from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.fitting_memory import check_memory
-from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
+from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, try_examples
-from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary
 from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")
+
+
+def _plan_of_random_weights(section: SelfSpeculation, model: LayerSkipDecoder) -> Speculation:
+    """They always draft the full length, from an exit. Of a draft vocabulary only the size affects the time."""
+    keys = SPECULATION_DEFAULTS | {"exit_layer": usual_exit(model.num_layers)} | section.given
+    ids = keys["draft_vocabulary"]
+    ids = range(min(ids, model.tok_embeddings.num_embeddings)) if isinstance(ids, int) else ids
+    return Speculation(**keys | {"prompt_lookup": None, "draft_vocabulary": ids})
 
 
 class LayerSkipBenchmark:
@@ -75,43 +79,22 @@ class LayerSkipBenchmark:
         self.candidates: dict[str, Candidate] = {}
         self.frequent: Sequence[int] | None = None  # the checkpoint's tokens, for `tune`
         self.tuned_draft: DraftDescription | None = None  # whose length and precision `tune` chooses
+        self.spare_tokens, plans = 0, dict[str, Speculation | None]()
         if cfg.random_weights:
-            drafts = {name: self._default_choice(section, model) for name, section in cfg.compared.items()}
-        else:
-            chooser = chooser_for(cfg, cfg.quantizer)
-            settings = (cfg.all_temperatures[0], cfg.compile, cfg.batch_size)
-            drafts = {
-                name: chooser.choose(section, *settings, cfg.key_of(name)) for name, section in cfg.compared.items()
-            }
-            if cfg.tune:
-                exits = chooser.notes.exits
-                self.frequent = None if exits is None else exits.vocabulary
-                section = cfg.self_speculation or SelfSpeculation()
-                self.tuned_draft, _ = chooser.notes.draft_for(section, f"{KEY}.draft")
-        for name, choice in drafts.items():
-            if choice.why is not None:
-                log.info("%s: %s", name, choice.why)
-        chosen = {name: choice.section for name, choice in drafts.items()}
-        choices = Choices(cfg)
-        for key, value in ({"variants": chosen} if chosen and cfg.variants else chosen).items():
-            choices.set(key, value)
-        self.cfg = cfg.with_choices(choices)
-        longest = max((choice.section.num_speculations for choice in drafts.values() if choice.section), default=0)
-        # The prompts.
-        self.spare_tokens = longest + 1 if cfg.random_weights else 0
-        self.limit = cfg.max_new_tokens + self.spare_tokens
-        if cfg.random_weights:
+            plans = {name: _plan_of_random_weights(section, model) for name, section in cfg.compared.items()}
+            self.spare_tokens = max((plan.num_speculations for plan in plans.values() if plan), default=0) + 1
+            self.limit = cfg.max_new_tokens + self.spare_tokens
             self._draw_prompts(model)
         else:
+            self.limit = cfg.max_new_tokens
             self._read_prompts(model)
-        self.methods: dict[str, Method] = {BASELINE: None}
-        for name, choice in drafts.items():
-            method = choice.speculation(self.prompts)
-            if method is not None:  # None: nothing can draft
-                # Random weights always draft the full length, from the exit.
-                off = {key: SPECULATION_DEFAULTS[key] for key in OTHER_DRAFTERS if cfg.random_weights}
-                self.methods[name] = replace(method, **off)
-        choices = Choices(self.cfg)
+            plans = self._plan(DraftPlanner.of_config(cfg, cfg.quantizer))
+        sections = {name: section.resolved(plans[name]) for name, section in cfg.compared.items()}
+        choices = Choices(cfg)
+        for key, value in ({"variants": sections} if sections and cfg.variants else sections).items():
+            choices.set(key, value)
+        drafting = {name: plan for name, plan in plans.items() if plan is not None}  # the others have nothing to draft
+        self.methods: dict[str, Method] = {BASELINE: None} | drafting
         self.repeats = choices.pick("repeats", lambda: min(3, math.ceil(12 / len(self.prompts))))
         self.cfg = self.cfg.with_choices(choices)
         rows = cfg.batch_size
@@ -136,17 +119,24 @@ class LayerSkipBenchmark:
     def _drafts(self) -> dict[str, Speculation]:
         return {name: method for name, method in self.methods.items() if isinstance(method, Speculation)}
 
-    @staticmethod
-    def _default_choice(section: SelfSpeculation, model: LayerSkipDecoder) -> DraftChoice:
-        """For random weights: of a draft vocabulary, only the number of tokens affects the time."""
-        keys = SPECULATION_DEFAULTS | {"exit_layer": usual_exit(model.num_layers)} | section.given
-        return DraftChoice(SelfSpeculation(**keys), None, 0.0, frequent=range(model.tok_embeddings.num_embeddings))
+    def _plan(self, planner: DraftPlanner) -> dict[str, Speculation | None]:
+        """The plan of each variant; for `tune`, what the tuner has to know."""
+        cfg, plans = self.cfg, dict[str, Speculation | None]()
+        for name, section in cfg.compared.items():
+            plans[name], why = planner.plan(
+                section, cfg.all_temperatures[0], bool(cfg.compile), self.prompts, cfg.batch_size, cfg.key_of(name)
+            )
+            if why is not None:
+                log.info("%s: %s", name, why)
+        if cfg.tune:
+            self.frequent = None if planner.exits is None else planner.exits.vocabulary
+            self.tuned_draft, _ = planner.trained_draft(cfg.self_speculation or SelfSpeculation())
+        return plans
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
         cfg = self.cfg
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
-        self.stop_tokens: list[int] = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         examples = try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file)
         self.examples: list[Example]
         self.examples, self.prompts = encode(examples, self.tokenizer, model, self.limit)
@@ -156,51 +146,25 @@ class LayerSkipBenchmark:
     def _draw_prompts(self, model: LayerSkipDecoder) -> None:
         cfg, num_tokens = self.cfg, model.tok_embeddings.num_embeddings
         check_prompt_lengths(model, [cfg.prompt_tokens], self.limit, key="max_new_tokens")
-        self.tokenizer, self.stop_tokens = None, []
+        self.tokenizer = None
         self.prompts = torch.randint(num_tokens, (cfg.batch_size, cfg.prompt_tokens)).tolist()
 
     def setup(self) -> None:
-        """Load the model, choose variants with `tune`, build the drafts, and find each peer's fastest setting."""
+        """Load the model, choose variants with `tune`, and build the drafts."""
         cfg = self.cfg
         config.log_config(recipe_name=type(self).__name__, cfg=cfg.source)
         self.bandwidth = memory_bandwidth(self.device)
-        # A trained draft is checked against unquantised weights, so its model is quantised after building the draft.
-        quantise_late = cfg.random_weights or any(one.draft is not None for one in self._drafts.values())
+        plans = {cfg.key_of(name): plan for name, plan in self._drafts.items()}
         if cfg.random_weights:
             with training.set_default_dtype(cfg.torch_dtype), self.device:
-                self.model: LayerSkipDecoder = without_adapters(layerskip_decoder(cfg.model.build())).eval()
+                self.llm = LLM(without_adapters(layerskip_decoder(cfg.model.build())).eval())
+            self.llm.prepare(plans, cfg.quantizer)
         else:
-            self.model = load_decoder(cfg, self.device, None if quantise_late else cfg.quantizer)
-        tokens = (self.limit, self.tokenizer, self.stop_tokens, self.reserve)
-        self.turns = Turns(cfg, self.model, self.batches, *tokens, self.seed, self.spare_tokens)
+            self.llm = LLM.of_config(cfg, self.device, self.tokenizer, plans)
+        self.turns = Turns(cfg, self.llm, self.batches, self.limit, self.reserve, self.seed, self.spare_tokens)
         if cfg.tune:
             self.candidates = Tuner(cfg, self.turns, self.frequent, self.tuned_draft).candidates()
-            self.methods |= {name: candidate.speculation for name, candidate in self.candidates.items()}
-        # Build the draft models, then quantise.
-        for name, speculation in self._drafts.items():
-            self.turns.draft_models.of(speculation, self.model, cfg.key_of(name))
-        if cfg.quantizer is not None and quantise_late:
-            self.model = self.turns.model = quantise_decoder(self.model, cfg.quantizer)
-        self.peers: dict[float, dict[str, Peer]] = defaultdict(dict)
-        if cfg.peers:
-            self._find_peers(cfg.peers)
-
-    def _find_peers(self, peers: Peers) -> None:
-        """Find the peers' fastest settings at each temperature; one that fails at any temperature is left out."""
-        cfg = self.cfg
-        depth = self.model.num_layers
-        own = (one.exit_layer for one in self._drafts.values() if one.draft is None)
-        first = next((e for e in own if e < depth), None)
-        exits = [e for e in (first, 2 * first) if e < depth] if first else []
-        longest = longest_prompt(self.prompts)
-        job = Job(cfg, self.model, self.batches[0], longest, self.limit, self.stop_tokens, exits)
-        for temperature in cfg.all_temperatures:
-            for name in (name for name in peers.names if name not in self.turns.failed):
-                try:
-                    check_same_model(PEERS[name].package, cfg.checkpointer, cfg.quantizer is not None)
-                    self.peers[temperature][name] = fastest_setting(name, job, cfg.sampler(temperature), cfg.compile)
-                except Exception as e:  # a peer can raise anything, and the other methods go on
-                    self.turns.leave_out(name, e, temperature)
+            self.methods |= {name: candidate.plan for name, candidate in self.candidates.items()}
 
     def benchmark(self) -> dict[str, Any]:
         """Measure and write the report; after Ctrl-C or an error it has the runs so far."""
@@ -208,9 +172,7 @@ class LayerSkipBenchmark:
         try:
             with tqdm(total=len(temperatures) * (1 + self.repeats * len(self.batches)), desc="batches") as bar:
                 for temperature in temperatures:
-                    peers = self.peers[temperature].items()
-                    methods = self.methods | {name: peer for name, peer in peers if name not in self.turns.failed}
-                    for turn in self.turns.take(methods, temperature, self.repeats):
+                    for turn in self.turns.take(self.methods, temperature, self.repeats):
                         for name, run in turn.items():
                             self.runs[temperature, name].append(run)
                         bar.update()
@@ -231,37 +193,31 @@ class LayerSkipBenchmark:
         # Measure again and keep the larger figure: other load on the machine makes a measurement too low.
         self.bandwidth = max(self.bandwidth, memory_bandwidth(self.device))
         for (temperature, name), runs in self.runs.items():
-            if name in self.turns.failed:  # a peer with only some of the runs
-                continue
-            peer = self.peers[temperature].get(name)
             row = {
                 "temperature": temperature,
                 "name": name,
-                "kind": "peer" if peer else "baseline" if name == BASELINE else "variant",
-                "setting": peer and peer.setting,
-                "trial_tokens_per_second": peer and peer.trial,
-                "compile_s": None if peer else self.turns.compile_s[temperature, name],
+                "kind": "baseline" if name == BASELINE else "variant",
+                "compile_s": self.turns.compile_s[temperature, name],
                 "predicted_speedup": None,
             }
             candidate = self.candidates.get(name)
-            predicted = candidate is not None and not candidate.speculation.prompt_lookup
+            predicted = candidate is not None and not candidate.plan.prompt_lookup
             if predicted and temperature == self.cfg.all_temperatures[0]:
-                row["predicted_speedup"] = candidate.prediction.speedup
-            row |= figures(runs, self.runs[temperature, BASELINE], not peer or temperature == 0, self.bandwidth)
+                row["predicted_speedup"] = candidate.plan.speedup
+            row |= figures(runs, self.runs[temperature, BASELINE], self.bandwidth)
             row |= self._quality(runs)
             results.append(row)
             if self.cfg.random_weights:
                 # The baseline is the first row of its temperature, and its rounds are single steps.
                 step_s = next(done["round_s"] for done in results if done["temperature"] == temperature)
                 row["speedup_by_acceptance"] = speedup_by_acceptance(row, step_s)
-        failed = self.turns.failed
-        return self._settings() | {"peers_left_out": failed, "interrupted": interrupted, "results": results}
+        return self._settings() | {"interrupted": interrupted, "results": results}
 
     def _quality(self, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
         """The text metrics of a method over all repeats, if the config asks for any."""
         if not self.cfg.metrics:
             return {}
-        text = TextStream(self.tokenizer, self.stop_tokens, self.cfg.stop_strings or []).text
+        text = self.llm.text_stream(stop=self.cfg.stop_strings or []).text
         outputs = [text(tokens) for run in runs for tokens in run.outputs]
         # Outputs are in prompt order; after Ctrl-C the last repeat is incomplete.
         examples = [self.examples[i % len(self.examples)] for i in range(len(outputs))]
@@ -270,14 +226,12 @@ class LayerSkipBenchmark:
     def _settings(self) -> dict[str, Any]:
         cfg = self.cfg
         command = [*(["tune", "run"] if Path(sys.argv[0]).stem == "layerskip_benchmark" else []), *sys.argv]
-        used = {PEERS[name].package for peers in self.peers.values() for name in peers if name not in self.turns.failed}
-        packages = ["torch", "torchtune", "torchao", *sorted(used - {"torchtune"})]
-        steps = find_compiled_steps(self.model)
+        steps = self.llm.state.compiled
         return {
             "command": shlex.join(command),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in packages},
+            | {name: importlib.metadata.version(name) for name in ("torch", "torchtune", "torchao")},
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "memory_bandwidth": self.bandwidth,

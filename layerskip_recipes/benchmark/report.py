@@ -30,11 +30,10 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
 
 
-def figures(runs: Sequence[Run], baseline: Sequence[Run], same_noise: bool, bandwidth: float) -> dict[str, Any]:
+def figures(runs: Sequence[Run], baseline: Sequence[Run], bandwidth: float) -> dict[str, Any]:
     """The figures of a method at one temperature: times in seconds; rates as median, min and max over the repeats.
 
-    `baseline` has the autoregressive runs on the same prompts. Outputs are compared with it if
-    they should be equal: `same_noise`.
+    `baseline` has the autoregressive runs on the same prompts, whose outputs should be equal.
     """
     stats, repeats = total(runs), by_repeat(runs)
     rate = spread([s.tokens_per_second for s in repeats])
@@ -52,7 +51,7 @@ def figures(runs: Sequence[Run], baseline: Sequence[Run], same_noise: bool, band
         "answer_speedup": spread([ratio(*turn, "answer_tokens_per_second") for turn in by_turn]),
         "outputs": sum(len(run.outputs) for run in runs),
         "looping_outputs": sum(run.loops for run in runs),
-        "identical": [r.outputs for r in runs] == [r.outputs for r in baseline] if same_noise and runs else None,
+        "identical": [r.outputs for r in runs] == [r.outputs for r in baseline] if runs else None,
         **draft_figures(stats, total(baseline), speedup["median"] if isinstance(speedup, dict) else None),
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.rounds_by_kind),
@@ -96,7 +95,7 @@ def show(value: dict[str, float] | float | None, form: str, factor: float = 1.0)
 
 
 COLUMNS = {
-    "method": lambda r: f"{r['name']}, {r['setting']}" if r["setting"] else r["name"],
+    "method": lambda r: r["name"],
     "answers, tokens/s": lambda r: show(r["answer_tokens_per_second"], ".1f"),
     "speed-up of answers": lambda r: show(r["answer_speedup"], ".2f"),
     "tokens/s": lambda r: show(r["tokens_per_second"], ".1f"),
@@ -147,7 +146,6 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{compiled}, batch {report['batch_size']}. {report['prompts']} prompts of {report['prompt_tokens']:.0f} "
         f"tokens on average, {report['max_new_tokens']} new tokens, {report['repeats']} repeats. "
         f"{', '.join(map(' '.join, report['versions'].items()))}. {report['date']}.",
-        *(f"\n{name} is left out ({why})." for name, why in report["peers_left_out"].items()),
         *([f"\nNot compiled: {', '.join(report['not_compiled'])}."] if report["not_compiled"] else []),
         *(["\nInterrupted: some repeats are missing."] if report["interrupted"] else []),
     ]
@@ -167,7 +165,7 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     count = len(temperatures)
     figure = Figure(figsize=(5 * count + 2, 1.5 + 0.4 * len(results) / count), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False, sharey=True)[0]
-    colours = {"baseline": "tab:gray", "variant": "tab:blue", "peer": "tab:orange"}
+    colours = {"baseline": "tab:gray", "variant": "tab:blue"}
     for temperature, panel in zip(temperatures, panels, strict=True):
         panel.set_title(f"temperature {temperature}")
         rows = [r for r in results if r["temperature"] == temperature and r["tokens_per_second"]]

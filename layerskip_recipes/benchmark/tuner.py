@@ -29,29 +29,14 @@ from layerskip_recipes.config.recipe_config import as_yaml
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import (
-    LOOKUP,
-    DraftChoice,
-    method_of,
-    most_frequent,
-    prediction_keys,
-)
-from layerskip_recipes.generation.drafting.draft_model import DraftModels
-from layerskip_recipes.generation.drafting.prediction import (
-    Costs,
-    DraftMethod,
-    Prediction,
-    StepCost,
-    machine_for,
-    ranked,
-    rounds_of,
-)
+from layerskip_recipes.generation.drafting.planner import LOOKUP, most_frequent
+from layerskip_recipes.generation.drafting.prediction import Costs, Option, StepCost, machine_for, ranked, variants
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.exit_quality import ALL, exit_quality
+from layerskip_recipes.model.exit_quality import ALL, MIN_CONFIDENCE, exit_quality
 
 PROBE_TOKENS = 48  # new tokens per prompt in a probe
 FIRST_LINE = "# Written by layerskip_benchmark: "  # marks a tuned config
@@ -68,22 +53,18 @@ NOTHING_TO_DRAFT = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A drafting method to measure."""
+    """A plan to measure, with the predicted speed-up."""
 
-    speculation: Speculation  # to measure
+    plan: Speculation
     written: SelfSpeculation  # for tuned.yaml: its draft vocabulary may be a number of the checkpoint's tokens
-    prediction: Prediction
 
     @property
     def name(self) -> str:
-        method = self.prediction.method
-        parts = [
-            "draft" if method.draft_layers else f"exit{method.model_layers}",
-            f"{self.prediction.num_speculations}",
-        ]
-        if method.vocabulary is not None and not method.draft_layers:
-            parts.append(f"vocabulary{method.vocabulary}")
-        flags = {"int8": method.int8, "confident": method.ends, "lookup": self.speculation.prompt_lookup}
+        plan = self.plan
+        parts = ["draft" if plan.draft_layers else f"exit{plan.model_layers}", f"{plan.num_speculations}"]
+        if plan.num_draft_tokens is not None and not plan.draft_layers:
+            parts.append(f"vocabulary{plan.num_draft_tokens}")
+        flags = {"int8": plan.draft_int8, "confident": plan.ends_early, "lookup": plan.prompt_lookup}
         return "_".join([*parts, *(name for name, on in flags.items() if on)])
 
 
@@ -93,8 +74,8 @@ def measured_rates(
     vocabulary: Sequence[int] = (),
     sizes: Sequence[int] = (),
     longest: int = LONGEST_DRAFT,
-    trained: tuple[DraftMethod, Draft] | None = None,
-) -> dict[DraftMethod, TokensPerRound]:
+    trained: tuple[Speculation, Draft] | None = None,
+) -> list[Option]:
     """The tokens per round of drafts of at most 1 to `longest` tokens, for each exit and draft vocabulary.
 
     One pass over `texts`, pairs of a prompt and the model's output. A draft vocabulary is the first n tokens of
@@ -109,52 +90,56 @@ def measured_rates(
     )
     device, depth = model.tok_embeddings.weight.device, model.num_layers
     if trained is not None:
-        method, draft = trained
+        plan, draft = trained
         quality = exit_quality(model, batches, [0, depth], device, num_speculations=longest, draft=draft)
-        return {method: TokensPerRound(**quality[0].tokens_per_round[ALL])}
+        return [(plan, TokensPerRound(**quality[0].tokens_per_round[ALL]))]
     exits = range(1, depth + 1)
     quality = exit_quality(model, batches, exits, device, num_speculations=longest, vocabulary=vocabulary, sizes=sizes)
-    return {
-        DraftMethod(e, None if name == ALL else int(name)): TokensPerRound(**rates)
+    return [
+        (Speculation(e, draft_vocabulary=None if name == ALL else vocabulary[: int(name)]), TokensPerRound(**rates))
         for e in exits[:-1]
         for name, rates in quality[e].tokens_per_round.items()
-    }
+    ]
 
 
 def fitted_costs(
-    timed: Mapping[tuple[DraftMethod, int], GenerationStats],
+    timed: Sequence[tuple[Speculation, GenerationStats]],
     plain_s: float,
     num_layers: int,
     vocabulary: int,
     batch_rows: int,
 ) -> Costs:
-    """Fit the costs of prediction.py by least squares to the times of probes, by method and draft length."""
+    """Fit the costs of prediction.py by least squares to the times of probes, by plan."""
 
-    def factors(method: DraftMethod) -> list[float]:
+    def factors(plan: Speculation) -> list[float]:
         """Of the six costs of a draft step: constant, layer and head row in full precision, and in int8."""
-        own = [1, method.draft_layers or method.model_layers, method.vocabulary or vocabulary]
-        below = method.model_layers if method.draft_layers else 0  # the model's layers below a trained draft
-        return [0, below, 0, *own] if method.int8 else [own[0], own[1] + below, own[2], 0, 0, 0]
+        layers, head_rows = plan.draft_layers or plan.model_layers, plan.num_draft_tokens or vocabulary
+        below = plan.model_layers if plan.draft_layers else 0  # the model's layers below a trained draft
+        return [0, below, 0, 1, layers, head_rows] if plan.draft_int8 else [1, layers + below, head_rows, 0, 0, 0]
 
-    features = torch.tensor([factors(method) for method, _ in timed]).double()
-    seconds = torch.tensor([[s.draft_s / s.draft_steps] for s in timed.values()]).double()
+    features = torch.tensor([factors(plan) for plan, _ in timed]).double()
+    seconds = torch.tensor([[s.draft_s / s.draft_steps] for _, s in timed]).double()
     fit = torch.linalg.lstsq(features, seconds, driver="gelsd").solution[:, 0].tolist()
     further = []
-    for (method, _), s in timed.items():
-        verified = s.draft_steps / s.rounds * batch_rows * (1 - method.shared_layers / num_layers)
+    for plan, s in timed:
+        verified = s.draft_steps / s.rounds * batch_rows * (1 - plan.shared_layers / num_layers)
         further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
     draft = {False: StepCost(*fit[:3]), True: StepCost(*fit[3:])}
-    rest = statistics.median(s.accept_s / s.rounds for s in timed.values())
+    rest = statistics.median(s.accept_s / s.rounds for _, s in timed)
     return Costs(num_layers, vocabulary, plain_s, draft, max(statistics.median(further), 0.0), rest, batch_rows)
 
 
-def pick(predictions: Sequence[Prediction], count: int = 4) -> list[Prediction]:
+def pick(plans: Sequence[Speculation], count: int = 4) -> list[Speculation]:
     """The best few to measure, with at most two draft lengths per method, at least three tokens apart."""
-    picked: list[Prediction] = []
-    for prediction in predictions:
-        same = [other.num_speculations for other in picked if other.method == prediction.method]
-        if len(same) < 2 and all(abs(prediction.num_speculations - other) >= 3 for other in same):
-            picked.append(prediction)
+    picked: list[Speculation] = []
+    for plan in plans:
+        lengths = [
+            other.num_speculations
+            for other in picked
+            if (other.weights_key, other.ends_early) == (plan.weights_key, plan.ends_early)
+        ]
+        if len(lengths) < 2 and all(abs(plan.num_speculations - length) >= 3 for length in lengths):
+            picked.append(plan)
         if len(picked) == count:
             break
     return picked
@@ -170,12 +155,12 @@ class Tuner:
     def __init__(
         self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None, draft: DraftDescription | None
     ) -> None:
-        self.cfg, self.turns, self.model, self.draft = cfg, turns, turns.model, draft
+        self.cfg, self.turns, self.model, self.draft = cfg, turns, turns.llm.model, draft
         self.temperature, self.batch_rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
         self.stored, self.frequent = bool(stored), list(stored or most_frequent(self.prompts))
         self.trained = None if draft is None else read_draft(draft, self.model, f"{KEY}.draft")
-        turns.draft_models = DraftModels(self.trained)
+        turns.llm.state.trained_draft = self.trained
 
     def candidates(self) -> dict[str, Candidate]:
         """The candidates by name; prints the predictions."""
@@ -185,58 +170,54 @@ class Tuner:
             raise ConfigError(NOTHING_TO_DRAFT)
         texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
         on_cpu = self.model.tok_embeddings.weight.device.type == "cpu"
-        endings = [False, True] if on_cpu and self.batch_rows == 1 else [False]
+        min_confidences = [0.0, MIN_CONFIDENCE] if on_cpu and self.batch_rows == 1 else [0.0]
         precisions = [False, True] if self.cfg.compile and on_cpu else [False]
         # Tokens per round of each method, and what to time.
         longest = machine_for(self.cfg.torch_dtype, not on_cpu, bool(self.cfg.compile)).longest
         if self.draft is not None and self.trained is not None:
-            method = method_of(self.draft)
-            measured = measured_rates(self.model, texts, longest=longest, trained=(method, self.trained))
-            probes = [(method, longest)]
+            plan = Speculation(self.draft.exit_layer, longest, self.draft.vocabulary, draft=self.draft)
+            measured = measured_rates(self.model, texts, longest=longest, trained=(plan, self.trained))
+            probes = [plan]
         else:
             sizes = [n for n in DRAFT_VOCABULARIES if n <= len(self.frequent)] or [len(self.frequent)]
             measured = measured_rates(self.model, texts, self.frequent, sizes, longest)
             probes = self._probes(sizes[0])
-        timed = {
-            (m._replace(int8=int8), n): self._probe(m._replace(int8=int8), n) for int8 in precisions for m, n in probes
-        }
+        probes = [replace(probe, draft_int8=int8) for int8 in precisions for probe in probes]
+        timed = [(probe, self._probe(probe)) for probe in probes]
         # Predict, and choose what to measure.
         size = self.model.tok_embeddings.num_embeddings
         costs = fitted_costs(timed, plain.decode_s / plain.rounds, self.model.num_layers, size, self.batch_rows)
-        chosen = pick(ranked(rounds_of(measured, self.temperature, endings, precisions), costs))
+        chosen = pick(ranked(variants(measured, self.temperature, min_confidences, precisions), costs))
         print(f"{'predicted':<36}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
-        candidates = [self._candidate(prediction) for prediction in chosen]
-        for c in candidates:
-            p = c.prediction
-            print(f"{c.name:<36}{p.tokens_per_round:>15.2f}{1000 * p.round_s:>12.2f}{p.speedup:>9.2f}x")
-        candidates.append(self._candidate(chosen[0], LOOKUP))
+        candidates = [self._candidate(plan) for plan in chosen]
+        for candidate in candidates:
+            tokens, speedup = candidate.plan.tokens_per_round or 0.0, candidate.plan.speedup or 1.0
+            round_ms = 1000 * tokens * costs.plain_step_s / speedup
+            print(f"{candidate.name:<36}{tokens:>15.2f}{round_ms:>12.2f}{speedup:>9.2f}x")
+        candidates.append(self._candidate(replace(chosen[0], prompt_lookup=LOOKUP)))
         return {candidate.name: candidate for candidate in candidates}
 
-    def _candidate(self, prediction: Prediction, lookup: int | None = None) -> Candidate:
-        folder = None if self.draft is None else self.draft.folder
-        section = SelfSpeculation(**SPECULATION_DEFAULTS | prediction_keys(prediction, lookup) | {"draft": folder})
-        choice = DraftChoice(section, None, 0.0, draft=self.draft, frequent=self.frequent)
-        speculation = choice.speculation(self.prompts)
-        assert speculation is not None
-        written = section
+    def _candidate(self, plan: Speculation) -> Candidate:
+        written = SelfSpeculation().resolved(plan)
+        assert written is not None
         if self.draft is not None:
-            written = section.model_copy(update={"draft_vocabulary": AUTO})  # the draft's own
+            written = written.model_copy(update={"draft_vocabulary": AUTO})  # the draft's own
         elif not self.stored:  # generation would count a number of tokens in its own prompts
-            written = section.model_copy(update={"draft_vocabulary": speculation.draft_vocabulary})
-        return Candidate(speculation, written, prediction)
+            written = written.model_copy(update={"draft_vocabulary": plan.draft_vocabulary})
+        return Candidate(plan, written)
 
-    def _probes(self, small: int) -> list[tuple[DraftMethod, int]]:
+    def _probes(self, small: int) -> list[Speculation]:
         """Probes that differ in layers, head rows and draft length, so that `fitted_costs` can separate the costs."""
         early = max(self.model.num_layers // 8, 1)
         late = max(self.model.num_layers // 2, min(early + 1, self.model.num_layers - 1))
-        return [(DraftMethod(early, small), 8), (DraftMethod(late, small), 4), (DraftMethod(early), 4)]
+        ids = self.frequent[:small]
+        return [Speculation(early, 8, ids), Speculation(late, 4, ids), Speculation(early, 4)]
 
-    def _probe(self, method: DraftMethod, num_speculations: int) -> GenerationStats:
-        """The statistics of a short run of a method."""
-        speculation = self._candidate(Prediction(method, num_speculations, 0, 0, 0)).speculation
+    def _probe(self, plan: Speculation) -> GenerationStats:
+        """The statistics of a short run of a plan."""
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
-        turns.draft_models = DraftModels(self.trained)  # which goes with the probe
-        stats = sum((stats for _, stats in self._decode_all(speculation, turns)), GenerationStats())
+        stats = sum((stats for _, stats in self._decode_all(plan, turns)), GenerationStats())
+        self.turns.llm.state.weights.pop(plan.weights_key, None)  # its int8 copies go with the probe
         if not stats.draft_steps:
             raise ConfigError(NOTHING_TO_DRAFT)
         return stats

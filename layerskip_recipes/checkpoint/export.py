@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torchtune import training, utils
 
 from layerskip_recipes.checkpoint.drafts import DRAFT, DRAFT_FILE, DraftDescription, own_draft, read_description
-from layerskip_recipes.checkpoint.hf_checkpointer import INDEX, HFCheckpointer, readable, weight_files
+from layerskip_recipes.checkpoint.hf_checkpointer import INDEXES, HFCheckpointer, readable, weight_files
 from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, exit_that_drafts, read_trained_exits, usual_exit
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.paths import check_folder, read_json
@@ -64,7 +64,7 @@ def export(
     """Write a Hugging Face folder `out`, which must not exist yet, and return it.
 
     Args:
-        checkpoint: as `path` of `load_model`: a Hugging Face folder with safetensors, adapters, or a trained draft of
+        checkpoint: as `path` of `LLM.load`: a Hugging Face folder with safetensors, adapters, or a trained draft of
             kind copy.
         exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`.
         draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.
@@ -277,7 +277,7 @@ def first_layers(config: dict[str, Any], draft: int) -> dict[str, Any]:
 def _copy_files(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template and settings, but no weights or adapters."""
     for file in (file for pattern in COPIED for file in source.glob(pattern)):
-        if file.is_file() and file.name != INDEX and not file.name.startswith("adapter_"):
+        if file.is_file() and not (file.name.endswith(INDEXES) or file.name.startswith("adapter_")):
             place = target / file.relative_to(source)
             place.parent.mkdir(exist_ok=True)
             try:

@@ -32,9 +32,10 @@ from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-# Copied, except OWN_FILES.
+# Copied, except OWN_FILES and the indexes of weight files, whose names end in INDEXES.
 OTHER_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "LICENSE*")
-OWN_FILES = (INDEX, "adapter_config.json", DESCRIPTION, "config.json", "trainer_state.json")
+OWN_FILES = ("adapter_config.json", DESCRIPTION, "config.json", "trainer_state.json")
+INDEXES = ".index.json"
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")  # buffers in old checkpoints
 
 
@@ -68,8 +69,8 @@ class HFCheckpointer:
         """The files to copy into checkpoints. A training reads them at its start."""
         has_tokenizer = (self._checkpoint_dir / "tokenizer.json").is_file()
         folder = self._checkpoint_dir if has_tokenizer else self._base_dir
-        files = [file for pattern in OTHER_FILES for file in folder.glob(pattern)]
-        found = SideFiles(folder, (file for file in files if file.name not in OWN_FILES))
+        files = (file for pattern in OTHER_FILES for file in folder.glob(pattern) if file.name not in OWN_FILES)
+        found = SideFiles(folder, (file for file in files if not file.name.endswith(INDEXES)))
         if folder != self._base_dir:  # what PEFT does not save beside adapters
             found.content |= SideFiles(self._base_dir, self._base_dir.glob("generation_config.json")).content
         for name, content in found.content.items():

@@ -18,8 +18,8 @@ RECIPES = {
 # Keys that only one recipe has. A config without any of them is for layerskip_generate.
 OWN_KEYS = {
     "layerskip_finetune": ("optimizer", "loss", "metric_logger"),
-    "layerskip_benchmark": ("variants", "report_dir", "temperatures", "random_weights", "tune", "peers"),
-    "layerskip_eval": ("dataset", "tasks"),
+    "layerskip_benchmark": ("variants", "report_dir", "temperatures", "random_weights", "tune"),
+    "layerskip_eval": ("dataset",),
     "layerskip_serve": ("host", "port", "max_waiting"),
 }
 

@@ -63,10 +63,10 @@ def serve() -> None:
 
 @run_from_command_line
 def evaluate() -> None:
-    """Evaluate a model: the loss of each exit, its agreement with the last layer, and lm-eval tasks.
+    """Evaluate a model: the loss of each exit, and its agreement with the last layer.
 
     tune run layerskip_eval --config quickstart/eval
-    tune run layerskip_eval --config my_eval.yaml "tasks=[arc_easy]" limit=100 exit_layer=8
+    tune run layerskip_eval --config hf/eval model_dir=out exits=4,8
     """
     recipe = build_recipe(LayerSkipEval, "layerskip_eval", evaluate.__doc__)
     recipe.setup()
@@ -77,7 +77,7 @@ def evaluate() -> None:
 
 @run_from_command_line
 def benchmark() -> None:
-    """Compare the speed of autoregressive decoding, self-speculation and other libraries on one checkpoint.
+    """Compare the speed of autoregressive decoding and self-speculation on one checkpoint.
 
     tune run layerskip_benchmark --config quickstart/benchmark
     tune run layerskip_benchmark --config quickstart/benchmark compile=false repeats=1 report_dir=quickstart/uncompiled

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, wraps
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MaxLen
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -43,11 +43,19 @@ DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda|mps|xpu)(:\d+)?$", exampl
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
 Layers = Annotated[Selection, Field(examples=[":"])]
 Exits = Layers
+LM_EVAL = (
+    "removed, since lm-eval's own command runs its tasks. Write `lm_eval --model hf --model_args "
+    "pretrained=out/epoch_0 --tasks arc_easy`, with its options --include_path, --num_fewshot, --limit and so on"
+)
 # What the error messages of removed keys say.
 REMOVED = {
     "draft_quantizer": "replaced by draft_int8, since no other quantizer paid. Write draft_int8=true",
     "layers": "replaced by exits, which count from 1: the output of layer 3 is exit 4. For example exits=4",
     "layers_val": "replaced by exits_val, which counts from 1. For example exits_val=4",
+    "peers": "removed, since a script compares with other engines. Write `python tools/compare_engines.py CONFIG "
+    "--engine torchtune --engine transformers`",
+    **dict.fromkeys(("tasks", "task_path", "num_fewshot", "limit", "apply_chat_template"), LM_EVAL),
+    **dict.fromkeys(("confirm_run_unsafe_code", "human_eval"), LM_EVAL),
 }
 
 
@@ -141,20 +149,25 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
         return _number_phrase(kind, rules)
     if kind is str:
         patterns = [rule.pattern for rule in _flat(rules) if getattr(rule, "pattern", None)]
-        return "".join(["text", *(f" that matches {pattern}" for pattern in patterns)]), "text"
+        return "".join(["text", *(f" that matches {p}" for p in patterns), _length(rules, "character")]), "text"
     if get_origin(kind) in (list, Sequence):
         (item,) = get_args(kind)
         if words := getattr(next(alternatives(item))[0], "ALLOWED", None):
             return f"{words[0]}, or a list of them", words[1]
         inner, inner_rules = next(alternatives(item))
         one = _phrase(inner, inner_rules)[0] if inner in (int, float, str) or get_origin(inner) is Literal else "values"
-        return f"a list of {PLURALS.sub(lambda word: word[0].split()[-1] + 's', one)}", "[...]"
+        return f"a list of {PLURALS.sub(lambda word: word[0].split()[-1] + 's', one)}{_length(rules, 'item')}", "[...]"
     if words := getattr(kind, "ALLOWED", None):
         return words
     return "a section of keys and values", "null"
 
 
 PLURALS = re.compile("^(an integer|a number|text)")
+
+
+def _length(rules: Sequence[Any], what: str) -> str:
+    most = next((rule.max_length for rule in _flat(rules) if isinstance(rule, MaxLen)), None)
+    return "" if most is None else f" (up to {most} {what}s)"
 
 
 def _flat(rules: Sequence[Any]) -> list[Any]:

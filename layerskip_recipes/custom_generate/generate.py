@@ -15,6 +15,8 @@ the caches. Greedy decoding gives the tokens of plain greedy decoding. Sampling 
 
 import copy
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,6 +50,9 @@ def generate(
     exit_layer: int | None = None,
     num_speculations: int | None = None,
     min_confidence: float | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """`model.generate` with LayerSkip as its decoding loop.
@@ -62,6 +67,10 @@ def generate(
             the copy's own setting, or 6 for an exit.
         min_confidence: a draft ends where the product of its tokens' probabilities falls below this. None: the copy's
             own setting, or 0 for an exit.
+        revision: with `subfolder` and `token`, as given to `from_pretrained` for the model; they find the trained copy
+            of a model on the hub. None: the commit that this file comes from, if it comes with the model.
+        subfolder: see `revision`; the model does not remember it.
+        token: see `revision`; for a private model without a login.
         **kwargs: further arguments of `model.generate`. Your own logits processors must not keep a state: they are
             called for drafts, and again to verify them.
 
@@ -70,10 +79,11 @@ def generate(
     """
     kind, supported = model.config.model_type, ", ".join(MODEL_TYPES)
     require(kind in MODEL_TYPES, f"LayerSkip: cannot run {kind} in part. Allowed: {supported}")
-    # `model.generate` must not see the exit and the stop strings. A shallow copy of the model shares the weights, but
-    # has its own settings.
+    # `model.generate` must not see the exit, the stop strings and token healing. A shallow copy of the model shares the
+    # weights, but has its own settings.
     original, model, generation_config = model, copy.copy(model), copy.deepcopy(generation_config)
     model.generation_config = copy.deepcopy(model.generation_config)
+    model.__dict__.pop("generate", None)  # may be this function; token healing decodes without drafts
     configs = [config for config in (generation_config, model.generation_config) if config is not None]
 
     def take(name: str) -> Any:
@@ -82,18 +92,26 @@ def generate(
             setattr(config, name, None)
         return next((value for value in values if value is not None), None)
 
-    early_exit, stop_strings = take("assistant_early_exit"), take("stop_strings")
+    # `model.generate` drops the tokenizer if `custom_generate` is a function, so what needs it happens here.
+    early_exit, stop_strings, healing = map(take, ("assistant_early_exit", "stop_strings", "token_healing"))
     exit_layer = early_exit if exit_layer is None else exit_layer
-    draft = copy_draft(original) if exit_layer is None else exit_draft(original, exit_layer)
+    where = {"revision": revision, "subfolder": subfolder, "token": token}
+    draft = copy_draft(original, where) if exit_layer is None else exit_draft(original, exit_layer)
     draft.num_speculations = draft.num_speculations if num_speculations is None else num_speculations
     draft.min_confidence = draft.min_confidence if min_confidence is None else min_confidence
     require(draft.num_speculations >= 1, f"num_speculations: {num_speculations} must be 1 or more")
     require(kwargs.get("assistant_model") is None, "assistant_model: LayerSkip has its own drafts")
-    if stop_strings is not None:  # `model.generate` drops the tokenizer if `custom_generate` is a function
+    if stop_strings is not None:
         require(kwargs.get("tokenizer") is not None, "stop_strings: needs the model's tokenizer as tokenizer=")
         criteria = kwargs.get("stopping_criteria") or []
         stop = StopStringCriteria(stop_strings=stop_strings, tokenizer=kwargs["tokenizer"])
         kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
+
+    if healing:
+        require(kwargs.get("tokenizer") is not None, "token_healing: needs the model's tokenizer as tokenizer=")
+        prompts = kwargs.pop("input_ids", None) if inputs is None else inputs
+        require(prompts is not None, "token_healing: needs input_ids")
+        inputs = model.heal_tokens(prompts, kwargs["tokenizer"])
 
     def decoding_loop(model: Any, input_ids: torch.Tensor, **settings: Any) -> Any:
         return decode(model, input_ids, draft, **settings | {"streamer": kwargs.get("streamer")})
@@ -212,10 +230,13 @@ def exit_draft(model: Any, exit_layer: int) -> Draft:
 COPIES: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()  # what `read_copy` returned, by model
 
 
-def copy_draft(model: Any) -> Draft:
-    """Drafts with a trained copy of the first layers, which the folder `draft` beside the model's files holds."""
+def copy_draft(model: Any, where: Mapping[str, Any]) -> Draft:
+    """Drafts with a trained copy of the first layers, which the folder `draft` beside the model's files holds.
+
+    It is read once per model. `where` has the arguments of `cached_file`.
+    """
     if model not in COPIES:
-        COPIES[model] = read_copy(model)
+        COPIES[model] = read_copy(model, where)
     described, part = COPIES[model]
     part.to(model.lm_head.weight.device, model.lm_head.weight.dtype)
     draft = Draft(model, part.layers, part.norm, shared=False)
@@ -225,10 +246,21 @@ def copy_draft(model: Any) -> Draft:
     return draft
 
 
-def read_copy(model: Any) -> tuple[Any, Any]:
-    """The description of the copy, and its layers and norm."""
+def commit_of_this_file(repository: str) -> str | None:
+    """The commit of `repository` on the hub from which transformers loaded this file; None: it did not."""
+    commit = Path(__file__).parents[1].name  # transformers copies it to OWNER/NAME/COMMIT/custom_generate/generate.py
     try:
-        settings, weights = (cached_file(model.name_or_path, f"draft/{name}") for name in DRAFT_FILES)
+        cached_file(repository, "custom_generate/generate.py", revision=commit, local_files_only=True)
+    except OSError:
+        return None
+    return commit
+
+
+def read_copy(model: Any, where: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The description of the copy, and its layers and norm."""
+    where = {**where, "revision": where["revision"] or commit_of_this_file(model.name_or_path)}
+    try:
+        settings, weights = (cached_file(model.name_or_path, f"draft/{name}", **where) for name in DRAFT_FILES)
     except OSError as e:
         raise ValueError(
             f"LayerSkip: no exit, and no draft in {model.name_or_path!r}. Give exit_layer=, or assistant_early_exit in "

@@ -2,13 +2,15 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -17,7 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from layerskip_recipes.errors import ConfigError
 
-Turn = Mapping[str, str]  # {"role": ..., "content": ...}
+# {"role": ..., "content": text}, and what else a template may read. The content is None in a message of calls alone.
+Turn = Mapping[str, Any]
+T = TypeVar("T")
 
 # For a folder without a chat template: bos, the contents, eos after each assistant message. The dataset's
 # `prompt_template` adds separators, as for torchtune's tokenizers of base models.
@@ -25,6 +29,7 @@ PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
+REPLY_FIELDS = ("tool_calls", "reasoning_content")  # of a message, and also written by the model
 # Replaces a message's content to find its place in the text. From Unicode's private use area: no text contains it.
 MARK = "\U0010fa57"
 
@@ -48,6 +53,28 @@ class Rendered:
     text: str
     message_ends: list[tuple[int, int]]  # (end of a message in characters, index of the message), in order of the text
     replies: dict[int, Reply]  # by index of the message
+
+
+@dataclass
+class _Contents:
+    """Where the contents of messages are in a rendered text; None for a message that the template leaves out."""
+
+    look_up: Callable[[int], tuple[int, int] | None]  # renders the conversation once more
+    spans: dict[int, tuple[int, int] | None] = field(default_factory=dict)
+    places: dict[int, Hashable] = field(default_factory=dict)
+
+    def span(self, i: int) -> tuple[int, int] | None:
+        if i not in self.spans:
+            self.spans[i] = self.look_up(i)
+        return self.spans[i]
+
+    def end(self, i: int) -> int:
+        span = self.spans.get(i)
+        return span[1] if span else 0
+
+    def place(self, i: int) -> Hashable:
+        """Equal for messages between which the template writes the same: it then also writes the same prompts there."""
+        return self.places.get(i, i)
 
 
 @dataclass(frozen=True)
@@ -102,7 +129,7 @@ class ChatTemplate:
         start, end = span
         begin = _begin_of_reply(prompt, text[:start])
         written = text[begin:end]
-        if END_OF_THINKING in turns[i]["content"]:  # the template may drop the reasoning
+        if reasons([turns[i]]):  # the template may drop the reasoning
             wanted = _without_opening(turns[i]["content"], prompt)
             whole = text[len(prompt) : end] if text.startswith(prompt) else ""
             written = whole if wanted.strip() in whole else wanted
@@ -116,31 +143,46 @@ class ChatTemplate:
     def _history(self, turns: Sequence[Turn], is_prompt: bool, thinking: bool) -> Rendered:
         """A conversation that ends before a reply, with the prompt of each earlier reply before it."""
         text = self.render(turns, is_prompt, thinking)
-        message_ends = self._message_ends(turns, text, is_prompt, thinking)
+        contents = self._contents(turns, text, is_prompt, thinking)
+        message_ends = self._message_ends(turns, text, contents, thinking)
         end_of = {i: end for end, i in message_ends}
-        written, done = "", 0  # the new text, and how much of the template's text it covers
-        replies: dict[int, Reply] = {}
-        moved = [(0, 0)]  # (a position in the template's text, how far the new text is ahead of it from there on)
+        spans = {}
         for i, turn in enumerate(turns):
-            span = self._content_span(turns, i, text, is_prompt, thinking) if _is_reply(turn) else None
-            if span is None or (reasons([turn]) and END_OF_THINKING not in text[slice(*span)]):
-                continue  # without its reasoning, it is no longer what the model wrote
-            start, end = span
+            span = contents.span(i) if _is_reply(turn) else None
+            # Without its reasoning, a reply is no longer what the model wrote.
+            if span is not None and not (reasons([turn]) and END_OF_THINKING not in text[slice(*span)]):
+                spans[i] = span
+
+        def opening(i: int) -> tuple[int, int, str]:
+            """Where reply i begins, how much of the text its prompt shares, and how the prompt ends.
+
+            Both positions count from the reply's content.
+            """
+            start = spans[i][0]
             prompt = self.render(turns[:i], True, thinking) if i else text[:start]
             begin = _begin_of_reply(prompt, text[:start])
             same = min(begin, len(prompt))
             if prompt[:same] == text[:same]:
-                written += text[done:same] + prompt[same:]
-            else:  # such as Mistral's templates, which move the system message
-                written += text[done:begin]
-            footer = self.special_pattern.search(text[end : end_of[i]])
-            ahead = len(written) - begin
-            stop = end + footer.end() if footer else end_of[i]
-            replies[i] = Reply(len(written), end + ahead, stop + ahead)
-            moved.append((begin, ahead))
-            done = begin
-        message_ends = [(end + max(x for x in moved if x[0] <= end)[1], i) for end, i in message_ends]
-        return Rendered(written + text[done:], message_ends, replies)
+                return begin - start, same - start, prompt[same:]
+            return begin - start, begin - start, ""  # such as Mistral's templates, which move the system message
+
+        openings = _measured({i: contents.place(i) for i in spans}, opening)
+        written: list[str] = []
+        length = done = 0  # of the new text, and how much of the template's text it covers
+        replies: dict[int, Reply] = {}
+        moved, ahead_of = [0], [0]  # positions in the template's text, and how far the new text is ahead from there on
+        for i, (start, end) in spans.items():
+            begin, same, ending = openings[i]
+            written += [text[done : start + same], ending]
+            length += start + same - done + len(ending)
+            done = start + begin
+            ahead = length - done
+            footer = self.special_pattern.search(text, end, end_of[i])
+            replies[i] = Reply(length, end + ahead, (footer.end() if footer else end_of[i]) + ahead)
+            moved.append(done)
+            ahead_of.append(ahead)
+        message_ends = [(end + ahead_of[bisect_right(moved, end) - 1], i) for end, i in message_ends]
+        return Rendered("".join([*written, text[done:]]), message_ends, replies)
 
     def end_of_turn(self) -> str | None:
         """The special token directly after an assistant's content; None if there is none."""
@@ -152,26 +194,35 @@ class ChatTemplate:
         found = self.special_pattern.match(after.lstrip())
         return found[0] if found else None
 
-    def _message_ends(self, turns: Sequence[Turn], text: str, *mode: bool) -> list[tuple[int, int]]:
+    def _message_ends(
+        self, turns: Sequence[Turn], text: str, contents: "_Contents", thinking: bool
+    ) -> list[tuple[int, int]]:
         """[(end of a message in characters, index of the message)], in the order of the rendered text.
 
         Usually the text starts with the rendering of the first i messages; its length is the end of message i.
         """
-        ends = [0]
-        try:
-            for count in range(1, len(turns)):
-                prefix = self.render(turns[:count], False, mode[-1])
-                if not text.startswith(prefix) or len(prefix) < ends[-1]:
-                    return self._message_ends_by_content(turns, text, *mode)
-                ends.append(len(prefix))
-        except TemplateError:  # some templates reject incomplete conversations
-            return self._message_ends_by_content(turns, text, *mode)
-        return [(end, i) for i, end in enumerate([*ends[1:], len(text)])]
 
-    def _message_ends_by_content(self, turns: Sequence[Turn], text: str, *mode: bool) -> list[tuple[int, int]]:
+        def footer(i: int) -> int:
+            """The end of message i - 1, from the end of its content."""
+            prefix = self.render(turns[:i], False, thinking)
+            if not text.startswith(prefix):
+                raise TemplateError("a message changes what is before it")
+            return len(prefix) - contents.end(i - 1)
+
+        try:
+            footers = _measured({i: contents.place(i) for i in range(1, len(turns))}, footer)
+        except TemplateError:  # some templates reject incomplete conversations
+            return self._message_ends_by_content(turns, text, contents)
+        ends = [contents.end(i - 1) + length for i, length in footers.items()]
+        if any(before > end for before, end in pairwise(ends)):
+            return self._message_ends_by_content(turns, text, contents)
+        return [(end, i) for i, end in enumerate([*ends, len(text)])]
+
+    def _message_ends_by_content(
+        self, turns: Sequence[Turn], text: str, contents: "_Contents"
+    ) -> list[tuple[int, int]]:
         """`_message_ends` for templates that move or drop texts: the special token after its content ends a message."""
-        found = ((self._content_span(turns, i, text, *mode), i) for i in range(len(turns)))
-        spans = sorted((span, i) for span, i in found if span is not None)
+        spans = sorted((span, i) for i in range(len(turns)) if (span := contents.span(i)) is not None)
         ends = []
         for ((_, end), i), ((start, _), other) in pairwise(spans):
             if start < end:
@@ -180,9 +231,67 @@ class ChatTemplate:
             ends.append((end + footer.end() if footer else end, i))
         return [*ends, (len(text), spans[-1][1] if spans else 0)]
 
+    def _contents(self, turns: Sequence[Turn], text: str, *mode: bool) -> "_Contents":
+        """Find the messages' contents with one more rendering, in which marks replace all of them.
+
+        The texts between the marks are looked up in `text`, one after the other. A content that changes the text around
+        it, such as a reply with reasoning, is looked up alone.
+        """
+        contents = _Contents(lambda i: self._content_span(turns, i, text, *mode))
+        # Templates read settings from a system message, so leave that.
+        marked = [
+            turn if turn["role"] == "system" else _with_content(turn, f"{MARK}{i}{MARK}")
+            for i, turn in enumerate(turns)
+        ]
+        try:
+            parts = re.split(rf"{MARK}(\d+){MARK}", self.render(marked, *mode))
+        except TemplateError:
+            return contents
+        gaps, order = parts[::2], [int(number) for number in parts[1::2]]
+        if len({*order}) < len(order):
+            return contents
+        position = 0
+        for i, (before, after) in zip(order, pairwise(gaps), strict=True):
+            start = position + len(before)
+            end = self._content_end(text, start, turns[i], after, is_last=i == order[-1])
+            if end is not None and text.startswith(before, position):
+                contents.spans[i] = start, end
+            elif _is_reply(turns[i]):
+                with suppress(ConfigError):
+                    contents.span(i)
+            if (span := contents.spans.get(i)) is not None:
+                position = span[1]
+        for (one, other), gap in zip(pairwise(order), gaps[1:-1], strict=True):
+            if other == one + 1 and contents.spans.get(one) and contents.spans.get(other):
+                contents.places[other] = (gap, *((turns[i]["role"], *turns[i]) for i in (one, other)))
+        return contents
+
+    def _content_end(self, text: str, start: int, turn: Turn, after: str, is_last: bool) -> int | None:
+        """The end of the content that begins at `start`, if the template's text `after` follows it; None if unclear."""
+        if is_last:
+            end = len(text) - len(after)
+            return end if end >= start and text.endswith(after) else None
+        if "tool_calls" not in turn:
+            content = turn["content"] or ""
+            if text.startswith(content + after, start):
+                return start + len(content)
+            # The template may strip it.
+            core = content.strip()
+            core_start = re.compile(r"\s*").match(text, start).end()  # type: ignore[union-attr]
+            if core and text.startswith(core, core_start):
+                core_end = core_start + len(core)
+                end = text.find(after, core_end)
+                if end >= 0 and not text[core_end:end].strip():
+                    return end
+        # The template may change it otherwise. It then has no special token, but `after` has one.
+        if not self.special_pattern.search(after):
+            return None
+        end = text.find(after, start)
+        return None if end < 0 or self.special_pattern.search(text, start, end) else end
+
     def _content_span(self, turns: Sequence[Turn], index: int, text: str, *mode: bool) -> tuple[int, int] | None:
         """The part of the text that changes with the content of one message; None if nothing does."""
-        changed = [{**turn, "content": MARK} if i == index else turn for i, turn in enumerate(turns)]
+        changed = [_with_content(turn, MARK) if i == index else turn for i, turn in enumerate(turns)]
         marked = self.render(changed, *mode)
         if marked == text:
             return None
@@ -210,7 +319,7 @@ def _is_reply(turn: Turn) -> bool:
 
 
 def reasons(turns: Sequence[Turn]) -> bool:
-    return any(END_OF_THINKING in turn["content"] for turn in turns if _is_reply(turn))
+    return any(END_OF_THINKING in (turn["content"] or "") for turn in turns if _is_reply(turn))
 
 
 def _without_opening(reply: str, prompt: str) -> str:
@@ -231,10 +340,31 @@ def _begin_of_reply(prompt: str, before: str) -> int:
     return len(before) - max(blank - (len(prompt) - len(prompt.rstrip())), 0)
 
 
+def _with_content(turn: Turn, content: str) -> Turn:
+    """The turn with another content, which also replaces the reasoning and the calls that are part of a reply."""
+    return {key: turn[key] for key in turn if key not in REPLY_FIELDS} | {"content": content}
+
+
 def _shared(one: str, other: str) -> int:
     """The length of the common prefix."""
-    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differ, min(len(one), len(other)))
+    same, differ = 0, min(len(one), len(other)) + 1
+    while same + 1 < differ:
+        middle = (same + differ) // 2
+        same, differ = (middle, differ) if one[same:middle] == other[same:middle] else (same, middle)
+    return same
+
+
+def _measured(places: Mapping[int, Hashable], measure: Callable[[int], T]) -> dict[int, T]:
+    """`measure(i)` for each i. If the first and the last i of a place agree, all others there have the same value."""
+    at: dict[Hashable, list[int]] = {}
+    for i, place in places.items():
+        at.setdefault(place, []).append(i)
+    values: dict[int, T] = {}
+    for indices in at.values():
+        ends = {i: measure(i) for i in (indices[0], indices[-1])}
+        first, last = ends[indices[0]], ends[indices[-1]]
+        values |= {i: ends[i] if i in ends else first if first == last else measure(i) for i in indices}
+    return {i: values[i] for i in places}
 
 
 def default_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -98,10 +98,10 @@ def _installed() -> Path:
 def _read(folder: Path, category: str) -> list[dict[str, Any]]:
     """The questions of a category with their possible answers as the field `calls`."""
     name = f"BFCL_v4_{category}.json"
-    answers = read_json_lines(str(folder / "possible_answer" / name), "prompts.path").values()
-    calls = {answer["id"]: answer["ground_truth"] for answer in answers}
-    questions = read_json_lines(str(folder / name), "prompts.path").values()
-    return [question | {"calls": calls[question["id"]]} for question in questions if question["id"] in calls]
+    answers = read_json_lines(str(folder / "possible_answer" / name), "prompts.path")
+    calls = {answer["id"]: answer["ground_truth"] for _, answer in answers}
+    questions = read_json_lines(str(folder / name), "prompts.path")
+    return [question | {"calls": calls[question["id"]]} for _, question in questions if question["id"] in calls]
 
 
 def _held_out(rows: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -152,7 +152,7 @@ def _cut_articles(rows: Iterable[Row], prompt_words: int, response_words: int) -
 
 
 def _read_lines(path: str, key: str) -> Iterator[Row]:
-    return ((f"{path!r} line {number}", fields) for number, fields in read_json_lines(path, key).items())
+    return ((f"{path!r} line {number}", fields) for number, fields in read_json_lines(path, key))
 
 
 def _load(source: str, split: str) -> Iterator[Row]:

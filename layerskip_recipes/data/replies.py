@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message
 
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
-from layerskip_recipes.data.json_lines import read_json_lines
+from layerskip_recipes.data.json_lines import JsonLines
 from layerskip_recipes.errors import ConfigError
 
 ANSWER_FIRST = (
@@ -61,8 +61,8 @@ def qa_dataset(
         answer: the field that holds the answer.
         count: read only this number of lines. None: all.
     """
-    examples = []
-    for number, line in read_json_lines(path, "path").items():
+
+    def example(number: int, line: dict[str, Any]) -> Example:
         if {"prompt", "text"} <= line.keys() and not {question, answer} & line.keys():  # an output_file
             line = {question: line["prompt"], answer: line["text"]}
         asked = line.get(question)
@@ -76,10 +76,12 @@ def qa_dataset(
                     f"path: {path!r} line {number}: {given}. Allowed: a question and an answer as text in UTF-8, for "
                     f'example {{"{question}": "wake me at 7", "{answer}": "alarm 07:00"}}{advice}'
                 )
-        examples.append({"prompt": turns, "response": line[answer]})
-    if not examples:
+        return {"prompt": turns, "response": line[answer]}
+
+    examples = JsonLines(path, "path", example, count)
+    if not len(examples):
         raise ConfigError(f"path: {path!r} holds no lines. Give a file with a JSON object on each line")
-    return ReplyDataset(tokenizer, examples[:count])
+    return ReplyDataset(tokenizer, examples)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ prompt that asks for it, and torchtune's loss mask.
 """
 
 import re
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -86,6 +86,11 @@ class HFTokenizer(ModelTokenizer, Transform):
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         missing = [t for t in named.values() if t not in known and tokenizer.token_to_id(t) is not None]
         tokenizer.add_special_tokens(missing)
+        # A text may be cut before tokens that are found in any text, whatever comes before them.
+        added = [t for t in tokenizer.get_added_tokens_decoder().values() if not t.normalized]
+        self._cut_tokens = {t.content for t in added if not (t.lstrip or t.single_word)}
+        by_length = sorted((t.content for t in added), key=len, reverse=True)
+        self._cuts = re.compile("|".join(map(re.escape, [GUARD, *by_length])))
         self.special_tokens = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         # Choose bos, eos and pad.
@@ -167,13 +172,15 @@ class HFTokenizer(ModelTokenizer, Transform):
         rendered = self.template.conversation(turns)
         tokens, last_chars = self._encode(rendered)
         ends, indices = zip(*rendered.message_ends, strict=True)
+        replies = sorted(rendered.replies.items(), key=lambda reply: reply[1].start)
+        starts = [reply.start for _, reply in replies]
 
         def is_masked(char: int) -> bool:
-            index = indices[min(bisect_right(ends, char), len(ends) - 1)]
-            for i, reply in rendered.replies.items():
-                if reply.start <= char < reply.end:
-                    return messages[i].masked
-            return messages[index].masked or messages[index].role == "assistant"
+            at = bisect_right(starts, char) - 1
+            if at >= 0 and char < replies[at][1].end:
+                return messages[replies[at][0]].masked
+            message = messages[indices[min(bisect_right(ends, char), len(ends) - 1)]]
+            return message.masked or message.role == "assistant"
 
         return self._truncate(tokens, [is_masked(char) for char in last_chars], self.eos_id)
 
@@ -193,6 +200,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         No token reaches across a guard, or from a prompt into its reply.
         """
         text = rendered.text
+        starts = sorted(reply.start for reply in rendered.replies.values())
         ids: list[int] = []
         last_chars: list[int] = []
 
@@ -204,18 +212,30 @@ class HFTokenizer(ModelTokenizer, Transform):
             # The last character: some tokenizers' offsets leave out a leading space.
             last_chars.extend(start + max(end - 1, 0) for _, end in encoding.offsets)
 
-        start = 0
-        for stop in [*(found.start() for found in re.finditer(GUARD, text)), len(text)]:
+        for start, stop in self._pieces(text):
             whole = encode(start, stop)
-            for reply in rendered.replies.values():
-                if start < reply.start < stop:
-                    prompt = encode(start, reply.start)
-                    if whole.ids[: len(prompt.ids)] != prompt.ids:
-                        add(start, prompt)
-                        start, whole = reply.start, encode(reply.start, stop)
+            for reply_start in starts[bisect_right(starts, start) : bisect_left(starts, stop)]:
+                prompt = encode(start, reply_start)
+                if whole.ids[: len(prompt.ids)] != prompt.ids:
+                    add(start, prompt)
+                    start, whole = reply_start, encode(reply_start, stop)
             add(start, whole)
-            start = stop + len(GUARD)
         return ids, last_chars
+
+    def _pieces(self, text: str) -> Iterator[tuple[int, int]]:
+        """Cut a text at its guards, and before special tokens, where it has the same tokens in pieces as in one.
+
+        Otherwise each reply would be compared with all of the text before it.
+        """
+        start = 0
+        for found in self._cuts.finditer(text):
+            if found[0] == GUARD:
+                yield start, found.start()
+                start = found.end()
+            elif found[0] in self._cut_tokens and found.start() > start:
+                yield start, found.start()
+                start = found.start()
+        yield start, len(text)
 
     def _warn_of_template(self) -> None:
         """Warn once of a conversation that the model can hardly learn."""

@@ -1,1 +1,1 @@
-"""`layerskip_eval` measures every exit, and runs lm-eval's tasks. May import training and the packages below it."""
+"""`layerskip_eval` measures every exit on a dataset. May import training and the packages below it."""

@@ -1,4 +1,4 @@
-"""`tune run layerskip_eval` measures all exits of a checkpoint in one pass over a dataset, and runs lm-eval's tasks."""
+"""`tune run layerskip_eval` measures all exits of a checkpoint in one pass over a dataset."""
 
 import json
 from collections.abc import Mapping
@@ -13,19 +13,15 @@ from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
-from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import check_file
 from layerskip_recipes.data.datasets import limit_samples, load_data
 from layerskip_recipes.data.replies import ReplyFormat
-from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.evaluation.config import EvalConfig
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, chooser_for
-from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.exit_quality import exit_quality
-from layerskip_recipes.model.limits import check_vocabulary, most_positions
+from layerskip_recipes.model.limits import check_vocabulary
 from layerskip_recipes.processes import check_one_process
 
 log = utils.get_logger("INFO")
@@ -43,18 +39,7 @@ class LayerSkipEval:
         for checkpoint in self.checkpoints.values():
             self.device = prepare_device(checkpoint)
         check_one_process()
-        self.drafts = {name: self._choose(checkpoint) for name, checkpoint in self.checkpoints.items()}
-        choices = Choices(self.cfg)
-        choices.set("self_speculation", next(iter(self.drafts.values())).section)
-        self.cfg = self.cfg.with_choices(choices)
-        self.max_new_tokens = self.cfg.max_new_tokens or 256
-        self.seed = training.set_seed(seed=self.cfg.seed)
-
-    def _choose(self, cfg: EvalConfig) -> DraftChoice:
-        section = cfg.self_speculation
-        if section is not None and cfg.quantizer is not None:  # a trained draft cannot read quantised weights
-            section = SelfSpeculation(**{**section.given, "draft": None})
-        return chooser_for(cfg, cfg.quantizer).choose(section, 0.0, False, cfg.batch_size)
+        training.set_seed(seed=self.cfg.seed)
 
     def setup(self) -> None:
         """Load the data, then the model. `evaluate` loads the checkpoints in `compare` one after the other."""
@@ -63,29 +48,18 @@ class LayerSkipEval:
         self.replies = ReplyFormat.of(self.tokenizer)
         model = layerskip_decoder(cfg.meta_model)
         check_vocabulary(self.tokenizer, model)
-        self.batches = self.tasks = None
-        # Dataset and tasks.
-        if cfg.dataset is not None:
-            limit_samples(cfg.dataset, self.tokenizer, model)
-            dataset, collate = load_data(cfg.dataset, cfg.collate_fn, self.tokenizer, model, self.device)
-            self.batches = DataLoader(dataset, batch_size=cfg.batch_size, collate_fn=collate)
-            self.total = min(len(self.batches), cfg.max_batches or len(self.batches))
-        if cfg.tasks is not None:
-            try:  # lm-eval is optional and takes seconds to import
-                from layerskip_recipes.evaluation import harness
-            except ImportError as e:
-                example = 'pip install "lm-eval>=0.4.12,<0.5"'
-                raise ConfigError(f"tasks: lm-eval is missing ({e}). For example: {example}") from e
-            self.harness = harness
-            self.tasks = harness.load_tasks(cfg, self.tokenizer, self.max_new_tokens, most_positions(model)[0])
+        limit_samples(cfg.dataset, self.tokenizer, model)
+        dataset, collate = load_data(cfg.dataset, cfg.collate_fn, self.tokenizer, model, self.device)
+        self.batches = DataLoader(dataset, batch_size=cfg.batch_size, collate_fn=collate)
+        self.total = min(len(self.batches), cfg.max_batches or len(self.batches))
         self.model = load_decoder(cfg, self.device, cfg.quantizer)
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure every checkpoint, print its tables, and write the report and the picture.
+        """Measure every checkpoint, print its table, and write the report and the picture.
 
-        After an error or Ctrl-C the report has the finished parts.
+        After an error or Ctrl-C the report has the finished checkpoints.
         """
-        measured: dict[str, dict[str, Any]] = {}
+        measured: dict[str, dict[int, dict[str, Any]]] = {}
         self.interrupted = True  # until everything is measured
         try:
             for name, checkpoint in self.checkpoints.items():
@@ -93,33 +67,13 @@ class LayerSkipEval:
                     del self.model  # one model at a time in memory
                     self.model = load_decoder(checkpoint, self.device, checkpoint.quantizer)
                 print(f"\n{name}")
-                self._measure(name, checkpoint, measured.setdefault(name, {}))
+                measured[name] = self._measure_exits(name)
             self.interrupted = False
         except KeyboardInterrupt:
-            done = [f"{part} of {name}" for name, parts in measured.items() for part in parts]
-            log.warning("interrupted: finished: %s", ", ".join(done) or "nothing, so there is no report")
+            log.warning("interrupted: finished: %s", ", ".join(measured) or "nothing, so there is no report")
         finally:
-            report = self._report(measured) if any(measured.values()) else {}
+            report = self._report(measured) if measured else {}
         return report
-
-    def _measure(self, name: str, cfg: EvalConfig, measured: dict[str, Any]) -> None:
-        """Measure the loaded model of a checkpoint's config, and add "exits" and "tasks" as each finishes."""
-        if self.batches is not None:
-            measured["exits"] = self._measure_exits(name)
-        if self.tasks is not None:
-            choice = self.drafts[name]
-            if choice.why is not None:
-                log.info(choice.why)
-            lm = self.harness.LayerSkipLM(
-                self.model,
-                self.tokenizer,
-                batch_size=cfg.batch_size,
-                exit_layer=cfg.exit_layer,
-                drafts=choice,
-                seed=self.seed,
-                max_new_tokens=self.max_new_tokens,
-            )
-            measured["tasks"] = self.harness.run_tasks(lm, self.tasks, cfg.limit, cfg.apply_chat_template)
 
     def _measure_exits(self, name: str) -> dict[int, dict[str, Any]]:
         """The quality by exit; also prints it as a table."""
@@ -139,25 +93,21 @@ class LayerSkipEval:
             )
         return quality
 
-    def _report(self, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _report(self, measured: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
         """Write the report to its file and to stdout, and draw the picture."""
         cfg = self.cfg
-        # The config's own checkpoint is at the top level, the others are in `compare` and `compare_tasks`.
-        own, *others = measured
-        report: dict[str, Any] = dict(measured[own])
-        if self.batches is not None:
-            report["batches"] = self.total
-        for part in measured[own] if others else ():
-            key = "compare" if part == "exits" else f"compare_{part}"
-            report[key] = {name: measured[name][part] for name in others if part in measured[name]}
+        # The config's own checkpoint is at the top level, the others are in `compare`.
+        first, *others = measured
+        report: dict[str, Any] = {"exits": measured[first], "batches": self.total}
+        if cfg.compare:
+            report["compare"] = {name: measured[name] for name in others}
         if self.interrupted:
             report["interrupted"] = True
         # An interrupted run replaces no earlier file.
-        exits = {name: parts["exits"] for name, parts in measured.items() if "exits" in parts}
-        if cfg.picture is not None and exits:
+        if cfg.picture is not None:
             picture = report_path(Path(cfg.picture), "picture", self.interrupted)
             report["picture"] = str(picture)
-            plot_exits(exits, picture, title=f"{cfg.given_folder}, {self.total} batches")
+            plot_exits(measured, picture, title=f"{cfg.given_folder}, {self.total} batches")
         if cfg.report is not None:
             document = report_path(Path(cfg.report), "report", self.interrupted)
             document.parent.mkdir(parents=True, exist_ok=True)

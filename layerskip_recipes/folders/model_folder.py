@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ MORE_THAN_LORA = (
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base's weights
 
 
-def named_folder(path: str, key: str = "path", weights: bool = False) -> Path:
+def named_folder(path: str, key: str = "path", weights: bool = False, revision: str | None = None) -> Path:
     """The folder that `path` names: a path, where ~ is allowed, or a name on the hub, which is downloaded.
 
     For a run of layerskip_finetune it is the newest intact checkpoint of a model, a draft or adapters; shards only
     serve to resume. `key` is the path's key in messages. Without `weights`, only the small files are downloaded.
+    `revision` is a branch, tag or commit on the hub.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -42,7 +43,7 @@ def named_folder(path: str, key: str = "path", weights: bool = False) -> Path:
             f"{key}: {path!r} is no folder. Allowed: a folder with config.json, the output folder of a finished "
             f"training, or a name on the hub; for example {key}=~/models/Qwen3-0.6B"
         )
-    return _downloaded(path, key, (*SMALL, *WEIGHTS) if weights else SMALL)
+    return _downloaded(path, key, (*SMALL, *WEIGHTS) if weights else SMALL, revision)
 
 
 def model_folder(path: str, key: str = "path", weights: bool = False) -> Path:
@@ -72,7 +73,7 @@ def base_folder(folder: Path, key: str = "path", weights: bool = False) -> Path:
     """The folder with config.json for a `model_folder`: itself or, for adapters, that of their base model.
 
     Some programs write a config.json beside adapters, but no weights. The base lies where the adapters say, or in a
-    folder of that name beside theirs.
+    folder of that name beside theirs. A base on the hub is downloaded in the adapters' revision of it.
     """
     if not holds_adapters(folder):
         return folder
@@ -85,10 +86,16 @@ def base_folder(folder: Path, key: str = "path", weights: bool = False) -> Path:
     beside = folder.absolute().parent / Path(name).name
     if not Path(name).expanduser().is_dir() and beside.is_dir():
         name = str(beside)
-    base = _found(name, where, "Write the base model's folder there", key, weights)
+    find = partial(_found, name, where, "Write the base model's folder there", key, revision=described.get("revision"))
+    base = find(weights=False)
     if holds_adapters(base):
         raise ConfigError(f"{key}: {where} names adapters, {str(base)!r}. Allowed: the folder of a whole model")
-    return base
+    if read_json(base / CONFIG, key).get("quantization_config"):
+        raise ConfigError(
+            f"{key}: {where} names a quantised model, {name!r}. Allowed: the model that it was made from, in 16 or 32 "
+            "bits, by its folder or its name on the hub, which usually has no ending like -bnb-4bit"
+        )
+    return find(weights=weights)
 
 
 def holds_adapters(folder: Path) -> bool:
@@ -112,20 +119,21 @@ def _check_mergeable(described: Mapping[str, Any], folder: Path, key: str) -> No
         )
 
 
-def _found(name: str, what: str, advice: str, key: str, weights: bool) -> Path:
+def _found(name: str, what: str, advice: str, key: str, weights: bool, revision: str | None = None) -> Path:
     """The folder that another folder's file names; messages say `what` it is, and give `advice`."""
     try:
-        return named_folder(name, key, weights)
+        return named_folder(name, key, weights, revision)
     except ConfigError as e:
+        version = f" in revision {revision!r}" if revision else ""
         raise ConfigError(
-            f"{key}: {what}, {name!r}, is neither a folder nor a model that can be downloaded. {advice}"
+            f"{key}: {what}, {name!r}{version}, is neither a folder nor a model that can be downloaded. {advice}"
         ) from e
 
 
 @cache
-def _downloaded(name: str, key: str, patterns: tuple[str, ...]) -> Path:
+def _downloaded(name: str, key: str, patterns: tuple[str, ...], revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=[*patterns]))
+        return Path(snapshot_download(name, allow_patterns=[*patterns], revision=revision))
     except (OSError, ValueError) as e:  # the hub's errors are subclasses
         raise ConfigError(
             f"{key}: {name!r} is no local folder, and the download from the hub failed ({first_line(e)}). Allowed: a "

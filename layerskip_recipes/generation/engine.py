@@ -1,7 +1,7 @@
 """The decoding loop: prefill, then rounds of draft and verification (or plain steps), on one KV cache.
 
-drafting/decoding.py drafts and verifies. rows.py holds prompts and outputs, accounts.py counts and times, prefill.py
-fills the cache, steps.py has the steps of all, and kernels/compiling.py compiles them.
+drafting/drafters.py proposes tokens and drafting/verification.py verifies them. rows.py holds prompts and outputs,
+accounts.py counts and times, prefill.py fills the cache, and state.py keeps what later generations use again.
 """
 
 import time
@@ -13,18 +13,22 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.accounts import Accounts
-from layerskip_recipes.generation.drafting.decoding import Decoding
-from layerskip_recipes.generation.drafting.draft_model import DraftModel, DraftModels
-from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundStart
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead, DraftWeights
+from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundStart, longest_draft
+from layerskip_recipes.generation.drafting.drafters import Drafters
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.kernels.compiling import cache_length, compiled_steps
+from layerskip_recipes.generation.drafting.verification import Verifier
+from layerskip_recipes.generation.kernels.compiling import cache_length
 from layerskip_recipes.generation.prefill import common_length, common_start, read_texts
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.sampling import Sampler, noise_keys
+from layerskip_recipes.generation.state import ModelState, state_of
 from layerskip_recipes.generation.steps import StepContext, choose_token
-from layerskip_recipes.model.decoder import as_layerskip_decoder, on_device
+from layerskip_recipes.model.changes import has_user_code
+from layerskip_recipes.model.decoder import on_device
 from layerskip_recipes.model.kv_cache import DecodingCache, decoding_kernels
 from layerskip_recipes.model.limits import check_prompt_lengths, check_prompt_tokens
 from layerskip_recipes.processes import from_rank_zero
@@ -41,7 +45,8 @@ class Generation:
         max_generated_tokens: maximum number of new tokens per prompt.
         exit_layer: without speculation, take every token from this exit; None: from the whole model.
         speculation: how to draft; None decodes without drafts.
-        draft_model: what drafts; None: build it from the speculation, which takes time with `draft_int8` or a draft.
+        draft_weights: what drafts instead of the weights that the speculation names: a decoder, and None or the head
+            of its draft vocabulary.
         sampler: how to choose tokens; None: greedily.
         stop_tokens: an output ends with the first of these tokens.
         rows: how many prompts to decode at a time, in order: a row that has finished takes the next prompt (continuous
@@ -55,6 +60,7 @@ class Generation:
         on_draft: called with each row's drafted tokens, [b][n], before every verification.
         rule: decides where to draft, and keeps what earlier generations measured; None: draft wherever possible.
         numbers: equal prompts with different numbers get different samples; None: see `noise_keys`.
+        state: what earlier generations of this model built; None: the state kept for this model.
 
     Attributes:
         generated: new tokens of each prompt so far.
@@ -79,7 +85,7 @@ class Generation:
         *,
         exit_layer: int | None = None,
         speculation: Speculation | None = None,
-        draft_model: DraftModel | None = None,
+        draft_weights: DraftWeights | None = None,
         sampler: Sampler | None = None,
         stop_tokens: Sequence[int] = (),
         rows: int | None = None,
@@ -91,9 +97,16 @@ class Generation:
         on_draft: Callable[[list[list[int]]], None] | None = None,
         rule: DraftRule | None = None,
         numbers: Sequence[int] | None = None,
+        state: ModelState | None = None,
     ) -> None:
         started = time.perf_counter()
-        self.model = as_layerskip_decoder(model)
+        if has_user_code(model):
+            raise ConfigError(
+                f"model: {type(model).__name__} has a forward hook or another `forward`, but decoding runs it in "
+                "parts. Allowed: hooks on its modules, for example model.layers[0].register_forward_hook(hook)"
+            )
+        state = state or state_of(model)
+        self.model, self.in_use = state.decoder(model), state.in_use
         # The layers whose tokens are final: with speculation all layers.
         depth = self.model.check_exit(exit_layer) if speculation is None and exit_layer is not None else None
         self.rows = Rows(prompts, rows, max_generated_tokens, stop_tokens)
@@ -107,7 +120,7 @@ class Generation:
         self.on_draft = on_draft
         self.started = False
 
-        compiled = compiled_steps(self.model) if compile else None
+        compiled = state.compiled_steps(self.model) if compile else None
         compiled_before_s = compiled.seconds if compiled else 0.0
         # The cache has room for prompt, output and a draft that reaches beyond a row's limit.
         needed = max(lengths) + max_generated_tokens + 1
@@ -115,8 +128,9 @@ class Generation:
         if speculation is not None:
             speculation.check(self.model)
             needed += speculation.num_speculations
-            draft_model = draft_model or DraftModels().of(speculation, self.model)
-            decoder, head = draft_model.fitted(self.model, speculation)
+            decoder, head = draft_weights or state.draft_weights(speculation, self.model)
+            if head is None and speculation.draft_vocabulary is not None:
+                head = DraftHead(decoder if decoder.own_layers else self.model, speculation.draft_vocabulary)
         size, own = cache_length if compile else int, len(decoder.own_layers)  # rounds up for compiled steps
         fits = cache is not None and cache.fits(self.model, len(self.rows), own, size(needed))
         if cache is None or not fits:
@@ -135,11 +149,10 @@ class Generation:
             self.keys = on_device(self.rows.values_in_rows(self.keys_by_prompt), self.context.device)
         sharded = (layer for layer in self.model.layers if isinstance(layer, FSDPModule))
         self.first_sharded = None if speculation is None else next(sharded, None)
-        rule = DraftRule(measure=False) if rule is None or speculation is None else rule
-        self.decoding = Decoding(self.context, speculation, self.rows.texts, rule)
+        self.verifier = Verifier(self.context, (speculation and speculation.exit_layer) or self.context.depth)
+        self.drafters = Drafters(self.verifier, speculation, self.rows.texts, rule)
         self.common = common_start(self.rows.prompts) if self.context.cpp else 0
-        drafts_from = None if speculation is None else speculation.exit_layer
-        self.accounts = Accounts(self.context, self.rows, drafts_from)
+        self.accounts = Accounts(self.context, self.rows, None if speculation is None else self.verifier.exit_layer)
         self.stats = self.accounts.stats
         self.stats.compile_s = self.context.compile_s - compiled_before_s
         # Time to the first token includes this setup.
@@ -149,7 +162,7 @@ class Generation:
     def __iter__(self) -> Iterator[list[list[int]]]:
         if self.started:
             raise RuntimeError("a Generation runs once; make another one to generate again")
-        if self.model.decoding:
+        if self.model.decoding or not self.in_use.acquire(blocking=False):
             raise RuntimeError(
                 "another Generation of this model has not ended: iterate it to its end, or close() its iterator"
             )
@@ -169,10 +182,11 @@ class Generation:
                             new = self._round()
                     yield self.rows.by_prompt(new)
         finally:
+            self.in_use.release()
             self.accounts.close()
             # The last token has not been fed to the model yet, and the draft's own layers may be further behind.
             if all(self.rows.values_in_rows(self.generated)):
-                self.cache.tokens = [text[: -1 - self.decoding.chain.behind] for text in self.rows.texts]
+                self.cache.tokens = [text[: -1 - self.verifier.behind] for text in self.rows.texts]
 
     def stop(self, prompt: int, keep: int) -> None:
         """End the output of prompt number `prompt` after its first `keep` tokens; call this between two iterations."""
@@ -209,7 +223,8 @@ class Generation:
         self.stats.reused_tokens = reused * len(prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in prompts)
         final = read_texts(self.context, prompts, reused)
-        self.decoding.begin(final)
+        self.verifier.begin(final)
+        self.drafters.begin()
         self.last = self._first_tokens(final, slice(None))
         return self._keep([[token] for token in self.last.tolist()])
 
@@ -223,7 +238,8 @@ class Generation:
         reused = self.common
         final = read_texts(self.context, [text], reused, rows=[row])
         self.last[here] = self._first_tokens(final, here)
-        self.decoding.replace(row, text, final[0])
+        self.verifier.replace(row, final[0])
+        self.drafters.replace(row, text)
         self.stats.first_tokens += 1
         self.stats.prefill_tokens += len(text) - reused
         self.stats.reused_tokens += reused
@@ -249,12 +265,12 @@ class Generation:
         if self.first_sharded is not None:
             self.first_sharded.unshard(async_op=True)  # while the draft is made
         with self.accounts.phase("draft"):
-            draft = self.decoding.propose(now)
+            draft = self.drafters.propose(now)
         if self.on_draft is not None:
             self.on_draft(draft.tokens[:, 1:].tolist())
         # Verify.
         with self.accounts.phase("verify"):
-            outcome = self.context.broadcast(self.decoding.chain.verify(draft, now))
+            outcome = self.context.broadcast(self.verifier.verify(draft, now))
         self.last = outcome[:, 1].clone()
         # Accept. This is the only time in a round that the host waits for the device.
         outcomes = outcome.tolist()
@@ -262,14 +278,14 @@ class Generation:
         self.accounts.count(draft, now, room, [num_accepted for num_accepted, *_ in outcomes], kept)
         # Learn how fast the round was, unless a limit may have cut it. The first draft of a short output counts.
         whole = draft.num_drafted > 0 or draft.round_kind == PLAIN
-        if whole and now.room > min(self.decoding.num_speculations, self.rows.limit - 2):
+        if whole and now.room > longest_draft(self.drafters.num_speculations, self.rows.limit):
             tokens = sum(map(len, kept)) / finished.count(False)
-            self.decoding.learn(draft.round_kind, tokens, self.accounts.round_s)
+            self.drafters.learn(draft.round_kind, tokens, self.accounts.round_s)
         return kept
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at its end; returns the tokens kept, none for finished rows."""
         kept = self.rows.add(new)
         self.stats.tokens += sum(map(len, kept))
-        self.decoding.extend(kept)
+        self.drafters.extend(kept)
         return kept

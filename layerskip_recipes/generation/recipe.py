@@ -12,19 +12,16 @@ from torchtune import config, training, utils
 from torchtune.data import Message
 
 from layerskip_recipes.checkpoint.checkpointers import prepare_device
-from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import DraftChoice, chooser_for
-from layerskip_recipes.generation.drafting.draft_model import DraftModels
-from layerskip_recipes.generation.drafting.rule import DraftRule
+from layerskip_recipes.generation.drafting.planner import DraftPlanner
+from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.fitting_memory import check_memory
-from layerskip_recipes.generation.kernels.compiling import find_compiled_steps
 from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
-from layerskip_recipes.generation.parallel import load_sharded_decoder
+from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.report import Totals, make_report, print_report
 from layerskip_recipes.generation.sampling import Sampler, copies_before
@@ -79,12 +76,10 @@ class LayerSkipGenerate:
         # The beginning that all prompts share is read once.
         self.common = common_start([self.prompt_tokens[i] for i in self.good]) if self.good else 0
         # Choose how to draft.
-        self.cfg, choice = self._choose()
+        self.cfg, self.plan = self._choose()
         cfg, self.compile = self.cfg, bool(self.cfg.compile)
-        self.speculation = choice.speculation([self.prompt_tokens[i] for i in self.good])
-        kept = (self.exit_layer or 0) if self.speculation is None else self.speculation.model_layers
+        kept = (self.exit_layer or 0) if self.plan is None else self.plan.model_layers
         self.kept_layers = kept if kept < model.num_layers else 0
-        self.stop_tokens = [*getattr(self.tokenizer, "stop_tokens", []), *(cfg.stop_tokens or [])]
         self.stop_strings = cfg.stop_strings or []
         # Join the other processes. This comes before the seed, which they share.
         init_processes(self.device.type)
@@ -100,53 +95,58 @@ class LayerSkipGenerate:
             rows, longest = self.batch_size, max(len(self.prompt_tokens[i]) for i in self.good)
             if self.device.type == "cuda" and self.compile and self.compare:
                 rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
-            drafts = [] if self.speculation is None else [self.speculation]
-            sizes = (rows, longest, self.max_new_tokens)
-            slots = check_memory(cfg, self.device, drafts, *sizes, self.compare, self.kept_layers, self.parallel)
+            plans = [] if self.plan is None else [self.plan]
+            slots = check_memory(
+                cfg,
+                self.device,
+                plans,
+                rows,
+                longest,
+                self.max_new_tokens,
+                self.compare,
+                self.kept_layers,
+                self.parallel,
+            )
             # The same for all batches, so that steps are compiled for one size.
             self.reserve = slots if self.compile else None
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.seed)
         self.shows = is_rank_zero()
 
-    def _choose(self) -> tuple[GenerateConfig, DraftChoice]:
-        """The config with the choices of whether to compile and how to draft."""
-        cfg, choices, chooser = self.cfg, Choices(self.cfg), chooser_for(self.cfg, self.cfg.quantizer)
-        drafts = {c: chooser.choose(cfg.self_speculation, cfg.temperature, c, self.batch_size) for c in (False, True)}
+    def _choose(self) -> tuple[GenerateConfig, Speculation | None]:
+        """The config with the choices of whether to compile and how to draft, and the plan of drafts."""
+        cfg, choices, planner = self.cfg, Choices(self.cfg), DraftPlanner.of_config(self.cfg, self.cfg.quantizer)
+        prompts = [self.prompt_tokens[i] for i in self.good]
+        plans = {
+            compiled: planner.plan(cfg.self_speculation, cfg.temperature, compiled, prompts, self.batch_size)
+            for compiled in (False, True)
+        }
 
         def pays() -> bool:
             if num_processes() > 1:
                 return False
             batches = self.turns if self.interactive else -(-len(self.good) // self.batch_size)
             steps = batches * self.max_new_tokens * (2 if self.compare else 1)
-            compiled, why = compiling_pays(drafts[False].token_s, drafts[True].token_s, steps, self.device)
+            eager_s, compiled_s = (planner.token_s(plans[c][0], c, self.batch_size) for c in (False, True))
+            compiled, why = compiling_pays(eager_s, compiled_s, steps, self.device)
             log.info(why)
             return compiled
 
-        choice = drafts[choices.pick("compile", pays)]
-        if choice.why:
-            log.info(choice.why)
-        choices.set("self_speculation", choice.section)
-        return cfg.with_choices(choices), choice
+        plan, why = plans[choices.pick("compile", pays)]
+        if why is not None:
+            log.info(why)
+        choices.set("self_speculation", cfg.self_speculation and cfg.self_speculation.resolved(plan))
+        return cfg.with_choices(choices), plan
 
     def setup(self) -> None:
         if self.shows and log.isEnabledFor(logging.INFO):
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
             log.setLevel(self.cfg.log_level)  # which torchtune has set to DEBUG
-        # A trained draft is checked against the unquantised weights, so they are quantised after it is built.
-        draft = None if self.speculation is None else self.speculation.draft
-        quantizer, trained_draft = self.cfg.quantizer, None
         if num_processes() > 1:
-            section = self.cfg.tensor_parallel_plan
-            plan = None if section is None else section.build()
-            kept, parallel = self.kept_layers, self.parallel
-            self.model, trained_draft = load_sharded_decoder(self.cfg, self.device, kept, parallel, plan, draft)
+            arguments = (self.device, self.tokenizer, self.plan, self.kept_layers, self.parallel)
+            self.llm = LLM.of_sharded_config(self.cfg, *arguments)
         else:
-            self.model = load_decoder(self.cfg, self.device, None if draft is not None else quantizer)
-        self.rule = DraftRule()  # which keeps what it learns over all prompts
-        self.draft_model = DraftModels(trained_draft).of(self.speculation, self.model)
-        if draft is not None and quantizer is not None:
-            self.model = quantise_decoder(self.model, quantizer)
+            self.llm = LLM.of_config(self.cfg, self.device, self.tokenizer, {KEY: self.plan})
 
     def generate(self) -> dict[str, Any]:
         """Answer all prompts; prints the report as JSON in the last line.
@@ -166,19 +166,18 @@ class LayerSkipGenerate:
         report = {
             "self_speculation": self.cfg.self_speculation and self.cfg.self_speculation.given,
             "compile": self.compile,
-            "exit_layer": self.exit_layer if self.speculation is None else self.speculation.exit_layer,
-            "num_speculations": None if self.speculation is None else self.speculation.num_speculations,
+            "exit_layer": self.exit_layer if self.plan is None else self.plan.exit_layer,
+            "num_speculations": None if self.plan is None else self.plan.num_speculations,
             "temperature": self.cfg.temperature,
             "batch_size": self.batch_size,
             "prompts": len(ours.outputs),
             "skipped": len(self.examples) - len(self.good),
             **make_report(ours, baseline if self.compare else None, self.device),
         }
-        steps = find_compiled_steps(self.model)
-        if steps is not None:
+        if (steps := self.llm.state.compiled) is not None:
             report["compile_s"] = steps.seconds  # including the warm-up
         if self.shows:
-            has_chain = self.speculation is not None and not self.speculation.has_no_chain(self.model.num_layers)
+            has_chain = self.plan is not None and self.plan.exit_layer is not None
             if (plain := ours.stats.plain_share or 0.0) > 0.5 and has_chain:
                 log.info(f"drafts did not pay everywhere: {plain:.0%} of the rounds went without one")
             print_report(report)
@@ -196,7 +195,7 @@ class LayerSkipGenerate:
             # Warm-up: the first steps of a process allocate, tune and compile.
             for plain in (True, False):
                 self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
-            self.rule = DraftRule()  # which measures warm rounds only
+            self.llm.state.rules.clear()  # rules measure warm rounds only
             if self.interrupted:
                 raise KeyboardInterrupt
         path = self.cfg.output_file if self.shows else None
@@ -260,26 +259,22 @@ class LayerSkipGenerate:
         **kwargs: Any,
     ) -> Generation:
         dim_drafts = shown is not None and self.cfg.stream == "draft" and sys.stdout.isatty()
-        return Generation(
-            self.model,
+        return self.llm.start(
             prompts,
             limit,
+            None if plain else self.plan,
             exit_layer=None if plain else self.exit_layer,
-            speculation=None if plain else self.speculation,
-            draft_model=self.draft_model,
             sampler=sampler or self.cfg.sampler(self.cfg.temperature, self.seed),
-            stop_tokens=self.stop_tokens,
             compile=self.compile,
-            shared=num_processes() > 1,
-            rule=self.rule,
+            usual_new_tokens=self.max_new_tokens,
             on_draft=shown.show_draft if dim_drafts else None,
             **kwargs,
         )
 
     def text_of(self, i: int) -> TextStream:
         """The text stream of an output; after a prompt of raw text it continues that text exactly."""
-        goes_on = self.prompt_tokens[i] if isinstance(self.prompts[i], str) else ()
-        return TextStream(self.tokenizer, self.stop_tokens, self.stop_strings, goes_on)
+        continued = self.prompt_tokens[i] if isinstance(self.prompts[i], str) else ()
+        return self.llm.text_stream(continued, self.stop_strings)
 
     def _show(self, i: int, answer: str) -> None:
         """Print an answer of a batch; with batch_size 1 it was printed as it grew."""
@@ -297,7 +292,7 @@ class LayerSkipGenerate:
     def _chat(self, ours: Totals) -> None:
         """Answer questions from standard input; the cache keeps the conversation."""
         history: list[Message] = []
-        cache, context = None, most_positions(self.model)[0]
+        cache, context = None, most_positions(self.llm.model)[0]
         for turn, question in enumerate(_questions()):
             if question == NEW:
                 history.clear()
@@ -307,14 +302,14 @@ class LayerSkipGenerate:
                 tokens = self._tokens_of(history, question)
                 # Shorter answers at the end of the model's context.
                 limit = max(1, min(self.max_new_tokens, context - len(tokens)))
-                check_prompt_lengths(self.model, [len(tokens)], limit)
+                check_prompt_lengths(self.llm.model, [len(tokens)], limit)
             except ValueError as e:
                 is_full = len(tokens) >= context > len(self._tokens_of([], question)) if tokens and history else False
                 full = f"the conversation is full. {NEW} starts another one; " if is_full else ""
                 log.warning("%sthe question is left out: %s", full, e)
                 continue
-            answer = TextStream(self.tokenizer, self.stop_tokens, self.stop_strings)
-            reserve = self._reserve(len(tokens) + limit)
+            answer = self.llm.text_stream(stop=self.stop_strings)
+            reserve = self.llm.reserved_slots(len(tokens) + limit, self.plan)
             generation = self._generation([tokens], limit, shown=answer, cache=cache, reserve=reserve)
             try:
                 follow(generation, [answer], answer if self.cfg.stream else None)
@@ -327,12 +322,6 @@ class LayerSkipGenerate:
             history.append(Message(role="user", content=question))
             history.append(Message(role="assistant", content=answer.text(generation.generated[0])))
             ours.add([turn], generation)
-
-    def _reserve(self, needed: int) -> int:
-        """Slots of a new cache: twice what this turn needs, as a new cache would have to read the conversation anew."""
-        # The model also verifies drafts that reach beyond an answer's limit.
-        verified = 1 if self.speculation is None else self.speculation.num_speculations + 1
-        return min(max(1024, 2 * needed), most_positions(self.model)[0]) + verified
 
     def _tokens_of(self, history: Sequence[Message], question: str) -> list[int]:
         """System prompt, conversation and question as tokens; a ConfigError if the chat template refuses them."""

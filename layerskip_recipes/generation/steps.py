@@ -13,10 +13,11 @@ import torch
 from torchtune.utils import get_logger
 from torchtune.utils._logging import log_once
 
-from layerskip_recipes.generation.drafting.draft_model import DraftHead
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import CppDecoder, UnknownPartError
 from layerskip_recipes.generation.sampling import Sampler, choose_tokens
+from layerskip_recipes.model.changes import user_code_in
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, DecodingCache, causal_mask
 from layerskip_recipes.processes import broadcast_from_rank0
@@ -27,7 +28,8 @@ log = get_logger("INFO")
 class StepContext:
     """State shared by all steps of one generation.
 
-    Without `compiled` steps run eagerly. The draft decoder is the model by default, and the draft head is the draft
+    Without `compiled` steps run eagerly, and also while a model has hooks or the like: C++ does not call them, and a
+    graph keeps those that it was made with. The draft decoder is the model by default, and the draft head is the draft
     decoder's head. `depth`: the number of layers whose tokens are final; None: all. With `shared`, all ranks decode the
     same prompts and rank 0 decides the tokens.
     """
@@ -46,7 +48,11 @@ class StepContext:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
         self.draft_decoder, self.draft_head = draft_decoder or model, draft_head
         self.own_layers, self.depth = self.draft_decoder.own_layers, depth or model.num_layers
-        cache.forget_other_weights(model, self.draft_decoder)
+        user_code = user_code_in(model, self.draft_decoder, *([draft_head] if draft_head else []))
+        cache.forget_other_weights(model, self.draft_decoder, user_code is not None, shared)
+        if compiled and user_code:
+            log_once(log, f"compile: steps run uncompiled, as the model has hooks or parametrisations ({user_code})")
+            compiled = None
         # An adapter reads the model's early hidden states and its final states.
         self.has_adapter = self.own_layers.start > 0
         # Verification can start from the draft's hidden states if the model's own layers computed them.
@@ -57,7 +63,7 @@ class StepContext:
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.last_position = model.max_seq_len - 1
         self.before_chunk: Callable[[], None] = lambda: None  # is called before each chunk of a prompt
-        self.cpp = self._load_cpp()
+        self.cpp = self._load_cpp(compiled)
         if cache.in_cpp != (self.cpp is not None):
             cache.keep_first(0)
             cache.in_cpp = self.cpp is not None
@@ -77,9 +83,9 @@ class StepContext:
         """Seconds that compilation took so far, in all generations of this model."""
         return self.compiled.seconds if self.compiled else 0.0
 
-    def _load_cpp(self) -> CppDecoder | None:
+    def _load_cpp(self, compiled: CompiledSteps | None) -> CppDecoder | None:
         """Layers and heads in C++; None if it does not support the model, or cannot be compiled."""
-        if self.compiled is None or self.compiled.failed or self.device.type != "cpu":
+        if compiled is None or compiled.failed or self.device.type != "cpu":
             return None
         try:
             found = CppDecoder(self.cache, self.model, self.draft_decoder, self.draft_head)
@@ -91,7 +97,7 @@ class StepContext:
         # Allocate the caches of the layers that read the text.
         self.cache.allocate(self.model, self.depth)
         self.cache.allocate(self.draft_decoder, self.own_layers.stop)
-        return found if self.compiled.prepare(found.load) else None
+        return found if compiled.prepare(found.load) else None
 
     def begin_round(self) -> None:
         """Let graphs overwrite the results of the last round."""

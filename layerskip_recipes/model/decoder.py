@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from omegaconf import OmegaConf
@@ -66,7 +65,6 @@ class LayerSkipDecoder(TransformerDecoder):
             if isinstance(hook, partial):
                 hook.keywords["dtype"] = base.tok_embeddings.weight.dtype
         self.layer_dropout = layer_dropout
-        self.decoding_chooser: Any = None  # how `generate` decodes a model from `load_model`
         self.decoding = False  # True while a generation engine's own KV caches are in the attention layers
 
     own_layers = range(0)  # in a draft model, the layers that belong to a trained draft (draft.py)
@@ -136,6 +134,7 @@ class LayerSkipDecoder(TransformerDecoder):
     def with_modules(self, **modules: nn.Module) -> "LayerSkipDecoder":
         """A decoder that shares all modules with this one, except for the given ones."""
         other = copy(self)
+        other.decoding = False
         other._modules = dict(self._modules)  # copy() shares this dict
         for name, module in modules.items():
             setattr(other, name, module)
@@ -239,23 +238,6 @@ def on_device(numbers: Sequence, device: torch.device) -> torch.Tensor:
 def is_plain_attention(layer: nn.Module) -> bool:
     """Whether a layer has torchtune's own attention, which is causal without a mask."""
     return isinstance(layer.attn, MultiHeadAttention)
-
-
-# Each plain decoder's modules, and its `LayerSkipDecoder`, which is reused to keep its compiled graphs.
-_DECODERS: WeakKeyDictionary[TransformerDecoder, tuple[list[nn.Module], LayerSkipDecoder]] = WeakKeyDictionary()
-
-
-def as_layerskip_decoder(model: TransformerDecoder) -> LayerSkipDecoder:
-    """The model itself, or the `LayerSkipDecoder` around a plain decoder, which is the same at each call."""
-    if isinstance(model, LayerSkipDecoder):
-        return model
-    modules = [model.tok_embeddings, model.layers, model.norm, model.output]
-    known, decoder = _DECODERS.get(model, ([], None))
-    if decoder is None or any(ours is not theirs for ours, theirs in zip(known, modules, strict=True)):
-        decoder = LayerSkipDecoder(model)
-        _DECODERS[model] = modules, decoder
-    decoder.training = model.training
-    return decoder
 
 
 def layerskip_decoder(

@@ -10,15 +10,17 @@ overwriting: masks hide later slots, and attention gets only the filled part (in
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.weak import WeakIdRef
 
+from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
+from layerskip_recipes.processes import from_every_rank
 
 BLOCK = 128  # slots that FlexAttention reads or skips together
 
@@ -85,21 +87,25 @@ class DecodingCache:
         # The model's layers, then the draft's own layers.
         number = model.num_layers + self.draft_layers
         self.layers = [LayerCache(self.max_len, self.cursor) for _ in range(number)]
-        # What the tokens were computed with: the model, and the versions of its weights and of the draft's.
-        self.model, self.weights = weakref.ref(model), list[Any]()
+        # What the tokens were computed with: the model, and a key of its weights and of the draft's.
+        self.model, self.weights = weakref.ref(model), tuple[Any, ...]()
 
-    def forget_other_weights(self, model: LayerSkipDecoder, draft: LayerSkipDecoder) -> None:
+    def forget_other_weights(
+        self, model: LayerSkipDecoder, draft: LayerSkipDecoder, user_code: bool = False, shared: bool = False
+    ) -> None:
         """Forget the tokens if another model or draft computed them, or the same one with other weights.
 
-        torch counts the changes of a tensor, except those through `.data`.
+        User code, such as hooks, can change without a trace, so tokens from before or after it are forgotten too. With
+        `shared`, all ranks forget the tokens as soon as one has to.
         """
         if self.model() is not model:
             self._prepare(model)
-        own = [draft.layers[i] for i in draft.own_layers]
-        parameters = (p for module in (model, *own) for p in module.parameters())
-        weights = [(WeakIdRef(p), 0 if p.is_inference() else p._version) for p in parameters]
-        if weights != self.weights:
-            self.tokens, self.weights = [[] for _ in range(self.num_rows)], weights
+        modules = [model, *(draft.layers[i] for i in draft.own_layers)]
+        weights = weights_key(tensor for module in modules for tensor in chain(module.parameters(), module.buffers()))
+        same = weights == self.weights and not user_code
+        if not (all(from_every_rank(same)) if shared else same):
+            self.keep_first(0)
+        self.weights = () if user_code else weights
 
     def fits(self, model: LayerSkipDecoder, num_rows: int, draft_layers: int, slots: int) -> bool:
         """Whether it can serve these rows, draft layers and slots in the model's dtype and on its device."""

@@ -119,6 +119,15 @@ def token_bytes(model: TransformerDecoder, depth: int, itemsize: int, recompute:
     return itemsize * (layer + depth * kept if recompute else depth * layer)
 
 
+def cast_bytes(model: TransformerDecoder, depth: int, recompute: bool) -> int:
+    """Bytes of the layers' matrices in bf16 that autocast keeps until the backward pass, if the weights are fp32.
+
+    `depth` and `recompute` as in `token_bytes`; with activation checkpointing one layer's matrices are there at a time.
+    """
+    matrices = sum(parameter.numel() for parameter in model.layers.parameters() if parameter.dim() == 2)
+    return torch.bfloat16.itemsize * matrices * (1 if recompute else depth) // len(model.layers)
+
+
 # ---- generation ----
 
 

@@ -17,6 +17,8 @@ from layerskip_recipes.processes import num_processes
 # Keys of generation configs that a server ignores: prompts and outputs belong to requests.
 IGNORED = ("prompt", "prompts", "prompt_file", "batch_size", "on_bad_prompt", "output_file", "stream", "benchmark")
 
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z-]+://[^/A-Z]+)$")]  # without a path, as browsers send it
+
 
 class ServeConfig(GenerateConfig):
     """A generation config. Requests may replace `temperature`, `top_p` and `max_new_tokens`."""
@@ -25,6 +27,8 @@ class ServeConfig(GenerateConfig):
     """The address to listen at. `0.0.0.0` lets other machines in; then set LAYERSKIP_API_KEY, too."""
     port: Annotated[int, Field(ge=0, le=65535, examples=[8000])] = 8000
     """The port to listen at; 0: a free one, which the log names."""
+    allowed_origins: Annotated[list[Origin], Field(examples=["[https://app.example]"])] | None = None
+    """Web pages of these origins may use the server (CORS), with the key in LAYERSKIP_API_KEY. `["*"]` allows all."""
     max_waiting: Annotated[int, Field(ge=0, examples=[32])] = 32
     """The most requests that wait while one is answered. Further ones get status 503."""
 

@@ -10,10 +10,14 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -28,7 +32,13 @@ from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, R
 log = utils.get_logger("INFO")
 
 BODY_S = 60  # the longest time that a client may take to send its body
+REST_S, REST_BYTES = (
+    5,
+    2**26,
+)  # how much of a refused body is read: most clients read no answer before they have sent all
 EVENT_S = 0.05  # the shortest time between two events of a stream
+NO_KEY = "is not allowed. Allowed without a key: names of this machine"
+JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")  # the second is the default of curl
 LINE = 400  # the longest error message, in characters
 
 
@@ -41,7 +51,14 @@ def make_app(recipe: LayerSkipServe) -> Starlette:
         *(Route("/v1/models", server.models), Route("/health", server.health)),
     ]
     kinds = (HTTPException, ConfigError, ClientDisconnect, asyncio.TimeoutError)
-    return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, _refuse))
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=recipe.cfg.allowed_origins or (),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["retry-after"],
+    )
+    return Starlette(routes=routes, middleware=[cors], exception_handlers=dict.fromkeys(kinds, _refuse))
 
 
 class Server:
@@ -59,13 +76,16 @@ class Server:
         return JSONResponse({"status": "ok"})
 
     async def models(self, request: HTTPRequest) -> Response:
-        self._check_key(request)
+        self._check_access(request)
         model = {"id": self.recipe.name, "object": "model", "created": self.started, "owned_by": "layerskip"}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def answer(self, kind: type[Request], request: HTTPRequest) -> ASGIApp:
         """The response, which waits for all earlier ones."""
-        self._check_key(request)
+        self._check_access(request)
+        content_type = request.headers.get("content-type", "")
+        if content_type.partition(";")[0].strip().lower() not in JSON_TYPES:
+            raise HTTPException(415, f"content-type: {content_type!r} is not allowed. Allowed: application/json")
         self._check_room()
         asked = parse(kind, await asyncio.wait_for(self._body(request), BODY_S))
         if asked.model not in (None, self.recipe.name):
@@ -115,10 +135,19 @@ class Server:
             log.error("a request failed: %s", type(e).__name__)  # its message may have the text of the request
             put(HTTPException(500, "the server failed to answer this request"))
 
-    def _check_key(self, request: HTTPRequest) -> None:
+    def _check_access(self, request: HTTPRequest) -> None:
+        """Check the key. Without one, no web page may use the server: its browser has access to this machine."""
         given, key = request.headers.get("authorization", ""), self.recipe.api_key
-        if key and not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
-            raise HTTPException(401, f"authorization: needs the key in the server's {KEY}, as Bearer KEY")
+        if key:
+            if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
+                raise HTTPException(401, f"authorization: needs the key in the server's {KEY}, as Bearer KEY")
+            return
+        # A page of another site sends its origin. If its name leads to this machine (DNS rebinding), Host has the name.
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if self.recipe.is_local and not _is_local(f"//{host}"):
+            raise HTTPException(403, f"host: {host!r} {NO_KEY}; for example localhost")
+        if origin is not None and not _is_local(origin):
+            raise HTTPException(403, f"origin: {origin!r} {NO_KEY}. To allow others, set {KEY} and allowed_origins")
 
     def _check_room(self) -> None:
         if len(self.pending) > (most := self.recipe.cfg.max_waiting):
@@ -132,6 +161,14 @@ class Server:
             if len(body) > most:
                 raise ConfigError(f"body: is too large for the model's context. Allowed: up to {most} bytes")
         return bytes(body)
+
+
+def _is_local(url: str) -> bool:
+    try:
+        name = urlsplit(url).hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 async def _respond(
@@ -190,7 +227,31 @@ async def _refuse(request: HTTPRequest, e: Exception) -> Response:
         status, line, headers = e.status_code, e.detail, e.headers
         if status in (404, 405) and not line.startswith("model"):
             line = f"path: {request.method} {request.url.path} is not supported by this server"
-    return JSONResponse(_error(status, line), status, headers)
+    try:
+        has_ended = await asyncio.wait_for(_skip_rest(request), REST_S)
+    except (asyncio.TimeoutError, ClientDisconnect):
+        has_ended = False
+    except RuntimeError:  # starlette's: it was read
+        has_ended = True
+    response = JSONResponse(_error(status, line), status, headers)
+    if has_ended:
+        return response
+
+    async def answer_and_wait() -> AsyncIterator[bytes]:
+        yield bytes(response.body)
+        await asyncio.sleep(1)  # a connection that is closed while the client sends loses what the client has not read
+
+    return StreamingResponse(answer_and_wait(), status, {**response.headers, "connection": "close"})
+
+
+async def _skip_rest(request: HTTPRequest) -> bool:
+    """Read the rest of a body; returns whether it has ended."""
+    size = 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > REST_BYTES:
+            return False
+    return True
 
 
 def _error(status: int, line: str) -> dict[str, Any]:

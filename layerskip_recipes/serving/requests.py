@@ -1,10 +1,10 @@
 """Requests in OpenAI's form. Each mistake, and each field that is not supported, is refused in one line by name."""
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
+from pydantic_core import from_json
 from torchtune.data import Message
 
 from layerskip_recipes.config.recipe_config import Seed
@@ -13,6 +13,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.sampling import Temperature, TopP
 
 S = TypeVar("S", bound=Section)
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 # Fields that change nothing here, and the values with which other fields ask for nothing.
 IGNORED = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
@@ -33,7 +34,7 @@ class Request(Section):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     seed: Seed | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] = Field([], examples=["END"])
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] = Field([], examples=["END"])
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -58,9 +59,9 @@ class TextPart(Section):
 
 def parse(kind: type[S], body: bytes) -> S:
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"body: no JSON ({e})") from e
+        content = from_json(body)  # refuses deep nesting
+    except ValueError as e:
+        raise ConfigError(f"body: no JSON ({e}). Allowed: a JSON object, with at most 200 levels") from e
     return _checked(kind, content)
 
 

@@ -18,9 +18,9 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
-from layerskip_recipes.model.memory import free_memory, token_bytes, training_bytes
+from layerskip_recipes.model.memory import cast_bytes, free_memory, token_bytes, training_bytes
 from layerskip_recipes.model.nf4 import packs_weights
-from layerskip_recipes.processes import num_processes
+from layerskip_recipes.processes import num_local_processes, num_processes
 
 if TYPE_CHECKING:
     from layerskip_recipes.training.config import FinetuneConfig
@@ -119,9 +119,9 @@ class TrainingMemory:
         """Bytes that each process may take."""
         if self.device.startswith("cuda") and torch.cuda.is_available():
             return torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
-        return free_memory(torch.device("cpu")) * 9 // 10 // num_processes()
+        return free_memory(torch.device("cpu")) * 9 // 10 // num_local_processes()
 
-    def taken(self, dtype: str) -> int:
+    def taken(self, dtype: str, recompute: bool) -> int:
         """Bytes that each process takes besides activations."""
         cfg, model = self.cfg, self.cfg.meta_model
         section = cfg.early_exit_loss or cfg.draft
@@ -133,11 +133,15 @@ class TrainingMemory:
         # In each process: the fp32 logits of a chunk with their gradient, and the sum of the head's gradients in fp32.
         own = 8 * chunk * model.tok_embeddings.num_embeddings
         own += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
+        compute = cfg.compute_dtype
+        in_bf16 = has_bf16_products(self.device) if compute == AUTO else compute == "bf16"
+        if dtype == "fp32" and in_bf16 and not packs_weights(cfg.model):
+            own += cast_bytes(model, self.depth, recompute) // (cfg.tensor_parallel_dim or 1)
         return own + sharded // shards
 
-    def room(self, dtype: str) -> int:
+    def room(self, dtype: str, recompute: bool) -> int:
         """Bytes left for activations."""
-        return self.there - self.taken(dtype)
+        return self.there - self.taken(dtype, recompute)
 
     def sample_bytes(self, dtype: str, length: int, recompute: bool) -> int:
         itemsize = ITEMSIZE["fp32" if self.of_draft else dtype]
@@ -145,7 +149,7 @@ class TrainingMemory:
         return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute, on_heap) * length
 
     def fits(self, dtype: str, length: int, recompute: bool) -> bool:
-        return self.sample_bytes(dtype, length, recompute) <= self.room(dtype)
+        return self.sample_bytes(dtype, length, recompute) <= self.room(dtype, recompute)
 
     @property
     def wanted_length(self) -> int:
@@ -161,14 +165,14 @@ class TrainingMemory:
 
     def samples(self, dtype: str, length: int, recompute: bool) -> int:
         """The number of samples that fit: 1, 2, 4 or 8."""
-        fits = self.room(dtype) // self.sample_bytes(dtype, length, recompute)
+        fits = self.room(dtype, recompute) // self.sample_bytes(dtype, length, recompute)
         return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))
 
     def warn_if_little(self, dtype: str, wanted: int, length: int) -> None:
         """Warn if a sample of `wanted` tokens does not fit, even with checkpointing; `length` tokens were chosen."""
         if self.fits(dtype, wanted, recompute=True):
             return
-        needed = self.taken(dtype) + self.sample_bytes(dtype, wanted, recompute=True)
+        needed = self.taken(dtype, recompute=True) + self.sample_bytes(dtype, wanted, recompute=True)
         said = f"Training with a sample of {wanted} tokens needs about {needed / 2**30:.1f} GiB, "
         said += f"and {self.there / 2**30:.1f} GiB can be used here"
         if length < wanted:

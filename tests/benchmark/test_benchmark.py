@@ -1,9 +1,8 @@
-"""The benchmark recipe: its report against the raw numbers in it, the peers' outputs, and Ctrl-C.
+"""The benchmark recipe: its report against the raw numbers in it, and Ctrl-C.
 
 No speed is asserted: only that what is reported follows from what was measured.
 """
 
-import importlib.util
 import json
 import re
 import statistics
@@ -30,9 +29,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 
 pytestmark = pytest.mark.slow
 
-HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
-PEERS = ["torchtune", *(["transformers", "transformers_early_exit"] if HAS_TRANSFORMERS else [])]
-METHODS = ["baseline", "chain", "short", *PEERS]
+METHODS = ["baseline", "chain", "short"]
 
 
 @pytest.fixture
@@ -42,9 +39,9 @@ def path(tmp_path, checkpoint) -> Path:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, checkpoint) -> dict:
-    """Of a real `tune run` with all peers that are installed; `folder` is where it ran, `stdout` what it printed."""
+    """Of a real `tune run`; `folder` is where it ran, `stdout` what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    path = benchmark_config(folder, checkpoint, peers=PEERS)
+    path = benchmark_config(folder, checkpoint)
     ran = run_tune("run", "layerskip_benchmark", "--config", str(path), "seed=3", cwd=folder)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads((folder / "report/benchmark.json").read_text()) | {"folder": folder, "stdout": ran.stdout}
@@ -74,7 +71,7 @@ def test_where_and_how_it_was_measured(report):
     assert {"python", "torchtune", "torchao"} <= {*report["versions"]}
     assert report["device"] and report["threads"] >= 1 and report["memory_bandwidth"] > 1e8
     assert (report["prompts"], report["batch_size"], report["repeats"], report["max_new_tokens"]) == (2, 1, 2, 16)
-    assert report["compiled"] is report["interrupted"] is False and report["peers_left_out"] == {}
+    assert report["compiled"] is report["interrupted"] is False
     assert report["config"]["variants"]["chain"] == {"exit_layer": 2, "num_speculations": 3}
 
 
@@ -85,7 +82,7 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
     assert list(table) == METHODS
     base = table["baseline"]
     for name, row in table.items():
-        assert row["kind"] == ("peer" if name in PEERS else "baseline" if name == "baseline" else "variant")
+        assert row["kind"] == ("baseline" if name == "baseline" else "variant")
         assert row["outputs"] == 4 and len(row["per_repeat"]) == 2
         rates = [r["decoded_tokens"] / r["decode_s"] for r in row["per_repeat"]]
         base_rates = [r["decoded_tokens"] / r["decode_s"] for r in base["per_repeat"]]
@@ -113,10 +110,7 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
 
 
 def test_outputs_are_the_same_by_all_methods(report):
-    """The peers' greedy outputs too: torchtune's and transformers' own decoding. Their noise is another one."""
-    assert {name: row["identical"] for name, row in rows(report, 0.0).items()} == dict.fromkeys(METHODS, True)
-    sampled = {name: row["identical"] for name, row in rows(report, 0.8).items()}
-    assert sampled == {name: None if rows(report, 0.8)[name]["kind"] == "peer" else True for name in METHODS}
+    assert all(row["identical"] is True for row in report["results"])
 
 
 def test_every_key_of_generation_is_known():
@@ -136,9 +130,9 @@ def test_outputs_are_compared_with_references_and_batches_are_measured(path, cap
     recipe, _ = run(path, *few)
     said = recipe.tokenizer.decode(recipe.runs[0.0, "baseline"][0].outputs[0])
     ask = [*few, "metrics=[exact_match,rouge1]", write_prompts(path, said, "nothing of the kind"), "batch_size=2"]
-    recipe, report = run(path, *ask, "peers=[torchtune]", "top_k=5")
+    recipe, report = run(path, *ask, "top_k=5")
     table = rows(report, 0.0)
-    assert list(table) == ["baseline", "chain", "short", "torchtune"]
+    assert list(table) == METHODS
     for row in table.values():
         assert row["identical"] is True and row["outputs"] == 2
         assert sum(r["decoded_tokens"] for r in row["per_repeat"]) == 2 * 15
@@ -146,7 +140,7 @@ def test_outputs_are_compared_with_references_and_batches_are_measured(path, cap
         assert row["metrics"]["rouge1"] == pytest.approx(0.5, abs=0.02)
     runs = recipe.runs[0.0, "baseline"]
     others = [replace(run, outputs=[[0], [1]]) for run in runs]
-    assert figures(others, runs, same_noise=True, bandwidth=1.0)["identical"] is False
+    assert figures(others, runs, bandwidth=1.0)["identical"] is False
     assert "| exact_match | rouge1 |" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"^metrics: rouge1 needs references, and prompt 1 of 2 has none"):
         LayerSkipBenchmark(load_config(str(path), ["metrics=[rouge1]"]))
@@ -159,7 +153,7 @@ def test_repeats_sample_anew_and_methods_take_turns(path, monkeypatch):
 
     def noted(self, model, prompts, *args, **kwargs):
         whole(self, model, prompts, *args, **kwargs)
-        kind = {3: "chain", 2: "short", 0: "baseline"}[self.decoding.num_speculations]
+        kind = {3: "chain", 2: "short", 0: "baseline"}[self.drafters.num_speculations]
         seen.append((kind, prompts[0], self.context.sampler.seed, self.context.sampler.temperature))
 
     monkeypatch.setattr(Generation, "__init__", noted)
@@ -180,9 +174,8 @@ def test_decoding_ends_at_a_stop_string(path):
     texts = [recipe.tokenizer.decode(tokens[: n + 1]) for n in range(len(tokens))]
     stop = texts[5][-2:]
     first = next(n for n, text in enumerate(texts, start=1) if stop in text)
-    again, report = run(path, *few, f"stop_strings={json.dumps([stop])}", "peers=[torchtune]")
-    assert rows(report, 0.0)["torchtune"]["identical"] is True
-    for method in ("baseline", "chain", "short"):
+    again, _ = run(path, *few, f"stop_strings={json.dumps([stop])}")
+    for method in METHODS:
         (one,) = again.runs[0.0, method]
         assert one.outputs == [tokens[:first]] and one.stats.tokens == first
 
@@ -251,7 +244,7 @@ def runs(*outputs: tuple[int, list[int], float]) -> list[Run]:
 def test_looping_outputs_count_apart():
     ours = runs((0, STRAIGHT, 1.0), (0, LOOP, 0.5), (1, LOOP, 0.5))
     base = runs((0, STRAIGHT, 2.0), (0, LOOP, 2.0), (1, LOOP, 2.0))
-    row = figures(ours, base, same_noise=True, bandwidth=1.0)
+    row = figures(ours, base, bandwidth=1.0)
     assert row["looping_outputs"] == 2 and row["identical"] is True
     assert row["tokens_per_second"] == {"median": (40 / 1.5 + 40) / 2, "min": 40 / 1.5, "max": 40.0}
     assert row["speedup"] == pytest.approx({"median": (4 / 1.5 + 4) / 2, "min": 4 / 1.5, "max": 4.0})
@@ -259,10 +252,10 @@ def test_looping_outputs_count_apart():
     # Both loop on another prompt, at the same rate; on the third one ours is twice as fast.
     ours = runs((0, LOOP, 0.5), (0, STRAIGHT, 2.0), (0, STRAIGHT, 1.0))
     base = runs((0, STRAIGHT, 0.5), (0, LOOP, 2.0), (0, STRAIGHT, 2.0))
-    row = figures(ours, base, same_noise=False, bandwidth=1.0)
+    row = figures(ours, base, bandwidth=1.0)
     assert row["speedup_not_looping"] == {"median": 2.0, "min": 2.0, "max": 2.0}
-    assert figures(ours[:2], base[:2], same_noise=False, bandwidth=1.0)["speedup_not_looping"] is None
-    assert figures([], [], same_noise=True, bandwidth=1.0)["identical"] is None  # after Ctrl-C in the warm-up
+    assert figures(ours[:2], base[:2], bandwidth=1.0)["speedup_not_looping"] is None
+    assert figures([], [], bandwidth=1.0)["identical"] is None  # after Ctrl-C in the warm-up
 
 
 def test_drafts_that_are_looked_up_cost_no_step():

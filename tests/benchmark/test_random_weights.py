@@ -7,8 +7,8 @@ import pytest
 from helpers.recipes import run_benchmark
 from torchtune.models.llama3_2._component_builders import llama3_2
 
-from layerskip_recipes.benchmark import measuring
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.generation import llm
 
 TINY = (
     *("random_weights=true", "model.num_layers=4", "self_speculation.exit_layer=2", "compile=false"),
@@ -27,13 +27,13 @@ def empty_folder(tmp_path, monkeypatch):
 
 def test_it_needs_no_weights(monkeypatch, capsys):
     """A generation config will do: neither checkpoint nor tokenizer is there, and no file is written."""
-    generations, new = [], measuring.Generation
+    generations, new = [], llm.Generation
 
     def noted(*args, **kwargs):
         generations.append(new(*args, **kwargs))
         return generations[-1]
 
-    monkeypatch.setattr(measuring, "Generation", noted)
+    monkeypatch.setattr(llm, "Generation", noted)
     report = run("self_speculation.num_speculations=3")
     assert list(Path().iterdir()) == []
     printed = capsys.readouterr().out

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ from layerskip_recipes.benchmark.tuner import (
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.prediction import Costs, DraftMethod, StepCost, rounds_of
+from layerskip_recipes.generation.drafting.prediction import Costs, StepCost, variants
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
@@ -53,8 +56,9 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
     some = list(range(0, VOCAB, 2))
     texts = list(zip(prompts, outputs, strict=True))
     measured = measured_rates(model, texts, some, [len(some)], longest)
-    found = rounds_of(measured, temperature, [False], [False])
-    assert set(found) == {DraftMethod(e, n) for e in range(1, L) for n in (None, len(some))}
+    fixed = variants(measured, temperature, [0.0], [False])
+    sizes = [(plan.exit_layer, plan.num_draft_tokens) for plan, _ in fixed]
+    assert sorted(sizes, key=str) == sorted(((e, n) for e in range(1, L) for n in (None, len(some))), key=str)
 
     def distribution(logits, allowed):
         masked = torch.full_like(logits, -torch.inf)
@@ -63,14 +67,14 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
             return torch.nn.functional.one_hot(masked.argmax(), len(logits)).float()
         return masked.softmax(-1)
 
-    for method, rates in found.items():
-        allowed = some if method.vocabulary else list(range(VOCAB))
+    for plan, rates in fixed:
+        allowed = plan.draft_vocabulary or list(range(VOCAB))
         accepted, counts = torch.zeros(2, 12), torch.zeros(2, 12, dtype=torch.bool)
         for row, (prompt, output) in enumerate(texts):
             counts[row, : len(output)] = True
             with torch.no_grad():
                 tokens = torch.tensor([prompt + output])
-                p, q = model(tokens)[0], model(tokens, exit_layer=method.model_layers)[0]
+                p, q = model(tokens)[0], model(tokens, exit_layer=plan.exit_layer)[0]
             rows = range(len(prompt), tokens.shape[1] - 1)
             everything = list(range(VOCAB))
             for i, r in enumerate(rows):
@@ -79,25 +83,37 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
         expected = tokens_per_round(accepted, accepted, counts, range(1, longest + 1))
         assert [n for n, _ in rates] == pytest.approx(expected, abs=1e-5)
         assert [d for _, d in rates] == [1, 2, 3, 4]
-    assert found[DraftMethod(5)][0] > found[DraftMethod(1)][0]  # the later exit knows more
-    both = rounds_of(measured, temperature, [False, True], [False])
-    assert {method: rates for method, rates in both.items() if not method.ends} == found
-    for method, rates in found.items():
-        for (tokens, drafted), ended in zip(rates, both[method._replace(ends=True)], strict=True):
-            assert 1 <= ended.num_drafted <= drafted and 1 <= ended.tokens <= tokens
+    rates = dict(zip(sizes, (rounds for _, rounds in fixed), strict=True))
+    assert rates[5, None][0] > rates[1, None][0]  # the later exit knows more
+    both = variants(measured, temperature, [0.0, 0.4], [False])
+    assert both[::2] == fixed
+    for (plan, rounds), (ending, ended) in zip(fixed, both[1::2], strict=True):
+        assert ending == replace(plan, min_confidence=0.4)
+        for (tokens, drafted), end in zip(rounds, ended, strict=True):
+            assert 1 <= end.num_drafted <= drafted and 1 <= end.tokens <= tokens
 
 
-EXITS = [((4, 100), 8), ((16, 100), 4), ((4, None), 4)]
-OTHERS = [(DraftMethod(8), 3), (DraftMethod(8, 500, True), 7), (DraftMethod(20, 100), 1)]
-COPY, ADAPTER = DraftMethod(0, 100, draft_layers=4), DraftMethod(8, 100, draft_layers=1)
+def exit_plan(exit_layer, num_tokens, length, int8=False):
+    return Speculation(exit_layer, length, num_tokens and range(num_tokens), draft_int8=int8)
+
+
+def trained_plan(exit_layer, draft_layers, model_layers, length, int8=False):
+    draft = SimpleNamespace(num_layers=draft_layers, model_layers=model_layers, folder="draft")
+    return Speculation(exit_layer, length, range(100), draft_int8=int8, draft=draft)
+
+
+COPY, ADAPTER = partial(trained_plan, 4, 4, 0), partial(trained_plan, 8, 1, 8)
 
 
 @pytest.mark.parametrize(
     ("probed", "found_for"),
     [
-        ([(DraftMethod(*size), d) for size, d in EXITS], OTHERS),
-        ([(COPY, 8)], [(COPY, 3), (COPY._replace(int8=True), 5)]),
-        ([(ADAPTER, 8)], [(ADAPTER, 3), (ADAPTER._replace(int8=True), 5)]),
+        (
+            [exit_plan(4, 100, 8), exit_plan(16, 100, 4), exit_plan(4, None, 4)],
+            [exit_plan(8, None, 3), exit_plan(8, 500, 7, True), exit_plan(20, 100, 1)],
+        ),
+        ([COPY(8)], [COPY(3), COPY(5, True)]),
+        ([ADAPTER(8)], [ADAPTER(3), ADAPTER(5, True)]),
     ],
     ids=["exits", "copy", "adapter"],
 )
@@ -106,20 +122,22 @@ def test_costs_are_found_from_probes(probed, found_for):
     draft = {False: StepCost(2e-4, 1e-3, 1e-6), True: StepCost(2e-4, 2.5e-4, 2.5e-7)}
     costs = Costs(32, 1000, 0.033, draft, 0.04, 3e-4)
 
-    def probe(method, d):
-        seconds = draft[method.int8].seconds(method.draft_layers or method.model_layers, method.vocabulary or 1000)
-        if method.draft_layers:
-            seconds += 1e-3 * method.model_layers
-        shared = 0 if method.int8 and not method.draft_layers else method.model_layers
+    def probe(plan):
+        d, layers = plan.num_speculations, plan.draft_layers or plan.model_layers
+        seconds = draft[plan.draft_int8].seconds(layers, plan.num_draft_tokens or 1000)
+        if plan.draft_layers:
+            seconds += 1e-3 * plan.model_layers
+        shared = 0 if plan.draft_int8 and not plan.draft_layers else plan.model_layers
         verify = 0.033 * (1 + 0.04 * d * (1 - shared / 32))
         stats = GenerationStats(rounds=10, draft_steps=10 * d, draft_s=10 * d * seconds, verify_s=10 * verify)
         stats.decode_s = stats.draft_s + stats.verify_s + 10 * 3e-4
         return stats
 
-    probes = [(method._replace(int8=int8), d) for int8 in (False, True) for method, d in probed]
-    found = fitted_costs({key: probe(*key) for key in probes}, 0.033, 32, 1000, 1)
-    for method, d in found_for:
-        assert found.round_s(method, d) == pytest.approx(costs.round_s(method, d))
+    probes = [replace(plan, draft_int8=int8) for int8 in (False, True) for plan in probed]
+    found = fitted_costs([(plan, probe(plan)) for plan in probes], 0.033, 32, 1000, 1)
+    for plan in found_for:
+        d = plan.num_speculations
+        assert found.round_s(plan, d) == pytest.approx(costs.round_s(plan, d))
 
 
 @pytest.fixture
@@ -202,10 +220,10 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
     cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
     assert cfg.compile is False  # as it was measured
     assert cfg.self_speculation == (recipe.candidates[fastest].written if rows[fastest] > 1 else None)
-    some = [c for c in recipe.candidates.values() if c.speculation.draft_vocabulary]
-    assert not stored or all(c.speculation.draft_vocabulary == [*range(40)] for c in some)
+    some = [c for c in recipe.candidates.values() if c.plan.draft_vocabulary]
+    assert not stored or all(c.plan.draft_vocabulary == [*range(40)] for c in some)
     # Where no tokens are stored, generation would count those of its own prompts.
-    assert all(c.written.draft_vocabulary == (40 if stored else c.speculation.draft_vocabulary) for c in some)
+    assert all(c.written.draft_vocabulary == (40 if stored else c.plan.draft_vocabulary) for c in some)
     out = capsys.readouterr().out
     assert "predicted" in out and "measured" in out and "fastest: " in out
     # Beside the report of the same config without tune.
@@ -229,7 +247,7 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
 
 
 def test_the_first_line_says_so_if_no_draft_pays(config, tmp_path):
-    candidate = Candidate(Speculation(2), EXIT, None)
+    candidate = Candidate(Speculation(2), EXIT)
     row = {"name": "draft_6", "temperature": 0.0, "speedup": {"median": 0.7}, "predicted_speedup": None}
     report = {"results": [row], "device": "cpu"}
     written = tmp_path / "tuned.yaml"

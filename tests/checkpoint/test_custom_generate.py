@@ -146,6 +146,24 @@ def test_stop_strings(tokenizer_folder, fixed_length):
 
 
 @EXITS
+def test_token_healing(exit_layer, tokenizer_folder, monkeypatch):
+    """The last token of the prompt is decoded again, by the model's own `generate`."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, pad_token="!", bos_token="~")
+    model = copy.copy(tiny(vocab_size=300))
+    loop.COPIES[model] = loop.COPIES[tiny(vocab_size=300)]
+    ours = functools.partial(loop.generate, model=model, exit_layer=exit_layer)
+    prompt = tokenizer(["for s"], return_tensors="pt")
+    settings = {"max_new_tokens": NEW, "do_sample": False, "tokenizer": tokenizer}
+    unhealed = model.generate(**prompt, **settings)
+    plain = model.generate(**prompt, **settings, token_healing=True)
+    assert not torch.equal(plain, unhealed)
+    model.generate = ours  # as `from_pretrained` with `trust_remote_code` does
+    calls = []
+    monkeypatch.setattr(loop, "decode", lambda *args, decode=loop.decode, **kw: calls.append(1) or decode(*args, **kw))
+    assert torch.equal(model.generate(**prompt, **settings, token_healing=True), plain) and len(calls) == 1
+
+
+@EXITS
 @pytest.mark.parametrize(
     "settings",
     [

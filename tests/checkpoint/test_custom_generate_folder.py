@@ -1,12 +1,16 @@
 """The folder of `layerskip export` in transformers: it finds the decoding loop, also where our package is missing."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.configs import make_checkpoint
+from helpers.json_lines import change_json
+from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.checkpoint.export import DECODING_LOOP, export
 
@@ -32,6 +36,18 @@ plain = type(model).generate(model, prompts, **settings, assistant_early_exit=No
 assert torch.equal(model.generate(prompts, **settings), plain)
 assert not any(name.startswith(("layerskip_recipes", "torchtune")) for name in sys.modules)
 print(model.generate.func.__module__)
+"""
+FROM_THE_HUB = """
+import torch, transformers
+load = transformers.AutoModelForCausalLM.from_pretrained
+settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+prompt, trust = torch.tensor([[5, 6, 7, 8]]), {"trust_remote_code": True}
+model = load("someone/model", revision="v2", **trust)
+plain = type(model).generate(model, prompt, **settings)
+assert torch.equal(model.generate(prompt, **settings), plain)
+where = {"revision": "v2", "subfolder": "inner", "token": "secret"}
+model, loop = load("someone/model", **where), {"custom_generate": "someone/model"}
+assert torch.equal(model.generate(prompt, **settings, **trust, **where, **loop), plain)
 """
 
 
@@ -70,6 +86,29 @@ def test_only_an_exit_brings_the_loop(folder, tmp_path):
         assert load(plain).generation_config.assistant_early_exit is None
         tokens = load(plain, trust_remote_code=True).generate(TOKENS, **SETTINGS)
         assert torch.equal(tokens, load(plain).generate(TOKENS, **SETTINGS))
+
+
+@pytest.mark.slow
+def test_the_draft_comes_from_the_models_revision_and_subfolder(folder, tmp_path):
+    """On the hub, here a cache of it: the branch main has no draft."""
+    weights = {name: value for name, value in load_file(folder / "model.safetensors").items() if ".layers.0." in name}
+    weights["model.norm.weight"] = load_file(folder / "model.safetensors")["model.norm.weight"]
+    described = {"num_layers": 1, "vocabulary": None, "num_speculations": 3, "min_confidence": 0.0}
+    change_json(folder / "generation_config.json", assistant_early_exit=None)
+    repository = tmp_path / "home" / "hub" / "models--someone--model"
+    for branch, commit in (("main", "1" * 40), ("v2", "2" * 40)):
+        snapshot = shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    shutil.copytree(folder, snapshot / "inner")
+    for place in (snapshot, snapshot / "inner"):
+        (place / "draft").mkdir()
+        save_file(weights, place / "draft" / "model.safetensors")
+        (place / "draft" / "draft.json").write_text(json.dumps(described))
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    env = {name: value for name, value in env.items() if name not in ("HF_HUB_CACHE", "HF_MODULES_CACHE")}
+    done = subprocess.run([sys.executable, "-c", FROM_THE_HUB], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ from helpers.json_lines import change_json
 from helpers.training import VALIDATION, train
 from safetensors.torch import load_file, save_file
 
-from layerskip_recipes import generate
+from layerskip_recipes import Generation, Speculation
 from layerskip_recipes.checkpoint.drafts import FORMAT
 from layerskip_recipes.checkpoint.export import export, how_to_run
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 
 transformers = pytest.importorskip("transformers")
 load = transformers.AutoModelForCausalLM.from_pretrained
@@ -92,6 +92,17 @@ def test_files_that_configs_name_come_along(checkpoint, tmp_path):
     out = export(str(checkpoint), str(tmp_path / "out"))
     files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.parent != out}
     assert files == {"original/tokenizer.model", "additional_chat_templates/tool_use.jinja"}
+
+
+def test_an_index_of_other_weight_files_stays_behind(checkpoint, tmp_path):
+    """It names files that neither an export nor a checkpoint has."""
+    names = {f"{name}.index.json" for name in ("pytorch_model.bin", "consolidated.safetensors")}
+    for name in names:
+        (checkpoint / name).write_text(json.dumps({"weight_map": {"norm.weight": "absent"}}))
+    checkpointer = HFCheckpointer(str(checkpoint), str(tmp_path / "run"))
+    checkpointer.save_checkpoint(checkpointer.load_checkpoint())
+    for folder in (export(str(checkpoint), str(tmp_path / "out")), tmp_path / "run" / "epoch_0"):
+        assert (folder / "tokenizer.json").exists() and not names & {file.name for file in folder.iterdir()}
 
 
 def test_without_a_number_the_trained_exit_is_taken(checkpoint, tmp_path):
@@ -273,10 +284,12 @@ def test_an_exported_draft_proposes_tokens_of_its_vocabulary_only(
     prompt = TOKENS[:1, :5]
     mask = torch.ones_like(prompt)
     plain = model.generate(prompt, attention_mask=mask, do_sample=False)
-    ours = generate(
-        recipe.model, prompt[0], 40, exit_layer=2, num_speculations=4,
-        draft_model=DraftModel(recipe.draft.decoder(recipe.model)), draft_vocabulary=vocabulary,
+    ours = Generation(
+        recipe.model, prompt.tolist(), 40, speculation=Speculation(2, 4, vocabulary),
+        draft_weights=(recipe.draft.decoder(recipe.model), None),
     )  # fmt: skip
+    for _ in ours:
+        pass
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.generation.utils.AssistedCandidateGenerator", Counted)
         assert model.generate(prompt, attention_mask=mask, assistant_model=draft, do_sample=False).equal(plain)

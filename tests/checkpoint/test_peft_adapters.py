@@ -76,6 +76,18 @@ def test_logits_are_those_of_pefts_merged_model(name, tmp_path):
         torch.testing.assert_close(logits(exported), expected, **tolerance)
 
 
+def test_a_base_on_the_hub_is_read_in_the_adapters_revision(tmp_path, monkeypatch):
+    """As PEFT does. Its small files and its weights come from the same revision."""
+    expected = make_adapters(tmp_path, *ADAPTED["q_and_v"], base_name="someone/revised")(TOKENS).logits
+    change(revision="v2")(tmp_path / "adapters")
+    (tmp_path / "base").rename(tmp_path / "v2")
+    monkeypatch.setattr(
+        "layerskip_recipes.folders.model_folder.snapshot_download",
+        lambda name, allow_patterns, revision=None: str(tmp_path / str(revision)),
+    )
+    torch.testing.assert_close(logits(tmp_path / "adapters"), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+
+
 def test_whose_tokenizer(tmp_path, tokenizer_folder):
     """The adapters', with the base's stop tokens, or else the base's. A checkpoint gets the same files."""
     make_adapters(tmp_path, *ADAPTED["q_and_v"], vocab_size=300)
@@ -97,6 +109,14 @@ def change(**values):
     return lambda folder: change_json(folder / "adapter_config.json", **values)
 
 
+def beside_a_quantised_base(folder):
+    """Adapters as Unsloth's QLoRA writes them."""
+    base = folder.parent / "model-bnb-4bit"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
+    change(base_model_name_or_path="unsloth/model-bnb-4bit")(folder)
+
+
 def rename(before, after):
     def edit(folder):
         file = folder / "adapter_model.safetensors"
@@ -114,6 +134,11 @@ def rename(before, after):
         (change(base_model_name_or_path=None), "is None. Allowed: the base model's folder, or its name on the hub"),
         (change(base_model_name_or_path="/no/where"), "'/no/where', is neither a folder nor a model that can be"),
         (lambda folder: change(base_model_name_or_path=str(folder))(folder), "Allowed: the folder of a whole model"),
+        (
+            change(base_model_name_or_path="/no/where", revision="v2"),
+            "'/no/where' in revision 'v2', is neither a folder nor a model that can be downloaded",
+        ),
+        (beside_a_quantised_base, "names a quantised model, "),
         (change(lora_alpha=None), "no usable lora_alpha"),
         (rename("q_proj", "w_proj"), "do not fit the base model, it has in addition model.layers.0.self_attn.w_proj"),
         (rename("q_proj", "o_proj.lora_C"), "do not fit the base model, it has in addition "),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from layerskip_recipes.checkpoint.checkpointers import build_checkpointer
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.recipe_config import RecipeConfig
-from layerskip_recipes.generation.drafting.draft_model import DraftHead
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 
 pytest.importorskip("transformers")
 OURS = {

@@ -49,6 +49,10 @@ EVAL = [
     ("report=.", "report", "'.'", ""),
     ("report=eval.yaml/exits.json", "report", "'eval.yaml'", "cannot be written"),
     ("picture=exits.txt", "picture", "'exits.txt'", ""),
+    ("dataset=null", "dataset", "None", "_component_"),
+    ("tasks=[arc_easy]", "tasks", "removed", "`lm_eval --model hf --model_args pretrained=out/epoch_0 --tasks"),
+    ("limit=null", "limit", "removed", "`lm_eval --model hf"),
+    ("self_speculation={exit_layer: 2}", "self_speculation", "not honoured", "self_speculation=null"),
 ]
 
 VOCABULARY = "self_speculation.draft_vocabulary"
@@ -56,7 +60,6 @@ TALK = "prompt=interactive"
 GENERATE = [
     ("temperature=.nan", "temperature", "nan", "0 or more"),
     ("self_speculation.draft_quantizer=null", "self_speculation.draft_quantizer", "draft_int8", "draft_int8=true"),
-    ("self_speculation.exit_layer=null", "self_speculation.exit_layer", "None", "exit_layer=auto"),
     ("self_speculation.exit_layer=5", "self_speculation.exit_layer", "5", "1..4"),
     ("self_speculation.exit_layer=[2,9]", "self_speculation.exit_layer", "[2, 9]", "an integer"),
     ("exit_layer=5; self_speculation=null", "exit_layer", "5", "1..4"),
@@ -94,13 +97,10 @@ BENCHMARK = [
     ("prompt=interactive", "prompt", "'interactive'", "prompt=["),
     ("stream=true", "stream", "True", "stream=null"),
     ("~variants", "variants", "None", "variants.chain.exit_layer=3"),
-    ("~variants; peers={torchtune: null}", "variants", "None", "or peers"),
     ("variants.chain.exit_layer=9", "variants.chain.exit_layer", "9", "1..4"),
     ("variants.chain.num_speculation=3", "variants.chain.num_speculation", "unknown key", "Nearest: num_speculations"),
-    ("variants.torchtune.exit_layer=2", "variants.torchtune", "taken", "variants.chain"),
-    ("peers=[vllm]", "peers.vllm", "unknown key", "llama_cpp, torchtune, transformers, transformers_early_exit"),
-    ("peers=[llama_cpp]", "peers.llama_cpp.gguf", "missing", "peers.llama_cpp.gguf=model.gguf"),
-    ("peers={llama_cpp: {gguf: none.gguf}}", "peers.llama_cpp.gguf", "'none.gguf' is not a file", "a GGUF file"),
+    ("variants.baseline.exit_layer=2", "variants.baseline", "taken", "variants.chain"),
+    ("peers=[torchtune]", "peers", "removed", "python tools/compare_engines.py CONFIG --engine torchtune"),
     ("metrics=[rogueL]", "metrics", "rogueL", "rouge1, rouge2, rougeL, bleu, exact_match"),
     ("self_speculation={exit_layer: 2, num_speculations: 2}", "self_speculation", "2", "variants"),
 ]
@@ -111,7 +111,6 @@ BENCHMARK += [
     (f"{RANDOM}; prompt_tokens=0", "prompt_tokens", "0", "1 or more"),
     (f"{RANDOM}; prompt_tokens=120", "max_new_tokens", "120 prompt tokens", "the model's 128 "),
     (f"{RANDOM}; stop_strings=[a]", "stop_strings", "random_weights has none", "needs a checkpoint"),
-    (f"{RANDOM}; peers=[torchtune]", "peers", "random_weights has none", "Set peers=null"),
     (f"{RANDOM}; metrics=[bleu]", "metrics", "['bleu'] needs a checkpoint", ""),
     (f"{RANDOM}; tune=true", "tune", "True needs a checkpoint", ""),
     ("tune=true; tune_extends=quickstart/generates", "tune_extends", "generates", "Nearest: quickstart/generate"),

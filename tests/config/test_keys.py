@@ -37,7 +37,7 @@ KEYS = {
         temperature tensor_parallel_dim tensor_parallel_plan tokenizer top_k top_p
     """,
     "ServeConfig": """
-        host max_waiting port
+        allowed_origins host max_waiting port
     """,
     "SelfSpeculation": """
         draft draft_int8 draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
@@ -46,22 +46,14 @@ KEYS = {
         compare
     """,
     "EvalConfig": """
-        apply_chat_template batch_size checkpointer collate_fn compare confirm_run_unsafe_code data_dir dataset
-        device dtype exit_layer exits float32_matmul_precision limit max_batches max_new_tokens model model_dir
-        num_fewshot num_speculations output_dir picture quantizer report seed self_speculation task_path tasks
-        tokenizer
+        batch_size checkpointer collate_fn compare data_dir dataset device dtype exits float32_matmul_precision
+        max_batches model model_dir num_speculations output_dir picture quantizer report seed tokenizer
     """,
     "BenchmarkConfig": """
         batch_size checkpointer compile data_dir device dtype float32_matmul_precision max_new_tokens metrics min_p
-        model model_dir output_dir peers picture prompt prompt_file prompt_tokens prompts quantizer random_weights
+        model model_dir output_dir picture prompt prompt_file prompt_tokens prompts quantizer random_weights
         repeats repetition_penalty report_dir seed self_speculation stop_strings stop_tokens temperature
         temperatures tokenizer top_k top_p tune tune_extends variants
-    """,
-    "Peers": """
-        llama_cpp torchtune transformers transformers_early_exit
-    """,
-    "LlamaCpp": """
-        draft gguf
     """,
 }
 MOST = 160  # the keys of every recipe count once

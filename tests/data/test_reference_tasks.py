@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.data import json_lines
 from layerskip_recipes.data import reference_tasks as tasks
 from layerskip_recipes.data.replies import qa_dataset
 from layerskip_recipes.data.tokenizer import hf_tokenizer
@@ -173,12 +176,56 @@ def test_questions_and_answers_of_any_text():
         ("b", "NA"),
     ]
     other = write_lines("other.jsonl", QUESTIONS)
-    assert qa_dataset(None, other, question="q", answer="a", count=2).examples == [
+    assert [*qa_dataset(None, other, question="q", answer="a", count=2).examples] == [
         {"prompt": {"user": f"question {i}?"}, "response": f"answer {i}"} for i in (1, 2)
     ]
     asked = {"user": "who?", "system": "Be brief."}
     chat = write_lines("answers.jsonl", [{"index": 0, "prompt": asked, "text": "me", "tokens": 1}])
-    assert qa_dataset(None, chat, "prompt", "text").examples == [{"prompt": asked, "response": "me"}]
+    assert [*qa_dataset(None, chat, "prompt", "text").examples] == [{"prompt": asked, "response": "me"}]
+
+
+def write_many(name: str, num_lines: int) -> str:
+    """Questions in a .jsonl or .jsonl.gz file, with a byte order mark and empty lines."""
+    lines = "".join(f'{{"input": "question {i} é", "output": "answer {i}"}}\r\n\n' for i in range(num_lines))
+    Path(name).write_bytes(
+        gzip.compress(b"\xef\xbb\xbf" + lines.encode()) if name.endswith(".gz") else b"\xef\xbb\xbf" + lines.encode()
+    )
+    return name
+
+
+@pytest.mark.parametrize("name", ["many.jsonl", "many.jsonl.gz"])
+def test_examples_stay_in_the_file(name):
+    """In memory are the places of the lines, not their objects, which would take about 5 MB here."""
+    path = write_many(name, 5000)
+    tracemalloc.start()
+    examples = qa_dataset(None, path).examples
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(examples) == 5000 and held < 300_000
+    for i in (4999, 0, 17, -1):
+        at = i % 5000
+        assert examples[i] == {"prompt": {"user": f"question {at} é"}, "response": f"answer {at}"}
+    with pytest.raises(IndexError):
+        examples[5000]
+
+
+@pytest.mark.parametrize("name", ["many.jsonl", "many.jsonl.gz"])
+def test_nothing_is_read_behind_the_counted_lines(name, monkeypatch):
+    """Neither the training data nor the prompts parse a line more, however large the file is."""
+    path, parsed = write_many(name, 1000), []
+    parse = json_lines._parse
+    monkeypatch.setattr(json_lines, "_parse", lambda line: parsed.append(line) or parse(line))
+    assert len(qa_dataset(None, path, count=10).examples) == len(parsed) == 10
+    assert len(tasks.jsonl(path, "{input}", "{output}", n_shot=2, count=3)) == 3
+    assert len(parsed) == 15
+
+
+def test_a_pipe_can_be_read():
+    read, write = os.pipe()
+    os.write(write, b'{"input": "a", "output": "b"}\n' * 3)
+    os.close(write)
+    assert [*qa_dataset(None, f"/dev/fd/{read}").examples] == [{"prompt": {"user": "a"}, "response": "b"}] * 3
+    os.close(read)
 
 
 @pytest.mark.parametrize(

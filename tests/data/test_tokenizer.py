@@ -7,6 +7,7 @@ import pickle
 import re
 import string
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torchtune.models.llama3 import llama3_tokenizer
 from torchtune.models.llama3_2 import llama3_2_1b
 from torchtune.models.llama3_2._component_builders import llama3_2
 
+from layerskip_recipes.data.chat_template import ChatTemplate
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
@@ -546,3 +548,38 @@ def test_llama3s_own_tokenizer_fits_its_models(tmp_path):
         check_vocabulary(tokenizer, llama3_2_1b())
         with pytest.raises(ValueError, match=r"^tokenizer: its 128256 tokens do not fit .* 128255"):
             check_vocabulary(tokenizer, llama3_2(**SIZE | {"vocab_size": 128255}))
+
+
+# ---- long conversations ----
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(name for name in TEMPLATES if name != "features")])
+def test_a_long_conversation_is_rendered_and_encoded_in_linear_time(make_folder, name, monkeypatch):
+    """Twice as many turns, with stripped spaces and reasoning that is dropped, need twice as many characters."""
+    tokenizer = hf_tokenizer(make_folder(template=(TEMPLATES | FAMILIES)[name]))
+    characters = []
+    render, inner = ChatTemplate.render, tokenizer._tokenizer
+
+    def counted_render(*args):
+        text = render(*args)
+        characters.append(len(text))
+        return text
+
+    def counted_encode(text, **kwargs):
+        characters.append(len(text))
+        return inner.encode(text, **kwargs)
+
+    monkeypatch.setattr(ChatTemplate, "render", counted_render)
+    tokenizer._tokenizer = SimpleNamespace(encode=counted_encode)
+    work = []
+    for num_turns in (50, 100):
+        turns = [
+            (role, f" {i} {content}")
+            for i in range(num_turns)
+            for role, content in (TURNS[0], ("assistant", REASONING))
+        ]
+        for add_end_tokens in (True, False):
+            tokenizer.tokenize_messages(messages_of(*turns), add_end_tokens=add_end_tokens)
+        work.append(sum(characters))
+        characters.clear()
+    assert work[1] < 2.1 * work[0]

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from helpers.decoding import PROMPT, L, count_calls, greedy, make_model, model_of
 from helpers.speculation import PROMPTS, drafting, noisy, run
 from helpers.tiny import make_tiny
+from torch.nn.utils import parameters_to_vector
 
 from layerskip_recipes.generation import prefill
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -75,6 +75,20 @@ def changed(model, what):
     with torch.no_grad():
         if what == "an optimizer step":
             model.layers[1].mlp.w1.weight.mul_(1.5)
+        elif what == "a vector of parameters":
+            torch.nn.utils.vector_to_parameters(1.5 * parameters_to_vector(model.parameters()), model.parameters())
+        elif what == "averaged weights":  # their tensors replace the model's for a while
+            for parameter in model.parameters():
+                parameter.data = 1.5 * parameter.data
+        elif what == "a copy through .data":
+            for parameter in model.parameters():
+                parameter.data.copy_(1.5 * parameter.data)
+        elif what == "a merged adapter":
+            model.layers[1].attn.q_proj.weight.data += 0.3 * torch.ones(32, 2) @ torch.ones(2, 32)
+        elif what == "another dtype and back":
+            model.bfloat16().float()
+        elif what == "rotary tables":
+            model.layers[0].attn.pos_embeddings.cache.mul_(0.5)
         elif what == "another parameter":
             model.layers[1].mlp.w1.weight = torch.nn.Parameter(1.5 * model.layers[1].mlp.w1.weight)
         else:
@@ -84,6 +98,8 @@ def changed(model, what):
 
 
 CHANGES = ["another family", "another depth", "the same weights", "an optimizer step", "another parameter", "weights"]
+CHANGES += ["a vector of parameters", "averaged weights", "a copy through .data", "a merged adapter"]
+CHANGES += ["another dtype and back", "rotary tables"]
 COMPILED = [pytest.param(what, True, marks=pytest.mark.slow) for what in CHANGES[3:5]]
 
 
@@ -103,7 +119,7 @@ def test_a_cache_serves_the_weights_that_filled_it(what, compile, traced):
 def test_a_cache_serves_the_draft_that_filled_it():
     model = make_model("llama3_2")
     drafts = [noisy(Draft(model, "copy", 2)).decoder(model) for _ in range(2)]
-    ways = [{"speculation": Speculation(2, 3), "draft_model": DraftModel(draft)} for draft in drafts]
+    ways = [{"speculation": Speculation(2, 3), "draft_weights": (draft, None)} for draft in drafts]
     first = run(model, [PROMPT], 9, reserve=60, **ways[0])
     for way, reused in zip(ways, (True, False), strict=True):
         again = run(model, [(*PROMPT, 5)], 9, cache=first.cache, **way)

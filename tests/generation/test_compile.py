@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import forks
-from helpers.compiled import END, LONG, MAX_LEN, SHORT, WAYS, compiles, make_small, run
+from helpers.compiled import END, LONG, MAX_LEN, SHORT, WAYS, compiled_steps, compiles, make_small, run
 from helpers.speculation import plain
 
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import compiling, cpp_decoder
-from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
 
 
@@ -158,13 +156,13 @@ def test_a_step_that_cannot_be_compiled_is_the_only_one(ways, monkeypatch, caplo
     draft_decoder, packed = make_small(), type("Packed", (torch.nn.Parameter,), {})
     draft_decoder.norm.scale = packed(draft_decoder.norm.scale.data)
     for way in ways:
-        draft_model = DraftModel(draft_decoder) if way == "drafted apart" else None
+        draft_weights = (draft_decoder, None) if way == "drafted apart" else None
         speculation = WAYS["plain" if way == "plain" else "chain"]
-        generation = run(model, SHORT, 9, speculation=speculation, draft_model=draft_model)
+        generation = run(model, SHORT, 9, speculation=speculation, draft_weights=draft_weights)
         assert generation.generated == [plain(model, prompt, 9) for prompt in SHORT]
     steps = compiled_steps(model)
     assert not steps.failed and set(steps.refused.values()) == {"draft_token"}
-    assert {*compiled} == {"draft_token", "next_logits", "chain_logits", "accept_chain"}
+    assert {*compiled} == {"draft_token", "next_logits", "draft_logits", "accept_tokens"}
     assert compiled.count("draft_token") == 1
     assert warned(caplog) == ["compile: not possible for draft_token, going on without (no kernel)"]
 

@@ -51,12 +51,12 @@ def test_interactive_keeps_the_conversation_and_its_cache(talk):
     (first, one), (second, two) = turns
     decode = recipe.tokenizer.decode
     assert decode(first) == "<system>be<user>hello<reply>"
-    answer = TextStream(recipe.tokenizer, recipe.stop_tokens).text(one.generated[0])
+    answer = TextStream(recipe.tokenizer, recipe.llm.stop_tokens).text(one.generated[0])
     assert decode(second) == f"<system>be<user>hello<assistant>{answer}<user>and now<reply>"
     common = next(i for i, (a, b) in enumerate(zip(first + one.generated[0], second, strict=False)) if a != b)
     assert two.stats.reused_tokens == min(common, len(first) + len(one.generated[0]) - 1) > 4
     assert two.stats.prefill_tokens == len(second) - two.stats.reused_tokens
-    alone = generate(recipe.model, torch.tensor(second), 8, stop_tokens=recipe.stop_tokens)
+    alone = generate(recipe.llm.model, torch.tensor(second), 8, stop_tokens=recipe.llm.stop_tokens)
     assert two.generated[0] == alone.tokens[0, len(second) :].tolist()
 
 
@@ -104,7 +104,7 @@ def test_a_shorter_answer_keeps_the_cache(talk, speculation):
     (_, one), (second, two) = turns
     assert 0 < 128 - len(second) < 36 and two.cache is one.cache
     assert two.stats.reused_tokens > 40
-    alone = generate(recipe.model, torch.tensor(second), 128 - len(second), stop_tokens=recipe.stop_tokens)
+    alone = generate(recipe.llm.model, torch.tensor(second), 128 - len(second), stop_tokens=recipe.llm.stop_tokens)
     assert two.generated[0] == alone.tokens[0, len(second) :].tolist()
 
 

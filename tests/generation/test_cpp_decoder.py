@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.compiled import has_compiler, run
+from helpers.compiled import compiled_steps, has_compiler, run
 from helpers.speculation import PROMPTS, VARIANTS, AlwaysLookUp, drafting
 from helpers.tiny import QWEN3, SIZE
 from torch import UntypedStorage
@@ -37,10 +37,10 @@ from layerskip_recipes.families.hf_decoder import build_decoder
 from layerskip_recipes.families.reading import parse_hf_config
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting import chain
-from layerskip_recipes.generation.drafting.draft_model import DraftHead, DraftModel
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.kernels import cpp_decoder, huge_pages
-from layerskip_recipes.generation.kernels.compiling import CompiledSteps, compiled_steps
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import SOURCES, load_library
 from layerskip_recipes.generation.kernels.huge_pages import PAGE, use_huge_pages
 from layerskip_recipes.generation.prefill import read_texts
@@ -148,7 +148,8 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
         with torch.inference_mode(), cache.used_by(*{model, context.draft_decoder}), monkeypatch.context() as patched:
             if parts:
                 read_texts(
-                    StepContext(model, cache, Sampler(), draft_decoder=draft_decoder), [text[:3] for text in texts]
+                    StepContext(model, cache, Sampler(), draft_decoder=draft_decoder),
+                    [text[:3] for text in texts],
                 )
             if compiled is not None:
                 patched.setattr(LayerSkipDecoder, "forward", None)  # torch reads nothing
@@ -406,13 +407,13 @@ def test_an_embedding_of_another_kind_drafts_token_by_token():
     assert generation.context.cpp is not None and generation.context.cpp.draft is None
 
 
-def hooked(module):
-    module.register_forward_hook(lambda *_: None)
+def of_another_class(module):
+    module.__class__ = type("Other", (type(module),), {})
 
 
 UNKNOWN = {
-    "hooks": lambda model: hooked(model.layers[1].mlp.w1),
-    "hooks of the norm": lambda model: hooked(model.norm),
+    "another class": lambda model: of_another_class(model.layers[1].mlp.w1),
+    "another norm": lambda model: of_another_class(model.norm),
     "fp64": lambda model: model.double(),
     "int8 activations": lambda model: quantize_(model, Int8DynamicActivationInt8WeightConfig()),
     "zero points": lambda model: quantize_(model, IntxWeightOnlyConfig(mapping_type=MappingType.ASYMMETRIC)),
@@ -435,21 +436,21 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
     model = talking(precision)
     variants = {"quantised": "perturbed", "head": "vocabulary", "copy, head": "copy, vocabulary"}
     arguments = drafting(variants.get(part, part), model)
-    decoder = arguments["draft_model"] and arguments["draft_model"].decoder
+    decoder = arguments["draft_weights"] and arguments["draft_weights"][0]
     if "head" in part:
         head = DraftHead(decoder or model, arguments["speculation"].draft_vocabulary)
-        hooked(head.output)
-        arguments["draft_model"] = DraftModel(decoder, head)
+        of_another_class(head.output)
+        arguments["draft_weights"] = (decoder or model, head)
     else:
         first = decoder.own_layers.start
         layers = torch.nn.ModuleList([*model.layers[:first], *copy.deepcopy(decoder.layers[first:])])
         if part == "quantised":
             quantize_(layers, Int8DynamicActivationInt8WeightConfig())
         else:
-            hooked(layers[-1])
+            of_another_class(layers[-1])
         draft_decoder = decoder.with_modules(layers=layers)
         draft_decoder.own_layers = decoder.own_layers
-        arguments["draft_model"] = DraftModel(draft_decoder)
+        arguments["draft_weights"] = (draft_decoder, None)
     plainly = run(model, PROMPTS, 16, rows=2)
     drafts = [], []
     torchs, ours = (

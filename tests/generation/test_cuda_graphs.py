@@ -5,12 +5,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.compiled import LONG, LONGER, OTHER_WAYS, SHORT, WAYS, make_small, run
+from helpers.compiled import LONG, LONGER, OTHER_WAYS, SHORT, WAYS, compiled_steps, make_small, run
 from helpers.speculation import plain
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, causal_mask
 

@@ -22,7 +22,6 @@ from helpers.speculation import (
 from helpers.tiny import SIZE, walk
 
 from layerskip_recipes.generation import accounts
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -31,7 +30,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.draft import Draft
 
 
-def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft_model=None):
+def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft_weights=None):
     """A generation at its end, and its rounds: the rows' texts before it (None of a row at its end), their drafts."""
     rounds = []
 
@@ -39,7 +38,7 @@ def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft
         rows = zip(prompts, generation.generated, generation.finished, strict=True)
         rounds.append(([None if finished else [*p, *g] for p, g, finished in rows], tokens))
 
-    arguments = {"speculation": speculation, "sampler": sampler, "rule": rule, "draft_model": draft_model}
+    arguments = {"speculation": speculation, "sampler": sampler, "rule": rule, "draft_weights": draft_weights}
     generation = Generation(model, prompts, count, **arguments, on_draft=on_draft)
     for _ in generation:
         pass
@@ -83,12 +82,12 @@ def test_a_draft_ends_where_the_exit_is_not_sure(temperature):
     assert len(lengths) > 2
 
 
-@pytest.mark.parametrize(("exit_layer", "ngram"), [(2, 1), (2, 2), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("exit_layer", "ngram"), [(2, 1), (2, 2), (2, 3), (None, 2)])
 def test_look_ups_are_what_a_search_finds(exit_layer, ngram):
-    """Of a model with five tokens, whose texts repeat themselves: such drafts are often right. With the whole model as
-    the exit rounds without a match are plain steps."""
+    """Of a model with five tokens, whose texts repeat themselves: such drafts are often right. Without an
+    exit, rounds without a match are plain steps."""
     model, stats, n, count = small_model(), GenerationStats(), 4, 24
-    whole, speculation = exit_layer == model.num_layers, Speculation(exit_layer, n, prompt_lookup=ngram)
+    alone, speculation = exit_layer is None, Speculation(exit_layer, n, prompt_lookup=ngram)
     for prompt in ((1, 3, 0), (2, 2), (0, 4, 1, 0, 3), (1, 3, 0, 1, 3)):
         generation, rounds = drafts_of(model, [prompt], count, speculation, rule=AlwaysLookUp())
         found = 0
@@ -96,18 +95,18 @@ def test_look_ups_are_what_a_search_finds(exit_layer, ngram):
             expected = search(text, ngram, n)
             room = count + len(prompt) - len(text) - 1
             found += bool(expected[:room])
-            assert draft == expected[:room] or not (expected or whole)
+            assert draft == expected[:room] or not (expected or alone)
         assert generation.generated == [plain(model, prompt, count)]
         assert generation.stats.rounds_by_kind["lookup"] == found
         stats += generation.stats
     assert stats.rounds_by_kind["lookup"] > 5 and 0 < stats.acceptance_rate < 1
-    assert stats.rounds_by_kind["plain" if whole else "chain"] > 3 and (stats.draft_steps == 0) == whole
+    assert stats.rounds_by_kind["plain" if alone else "chain"] > 3 and (stats.draft_steps == 0) == alone
 
 
 def test_other_layers_draft_as_a_whole_beside_look_ups():
     model = small_model()
-    draft_model, speculation = DraftModel(perturbed.__wrapped__(model, 0.3)), Speculation(3, 4, prompt_lookup=2)
-    generation = run(model, [(1, 3, 0)], 24, speculation=speculation, draft_model=draft_model, rule=AlwaysLookUp())
+    draft_weights, speculation = (perturbed.__wrapped__(model, 0.3), None), Speculation(3, 4, prompt_lookup=2)
+    generation = run(model, [(1, 3, 0)], 24, speculation=speculation, draft_weights=draft_weights, rule=AlwaysLookUp())
     assert generation.generated == [plain(model, (1, 3, 0), 24)] and generation.stats.rounds_by_kind["chain"] > 0
 
 
@@ -128,7 +127,7 @@ def test_a_draft_decoder_and_the_model_are_left_as_they_were(kind):
         decoder.layers[0] = model.layers[0]
     decoder.train()
     layers = {*model.layers, *decoder.layers}
-    generation = run(model, [PROMPT], 10, speculation=Speculation(2, 3), draft_model=DraftModel(decoder))
+    generation = run(model, [PROMPT], 10, speculation=Speculation(2, 3), draft_weights=(decoder, None))
     assert generation.generated == [greedy("llama3_2", PROMPT, 10)]
     assert decoder.training and not model.decoding and not decoder.decoding
     assert all(layer.attn.kv_cache is None and not layer.attn.cache_enabled for layer in layers)
@@ -163,18 +162,18 @@ def clock(monkeypatch):
 def bad_draft(model, kind):
     """A speculation and a draft model whose drafts the model never says."""
     if kind in KINDS:
-        return Speculation(2, 4), DraftModel(noisy(Draft(model, *KINDS[kind]), 10.0).decoder(model))
+        return Speculation(2, 4), (noisy(Draft(model, *KINDS[kind]), 10.0).decoder(model), None)
     decoder = perturbed.__wrapped__(model, 40.0, 2)
-    return Speculation(2, 4, prompt_lookup=1 if kind == "look-up" else None), DraftModel(decoder)
+    return Speculation(2, 4, prompt_lookup=1 if kind == "look-up" else None), (decoder, None)
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("exit", 3), ("look-up", 1), ("copy", 3), ("adapter", 3)])
 def test_bad_drafts_cost_a_twentieth_at_most(kind, rows, clock):
     model, prompts = make_model(), PROMPTS[:rows]
-    speculation, draft_model = bad_draft(model, kind)
-    clock.watch({*model.layers, *draft_model.decoder.layers})
+    speculation, draft_weights = bad_draft(model, kind)
+    clock.watch({*model.layers, *draft_weights[0].layers})
     plainly = run(model, prompts, NEW)
-    drafted = run(model, prompts, NEW, speculation=speculation, draft_model=draft_model, rule=DraftRule())
+    drafted = run(model, prompts, NEW, speculation=speculation, draft_weights=draft_weights, rule=DraftRule())
     assert drafted.generated == plainly.generated
     assert drafted.stats.decode_s < 1.05 * plainly.stats.decode_s
     assert drafted.stats.plain_share > (0.3 if kind == "look-up" else 0.9) and drafted.stats.drafted > 0

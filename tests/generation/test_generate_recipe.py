@@ -28,8 +28,8 @@ INT4 = "torchtune.training.quantization.Int8DynActInt4WeightQuantizer"
 def plain_tokens(recipe, row=0):
     """The 24 tokens after a prompt by torchtune's `generate`."""
     prompt = recipe.prompt_tokens[row]
-    arguments = {"max_generated_tokens": 24, "top_k": 1, "stop_tokens": recipe.stop_tokens}
-    return torchtune_generate(recipe.model, torch.tensor(prompt), **arguments)[0][0, len(prompt) :].tolist()
+    arguments = {"max_generated_tokens": 24, "top_k": 1, "stop_tokens": recipe.llm.stop_tokens}
+    return torchtune_generate(recipe.llm.model, torch.tensor(prompt), **arguments)[0][0, len(prompt) :].tolist()
 
 
 def answers(file):
@@ -44,7 +44,7 @@ def test_greedy_output_is_torchtunes(path, capsys):
     expected = plain_tokens(recipe)
     assert report["tokens"] == report["baseline_tokens"] == len(expected)
     assert report["identical"] is True and report["speedup"] > 0
-    text = recipe.tokenizer.decode([token for token in expected if token not in recipe.stop_tokens])
+    text = recipe.tokenizer.decode([token for token in expected if token not in recipe.llm.stop_tokens])
     assert text.strip() and f">>> {text}\n" in out
 
 
@@ -94,9 +94,9 @@ def test_early_exit_takes_all_tokens_from_that_exit(path, tmp_path):
     """Chosen one by one from exit 3 of the whole text, without a cache."""
     recipe, report = run(path, "self_speculation=null", "exit_layer=3", f"output_file={tmp_path / 'out.jsonl'}")
     tokens, new = list(recipe.prompt_tokens[0]), []
-    while len(new) < 24 and not {*new} & {*recipe.stop_tokens}:
+    while len(new) < 24 and not {*new} & {*recipe.llm.stop_tokens}:
         with torch.no_grad():
-            new.append(recipe.model(torch.tensor([tokens + new]), exit_layer=3)[0, -1].argmax().item())
+            new.append(recipe.llm.model(torch.tensor([tokens + new]), exit_layer=3)[0, -1].argmax().item())
     (line,) = answers(tmp_path / "out.jsonl")
     assert line["text"] == recipe.text_of(0).text(new) and report["tokens"] == len(new)
     assert report["acceptance_rate"] is None and report["drafted"] == 0
@@ -112,7 +112,7 @@ def test_stop_strings_end_the_text_before_them_in_every_mode(path, capsys, strea
     """Without drafts, with them, and in a batch, of which one row ends."""
     prompts = "prompt=[def main(, import os]"
     recipe, _ = run(path, prompts, "self_speculation=null", "stream=false")
-    text = TextStream(recipe.tokenizer, recipe.stop_tokens).text
+    text = TextStream(recipe.tokenizer, recipe.llm.stop_tokens).text
     first, second = (text(plain_tokens(recipe, row)) for row in range(2))
     stop = next(first[at : at + 4] for at in range(4, 20) if first[at : at + 4] not in second)
     counts = set()
@@ -179,19 +179,19 @@ def test_quantised_weights_are_what_decodes(path, quantizer):
     recipe, report = run(path, *arguments)
     _, of_few_tokens = run(path, *arguments, "self_speculation.draft_vocabulary=40")
     assert report["identical"] is of_few_tokens["identical"] is True and of_few_tokens["tokens"] == report["tokens"]
-    linears = [part for part in recipe.model.modules() if isinstance(part, torch.nn.Linear)]
+    linears = [part for part in recipe.llm.model.modules() if isinstance(part, torch.nn.Linear)]
     assert len(linears) == 4 * 7 + 1 and all(type(part.weight) is not torch.nn.Parameter for part in linears)
-    assert type(recipe.model.tok_embeddings.weight) is torch.nn.Parameter
+    assert type(recipe.llm.model.tok_embeddings.weight) is torch.nn.Parameter
     tokens = torch.tensor([recipe.prompt_tokens[0]])
     theirs = load_decoder(GenerateConfig.load(load_config(str(path))), torch.device("cpu"))
     with torch.no_grad():
-        assert not torch.equal(recipe.model(tokens), theirs(tokens))
+        assert not torch.equal(recipe.llm.model(tokens), theirs(tokens))
         theirs.output = torch.nn.Linear(*theirs.tok_embeddings.weight.shape[::-1], bias=False)
         theirs.output.weight.data = theirs.tok_embeddings.weight.data.clone()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torchao.quantization.quantize_(theirs, getattr(torchao.quantization, quantizer)(version=2))
-        torch.testing.assert_close(recipe.model(tokens), theirs(tokens))
+        torch.testing.assert_close(recipe.llm.model(tokens), theirs(tokens))
 
 
 @pytest.mark.parametrize("vocabulary", [None, 40])
@@ -201,15 +201,15 @@ def test_a_quantised_draft_is_of_the_early_layers_and_the_head(path, vocabulary,
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
     drafts = {"draft_int8": "true", "draft_vocabulary": vocabulary or "null"}
     recipe, _ = run(path, *(f"self_speculation.{key}={value}" for key, value in drafts.items()))
-    draft_decoder, model = recipe.draft_model.decoder, recipe.model
+    ((draft_decoder, draft_head),), model = recipe.llm.state.weights.values(), recipe.llm.model
     linears = [part for part in draft_decoder.layers.modules() if isinstance(part, torch.nn.Linear)]
-    assert len(draft_decoder.layers) == recipe.speculation.exit_layer == len(linears) / 7
+    assert len(draft_decoder.layers) == recipe.plan.exit_layer == len(linears) / 7
     assert all(type(part.weight) is not torch.nn.Parameter for part in linears)
     assert all(type(weight) is torch.nn.Parameter for weight in model.parameters())
     assert draft_decoder.tok_embeddings is model.tok_embeddings
     rows, head = slice(None), draft_decoder.output
     if vocabulary is not None:
-        rows, head = recipe.draft_model.head.vocabulary, recipe.draft_model.head.output
+        rows, head = draft_head.vocabulary, draft_head.output
     x = torch.randn(1, 3, model.tok_embeddings.embedding_dim)
     expected = torch.nn.Linear(1, 1, bias=False)
     expected.weight = torch.nn.Parameter(getattr(model.output, "tied_module", model.output).weight.detach()[rows])

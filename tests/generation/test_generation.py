@@ -12,11 +12,11 @@ from helpers.speculation import VARIANTS, perturbed, run
 from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
 
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
-from layerskip_recipes.generation.drafting.rule import DraftRule, kept_rule
+from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.state import ModelState
 
 DRAFTS = {"exit_layer": 3, "num_speculations": 5}
 LOOK_UPS = {"exit_layer": 1, "num_speculations": 5, "prompt_lookup": 1, "draft_vocabulary": range(0, VOCAB, 2)}
@@ -40,9 +40,9 @@ def test_every_family(family, exit_layer):
     assert generation.generated[0] == greedy(family, PROMPT, 16)
     assert 0 < generation.stats.acceptance_rate < 1 or exit_layer == L
     assert len(set(generation.generated[0])) > 5
-    all_drafts = VARIANTS["all"] | {"exit_layer": exit_layer, "draft_model": DraftModel(perturbed(model))}
-    del all_drafts["decoder"]
-    assert new_tokens(generate(model, prompt, 16, **all_drafts)) == greedy(family, PROMPT, 16)
+    settings = {key: value for key, value in VARIANTS["all"].items() if key != "decoder"} | {"exit_layer": exit_layer}
+    all_drafts = {"speculation": Speculation(**settings), "draft_weights": (perturbed(model), None)}
+    assert run(model, [PROMPT], 16, **all_drafts).generated[0] == greedy(family, PROMPT, 16)
     assert new_tokens(generate(model, prompt, 16, exit_layer=exit_layer)) == greedy(family, PROMPT, 16, exit_layer)
 
 
@@ -212,9 +212,9 @@ COUNT, VOCABULARY = "an integer of 1 or more", "ids of 0..96"
         ([[1]], {"max_generated_tokens": 128}, "max_generated_tokens: ", "more than the model's 128"),
         ([[1], [1] * 125], {}, "max_generated_tokens: ", "more than the model's 128"),
         ([[1]], CHAIN | {"num_speculations": True}, "num_speculations: True ", COUNT),
-        ([[1]], {"num_speculations": 2}, "num_speculations: 2 ", "exit_layer=8"),
+        ([[1]], {"num_speculations": 2}, "exit_layer: None ", "exit_layer=8"),
         ([[1]], CHAIN | {"prompt_lookup": 0}, "prompt_lookup: 0 ", f"{COUNT} (or null)"),
-        ([[1]], {"exit_layer": 2, "prompt_lookup": 2}, "prompt_lookup: ", "num_speculations=6"),
+        ([[1]], {"exit_layer": 2, "prompt_lookup": 2}, "num_speculations: None", "num_speculations=6"),
         ([[1]], CHAIN | {"draft_vocabulary": [True, False]}, "draft_vocabulary: no list ", VOCABULARY),
         ([[1]], CHAIN | {"exit_layer": "2"}, "exit_layer: '2' ", "1..6"),
         ([[1]], {"exit_layer": 0}, "exit_layer: 0", "1..6"),
@@ -236,8 +236,9 @@ def test_rounds_without_room_for_a_draft_teach_nothing():
     for _ in range(6):
         list(Generation(model, [PROMPT], 2, speculation=Speculation(3, 6), rule=rule))
     assert not rule.seconds["chain"] and not rule.recent
-    one, same, other = (kept_rule(model, ("settings", longest)) for longest in (1, 1, 2))
-    assert one is same is not other
+    state, plan = ModelState(), Speculation(3, 6)
+    two, three, many, more = (state.rule(plan, limit, 1, False) for limit in (2, 3, 20, 30))
+    assert two is not three is not many is more  # the limit matters where it shortens drafts
 
 
 def test_short_outputs_are_drafted_too():

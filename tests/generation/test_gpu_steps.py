@@ -7,9 +7,9 @@ import torch
 from helpers.compiled import LONG, LONGER, OTHER_WAYS, SHORT, WAYS, make_small, run
 from helpers.speculation import plain
 
-from layerskip_recipes.generation import engine
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
+from layerskip_recipes.generation.state import ModelState
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention
 
@@ -25,7 +25,7 @@ def no_cuda(monkeypatch):
 def gpu_steps(no_cuda, monkeypatch):
     """The compiled steps of a model as on a GPU; dynamo makes their graphs, which run on the CPU."""
     steps, compile = CompiledSteps(torch.device("cuda")), torch.compile
-    monkeypatch.setattr(engine, "compiled_steps", lambda _: steps)
+    monkeypatch.setattr(ModelState, "compiled_steps", lambda *_: steps)
     monkeypatch.setattr(StepContext, "_load_cpp", lambda _: None)
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: compile(function, fullgraph=True, backend="eager", dynamic=False)
@@ -84,7 +84,7 @@ def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monke
     generation = run(model, LONGER, 24, speculation=WAYS["chain"], reserve=270)
     assert generation.generated == [plain(model, prompt, 24) for prompt in LONGER]
     assert not gpu_steps.refused and len(gpu_steps.masked) == len(warnings) == 2
-    for name, warning in zip(("draft_token", "chain_logits"), warnings, strict=True):
+    for name, warning in zip(("draft_token", "draft_logits"), warnings, strict=True):
         assert warning.startswith(f"compile: not possible for {name} with FlexAttention")
     # A graph for 256 slots, and one for 512.
     lengths = {key[1] for key in gpu_steps.graphs if isinstance(key[1], int)}

@@ -25,7 +25,7 @@ def test_ctrl_c_within_a_text_keeps_it_as_far_as_it_came(path, compare, monkeypa
     rounds = []
 
     def interrupted(self, round_=Generation._round):
-        if self.decoding.drafters:  # not of the comparison's plain decoding
+        if self.drafters.drafters:  # not of the comparison's plain decoding
             rounds.append(self.rows.prompts[0])
         if rounds.count(recipe.prompt_tokens[1]) == 3:
             raise KeyboardInterrupt

@@ -23,13 +23,12 @@ from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, drafti
 from helpers.tiny import FAMILIES, VOCAB, walk
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from layerskip_recipes.generation import api
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.reference import speculative_decode, speculative_round
 from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.state import ModelState
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.kv_cache import decoding_kernels
 
@@ -77,14 +76,13 @@ def test_generate_takes_every_setting(monkeypatch):
     """What `generate` is given reaches the draft: here at once, each with an effect of its own."""
     model, arguments = model_of("llama3_2"), {"exit_layer": 2, "num_speculations": 3}
     expected = [plain(model, prompt, 18, 1.4) for prompt in PROMPTS]
-    settings = {"draft_vocabulary": range(0, VOCAB, 2), "prompt_lookup": 1}
-    settings["draft_model"] = DraftModel(perturbed(model, 0.3))
+    settings = {"draft_vocabulary": range(0, VOCAB, 2), "prompt_lookup": 1, "min_confidence": 0.02}
     prompts = [torch.tensor(prompt) for prompt in PROMPTS]
     out = generate(model, prompts, 18, repetition_penalty=1.4, pad_id=96, **settings, **arguments)
     assert out.tokens.tolist() == [
         [96] * (9 - len(prompt)) + [*prompt, *tokens] for prompt, tokens in zip(PROMPTS, expected, strict=True)
     ]
-    monkeypatch.setattr(api, "kept_rule", lambda *_: AlwaysLookUp())
+    monkeypatch.setattr(ModelState, "rule", lambda *_: AlwaysLookUp())
     one_by_one = [{}, *({key: value} for key, value in settings.items())]
     stats = [generate(model, torch.tensor(PROMPT), 30, **arguments, **setting).stats for setting in one_by_one]
     seen = [(s.rounds, s.draft_steps, s.accepted, *s.rounds_by_kind) for s in stats]
@@ -94,10 +92,10 @@ def test_generate_takes_every_setting(monkeypatch):
 def test_a_draft_decoder_needs_the_layers_of_the_exit():
     model = model_of("llama3_2")
     draft_decoder = perturbed(model, 0.05, 3)
-    generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2), draft_model=DraftModel(draft_decoder))
+    generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2), draft_weights=(draft_decoder, None))
     assert generation.generated == [greedy("llama3_2", PROMPT, 9)]
     with pytest.raises(ValueError, match=r"^exit_layer: 4 is not an exit of this model\. Allowed: 1\.\.3"):
-        run(model, [PROMPT], 4, speculation=Speculation(4, 2), draft_model=DraftModel(draft_decoder))
+        run(model, [PROMPT], 4, speculation=Speculation(4, 2), draft_weights=(draft_decoder, None))
 
 
 def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():

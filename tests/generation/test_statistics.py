@@ -9,7 +9,6 @@ from helpers.speculation import PROMPTS, perturbed, run
 from helpers.tiny import VOCAB
 
 from layerskip_recipes.generation.api import generate
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.stats import GenerationStats, is_looping
@@ -132,8 +131,8 @@ def test_is_looping(tokens, looping):
 def test_bytes_of_drafts(exit_layer, d, perturbs):
     """n early passes and heads, one early pass more, a late one with the head: with other weights a whole one."""
     model = model_of("llama3_2")
-    draft_model = DraftModel(perturbed(model, 0.0)) if perturbs else None
-    stats = run(model, [PROMPT], 18, speculation=Speculation(exit_layer, d), draft_model=draft_model).stats
+    draft_weights = (perturbed(model, 0.0), None) if perturbs else None
+    stats = run(model, [PROMPT], 18, speculation=Speculation(exit_layer, d), draft_weights=draft_weights).stats
     weights = cache = 0
     for root, n, _ in rounds_of(PROMPT, 18, exit_layer, d):
         layers = n * exit_layer + L  # the early pass of the last draft and the late one are L layers together

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers.compiled import SHORT, compiles, make_small
-from helpers.configs import benchmark_config, eval_config, generate_config, make_checkpoint
+from helpers.configs import benchmark_config, generate_config, make_checkpoint
 from helpers.decoding import make_model, model_of
 from helpers.recipes import ready, run_generate
 from helpers.speculation import (
@@ -30,9 +30,8 @@ from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.draft_model import DraftHead, DraftModel
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -62,8 +61,8 @@ def said_by_draft(model, draft, tokens, count):
 
 
 def with_draft(exit_layer, num_speculations, draft, model):
-    draft_model = DraftModel(draft.decoder(model))
-    return {"speculation": Speculation(exit_layer, num_speculations), "draft_model": draft_model}
+    draft_weights = (draft.decoder(model), None)
+    return {"speculation": Speculation(exit_layer, num_speculations), "draft_weights": draft_weights}
 
 
 @pytest.mark.parametrize("rule", [AlwaysLookUp, PlainBetween])
@@ -197,11 +196,11 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
         tune_extends=str(user), max_new_tokens=12,
     )  # fmt: skip
     recipe = ready(LayerSkipBenchmark, path)
-    tried = [candidate.speculation for candidate in recipe.candidates.values()]
+    tried = [candidate.plan for candidate in recipe.candidates.values()]
     longest = max(tried, key=lambda speculation: speculation.num_speculations)
     assert len({one.num_speculations for one in tried}) >= 2 and all(one.draft.folder == "adapter" for one in tried)
     # Its rounds also run the model's layers below it, and verification goes on above them.
-    methods = [candidate.prediction.method for candidate in recipe.candidates.values()]
+    methods = [candidate.plan for candidate in recipe.candidates.values()]
     assert all((method.model_layers, method.draft_layers) == (2, 1) for method in methods)
 
     def timed(method, *args, decode=recipe.turns.decode):
@@ -244,9 +243,6 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
     write_draft(tmp_path / "deep", {"norm.scale": torch.ones(2)}, described | {"exit_layer": 99})
     with pytest.raises(ConfigError, match=r"draft\.safetensors in '.*deep' does not fit its layerskip.json, a copy at"):
         run_generate(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "deep")}))
-    changes = {"dataset": None, "tasks": ["arc_easy"], "self_speculation": section, "quantizer": INT8}
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: it was trained for unquantised weights"):
-        EvalConfig.load(load_config(str(eval_config(tmp_path, base, **changes))))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,9 +250,9 @@ def test_a_draft_of_some_tokens_keeps_its_rows_of_a_head_that_is_quantised(kind)
     """Llama 3's head is a matrix of its own. Without a trained draft such a head is quantised before rows are cut."""
     model = make_model("llama3")
     decoder = draft_of(model, kind).decoder(model)
-    draft_model = DraftModel(decoder, DraftHead(decoder, range(0, VOCAB, 2)))
+    draft_weights = (decoder, DraftHead(decoder, range(0, VOCAB, 2)))
     model, speculation = quantise_decoder(model, Component(INT8)), Speculation(2, 3, range(0, VOCAB, 2))
-    generation = run(model, PROMPTS, 16, speculation=speculation, draft_model=draft_model)
+    generation = run(model, PROMPTS, 16, speculation=speculation, draft_weights=draft_weights)
     assert generation.generated == run(model, PROMPTS, 16).generated and generation.stats.drafted > 0
     SelfSpeculation(draft="any", draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft_vocabulary: needs rows of the head, "):

@@ -135,7 +135,7 @@ def generate_with(trained: SimpleNamespace, folder: Path, adapters: Path | None,
 def tokens_of(path: Path, *overrides: str) -> list[int]:
     """What a generation config generates for its prompt."""
     recipe = ready(LayerSkipGenerate, path, *overrides)
-    assert not [name for name in recipe.model.state_dict() if "lora" in name or "magnitude" in name]
+    assert not [name for name in recipe.llm.model.state_dict() if "lora" in name or "magnitude" in name]
     return recipe._run([0], recipe.max_new_tokens).generated[0]
 
 

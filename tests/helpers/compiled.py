@@ -12,6 +12,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.generation.drafting.speculation import Speculation
+from layerskip_recipes.generation.state import state_of
 
 has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
 
@@ -48,3 +49,9 @@ OTHER_WAYS = WAYS | {
     "of some tokens": Speculation(1, 2, draft_vocabulary=range(0, VOCAB, 2)),
 }
 LONGER = [tuple((3 * i + i // 7) % VOCAB for i in range(240))]  # outgrows the first length of graphs with masks
+
+
+def compiled_steps(model):
+    """The compiled steps that generations of a model share, if they are given no state of their own."""
+    state = state_of(model)
+    return state.compiled_steps(state.decoder(model))

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from helpers import speculation
+from helpers.compiled import compiled_steps
 from helpers.tiny import FAMILIES, SIZE, CountedCollectives, make_tiny
 from torch.distributed.tensor import DTensor
 from torchtune.models.llama3 import base_llama_tp_plan
@@ -22,14 +23,14 @@ from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.cli.run import run_cli
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.schema import check
-from layerskip_recipes.generation import api, parallel
+from layerskip_recipes.generation import parallel
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.config import GenerateConfig, Temperature
 from layerskip_recipes.generation.drafting.chain import ChainDrafter
-from layerskip_recipes.generation.drafting.draft_model import DraftModels
+from layerskip_recipes.generation.drafting.draft_weights import draft_weights
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
-from layerskip_recipes.generation.kernels.compiling import compiled_steps
+from layerskip_recipes.generation.state import ModelState
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9]]
@@ -135,7 +136,7 @@ def decode_rank(folder):
             result[f"{family}/halved"] = [n for n, p in local.items() if p.numel() == full[n].numel() / 2]
     for how, mode in (("draft_whole", "speculative"), ("all_sharded", "autoregressive")):
         model = split("llama3", *SPLITS[how])
-        always = mock.patch.object(api, "kept_rule", lambda *_: DraftRule(measure=False))
+        always = mock.patch.object(ModelState, "rule", lambda *_: DraftRule(measure=False))
         with always, CountedCollectives() as counted, gathers_before_drafts(counted) as before_drafts:
             out = run(model, PROMPTS[0], **MODES[mode])
         result[f"count/{mode}"] = [dict(counted.counts), out.stats.rounds, out.stats.tokens, before_drafts]
@@ -201,8 +202,9 @@ def trained_rank(folder):
         cfg = GenerateConfig.load(load_config(str(file)))
         ours = trained_speculation(cfg.self_speculation.draft)
         model, draft = parallel.load_sharded_decoder(cfg, CPU, ours.model_layers, draft=ours.draft)
-        draft_model = DraftModels(draft).of(ours, model)
-        generation = speculation.run(model, PROMPTS, NEW, speculation=ours, draft_model=draft_model)
+        generation = speculation.run(
+            model, PROMPTS, NEW, speculation=ours, draft_weights=draft_weights(ours, model, draft)
+        )
         stats = generation.stats
         result[file.stem] = [generation.generated, stats.drafted, stats.accepted]
     return result

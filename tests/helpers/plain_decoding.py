@@ -1,4 +1,4 @@
-"""Scores and greedy answers of a decoder by plain PyTorch, one text at a time, and a tokenizer of single letters."""
+"""Scores of a decoder by plain PyTorch, one text at a time, and a tokenizer of single letters."""
 
 import torch
 from helpers.tiny import walk
@@ -31,15 +31,3 @@ def plain_score(model, context: list[int], answer: list[int], exit_layer: int | 
         total += logits.log_softmax(-1)[token].item()
         greedy &= int(logits.argmax()) == token
     return total, greedy
-
-
-def plain_answer(model, context: list[int], limit: int, until: list[str], exit_layer=None) -> str:
-    text = ""
-    for _ in range(limit):
-        token = int(plain_logits(model, context, exit_layer)[-1].argmax())
-        if token == 0:
-            break
-        context, text = [*context, token], text + chr(token)
-        if any(stop in text for stop in until):
-            return text[: min(text.find(stop) for stop in until if stop in text)]
-    return text

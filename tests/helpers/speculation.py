@@ -8,7 +8,6 @@ import torch
 from helpers.decoding import PROMPT, plain  # noqa: F401
 from helpers.tiny import VOCAB
 
-from layerskip_recipes.generation.drafting.draft_model import DraftModel
 from layerskip_recipes.generation.drafting.drafter import PLAIN
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -81,7 +80,7 @@ def drafting(variant, model):
     settings = dict((VARIANTS | TRAINED)[variant])
     make = settings.pop("decoder", None)
     settings.pop("penalty", None)
-    return {"draft_model": make and DraftModel(make(model)), "speculation": Speculation(**settings)}
+    return {"draft_weights": make and (make(model), None), "speculation": Speculation(**settings)}
 
 
 def run(model, prompts, count, **arguments):

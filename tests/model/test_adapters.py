@@ -229,7 +229,7 @@ def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(read, tmp_
     early = ["self_speculation=null", "exit_layer=1"]
     assert tokens_of(folder, *early) == tokens_of(merged, *early) != tokens
     recipe = ready(LayerSkipGenerate, folder)
-    for name, value in recipe.model.state_dict().items():
+    for name, value in recipe.llm.model.state_dict().items():
         torch.testing.assert_close(value, weights[name], atol=1e-5, rtol=1e-5)
     context, new = list(recipe.prompt_tokens[0]), []
     for _ in tokens:

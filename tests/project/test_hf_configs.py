@@ -11,14 +11,14 @@ from helpers.json_lines import write_lines
 from helpers.recipes import run_eval, run_generate
 from helpers.training import few_texts, note_good_draft, train  # noqa: F401
 
-from layerskip_recipes import generate, load_model
+from layerskip_recipes import LLM
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.tuner import write_config
 from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import chooser_for
+from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
@@ -129,11 +129,10 @@ def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
     note_good_draft(Path("qa/epoch_0"))
 
     recipe, report = run_generate("qa/generate", "data_dir=my_data", "max_new_tokens=8", "device=cpu")
-    assert report["identical"] is True and report["drafted"] > 0 and recipe.speculation.draft.folder == "qa/epoch_0"
-    model, tokenizer = load_model("qa")
-    assert generate(model, tokenizer.prompt("say 1"), 8, compile=False).stats.drafted > 0
+    assert report["identical"] is True and report["drafted"] > 0 and recipe.plan.draft.folder == "qa/epoch_0"
+    assert LLM.load("qa").generate("say 1", 8, compile=False).stats.drafted > 0
     cfg = BenchmarkConfig.load(load_config("qa/benchmark", ["data_dir=my_data", "device=cpu"]))
-    draft, _ = chooser_for(cfg, None).notes.draft_for(SelfSpeculation(), "draft")
+    draft, _ = DraftPlanner.of_config(cfg, None).trained_draft(SelfSpeculation())
     assert draft.folder == "qa/epoch_0"
     write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(draft=draft.folder), "fast")
     tuned = GenerateConfig.load(load_config("tuned.yaml", ["prompt=x"]))

@@ -41,7 +41,8 @@ ELSEWHERE = (
     "llama-server",
     "optimum-cli",  # of optimum-intel
     "python -m vllm",
-    "python tools/transformers_speed.py exported --draft",  # of a model with a chat template
+    "python tools/compare_engines.py qa/benchmark",  # with engines of other packages
+    "lm_eval",  # tests/evaluation/test_lm_eval.py
     "python tools/server_speed",  # of a running server
 )
 TUNE_RUN = {line: words for line, words in commands().items() if words[:2] == ["tune", "run"]}
@@ -115,8 +116,6 @@ def workplace(tmp_path_factory, tokenizer_folder) -> Path:
     (folder / "tools").symlink_to(ROOT / "tools")
     (folder / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "configuration.md", folder / "docs")
-    (folder / "results" / "quickstart").mkdir(parents=True)
-    (folder / "results" / "quickstart" / "model.gguf").touch()
     (folder / "stdlib.txt").write_text("def main(argv):\n    return 0\n" * 50)
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     checkpoint = make_checkpoint(folder / "model", tokenizer_folder)
@@ -145,7 +144,7 @@ def test_yaml_example_is_valid(name, workplace, layerskip, monkeypatch):
 
 # ---- in their short forms ----
 
-FEW = {"max_new_tokens": 9, "repeats": 1, "temperatures": [0.0], "compile": False, "peers": []}
+FEW = {"max_new_tokens": 9, "repeats": 1, "temperatures": [0.0], "compile": False}
 DATA = {"_component_": "layerskip_recipes.quickstart.StdlibDataset", "split": "heldout", "seq_len": 32}
 DATA["max_samples"] = 4
 QUICKSTART = {
@@ -161,7 +160,8 @@ QUICKSTART = {
 TOOLS_OPTIONS = {
     "tools/training_cost.py": "model.num_layers=4 early_exit_loss.exits=: "
     "--repeats 1 --steps 1 --batch 1 --seq-len 16 --method ours",
-    "tools/transformers_speed.py": "--new 4 --prompts 1 --repeats 1",
+    "tools/compare_engines.py": "model.num_layers=4 model.vocab_size=300 output_dir=quickstart max_new_tokens=4 "
+    "prompts.count=1 repeats=1 temperatures=[0.0] compile=false",
     "tools/gpu_report.py": "--list",  # test_gpu_report.py runs the steps
 }
 

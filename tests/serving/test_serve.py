@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ import httpx2 as httpx
 import openai
 import pytest
 import uvicorn
+from helpers.compiled import compiled_steps
 from helpers.configs import generate_config
 from helpers.pages import blocks, commands
 from helpers.recipes import run_generate as run
@@ -26,7 +29,6 @@ from layerskip_recipes.cli import run as command_line
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.rule import DraftRule
-from layerskip_recipes.generation.kernels.compiling import compiled_steps
 from layerskip_recipes.generation.text.text_stream import TextStream
 from layerskip_recipes.serving import http, recipe
 from layerskip_recipes.serving.recipe import KEY, LayerSkipServe
@@ -52,14 +54,15 @@ def served(config):
     """The recipe and its app."""
     made = LayerSkipServe(load_config(str(config), [TEMPLATE, "port=0", f"max_waiting={MAX_WAITING}"]))
     app = http.make_app(made)
-    made.rule = DraftRule(measure=False)  # drafts in each round
+    always = DraftRule(measure=False)  # drafts in each round
+    made.llm.state.rule = lambda *_: always
     yield made, app
     made.socket.close()
 
 
 @pytest.fixture(scope="module")
 def client(served):
-    with TestClient(served[1]) as client:
+    with TestClient(served[1], "http://localhost") as client:
         yield client
 
 
@@ -174,7 +177,7 @@ def test_consecutive_prompts_reuse_their_beginning(served, client, monkeypatch):
     """Where `generate` does: in compiled C++."""
     monkeypatch.setattr(served[0], "compile", True)
     first = complete(client).json()
-    if compiled_steps(served[0].model).failed:
+    if compiled_steps(served[0].llm.model).failed:
         pytest.skip("no C++ compiler")
     again = complete(client, prompt="def main(a").json()
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"] - 1
@@ -207,7 +210,7 @@ CHAT_ROWS = [
      "messages[0].content[0]: type 'image_url' is not supported"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
      "messages[0].tool_calls: is not supported"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, "prompt: the tokenizer refuses"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "body: no JSON"),
     ({"messages": [{"role": "user", "content": "("*500}]}, "prompt: its 5"),
     ({"messages": [{"role": "user", "content": "(" * 200_000}]}, "body: is too large"),
     ({"messages": USER, "tools": [{"type": "function"}]}, "tools: is not supported"),
@@ -217,12 +220,15 @@ CHAT_ROWS = [
     ({"messages": USER, "max_tokens": 1000}, "max_tokens: "),
     ({"messages": USER, "stream": "yes"}, "stream: 'yes' is not allowed"),
     ({"messages": USER, "stream_options": {"include_usage": 1}}, "stream_options.include_usage: 1"),
-    ({"messages": USER, "\ud800": 1}, "\\ud800: is not supported"),
+    ({"messages": USER, "\ud800": 1}, "body: no JSON"),
+    ({"messages": [json.loads("[" * 190 + "]" * 190)]}, "messages[0]: [[[["),
+    ({"messages": [1] * 10_000}, "messages: [1, 1"),
 ]  # fmt: skip
 TEXT_ROWS = [
     (b"", "body: no JSON"),
     (b"\xff", "body: no JSON"),
-    (b"[" * 50_000, "body: "),
+    (b"[" * 50_000, "body: no JSON"),
+    *((b'{"prompt": %s}' % (b"[" * depth + b"]" * depth), "body: no JSON") for depth in (300, 990, 993, 996, 5000)),
     (b"[1]", "body: [1] is not allowed"),
     (b'{"prompt": "a", "temperature": NaN}', "temperature: nan is not allowed"),
     (b'{"prompt": "a", "seed": %s}' % (b"9" * 60_000), "body: no JSON"),
@@ -236,7 +242,14 @@ TEXT_ROWS = [
     ({"prompt": "a", "max_tokens": True}, "max_tokens: True is not allowed"),
     ({"prompt": "a", "seed": 1.5}, "seed: 1.5 is not allowed"),
     ({"prompt": "a", "stop": [""]}, "stop: [''] is not allowed"),
+    ({"prompt": "a", "stop": ""}, "stop: '' is not allowed"),
     ({"prompt": "a", "stop": ["1", "2", "3", "4", "5"]}, "stop: "),
+    ({"prompt": "a", "stop": ["1"] * 10_000}, "stop: ['1', '1'"),
+    ({"prompt": "a", "stop": "a" * 257}, "stop: 'aaa"),
+    ({"prompt": "a", "stop": ["a", "a" * 60_000]}, "stop: ['a', 'aaa"),
+    ({"prompt": "a", "temperature": 10**400}, "temperature: 1000"),
+    (b'{"prompt": "a", "temperature": 1e999}', "temperature: inf is not allowed"),
+    ({"prompt": "a", "max_tokens": 10**4000}, "max_tokens: "),
     ({"prompt": "a", "logprobs": 1}, "logprobs: is not supported"),
     ({"prompt": "a", "unheard": "of"}, "unheard: is not supported"),
     ({"prompt": "a", "max_tokens": [1] * 10_000}, "max_tokens: [1, 1"),
@@ -256,6 +269,153 @@ def test_mistakes_are_refused_in_one_line(client, path, rows, stream):
         assert "\n" not in error["message"] and len(error["message"]) < 450
         assert error["type"] == "invalid_request_error" and error["param"] == error["message"].partition(":")[0]
     assert complete(client).status_code == 200
+
+
+def test_the_limits_of_stop_texts_are_allowed_and_named(client):
+    assert complete(client, stop=["a" * 256, "b" * 256, "c" * 256, "d" * 256], max_tokens=2).status_code == 200
+    message = complete(client, stop="a" * 257).json()["error"]["message"]
+    assert "up to 256 characters" in message and "up to 4 items" in message
+
+
+def test_of_a_prompt_that_cannot_fit_only_the_beginning_is_tokenized(served, monkeypatch):
+    """Nor is the rest, if the client leaves."""
+    made, sizes, gone = served[0], [], threading.Event()
+    monkeypatch.setattr(made, "context", 10_000)
+    text, whole = "def main(x):\n" * 300_000, made.tokenizer.encode
+
+    def encode(part, **kwargs):
+        sizes.append(len(part))
+        return whole(part, **kwargs)
+
+    monkeypatch.setattr(made.tokenizer, "encode", encode)
+    for asked in (
+        recipe.CompletionRequest.parse({"prompt": text}),
+        recipe.ChatRequest.parse({"messages": [{"role": "user", "content": text}]}),
+    ):
+        sizes.clear()
+        with pytest.raises(ConfigError, match=r"^prompt: its 1"):
+            list(made.answer(asked, gone))
+        assert sum(sizes) < 100_000 and max(sizes) < 20_000
+    sizes.clear()
+    monkeypatch.setattr(made, "context", 10**7)
+    monkeypatch.setattr(made.tokenizer, "encode", lambda *args, **kwargs: gone.set() or encode(*args, **kwargs))
+    with pytest.raises(ConnectionAbortedError):
+        list(made.answer(asked, gone))
+    assert sum(sizes) < 20_000
+
+
+@pytest.mark.parametrize("path", ["completions", "unknown"])
+def test_a_body_without_end_is_refused_and_its_connection_closed(url, path, monkeypatch):
+    monkeypatch.setattr(http, "REST_BYTES", 2**20)
+    host, port = httpx.URL(url).host, httpx.URL(url).port
+    head = f"POST /v1/{path} HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    with socket.create_connection((host, port), timeout=10) as sent:
+        sent.sendall(head)
+        for _ in range(10_000):
+            sent.sendall(b"1000\r\n" + b"a" * 0x1000 + b"\r\n")
+            if select.select([sent], [], [], 0)[0]:
+                break
+        answer = b""
+        with contextlib.suppress(ConnectionError):  # some of the body is unread
+            while received := sent.recv(4096):
+                answer += received
+    assert answer.startswith(b"HTTP/1.1 404 " if path == "unknown" else b"HTTP/1.1 400 ")
+    assert (b"path: POST" if path == "unknown" else b'"body: is too large') in answer
+
+
+def test_a_large_body_is_answered_after_it_was_sent(url):
+    """httpx sends all of a body before it reads the answer. The connection is used again."""
+    with httpx.Client() as client:
+        for path, status in (("completions", 400), ("unknown", 404), ("completions", 400)):
+            response = client.post(f"{url}/{path}", content=b"a" * 4_000_000)
+            assert response.status_code == status and "connection" not in response.headers
+        assert len(client._transport._pool.connections) == 1
+
+
+# ---- who may use it ----
+
+
+def test_no_web_page_may_use_a_local_server_without_a_key(client):
+    """Neither by its origin, nor by a name of its own that leads to this machine."""
+
+    def ask(**headers):
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return client.post("/v1/completions", headers=headers, json={"prompt": "a", "max_tokens": 1})
+
+    evil = "evil.example"
+    for host in (
+        evil,
+        f"{evil}:8000",
+        "",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "8.8.8.8",
+        "[::2]:1",
+        "[::",
+    ):
+        assert ask(host=host).status_code == 403 and client.get("/v1/models", headers={"host": host}).status_code == 403
+        assert ask(host=host).json()["error"]["message"].startswith("host: ")
+    for origin in (
+        f"https://{evil}",
+        "http://localhost.evil.example",
+        "null",
+        "file://",
+        "http://[::",
+        "http://8.8.8.8",
+    ):
+        assert ask(origin=origin).status_code == 403
+        assert ask(origin=origin).json()["error"]["param"] == "origin"
+    for host in ("localhost", "localhost:8000", "127.0.0.1:1", "127.1.2.3", "[::1]:8000", "LOCALHOST"):
+        assert ask(host=host).status_code == 200 == ask(host=host, origin=f"http://{host}").status_code
+    preflight = {"origin": f"https://{evil}", "access-control-request-method": "POST"}
+    refused = client.options("/v1/completions", headers=preflight)
+    assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+
+
+def test_a_server_for_other_machines_has_any_name_but_refuses_web_pages(served, client, monkeypatch):
+    monkeypatch.setattr(served[0], "is_local", False)
+    assert complete(client, max_tokens=1).status_code == 200
+    assert client.get("/v1/models", headers={"host": "server.lan"}).status_code == 200
+    assert client.get("/v1/models", headers={"host": "server.lan", "origin": "http://server.lan"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json; charset=utf-8", 200),
+        ("application/x-www-form-urlencoded", 200),  # curl's default
+        ("text/plain", 415),
+        ("Text/Plain;charset=UTF-8", 415),
+        ("multipart/form-data; boundary=x", 415),
+    ],
+)
+def test_a_body_says_that_it_is_json_or_nothing(client, content_type, status):
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    response = client.post("/v1/completions", content=body, headers={"content-type": content_type})
+    assert response.status_code == status
+    if status == 415:
+        assert response.json()["error"]["param"] == "content-type"
+        assert "Allowed: application/json" in response.json()["error"]["message"]
+
+
+def test_pages_of_allowed_origins_use_a_server_with_a_key(served, monkeypatch):
+    origin = "https://app.example"
+    monkeypatch.setattr(served[0], "api_key", "sesame")
+    monkeypatch.setitem(served[0].cfg.__dict__, "allowed_origins", [origin])
+    for step in ("setup", "warm_up"):
+        monkeypatch.setattr(served[0], step, lambda: None)
+    client = TestClient(http.make_app(served[0]), "https://server.example")
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, x-stainless-os"}
+    allowed = client.options("/v1/completions", headers={"origin": origin} | asks)
+    assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == origin
+    assert allowed.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+    key = {"authorization": "Bearer sesame"}
+    for headers, status in ((key, 200), ({}, 401)):
+        response = client.get("/v1/models", headers={"origin": origin} | headers)
+        assert response.status_code == status and response.headers["access-control-allow-origin"] == origin
+    assert (
+        "access-control-allow-origin" not in client.get("/v1/models", headers={"origin": "https://other"} | key).headers
+    )
 
 
 def test_other_paths_and_models_are_not_found(client):
@@ -373,7 +533,7 @@ def test_decoding_stops_when_the_client_leaves(served, client):
             assert next(answer)
             gone.set()
         else:
-            hook = made.model.layers[layer].register_forward_pre_hook(leave)
+            hook = made.llm.model.layers[layer].register_forward_pre_hook(leave)
             answer = made.answer(asked, gone)
         with pytest.raises(ConnectionAbortedError):
             next(answer)
@@ -431,6 +591,10 @@ def test_openai_as_a_client_of_a_process(config, tmp_path):
 
 def test_what_is_refused_before_the_model_is_loaded(config, url, monkeypatch):
     port = httpx.URL(url).port
+    with pytest.raises(ConfigError, match=rf"^allowed_origins: .*{KEY}"):
+        LayerSkipServe(load_config(str(config), ["port=0", "allowed_origins=[https://app.example]"]))
+    with pytest.raises(ConfigError, match=r"^allowed_origins: \['https://app.example/'\] is not allowed"):
+        LayerSkipServe(load_config(str(config), ["port=0", "allowed_origins=[https://app.example/]"]))
     with pytest.raises(ConfigError, match=rf"^port: {port} at 127.0.0.1 cannot be used"):
         LayerSkipServe(load_config(str(config), [f"port={port}"]))
     monkeypatch.setenv("WORLD_SIZE", "2")

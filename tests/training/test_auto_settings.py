@@ -16,7 +16,7 @@ from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.model.memory import token_bytes, training_bytes
+from layerskip_recipes.model.memory import cast_bytes, token_bytes, training_bytes
 from layerskip_recipes.training.auto_settings import full_learning_rate
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import checkpoint_layers
@@ -132,6 +132,8 @@ def test_batches_are_powers_of_two_and_a_step_has_8_samples(samples, size, micro
     monkeypatch.setenv("WORLD_SIZE", "4")  # they share the memory and the weights, and each has its own head and logits
     assert batches(16 * WEIGHTS + 4 * own) == (size, max(micro_batches // 4, 1))
     assert batches(2 * 16 * WEIGHTS + 4 * own, "data_parallel_replicate_dim=2")[0] == size  # two copies of the weights
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the others, with half of the weights, are on another machine
+    assert batches(8 * WEIGHTS + 2 * own)[0] == size
 
 
 def test_an_optimizer_in_backward_steps_with_each_batch(chosen):
@@ -149,7 +151,7 @@ def test_ranks_that_share_a_matrix_share_their_samples(chosen, monkeypatch):
 @pytest.mark.parametrize(("weights_fit", "expected"), [(True, "fp32"), (False, "bf16")])
 def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, chosen, monkeypatch):
     """Of a GPU nine tenths are taken. Nothing else asks for memory, so that all else is bf16."""
-    needed = 16 * WEIGHTS + HEAD + 4 * LOGITS + 512 * RECOMPUTED
+    needed = 16 * WEIGHTS + HEAD + 4 * LOGITS + 512 * RECOMPUTED + 2 * MATRICES // 12  # casts of a layer
     there = needed * 10 // 9 + (10 if weights_fit else -10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=there))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -241,14 +243,24 @@ def test_lengths_are_no_longer_than_the_model_takes(chosen):
     assert chosen(name="generate", max_position_embeddings=400)["max_new_tokens"] == 200
 
 
+def test_bf16_casts_of_fp32_weights_take_room(chosen):
+    """Without activation checkpointing, those of all layers stay until the backward pass."""
+    memory = 16 * WEIGHTS + HEAD + LOGITS + 512 * KEPT
+    assert not chosen("device=cpu", "compute_dtype=fp32", memory=memory)["enable_activation_checkpointing"]
+    for room, again in ((2 * MATRICES - 1, True), (2 * MATRICES, False)):
+        made = chosen("device=cpu", "compute_dtype=bf16", memory=memory + room)
+        assert made["enable_activation_checkpointing"] is again
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_of_a_sample_are_what_the_plan_says(recompute, tmp_path):
     """The peak of torch's allocations with 2 and with 4 samples of 64 tokens, in 6 layers of SmolLM2 135M. The plan
-    counts the logits of a chunk apart, so both batches fill one."""
+    counts the logits of a chunk apart, so both batches fill one. In bf16, samples take less than planned (0.64 and 0.75
+    times), and casts of weights are added."""
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "head_dim": 64}
     folder = folder_of(tmp_path, **sizes, num_attention_heads=9, num_key_value_heads=3)
 
-    def peak(rows: int) -> int:
+    def peak(rows: int, in_bf16: bool) -> int:
         model = layerskip_decoder(hf_decoder(folder))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -256,12 +268,18 @@ def test_activations_of_a_sample_are_what_the_plan_says(recompute, tmp_path):
         tokens = torch.arange(64 * rows).view(rows, 64)
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             loss = EarlyExitLoss(curriculum=None, exits="2", scale=1.0, chunk_tokens=64)
-            loss(model, tokens, tokens, step=0, total_steps=1)[0].backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16, cache_enabled=False):
+                total, _ = loss(model, tokens, tokens, step=0, total_steps=1)
+            total.backward()
         changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         return max(accumulate(changes))
 
     planned = 64 * token_bytes(hf_decoder(folder), 6, 4, recompute)
-    assert 0.75 * planned < (peak(4) - peak(2)) / 2 < 1.1 * planned
+    (two, four), (two_in_bf16, four_in_bf16) = ([peak(rows, in_bf16) for rows in (2, 4)] for in_bf16 in (False, True))
+    assert 0.75 * planned < (four - two) / 2 < 1.1 * planned
+    assert 0.5 * planned < (four_in_bf16 - two_in_bf16) / 2 < planned
+    casts = (2 * two_in_bf16 - four_in_bf16) - (2 * two - four)  # what does not depend on the batch
+    assert casts == pytest.approx(cast_bytes(hf_decoder(folder), 6, recompute), rel=0.15)
 
 
 # ---- in configs ----

@@ -14,14 +14,14 @@ from helpers.training import VALIDATION, losses, read_log, set_up, train
 from safetensors.torch import load_file, save_file
 from torchtune import training
 
-from layerskip_recipes import generate, load_model
+from layerskip_recipes import LLM
 from layerskip_recipes.checkpoint.drafts import own_draft, read_description, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.auto_drafts import chooser_for
+from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
@@ -174,15 +174,15 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     own = str(folder / "draft")
     with caplog.at_level(logging.INFO):
         recipe = LayerSkipGenerate(load_config(str(path)))
-    assert recipe.speculation.draft.folder == own and "Drafts: trained draft, " in caplog.text
+    assert recipe.plan.draft.folder == own and "Drafts: trained draft, " in caplog.text
     recipe.setup()
     report = recipe.generate()
     assert report["drafted"] > 0 and report["identical"] is True
-    loaded, tokenizer = load_model(str(folder))
-    plain = generate(loaded, tokenizer.prompt("def main("), 8, draft=None).tokens[0]
-    assert torch.equal(generate(loaded, tokenizer.prompt("def main("), 8, num_speculations=3).tokens[0], plain)
+    llm = LLM.load(str(folder))
+    plain = llm.generate("def main(", 8, draft=None).tokens
+    assert llm.generate("def main(", 8, num_speculations=3).tokens == plain
 
-    draft = read_draft(read_description(str(folder), "draft"), loaded, "draft")
+    draft = read_draft(read_description(str(folder), "draft"), llm.model, "draft")
     assert same_tensors(draft.state_dict(), load_file(f"{own}/draft.safetensors"))
 
     # Its weights fit the model before it is quantised, and its text is that of the quantised model.
@@ -190,17 +190,17 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     quantised = LayerSkipGenerate(load_config(str(path), [int8]))
     quantised.setup()
     report = quantised.generate()
-    assert quantised.speculation.draft.folder == own and report["drafted"] > 0 and report["identical"] is True
+    assert quantised.plan.draft.folder == own and report["drafted"] > 0 and report["identical"] is True
 
     # Who wants no draft gets none; a reason is given where it cannot be used.
-    assert LayerSkipGenerate(load_config(str(path), ["self_speculation.draft=null"])).speculation is None
+    assert LayerSkipGenerate(load_config(str(path), ["self_speculation.draft=null"])).plan is None
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
     note(folder, lambda noted: noted["base"].update(reader))
     assert own_draft(folder) == own and not read_description(own, "draft").is_for(HFCheckpointer)
-    assert load_model(str(folder))[0].decoding_chooser.draft_models.trained_draft is None
+    assert LLM.load(str(folder)).state.trained_draft is None
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        assert LayerSkipGenerate(load_config(str(path))).speculation is None
+        assert LayerSkipGenerate(load_config(str(path))).plan is None
     assert f"No drafts: the draft in {own} was trained for weights that another checkpointer reads" in caplog.text
 
 
@@ -240,10 +240,11 @@ def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     folder, path = promising("copy")
     own = own_draft(folder)
     cfg = GenerateConfig.load(load_config(str(path), [f"self_speculation.draft={own}"]))
-    model, tokenizer = load_model(str(folder), draft=own)
-    prompts = [tokenizer.prompt("def main(")]
-    command = chooser_for(cfg, None).choose(cfg.self_speculation, 0.0, compile, 1).speculation(prompts)
-    _, ours, draft_model = model.decoding_chooser.choose(model, prompts, 0.0, 20, compile, {})
+    llm = LLM.load(str(folder), draft=own)
+    command, _ = DraftPlanner.of_config(cfg, None).plan(cfg.self_speculation, 0.0, compile)
+    llm.generate("def main(", 20, compile=compile)
+    ((ours, _),) = llm.decided.values()
     assert ours == command
-    int8 = any("Int8" in type(parameter).__name__ for parameter in draft_model.decoder.parameters())
+    ((decoder, _),) = llm.state.weights.values()
+    int8 = any("Int8" in type(parameter).__name__ for parameter in decoder.parameters())
     assert int8 == command.draft_int8 == compile

@@ -1,4 +1,4 @@
-"""Drafts of self-speculation. auto_drafts.py makes a `Speculation` (speculation.py) of the section (section.py).
-draft_model.py builds what drafts, and decoding.py runs a round: drafter.py has the interface of drafters, chain.py
-drafts from an exit, lookup.py from the text, and rule.py decides between them.
+"""Drafts of self-speculation. planner.py makes a `Speculation` (speculation.py) of the section (section.py).
+draft_weights.py builds what drafts. In a round, drafters.py picks a drafter (drafter.py has their interface; chain.py
+drafts from an exit, lookup.py from the text, and rule.py decides), and verification.py checks its draft.
 """

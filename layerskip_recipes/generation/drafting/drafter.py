@@ -11,6 +11,12 @@ import torch
 from layerskip_recipes.generation.steps import StepContext
 
 
+def longest_draft(num_speculations: int, max_new_tokens: int) -> int:
+    """The most tokens that a draft of an output can have: the prefill gives its first token, and the round that ends
+    it one token of the model's own."""
+    return min(num_speculations, max_new_tokens - 2)
+
+
 class RoundStart(NamedTuple):
     """The state of the text when a round begins."""
 
@@ -69,11 +75,8 @@ class Drafter(ABC):
         """The draft that it offered: the text's last token and n tokens for each row, which are any tokens of the model
         for a finished row. n is `now.num_to_draft(context, num_speculations)`, or less on a CPU, and not 0."""
 
-    def begin(self, final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
-        """After the prefill; final [b, d] is x_L of each row's last token in the cache."""
-
-    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:  # noqa: B027 - only some drafters need it
-        """A batch row continues another text, which is in the cache; final [d] is x_L of its last token."""
+    def replace(self, row: int, text: Sequence[int]) -> None:  # noqa: B027 - only some drafters need it
+        """A batch row continues another text, which is in the cache."""
 
     @abstractmethod
     def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:

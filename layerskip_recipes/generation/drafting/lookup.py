@@ -71,7 +71,7 @@ class LookupDrafter(Drafter):
         found = on_device(self.found, self.context.device)
         return DraftedTokens(self.offered, torch.cat([now.last[:, None], found], 1))
 
-    def replace(self, row: int, text: Sequence[int], final: torch.Tensor) -> None:
+    def replace(self, row: int, text: Sequence[int]) -> None:
         self.indices[row] = TextIndex(self.ngram, text)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:

@@ -10,14 +10,21 @@ weights' bytes. The tuner measures both.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.checkpoint.trained_exits import LONGEST_DRAFT, TokensPerRound, TrainedExits, exit_that_drafts
+from layerskip_recipes.checkpoint.trained_exits import (
+    ALL_TOKENS,
+    LONGEST_DRAFT,
+    TokensPerRound,
+    TrainedExits,
+    exit_that_drafts,
+)
+from layerskip_recipes.generation.drafting.speculation import Speculation
 
 # For a trained exit without a measurement: each drafted token is accepted with probability 0.7.
 _ASSUMED = [(1 - 0.7**n) / 0.3 for n in range(2, 10)]
@@ -25,39 +32,14 @@ ASSUMED = TokensPerRound(greedy=_ASSUMED, sampled=_ASSUMED)
 LEAST_GAIN = 1.02  # the least predicted speed-up for which to draft
 
 
+Option = tuple[Speculation, TokensPerRound]  # a way to draft, and its measured acceptance
+
+
 class Round(NamedTuple):
     """The expected tokens of a round, and how many tokens it drafts."""
 
     tokens: float
     num_drafted: float
-
-
-class DraftMethod(NamedTuple):
-    """A drafting method, except for the draft length."""
-
-    model_layers: int  # how many of the model's layers draft; 0 if a trained draft uses its own layers only
-    vocabulary: int | None = None  # size of the draft vocabulary; None: all tokens
-    int8: bool = False
-    draft_layers: int = 0  # of a trained draft, which run after the model's first `model_layers` layers
-    ends: bool = False  # at low confidence, see `self_speculation.min_confidence`
-
-    @property
-    def shared_layers(self) -> int:
-        """The layers whose states verification takes from the draft; quantised layers have other states."""
-        return 0 if self.int8 and not self.draft_layers else self.model_layers
-
-    def __str__(self) -> str:
-        tokens = "" if self.vocabulary is None else f"{self.vocabulary}-token vocabulary"
-        where = "trained draft" if self.draft_layers else f"exit {self.model_layers}"
-        return ", ".join(part for part in (where, tokens, "int8" if self.int8 else "") if part)
-
-
-class Prediction(NamedTuple):
-    method: DraftMethod
-    num_speculations: int
-    tokens_per_round: float
-    round_s: float
-    speedup: float  # over autoregressive decoding
 
 
 @dataclass(frozen=True)
@@ -85,12 +67,12 @@ class Costs:
     batch_rows: int = 1
     longest: int = LONGEST_DRAFT  # drafted tokens
 
-    def round_s(self, method: DraftMethod, num_drafted: float) -> float:
+    def round_s(self, plan: Speculation, num_drafted: float) -> float:
         """Seconds of n = `num_drafted` draft steps and of the verification pass over n + 1 tokens."""
-        rows = self.vocabulary if method.vocabulary is None else method.vocabulary
-        draft = self.draft[method.int8].seconds(method.draft_layers or method.model_layers, rows)
-        draft += method.model_layers * self.draft[False].layer if method.draft_layers else 0.0
-        verified = num_drafted * self.batch_rows * (1 - method.shared_layers / self.num_layers)
+        head_rows = plan.num_draft_tokens or self.vocabulary
+        draft = self.draft[plan.draft_int8].seconds(plan.draft_layers or plan.model_layers, head_rows)
+        draft += plan.model_layers * self.draft[False].layer if plan.draft_layers else 0.0
+        verified = num_drafted * self.batch_rows * (1 - plan.shared_layers / self.num_layers)
         return num_drafted * draft + self.plain_step_s * (1 + self.further_row * verified) + self.round
 
 
@@ -158,58 +140,57 @@ def measured_rounds(measured: TokensPerRound, temperature: float, ends: bool = F
     return [Round(*((1 - w) * g + w * s for g, s in zip(*pair, strict=True))) for pair in both]
 
 
-def rounds_of(
-    methods: Mapping[DraftMethod, TokensPerRound],
-    temperature: float,
-    endings: Sequence[bool],
-    precisions: Sequence[bool],
-) -> dict[DraftMethod, Sequence[Round]]:
-    """The rounds of each method without and with an end at low confidence, as in `endings`, in each precision.
+def variants(
+    options: Iterable[Option], temperature: float, min_confidences: Sequence[float], precisions: Sequence[bool]
+) -> list[tuple[Speculation, list[Round]]]:
+    """Each option with each of these ends and precisions (int8 or not), and its rounds at a temperature.
 
     We measured no difference in acceptance between int8 and full precision.
     """
-    return {
-        method._replace(ends=ends, int8=int8): measured_rounds(measured, temperature, ends)
-        for method, measured in methods.items()
-        for ends, int8 in product(endings, precisions)
-    }
+    return [
+        (
+            replace(plan, min_confidence=min_confidence, draft_int8=int8),
+            measured_rounds(measured, temperature, min_confidence > 0),
+        )
+        for plan, measured in options
+        for min_confidence, int8 in product(min_confidences, precisions)
+    ]
 
 
 def ranked(
-    rates: Mapping[DraftMethod, Sequence[Round]], costs: Costs, lengths: Iterable[int] | None = None
-) -> list[Prediction]:
-    """All methods with all draft lengths, fastest first; None: the measured lengths, up to `costs.longest`.
+    rounds_by_plan: Iterable[tuple[Speculation, Sequence[Round]]], costs: Costs, lengths: Iterable[int] | None = None
+) -> list[Speculation]:
+    """All plans with all draft lengths and what to expect of them, fastest first.
 
-    `rates` has the methods' rounds.
+    `lengths` None: the measured lengths, up to `costs.longest`.
     """
-    found = []
-    for method, rounds in rates.items():
+    plans = []
+    for plan, rounds in rounds_by_plan:
         for length in range(1, min(len(rounds), costs.longest) + 1) if lengths is None else lengths:
             # Drafts that are longer than the measured ones give at least as many tokens.
             tokens, num_drafted = rounds[min(length, len(rounds)) - 1]
-            seconds = costs.round_s(method, num_drafted if method.ends else length)
-            found.append(Prediction(method, length, tokens, seconds, tokens * costs.plain_step_s / seconds))
-    return sorted(found, key=lambda prediction: -prediction.speedup)
+            seconds = costs.round_s(plan, num_drafted if plan.ends_early else length)
+            speedup = tokens * costs.plain_step_s / seconds
+            plans.append(replace(plan, num_speculations=length, tokens_per_round=tokens, speedup=speedup))
+    return sorted(plans, key=lambda plan: -(plan.speedup or 0))
 
 
-def known_methods(
-    exits: TrainedExits | None, num_layers: int, exit_layer: int | None = None
-) -> dict[DraftMethod, TokensPerRound]:
+def known_options(exits: TrainedExits | None, num_layers: int, exit_layer: int | None = None) -> list[Option]:
     """The measured exits and draft vocabularies of a checkpoint, in full precision.
 
-    Without a measurement: the trained exit nearest to a quarter of the depth, with an assumed acceptance. Without
+    Without a measurement: the given exit, or else the trained one that drafts, with an assumed acceptance. Without
     layerskip.json: none.
     """
     measured = exits.measured.exits if exits and exits.measured else {}
-    methods = {
-        DraftMethod(e, None if name == "all" else int(name)): rates
+    frequent = (exits.vocabulary if exits else None) or []
+    options = [
+        (Speculation(e, draft_vocabulary=None if name == ALL_TOKENS else frequent[: int(name)]), rates)
         for e, by_vocabulary in measured.items()
         for name, rates in by_vocabulary.items()
         if e < num_layers and (exit_layer is None or e == exit_layer)
-    }
-    if methods:
-        return methods
-    found = exit_layer
-    if found is None and exits is not None:
-        found = exit_that_drafts(exits.exits or [], num_layers)
-    return {} if found is None else {DraftMethod(found): ASSUMED}
+    ]
+    if options:
+        return options
+    if exit_layer is None and exits is not None:
+        exit_layer = exit_that_drafts(exits.exits or [], num_layers)
+    return [] if exit_layer is None else [(Speculation(exit_layer), ASSUMED)]

@@ -1,13 +1,10 @@
 """When to draft, and from what. The output never depends on it, only the speed."""
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from statistics import median_low
 from typing import Any
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundKind
 
@@ -15,14 +12,6 @@ START, MOST = 3.5, 14.0  # of the account, in plain steps
 PAUSE = 128  # plain rounds before the first new try
 MEMORY = 0.9  # decay of earlier rounds in the mean tokens per round
 MEASURED = 9  # rounds of each kind whose seconds count
-
-
-_RULES: WeakKeyDictionary[nn.Module, dict[Hashable, "DraftRule"]] = WeakKeyDictionary()
-
-
-def kept_rule(model: nn.Module, key: Hashable) -> "DraftRule":
-    """The rule of earlier generations of this model with this key."""
-    return _RULES.setdefault(model, {}).setdefault(key, DraftRule())
 
 
 class DraftRule:

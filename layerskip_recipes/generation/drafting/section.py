@@ -1,4 +1,4 @@
-"""The `self_speculation` section: what the user wrote, `auto` included. auto_drafts.py makes a choice of it."""
+"""The `self_speculation` section: what the user wrote, `auto` included. planner.py makes a plan of it."""
 
 from typing import Annotated
 
@@ -13,6 +13,7 @@ from layerskip_recipes.generation.drafting.speculation import (
     Confidence,
     NumSpeculations,
     PromptLookup,
+    Speculation,
     check_draft_vocabulary,
 )
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -27,9 +28,9 @@ class SelfSpeculation(Section):
     machine. Without such a measurement they have `Speculation`'s defaults.
     """
 
-    exit_layer: Annotated[int, Auto(), Field(examples=[8])] = AUTO
+    exit_layer: Annotated[int, Auto(), Field(examples=[8])] | None = AUTO
     """E: the number of layers that draft, 1 to L. auto: the exit of `draft`, if there is one, or else a trained exit.
-    With `prompt_lookup`, L means look-ups alone."""
+    null: no layers draft, only look-ups."""
     draft: Annotated[Text, Auto(), Field(examples=["/tmp/draft/epoch_0"])] | None = AUTO
     """A draft trained for this model, which drafts instead of the model's early layers: the checkpoint folder of a
     training with a section `draft`. auto: the draft beside the model, if there is one and no exit is given; null:
@@ -46,7 +47,7 @@ class SelfSpeculation(Section):
     tokens."""
     prompt_lookup: Annotated[PromptLookup, Auto()] | None = AUTO
     """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, where that is faster. auto:
-    3 beside a measured exit or draft, for one prompt at a time; null: no look-ups."""
+    3 without an exit, and beside a measured exit or draft for one prompt at a time; null: no look-ups."""
     draft_int8: Annotated[Flag, Auto()] = AUTO
     """Draft with int8 copies of the layers and the head (for a trained draft, of its own layers); on a CPU with AVX-512
     VNNI, inputs are rounded to int8 too. Verification stays in full precision. auto: if that should be faster."""
@@ -60,12 +61,17 @@ class SelfSpeculation(Section):
         """
         given = self.given
         has_draft = given.get("draft") is not None
+        if self.exit_layer is None and self.prompt_lookup is None:
+            raise ConfigError(
+                f"{key}.exit_layer: null leaves only look-ups to draft, and prompt_lookup is null. Set "
+                f"{key}.prompt_lookup=3, or {key}=null to decode without drafts"
+            )
         if has_draft and self.exit_layer != AUTO:
             raise ConfigError(
                 f"{key}.exit_layer: {self.exit_layer} is set, but draft has its own exit. Set "
                 f"{key}.exit_layer=auto or {key}.draft=null"
             )
-        if self.exit_layer != AUTO:
+        if isinstance(self.exit_layer, int):
             model.check_exit(self.exit_layer, f"{key}.exit_layer")
         if isinstance(self.draft_vocabulary, list):
             check_draft_vocabulary(self.draft_vocabulary, model, f"{key}.draft_vocabulary")
@@ -83,6 +89,21 @@ class SelfSpeculation(Section):
                 f"{key}.draft_vocabulary: needs rows of the head, which a quantizer packs and tensor parallelism "
                 f"splits. Set {key}.draft_vocabulary=null"
             )
+
+    def resolved(self, plan: Speculation | None) -> "SelfSpeculation | None":
+        """The section of its plan (None: no drafts): without `auto`, except for the exit beside a draft."""
+        if plan is None:
+            return None
+        ids = self.draft_vocabulary
+        return SelfSpeculation(
+            exit_layer=plan.exit_layer if plan.draft is None else AUTO,
+            draft=None if plan.draft is None else plan.draft.folder,
+            num_speculations=plan.num_speculations,
+            min_confidence=plan.min_confidence,
+            draft_vocabulary=ids if isinstance(ids, list) else plan.num_draft_tokens,
+            prompt_lookup=plan.prompt_lookup,
+            draft_int8=plan.draft_int8,
+        )
 
 
 OptionalSpeculation = Annotated[

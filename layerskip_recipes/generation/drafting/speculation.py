@@ -1,7 +1,7 @@
-"""A `Speculation`: how tokens are drafted, with nothing left to choose."""
+"""A `Speculation`: the plan of how tokens are drafted, with nothing left to choose."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +13,6 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
 KEY = "self_speculation"  # of the section in most configs
-OTHER_DRAFTERS = ("prompt_lookup",)  # the settings that add a drafter to the exit's chain, or replace it at exit L
 
 # Shared with the section.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]
@@ -26,7 +25,8 @@ class Speculation:
     """How tokens are drafted. Everything here is lossless: the output is that of the full model.
 
     Args:
-        exit_layer: E (1..L), the exit that drafts; for a trained draft its own.
+        exit_layer: E (1..L), the exit that drafts; for a trained draft its own. None: no layers draft, so that drafts
+            are look-ups alone.
         num_speculations: the draft length, the most tokens drafted per round.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
         prompt_lookup: n-gram length for prompt look-up, which runs where it is faster; None: no look-up.
@@ -34,28 +34,54 @@ class Speculation:
             `num_speculations` tokens. Applies in one process on a CPU without graphs, where the host sees each token.
         draft_int8: draft with int8 copies of the layers and the head.
         draft: the trained draft that drafts instead of the model's early layers.
+        tokens_per_round, speedup: what the planner expects of these settings; None: unknown.
     """
 
-    exit_layer: int
+    exit_layer: int | None = None
     num_speculations: int = 6
     draft_vocabulary: torch.Tensor | Sequence[int] | None = None
     prompt_lookup: int | None = None
     min_confidence: float = 0.0
     draft_int8: bool = False
     draft: DraftDescription | None = None
+    tokens_per_round: float | None = field(default=None, compare=False)
+    speedup: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check("num_speculations", self.num_speculations, NumSpeculations)
         check("prompt_lookup", self.prompt_lookup, PromptLookup | None)
         check("min_confidence", self.min_confidence, Confidence)
         check("draft_int8", self.draft_int8, bool)
+        if self.exit_layer is None and self.prompt_lookup is None:
+            raise ConfigError(
+                f"exit_layer: {self.exit_layer} without prompt_lookup leaves nothing to draft with. Allowed: an exit, "
+                "for example exit_layer=8, or look-ups, for example prompt_lookup=3"
+            )
+
+    def __str__(self) -> str:
+        """The method, without its lengths."""
+        if self.exit_layer is None:
+            return f"look-ups of the last {self.prompt_lookup} tokens"
+        tokens = "" if self.num_draft_tokens is None else f"{self.num_draft_tokens}-token vocabulary"
+        where = "trained draft" if self.draft_layers else f"exit {self.exit_layer}"
+        return ", ".join(part for part in (where, tokens, "int8" if self.draft_int8 else "") if part)
+
+    @property
+    def num_draft_tokens(self) -> int | None:
+        """The size of the draft vocabulary; None: all tokens."""
+        return None if self.draft_vocabulary is None else len(self.draft_vocabulary)
+
+    @property
+    def weights_key(self) -> tuple:
+        """Which weights draft: speculations with the same key share them."""
+        tokens = None if self.draft_vocabulary is None else tuple(int(token) for token in self.draft_vocabulary)
+        return self.exit_layer, tokens, self.draft_int8, self.draft and self.draft.folder
 
     @property
     def rule_key(self) -> tuple:
         """What the speed of a round depends on, by which rules are kept apart."""
-        size = None if self.draft_vocabulary is None else len(self.draft_vocabulary)
-        numbers = (self.exit_layer, self.num_speculations, size, self.prompt_lookup, self.min_confidence)
-        return *numbers, self.draft_int8, self.draft and self.draft.folder
+        numbers = (self.exit_layer, self.num_speculations, self.num_draft_tokens)
+        return *numbers, self.prompt_lookup, self.min_confidence, self.draft_int8, self.draft and self.draft.folder
 
     @property
     def draft_layers(self) -> int:
@@ -64,35 +90,42 @@ class Speculation:
 
     @property
     def model_layers(self) -> int:
-        """The number of the model's first layers that draft; 0 if a trained copy drafts."""
-        return self.exit_layer if self.draft is None else self.draft.model_layers
+        """The number of the model's first layers that draft; 0 if a trained copy drafts, or no layer."""
+        return (self.exit_layer or 0) if self.draft is None else self.draft.model_layers
 
-    def has_no_chain(self, num_layers: int) -> bool:
-        """Whether other drafters draft alone, as the exit is the whole model."""
-        own = self.draft is not None or self.draft_int8
-        others = any(getattr(self, name) for name in OTHER_DRAFTERS)
-        return others and self.exit_layer == num_layers and not own
+    @property
+    def shared_layers(self) -> int:
+        """The layers whose states verification takes from the draft; quantised layers have other states."""
+        return 0 if self.draft_int8 and not self.draft_layers else self.model_layers
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether drafts end at low confidence."""
+        return self.min_confidence > 0
 
     def own_bytes(self, model: LayerSkipDecoder, dtype: torch.dtype) -> int:
         """Bytes of the weights besides the model's; int8 copies take one byte for each weight."""
         layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
-        rows = 0 if self.draft_vocabulary is None else len(self.draft_vocabulary)
-        count = self.draft_layers * layer + rows * model.tok_embeddings.embedding_dim
+        num_rows = self.num_draft_tokens or 0
+        count = self.draft_layers * layer + num_rows * model.tok_embeddings.embedding_dim
         quantised = 0
         if self.draft_int8:
-            quantised = (self.draft_layers or self.exit_layer) * layer
-            quantised += 0 if rows else model.tok_embeddings.weight.numel()
+            quantised = (self.draft_layers or self.model_layers) * layer
+            quantised += 0 if num_rows else model.tok_embeddings.weight.numel()
         return count * dtype.itemsize + quantised
 
     def check(self, model: LayerSkipDecoder) -> None:
         """Raise a ConfigError for settings that do not fit the model."""
-        model.check_exit(self.exit_layer)
+        if self.exit_layer is not None:
+            model.check_exit(self.exit_layer)
         if self.draft_vocabulary is not None:
             check_draft_vocabulary(self.draft_vocabulary, model)
 
 
 # Values of the keys of `self_speculation` that are `auto` where nothing was measured, or left out beside an exit.
-SPECULATION_DEFAULTS: dict[str, Any] = {key.name: key.default for key in fields(Speculation)[1:]}
+SPECULATION_DEFAULTS: dict[str, Any] = {
+    key.name: key.default for key in fields(Speculation) if key.compare and key.name != "exit_layer"
+}
 
 
 def check_draft_vocabulary(

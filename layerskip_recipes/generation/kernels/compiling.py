@@ -11,7 +11,6 @@ import time
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torchtune import utils
@@ -147,24 +146,6 @@ class CompiledSteps:
     def _is_quantised(self, step: Any) -> bool:
         models = (step.context.model, step.context.draft_decoder)
         return any(type(weight) is not torch.nn.Parameter for model in models for weight in model.parameters())
-
-
-_COMPILED: WeakKeyDictionary[LayerSkipDecoder, CompiledSteps] = WeakKeyDictionary()
-
-
-def compiled_steps(model: LayerSkipDecoder) -> CompiledSteps:
-    """The graphs of a model, kept while the model lives and the kinds of its weights stay the same."""
-    device = model.tok_embeddings.weight.device
-    kept = _COMPILED.get(model)
-    weights = tuple((name, type(p), p.dtype, p.shape) for name, p in model.named_parameters())
-    if kept is None or (kept.device, kept.weights) != (device, weights):
-        kept = _COMPILED[model] = CompiledSteps(device, weights)
-    return kept
-
-
-def find_compiled_steps(model: LayerSkipDecoder) -> CompiledSteps | None:
-    """The graphs of a model; None if no generation of it was compiled."""
-    return _COMPILED.get(model)
 
 
 def _warn(where: str, error: Exception) -> None:

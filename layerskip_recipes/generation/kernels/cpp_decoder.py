@@ -39,8 +39,9 @@ from torchtune.modules import (
 
 from layerskip_recipes.families.attention import NormFirstAttention
 from layerskip_recipes.families.rope import RotaryPositions
-from layerskip_recipes.generation.drafting.draft_model import DraftHead
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.kernels.huge_pages import use_huge_pages
+from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import JoiningLayer
 from layerskip_recipes.model.head import head_of
@@ -52,7 +53,8 @@ VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numb
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
-# What was computed from a module's tensor: fp32 cosines and sines, which all layers share, and sums of int8 rows.
+# What was computed from a module's tensors, beside their key: fp32 cosines and sines, which all layers share, and sums
+# of int8 rows. Stored under the first of the tensors.
 _COMPUTED = WeakTensorKeyDictionary()
 
 
@@ -157,7 +159,7 @@ class Parts:
         _require(zero is None or not zero.any(), f"{name}: zero points")
         _require(weight.shape[1] % VECTOR == 0, f"{name}: {weight.shape[1]} is no multiple of {VECTOR}")
         self.tensors[f"{name}.weight"] = weight.detach()
-        sums = None if rounds is None else _computed(linear.weight, lambda: _fp32(weight.sum(1)))
+        sums = None if rounds is None else _computed(lambda: _fp32(weight.sum(1)), weight)
         for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None)), ("sums", sums)):
             if value is not None:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
@@ -178,16 +180,17 @@ class Parts:
             return
         self.number("neighbours", type(rotation) in NEIGHBOURS)
         _require(type(rotation) in (RotaryPositions, *NEIGHBOURS, *HALVES), "pos_embeddings")
-        table: Any = rotation.cos if type(rotation) is RotaryPositions else rotation.cache
+        tables: Any = (rotation.cos, rotation.sin) if type(rotation) is RotaryPositions else (rotation.cache,)
 
         def both() -> list[torch.Tensor]:
             if type(rotation) is RotaryPositions:
-                parts = (rotation.cos, rotation.sin)
+                parts = tables
             else:
+                (table,) = tables
                 parts = table.unbind(-1) if type(rotation) in NEIGHBOURS else table.chunk(4, -1)[::2]
             return [_fp32(part) for part in parts]
 
-        self.tensors |= dict(zip(("cos", "sin"), _computed(table, both), strict=True))
+        self.tensors |= dict(zip(("cos", "sin"), _computed(both, *tables), strict=True))
 
     def attention(self, attn: Any) -> None:
         _require(type(attn) in (MultiHeadAttention, NormFirstAttention, Gemma2Attention), "attn")
@@ -216,7 +219,6 @@ class Parts:
 
 def layer_parts(layer: Any) -> Parts:
     """The parts of a layer without its cache."""
-    _no_hooks(layer)
     parts = Parts()
     if type(layer) is JoiningLayer:
         parts.linear("join", layer.join)
@@ -234,7 +236,6 @@ def layer_parts(layer: Any) -> Parts:
 
 def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
     """The parts of a head: its norm, its output projection or tied embedding, and the logit cap."""
-    _no_hooks(norm, output)
     parts = Parts()
     parts.norm("norm", norm)
     parts.linear("output", output)
@@ -297,8 +298,6 @@ class CppDecoder:
         is_gemma = type(embeddings) is GemmaNormEmbeddings
         if self.unknown or not (is_gemma or type(embeddings) is nn.Embedding):
             return None
-        if embeddings._forward_hooks or embeddings._forward_pre_hooks:
-            return None
         # Gemma multiplies by the root of the width, rounded to the weights' dtype.
         factor = torch.tensor(embeddings.embedding_dim**0.5 if is_gemma else 1, dtype=embeddings.weight.dtype)
         return partial(
@@ -337,17 +336,12 @@ class CppDecoder:
         return self.cpp_heads[head].logits(x)
 
 
-def _no_hooks(*modules: nn.Module) -> None:
-    """Refuse modules with hooks, which the C++ would not call."""
-    for module in (part for each in modules for part in each.modules()):
-        _require(not (module._forward_hooks or module._forward_pre_hooks), f"hooks of {type(module).__name__}")
-
-
-def _computed(tensor: torch.Tensor, compute: Callable[[], Any]) -> Any:
-    """compute(), once per tensor."""
-    if tensor not in _COMPUTED:
-        _COMPUTED[tensor] = compute()
-    return _COMPUTED[tensor]
+def _computed(compute: Callable[[], Any], *tensors: torch.Tensor) -> Any:
+    """compute(), again only once one of the tensors has changed."""
+    key = weights_key(tensors)
+    if _COMPUTED.get(tensors[0], (None,))[0] != key:
+        _COMPUTED[tensors[0]] = key, compute()
+    return _COMPUTED[tensors[0]][1]
 
 
 def _fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,12 +19,39 @@ log = utils.get_logger("INFO")
 # wrapping is off while it is printed. The leading space makes a full line wrap first.
 DRAFT, NORMAL, ERASE = " \b\x1b7\x1b[?7l\x1b[2m", "\x1b[0m\x1b[?7h", "\x1b8\x1b[J"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to this
+UNFINISHED_TOKENS = 3  # the most tokens of an incomplete character, which has up to four bytes in UTF-8
+
+
+class StopString:
+    """Finds a string in a growing text in linear time, with the algorithm of Knuth, Morris and Pratt."""
+
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.matched = 0  # length of the longest start of the string that ends the text
+        self.shorter = [0]  # for each match but none: the length of the next shorter start that ends it
+        for character in string[1:]:
+            self.shorter.append(self._grow(self.shorter[-1], character))
+
+    def find_end(self, new: str) -> int | None:
+        """Read new text; returns where the string ends in it, if it does."""
+        for end, character in enumerate(new, start=1):
+            self.matched = self._grow(self.matched, character)
+            if self.matched == len(self.string):
+                self.matched = self.shorter[-1]
+                return end
+        return None
+
+    def _grow(self, matched: int, character: str) -> int:
+        while matched and self.string[matched] != character:
+            matched = self.shorter[matched - 1]
+        return matched + (self.string[matched] == character)
 
 
 class TextStream:
     """The text of one output while it grows; it ends before the first stop token or stop string.
 
-    Only the last tokens are decoded with each new one: a token changes no text before the last whole character. The
+    Each new token costs a constant time, whatever the length of the text. Only the last tokens are decoded with it: a
+    token changes no text before the last whole character. Of the text that was returned already nothing is kept. The
     output continues `prompt`, whose last tokens are decoded with it, since SentencePiece drops the first space of a
     text, such as an indentation.
     """
@@ -36,7 +63,8 @@ class TextStream:
         stop_strings: Sequence[str] = (),
         prompt: Sequence[int] = (),
     ) -> None:
-        self.tokenizer, self.stop_tokens, self.stop_strings = tokenizer, stop_tokens, stop_strings
+        self.tokenizer, self.stop_tokens = tokenizer, stop_tokens
+        self.stop_strings = [StopString(string) for string in stop_strings]
         # A few tokens of the prompt are enough, after the last stop token: some tokenizers decode nothing after one.
         tail = list(prompt[-8:])
         begin = next((i for i in range(len(tail), 0, -1) if tail[i - 1] in stop_tokens), 0)
@@ -46,9 +74,9 @@ class TextStream:
         self.context_text = text
         self.window, self.window_text = list(self.context), self.context_text  # decoded together with the next tokens
         self.unread: list[int] = []  # tokens whose last character is incomplete
-        self.grown = ""  # the text of all other tokens
+        self.pieces: list[str] = []  # the text of all other tokens since `new_text`, and what it held back
+        self.stopped = False  # whether `pieces` ends before a stop string
         self.read = 0  # number of tokens so far
-        self.shown = ""
         self.draft_is_shown, self.draft_s = False, 0.0  # draft_s: seconds of showing drafts
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -56,10 +84,7 @@ class TextStream:
         if tokens and tokens[-1] in self.stop_tokens:
             tokens = tokens[:-1]
         text = self._continue(self.context, self.context_text, tokens)
-        return text[: self._find_stop(text)]
-
-    def _find_stop(self, text: str) -> int | None:
-        return min((at for s in self.stop_strings if (at := text.find(s)) >= 0), default=None)
+        return text[: min((at for stop in self.stop_strings if (at := text.find(stop.string)) >= 0), default=None)]
 
     def extend(self, new: Sequence[int]) -> int | None:
         """Read new tokens; returns how many belong to the output if one completes a stop string, else None."""
@@ -67,17 +92,31 @@ class TextStream:
             self.read += 1
             if token in self.stop_tokens:
                 continue
-            old_length = len(self.grown)
             self.unread.append(token)
             text = self._continue(self.window, self.window_text, self.unread)
-            if not text.endswith(UNFINISHED):
-                self.grown += text
-                self.window, self.unread = self.unread, []
-                self.window_text = self.tokenizer.decode(self.window)
-            longest = max(map(len, self.stop_strings), default=0)
-            if any(s in self.grown[max(old_length - longest, 0) :] for s in self.stop_strings):
+            num_final = len(self.unread)
+            if text.endswith(UNFINISHED):
+                # All tokens before an incomplete character are final, also if they are no valid text.
+                num_final -= UNFINISHED_TOKENS
+                final = self._continue(self.window, self.window_text, self.unread[:num_final]) if num_final > 0 else ""
+                if not final or not text.startswith(final):
+                    continue
+                text = final
+            self.window, self.unread = self.unread[:num_final], self.unread[num_final:]
+            self.window_text = self.tokenizer.decode(self.window)
+            if self._add(text):
                 return position
         return None
+
+    def _add(self, text: str) -> bool:
+        """Add text; returns whether it completes a stop string, and then ends the text before it."""
+        starts = [end - len(stop.string) for stop in self.stop_strings if (end := stop.find_end(text)) is not None]
+        if not self.stopped:
+            self.pieces.append(text)
+            if starts:
+                grown = "".join(self.pieces)
+                self.pieces, self.stopped = [grown[: len(grown) - len(text) + min(starts)]], True
+        return self.stopped
 
     def show(self, last: bool) -> None:
         erase = NORMAL + ERASE if self.draft_is_shown else ""
@@ -86,23 +125,19 @@ class TextStream:
 
     def new_text(self, last: bool) -> str:
         """The text since the last call; if not `last`, without an incomplete character or a stop string's start."""
-        text = self.grown
-        if last:
-            text += self._continue(self.window, self.window_text, self.unread) if self.unread else ""
-        if (stop := self._find_stop(text)) is not None:
-            text = text[:stop]
-        elif not last:
-            held = max((n for s in self.stop_strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-            text = text[: len(text) - held]
-        new = text[len(self.shown) :]
-        self.shown = max(self.shown, text, key=len)
-        return new
+        if last and self.unread:
+            self._add(self._continue(self.window, self.window_text, self.unread))
+            self.unread = []
+        text = "".join(self.pieces)
+        held = 0 if last or self.stopped else max((stop.matched for stop in self.stop_strings), default=0)
+        self.pieces = [text[len(text) - held :]]
+        return text[: len(text) - held]
 
     def show_draft(self, drafts: Sequence[Sequence[int]]) -> None:
         """Print a draft of row 0 dim on a terminal, until `show` replaces it by the accepted tokens."""
         started = time.perf_counter()
-        text = self.grown + self._continue(self.window, self.window_text, [*self.unread, *drafts[0]])
-        line = next(iter(text[len(self.shown) :].splitlines()), "")
+        text = "".join(self.pieces) + self._continue(self.window, self.window_text, [*self.unread, *drafts[0]])
+        line = next(iter(text.splitlines()), "")
         self.draft_is_shown = True  # set before printing: Ctrl-C may come between
         print(f"{DRAFT}{line}{NORMAL}", end="", flush=True)
         self.draft_s += time.perf_counter() - started

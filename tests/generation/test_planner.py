@@ -3,6 +3,7 @@
 import json
 import shutil
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from helpers.configs import generate_config, make_checkpoint
 from helpers.smollm2 import MODEL
 from torchtune.models.llama3_2._component_builders import llama3_2
 
+from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.checkpoint.trained_exits import EndedDrafts, TokensPerRound
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.generation.drafting.auto_drafts import TrainingNotes, choose_drafts
+from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.prediction import (
-    DraftMethod,
     Round,
     estimated_costs,
     machine_for,
@@ -23,7 +24,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     ranked,
 )
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS
+from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.generation.kernels import when_to_compile
 from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
@@ -38,10 +39,13 @@ TASK = {
 }
 
 
-def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):
+def smollm2():
     with torch.device("meta"):
-        model = llama3_2(**{name: value for name, value in MODEL.items() if name != "_component_"})
-    return estimated_costs(model, dtype, gpu, compiled, batch_rows)
+        return layerskip_decoder(llama3_2(**{name: value for name, value in MODEL.items() if name != "_component_"}))
+
+
+def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):
+    return estimated_costs(smollm2(), dtype, gpu, compiled, batch_rows)
 
 
 def described(folder, exits, trained=(6, 30), draft=None, tokens=range(10, 2058), ends={}, **keys):  # noqa: B006
@@ -62,11 +66,12 @@ def described(folder, exits, trained=(6, 30), draft=None, tokens=range(10, 2058)
     return folder
 
 
-def choose(folder, temperature=0.0, compiled=True, given=None, int8=None, batch_rows=1, **settings):
-    costs = smollm2_costs(compiled=compiled, batch_rows=batch_rows)
-    int8 = compiled if int8 is None else int8
-    notes = TrainingNotes(folder, 30, VOCABULARY)
-    return choose_drafts(SelfSpeculation(**(given or {})), notes, costs, temperature, int8=int8, **settings)
+def choose(folder, temperature=0.0, given=None, int8=True, ends=False, batch_rows=1, dtype=torch.float32):
+    """The plan for SmolLM2 in C++; `int8` and `ends`: whether drafts may be in int8, and may end early."""
+    given = ({} if ends else {"min_confidence": 0.0}) | ({} if int8 else {"draft_int8": False}) | (given or {})
+    section, planner = SelfSpeculation(**given), DraftPlanner(smollm2(), folder, "cpu", dtype)
+    plan, why = planner.plan(section, temperature, True, batch_rows=batch_rows)
+    return SimpleNamespace(plan=plan, section=section.resolved(plan), why=why, speedup=plan and plan.speedup)
 
 
 def step_s(layers, rows, itemsize=1):
@@ -104,8 +109,9 @@ def test_costs_are_those_of_a_real_machine():
     assert costs.draft[False].seconds(6, VOCABULARY) / costs.plain_step_s == pytest.approx(0.34, abs=0.05)
     assert costs.draft[False].seconds(6, 2048) / costs.plain_step_s == pytest.approx(0.13, abs=0.05)
     assert costs.draft[True].seconds(6, 2048) / costs.plain_step_s == pytest.approx(0.04, abs=0.01)
+    plan = Speculation(6, draft_vocabulary=range(2048))
     for further in (4, 8):
-        verify = costs.round_s(DraftMethod(6, 2048), further) - further * costs.draft[False].seconds(6, 2048)
+        verify = costs.round_s(plan, further) - further * costs.draft[False].seconds(6, 2048)
         assert 1.1 < verify / costs.plain_step_s < 1.5
 
 
@@ -125,13 +131,14 @@ def test_the_choice_is_the_best_of_all(tmp_path, precisions):
 def test_matrix_tiles_make_long_drafts_pay(tiles, monkeypatch):
     """Of drafts that are nearly always right: eight tokens, because verification of more rows is slow, or all 15."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    method, rounds = DraftMethod(4, 2048, int8=True), [Round(0.95 * n + 1, float(n)) for n in range(1, 16)]
+    plan = Speculation(4, draft_vocabulary=range(2048), draft_int8=True)
+    rounds = [Round(0.95 * n + 1, float(n)) for n in range(1, 16)]
     costs = smollm2_costs(torch.bfloat16)
-    best = ranked({method: rounds}, costs)[0]
+    best = ranked([(plan, rounds)], costs)[0]
     assert best.num_speculations == (15 if tiles else 8)
     # Seen on an Intel Xeon: nine rows take 1.18 steps, and 16 take 1.28.
     drafting = 8 * costs.draft[True].seconds(4, 2048)
-    verify = (costs.round_s(method, 8) - drafting) / costs.plain_step_s
+    verify = (costs.round_s(plan, 8) - drafting) / costs.plain_step_s
     assert verify == pytest.approx(1.18 if tiles else 1.5, abs=0.05)
     for dtype, gpu, compiled in (
         (torch.float32, False, True),
@@ -182,7 +189,7 @@ def test_a_vocabulary_that_costs_more_than_it_saves_is_not_chosen(tmp_path):
     """Greedily the small vocabulary says the same; when sampling it lacks most of the tokens."""
     folder = described(tmp_path, {6: {"all": TASK["all"], "2048": (TASK["all"][0], [1.2, *[1.25] * 7])}})
     found = choose(folder)
-    assert found.section.draft_vocabulary == len(found.frequent) == 2048
+    assert found.section.draft_vocabulary == 2048 and found.plan.draft_vocabulary == [*range(10, 2058)]
     assert choose(folder, temperature=1.0).section.draft_vocabulary is None
 
 
@@ -195,7 +202,7 @@ def test_a_vocabulary_smaller_than_all_measured_ones_has_their_worst_rates(tmp_p
 def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
     bad = described(tmp_path / "bad", {6: {"all": ([1.05] * 8, [1.1] * 8)}})
     found = choose(bad)
-    assert found.section is None and found.speedup == 1.0
+    assert found.plan is None
     assert found.why.startswith("No drafts: no exit should pay. The best would be exit 6, ") and "0.9" in found.why
     found = choose(tmp_path / "nowhere")
     assert found.section is None and "has no layerskip.json" in found.why
@@ -217,17 +224,18 @@ def test_look_ups(tmp_path):
     for folder in (bad, tmp_path / "nowhere"):
         found = choose(folder, given={"prompt_lookup": 2, "num_speculations": 4})
         assert found.section == SelfSpeculation(
-            **SPECULATION_DEFAULTS | {"exit_layer": 30, "num_speculations": 4, "prompt_lookup": 2}
+            **SPECULATION_DEFAULTS | {"exit_layer": None, "num_speculations": 4, "prompt_lookup": 2}
         )
-        assert found.why.startswith("Drafts: by prompt_lookup=2 alone, because ")
+        assert found.why.startswith("Drafts: look-ups of the last 2 tokens alone, because ")
 
 
-def test_the_whole_model_as_the_exit(tmp_path):
-    """With look-ups it is look-ups alone; quantised, it drafts."""
+def test_no_exit_means_look_ups_alone(tmp_path):
+    """And the whole model as the exit drafts, for example in int8."""
     folder = described(tmp_path, {6: TASK})
-    given = {"exit_layer": 30, "prompt_lookup": 2}
-    found = choose(folder, given=given)
-    assert found.section == SelfSpeculation(**SPECULATION_DEFAULTS | given) and found.why is None
+    for given, length in (({}, 3), ({"prompt_lookup": 2}, 2)):
+        found = choose(folder, given={"exit_layer": None} | given)
+        expected = SPECULATION_DEFAULTS | {"exit_layer": None, "prompt_lookup": length}
+        assert found.section == SelfSpeculation(**expected) and found.why is None
     found = choose(folder, given={"exit_layer": 30, "draft_int8": True})
     assert found.section.draft_int8 and found.section.prompt_lookup is None
 
@@ -260,7 +268,7 @@ def test_keys_that_are_given_stay(tmp_path, given):
 
 
 def test_a_head_that_cannot_be_cut(tmp_path):
-    found = choose(described(tmp_path, {6: TASK}), unpacked=False, int8=False).section
+    found = choose(described(tmp_path, {6: TASK}), dtype=torch.int8).section
     assert found.draft_vocabulary is None and not found.draft_int8
 
 
@@ -318,21 +326,21 @@ def test_the_recipe_drafts_as_was_chosen(tmp_path, tokenizer_folder):
         return recipe, recipe.generate()
 
     recipe, report = run("benchmark.compare=true")
-    assert recipe.speculation.exit_layer == 1 and recipe.speculation.num_speculations > 3 and not recipe.compile
+    assert recipe.plan.exit_layer == 1 and recipe.plan.num_speculations > 3 and not recipe.compile
     assert report["exit_layer"] == 1 and report["drafted"] > 0 and report["identical"] is True
-    assert not recipe.speculation.draft_int8  # eager
+    assert not recipe.plan.draft_int8  # eager
     # The report's section, the log's and that of `cat --resolved` are the same, and leave nothing to choose.
     section = report["self_speculation"]
     assert section == recipe.cfg.source.self_speculation == resolved(recipe.source).self_speculation
     again, repeated = run("benchmark.compare=true", f"self_speculation={json.dumps(section)}")
-    assert again.speculation == recipe.speculation and again.cfg.chosen.keys() <= {"device", "dtype", "compile"}
+    assert again.plan == recipe.plan and again.cfg.chosen.keys() <= {"device", "dtype", "compile"}
     same = ("drafted", "accepted", "rounds_by_kind", "self_speculation", "compile")
     assert again.cfg.compile is False and [repeated[key] for key in same] == [report[key] for key in same]
-    assert run("batch_size=8")[0].speculation == recipe.speculation  # one prompt makes no batch
+    assert run("batch_size=8")[0].plan == recipe.plan  # one prompt makes no batch
     recipe, report = run("self_speculation.num_speculations=2")
     assert report["num_speculations"] == 2 and report["exit_layer"] == 1
     (checkpoint / "layerskip.json").unlink()
     recipe, report = run()
     assert report["exit_layer"] is None and report["drafted"] == 0
     recipe, report = run("self_speculation.prompt_lookup=1", "benchmark.compare=true", "max_new_tokens=40")
-    assert report["exit_layer"] == 4 and report["drafted"] > 0 and report["identical"] is True
+    assert report["exit_layer"] is None and report["drafted"] > 0 and report["identical"] is True

@@ -1,0 +1,91 @@
+"""The weights that draft, built from a `Speculation` and a loaded model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from layerskip_recipes.checkpoint.drafts import read_draft
+from layerskip_recipes.checkpoint.weights import linear_head, quantise
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
+from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.model.draft import Draft
+from layerskip_recipes.model.head import capped, head_of, linear_of_rows
+
+
+class DraftHead(nn.Module):
+    """A copy of the head matrix's rows for the token ids `vocabulary` [v'], behind the model's own norm."""
+
+    def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
+        super().__init__()
+        output = _whole_head(model)
+        if output is None:
+            raise ConfigError(
+                f"draft_vocabulary: the head {type(model.output).__name__} cannot be cut. Allowed: a linear or tied "
+                "head, neither quantised nor split over processes; leave draft_vocabulary out"
+            )
+        self.norm, self.cap = model.norm, model.logit_cap
+        self.vocabulary = vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).long().unique()
+        self.output = linear_of_rows(dict(output.named_parameters(recurse=False)), self.vocabulary)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[b, s, d] -> [b, s, v'] logits in fp32."""
+        return capped(self.output(self.norm(hidden)).float(), self.cap)
+
+    @torch.no_grad()
+    def refresh(self, model: LayerSkipDecoder) -> None:
+        """Take the rows of an unquantised head anew, in place, as CUDA graphs hold their address."""
+        output = _whole_head(model)
+        if output is not None and type(self.output.weight) is nn.Parameter:
+            for name, parameter in self.output.named_parameters():
+                parameter.copy_(getattr(output, name)[self.vocabulary])
+
+
+def _whole_head(model: LayerSkipDecoder) -> nn.Linear | nn.Embedding | None:
+    """The head whose rows can be taken; None if it is quantised or split: tensor subclasses do not support that."""
+    # A tied head has the embedding's rows, even if a quantised copy has replaced the head.
+    output = model.tok_embeddings if model.tied and isinstance(model.output, nn.Linear) else head_of(model)
+    is_whole = isinstance(output, nn.Linear | nn.Embedding) and type(output.weight) is nn.Parameter
+    return output if is_whole else None
+
+
+DraftWeights = tuple[LayerSkipDecoder, DraftHead | None]  # the decoder that drafts, and the head of a draft vocabulary
+
+
+@torch.inference_mode(False)  # a tensor made in inference mode cannot be written outside of it
+@torch.no_grad()
+def draft_weights(
+    plan: Speculation, model: LayerSkipDecoder, trained_draft: Draft | None = None, key: str = KEY
+) -> DraftWeights:
+    """The weights that draft for a loaded model: its own early layers, a trained draft, or int8 copies of these.
+
+    `trained_draft`: the plan's, if it has been read; `key` names the plan's section in messages.
+    """
+    decoder, head, layers = model, None, range(plan.model_layers)
+    if plan.draft is not None:
+        decoder = (trained_draft or read_draft(plan.draft, model, f"{key}.draft")).decoder(model)
+        layers = decoder.own_layers
+    if plan.draft_vocabulary is not None:
+        head = DraftHead(decoder, plan.draft_vocabulary)
+    if plan.draft_int8 and layers:
+        # VNNI instructions multiply int8 numbers fastest. That helps most where a copy reads the prompt.
+        on_vnni = model.tok_embeddings.weight.device.type == "cpu" and torch.cpu._is_vnni_supported()
+        config = "Int8DynamicActivationInt8WeightConfig" if on_vnni else "Int8WeightOnlyConfig"
+        int8 = Component({"_component_": f"torchao.quantization.{config}"}, f"{key}.draft_int8")
+        head = None if head is None else quantise(head, int8)
+        decoder = quantised_layers(decoder, layers, int8, head is None)
+    return decoder, head
+
+
+def quantised_layers(
+    model: LayerSkipDecoder, layers: range, quantizer: Component, with_head: bool = True
+) -> LayerSkipDecoder:
+    """The model's first layers and its head, with quantised copies of `layers` and, `with_head`, of the head."""
+    parts = model.copied_layers(layers)
+    if with_head:
+        parts.append(linear_head(model))
+    packed = quantise(nn.ModuleList(parts), quantizer)
+    decoder = model.with_modules(layers=nn.ModuleList([*model.layers[: layers.start], *packed[: len(layers)]]))
+    return decoder.with_modules(output=packed[len(layers)]) if with_head else decoder

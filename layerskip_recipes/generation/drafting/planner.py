@@ -1,0 +1,255 @@
+"""Where drafts are chosen: `DraftPlanner.plan` turns a section with `auto` keys into a `Speculation`."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerskip_recipes.checkpoint.checkpointers import described_folder
+from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft, read_description
+from layerskip_recipes.checkpoint.trained_exits import DESCRIPTION, TrainedExits, read_trained_exits, usual_exit
+from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.recipe_config import RecipeConfig
+from layerskip_recipes.config.schema import AUTO
+from layerskip_recipes.distributed.tensor_parallel import ranks_per_matrix
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.prediction import (
+    ASSUMED,
+    LEAST_GAIN,
+    Costs,
+    Option,
+    estimated_costs,
+    known_options,
+    ranked,
+    variants,
+)
+from layerskip_recipes.generation.drafting.section import SPLITS, SelfSpeculation
+from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
+from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
+from layerskip_recipes.model.exit_quality import MIN_CONFIDENCE
+from layerskip_recipes.processes import num_processes
+
+LOOKUP = 3  # tokens of prompt look-up
+
+
+@dataclass
+class DraftPlanner:
+    """Plans how a model drafts on its device, before or after its weights are loaded.
+
+    It ranks the exits, or the trained draft, by the acceptance that training noted in layerskip.json and by the costs
+    that prediction.py estimates. Each layerskip.json is read once.
+    """
+
+    model: LayerSkipDecoder  # may be on the meta device
+    folder: Path | None  # of the weights or adapters; it may lack layerskip.json
+    device: str
+    dtype: torch.dtype  # of the weights; int8 for a quantised model
+    checkpointer: Any = None  # the class that reads the weights
+    unusable_draft: str | None = None  # the reason why a draft beside the model cannot be used
+    split: bool = False  # over several processes
+    descriptions: dict[str, DraftDescription] = field(default_factory=dict)  # by folder
+
+    @classmethod
+    def of_config(cls, cfg: RecipeConfig, quantizer: Component | None) -> "DraftPlanner":
+        """The planner of a config's model."""
+        parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
+        return cls(
+            layerskip_decoder(cfg.meta_model),
+            described_folder(cfg.checkpointer),
+            cfg.device,
+            cfg.torch_dtype if quantizer is None else torch.int8,
+            cfg.checkpointer.target,
+            f"does not go with {SPLITS}" if parallel > 1 else None,
+            split=num_processes() > 1,
+        )
+
+    @cached_property
+    def exits(self) -> TrainedExits | None:
+        """What layerskip.json says of the model's exits."""
+        if self.folder is None:
+            return None
+        return read_trained_exits(self.folder, self.model.num_layers, self.model.tok_embeddings.num_embeddings)
+
+    def trained_draft(self, section: SelfSpeculation, key: str = KEY) -> tuple[DraftDescription | None, str | None]:
+        """The section's trained draft, or else the one beside the model, or why that cannot be used."""
+        folder, is_named, key = section.draft, section.draft != AUTO, f"{key}.draft"
+        if not is_named:
+            folder, key = own_draft(self.folder) if section.exit_layer == AUTO else None, "draft"
+        if folder is None:
+            return None, None
+        reason = None if is_named else self.unusable_draft
+        if reason is None:
+            if folder not in self.descriptions:
+                self.descriptions[folder] = read_description(folder, key)
+            if is_named or self.descriptions[folder].is_for(self.checkpointer):
+                return self.descriptions[folder], None
+            reason = "was trained for weights that another checkpointer reads"
+        return None, f"the draft in {folder} {reason}"
+
+    def costs(self, compiled: bool, batch_rows: int = 1) -> Costs:
+        """Estimated seconds of the parts of a round."""
+        return estimated_costs(self.model, self.dtype, not self._on_cpu, compiled, batch_rows)
+
+    def token_s(self, plan: Speculation | None, compiled: bool, batch_rows: int = 1) -> float:
+        """Estimated seconds per token with a plan."""
+        speedup = 1.0 if plan is None or plan.speedup is None else plan.speedup
+        return self.costs(compiled, batch_rows).plain_step_s / max(speedup, 1.0)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device.startswith("cpu")
+
+    def plan(
+        self,
+        section: SelfSpeculation | None,
+        temperature: float,
+        compiled: bool,
+        prompts: Sequence[Sequence[int]] = (),
+        batch_rows: int = 1,
+        key: str = KEY,
+        asked: bool = False,
+    ) -> tuple[Speculation | None, str | None]:
+        """How to draft in batches of `batch_rows` prompts (None: not at all), and a log line if anything was chosen.
+
+        In order: the user's keys stand; without any measurement, open keys have defaults; else the fastest of the
+        known options is taken, if it should pay or the user asked for drafts. `asked`: draft even if it should not
+        pay, as a section with an exit or a draft does. `key` is the section's name in messages.
+        """
+        if section is None:
+            return None, None
+        given = section.given
+        has_exit = given.get("exit_layer") is not None
+        draft, unusable = self.trained_draft(section, key)
+        if "exit_layer" in given and not has_exit:
+            return self._look_ups_alone(given), None
+        exits = None if given.get("draft") else self.exits
+        if draft is None and has_exit and not (exits and exits.measured):
+            return self._filled(Speculation(given["exit_layer"]), section, prompts, key), None
+        if draft is None:
+            options = known_options(exits, self.model.num_layers, given.get("exit_layer"))
+        else:
+            trained = Speculation(draft.exit_layer, draft_vocabulary=draft.vocabulary, draft=draft)
+            options = [(trained, (draft.measured and draft.measured.draft) or ASSUMED)]
+        if not options:
+            return self._without_layers(given, unusable or self._untrained(key))
+
+        # Rank the vocabularies, precisions, ends and lengths that the user left open.
+        is_whole = not self.split and self.dtype != torch.int8  # neither split nor quantised: has rows of the head
+        can_end = self._on_cpu and not self.split
+        if section.draft_vocabulary != AUTO:
+            options = self._with_vocabulary(options, section, prompts, key)
+        elif draft is None and not (is_whole and exits and exits.vocabulary):
+            options = [(plan, rates) for plan, rates in options if plan.draft_vocabulary is None]
+        min_confidences = [0.0, MIN_CONFIDENCE] if can_end and batch_rows == 1 else [0.0]
+        if section.min_confidence != AUTO and len(min_confidences) > 1:
+            min_confidences = [section.min_confidence]
+        precisions = [False, True] if can_end and compiled and (is_whole or draft is not None) else [False]
+        if section.draft_int8 != AUTO:
+            precisions = [section.draft_int8]
+        lengths = None if section.num_speculations == AUTO else [section.num_speculations]
+        costs = self.costs(compiled, batch_rows)
+        best = ranked(variants(options, temperature, min_confidences, precisions), costs, lengths)[0]
+        assert best.speedup is not None
+
+        # Draft if it should pay, or if the user asked for it.
+        described = self._described(best, costs, assumed=any(rates is ASSUMED for _, rates in options))
+        if best.speedup < LEAST_GAIN and not (asked or has_exit or given.get("draft")):
+            which = "no exit should pay" if draft is None else "the trained draft should not pay"
+            return self._without_layers(given, f"{which}. The best would be {described}")
+        # Rows of a batch rarely have a match at the same time. If the whole model drafts, look-ups never pay beside it.
+        if batch_rows == 1 and best.model_layers < self.model.num_layers:
+            best = replace(best, prompt_lookup=LOOKUP)
+        plan = self._filled(best, section, prompts, key)
+        also = "" if plan.prompt_lookup is None else f"; look-ups of the last {plan.prompt_lookup} tokens"
+        can_choose = SPECULATION_DEFAULTS.keys() - {"draft"} | ({"exit_layer"} if draft is None else set())
+        return plan, f"Drafts: {described}{also}" if can_choose - given.keys() else None
+
+    def _filled(
+        self, plan: Speculation, section: SelfSpeculation, prompts: Sequence[Sequence[int]], key: str
+    ) -> Speculation:
+        """The plan with all keys that the user gave."""
+        names = ("num_speculations", "prompt_lookup", "min_confidence", "draft_int8")
+        given = {name: section.given[name] for name in names if name in section.given}
+        if section.draft_vocabulary != AUTO:
+            given["draft_vocabulary"] = self._vocabulary(section, plan.draft, prompts, key)
+        return replace(plan, **given)
+
+    def _vocabulary(
+        self,
+        section: SelfSpeculation,
+        draft: DraftDescription | None,
+        prompts: Sequence[Sequence[int]],
+        key: str,
+    ) -> Sequence[int] | None:
+        """The ids of the user's draft vocabulary.
+
+        Of a number of tokens they are those of the draft, if it has as many, or the first frequent ones of the
+        checkpoint, or else of the prompts.
+        """
+        size = section.draft_vocabulary
+        if not isinstance(size, int):
+            return size
+        if draft is not None and draft.vocabulary and size == len(draft.vocabulary):
+            return draft.vocabulary
+        exits = None if section.given.get("draft") else self.exits
+        frequent = (exits and exits.vocabulary) or most_frequent(prompts)
+        if not frequent:
+            raise ConfigError(
+                f"{key}.draft_vocabulary: {size} tokens are counted in the prompts, and a conversation has none yet. "
+                f"Set {key}.draft_vocabulary=null"
+            )
+        return frequent[:size]
+
+    def _with_vocabulary(
+        self, options: Iterable[Option], section: SelfSpeculation, prompts: Sequence[Sequence[int]], key: str
+    ) -> list[Option]:
+        """Each exit with the user's vocabulary, and the acceptance measured for the next smaller vocabulary."""
+        by_exit: dict[int | None, Option] = {}
+        for plan, rates in sorted(options, key=lambda option: _size(option[0])):
+            ids = self._vocabulary(section, plan.draft, prompts, key)
+            wanted = replace(plan, draft_vocabulary=ids)
+            if _size(plan) <= _size(wanted) or plan.exit_layer not in by_exit:
+                by_exit[plan.exit_layer] = wanted, rates
+        return [*by_exit.values()]
+
+    def _without_layers(self, given: dict[str, Any], reason: str) -> tuple[Speculation | None, str]:
+        """Look-ups alone if the user asked for them, else no drafts; and the log line."""
+        if not given.get("prompt_lookup"):
+            return None, f"No drafts: {reason}"
+        plan = self._look_ups_alone(given)
+        return plan, f"Drafts: {plan} alone, because {reason}"
+
+    @staticmethod
+    def _look_ups_alone(given: dict[str, Any]) -> Speculation:
+        length = given.get("num_speculations", SPECULATION_DEFAULTS["num_speculations"])
+        return Speculation(None, length, prompt_lookup=given.get("prompt_lookup", LOOKUP))
+
+    def _untrained(self, key: str) -> str:
+        if self.exits is None:
+            reason = f"{self.folder or 'the model'} has no {DESCRIPTION}, so no exit is known to be trained"
+        else:
+            reason = f"{DESCRIPTION} in {self.folder} names no trained exit before the last one"
+        return f"{reason}. To draft anyway: {key}.exit_layer={usual_exit(self.model.num_layers)}"
+
+    @staticmethod
+    def _described(plan: Speculation, costs: Costs, assumed: bool) -> str:
+        assert plan.tokens_per_round is not None and plan.speedup is not None
+        return (
+            f"{plan}, {'up to ' if plan.ends_early else ''}{plan.num_speculations} drafted tokens per round; "
+            f"expected speed-up {plan.speedup:.2f}x ({plan.tokens_per_round:.1f} tokens per round, which costs "
+            f"{plan.tokens_per_round / plan.speedup:.2f} plain steps; acceptance "
+            f"{'assumed' if assumed else 'as in training'}, costs estimated)"
+        )
+
+
+def _size(plan: Speculation) -> float:
+    return float("inf") if plan.num_draft_tokens is None else plan.num_draft_tokens
+
+
+def most_frequent(prompts: Sequence[Sequence[int]]) -> list[int]:
+    return [token for token, _ in Counter(chain.from_iterable(prompts)).most_common()]

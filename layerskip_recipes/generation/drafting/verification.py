@@ -1,0 +1,155 @@
+"""Verification: one forward pass of the full model over all drafted tokens, and how many of them are accepted.
+
+After a chain it continues from the early hidden states that the draft has computed (paper, section 4.3); after other
+drafts it runs all layers. A round without a draft is a plain step.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from layerskip_recipes.generation.drafting.drafter import DraftedTokens, RoundStart
+from layerskip_recipes.generation.sampling import accept
+from layerskip_recipes.generation.steps import Step, StepContext, choose_token, next_logits
+
+MOST_BEHIND = 128  # the most tokens that the draft's own layers leave unread during plain rounds
+
+
+class Verifier:
+    """Verifies the drafts of a generation, and makes its plain steps.
+
+    `exit_layer`: the exit that drafts, or L. It also keeps what a trained draft needs of the text: an adapter's last
+    state, and the tokens that the draft's own layers have not read.
+    """
+
+    def __init__(self, context: StepContext, exit_layer: int) -> None:
+        self.context, self.exit_layer = context, exit_layer
+        # For an adapter: the normed x_L of the token before the last one, [b, 1, d].
+        self.last_state: torch.Tensor | None = None
+        # Inputs of plain rounds that a trained draft's own layers have not read: slots [b, 1], and tokens [b, 1] or an
+        # adapter's inputs [b, 1, 2 d].
+        self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def behind(self) -> int:
+        """How many of the last tokens the draft's own layers have not read."""
+        return len(self.unread)
+
+    def begin(self, final: torch.Tensor) -> None:
+        """After the prefill; final [b, d] is x_L of each row's last token in the cache."""
+        if self.context.has_adapter:
+            self.last_state = self.context.model.norm(final)[:, None]
+
+    def replace(self, row: int, final: torch.Tensor) -> None:
+        """A batch row continues another text, which is in the cache; final [d] is x_L of its last token."""
+        if self.last_state is not None:
+            self.last_state[row] = self.context.model.norm(final)
+        for at, _ in self.unread:
+            at[row] = -1  # skip the old text's tokens
+
+    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
+        """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
+        context = self.context
+        if draft.num_drafted == 0:
+            return self._plain_step(now)
+        self.catch_up(now)
+        inputs = (now.slots(context, draft.num_drafted), draft.tokens, draft.hidden, now.start, self.last_state)
+        logits, states = Step(context, draft_logits, self.exit_layer, samples=False)(*inputs)
+        tensors = (logits, draft.tokens, now.start, now.keys, now.seen, states)
+        result, state = Step(context, accept_tokens, layers=False)(None, *tensors)
+        # A copy: the next CUDA graph replay overwrites its outputs.
+        self.last_state = None if state is None else state.clone()
+        return result
+
+    def _plain_step(self, now: RoundStart) -> torch.Tensor:
+        """A round without a draft; the draft's own layers catch up later."""
+        context, slots = self.context, now.slots(self.context)
+        if self.last_state is None:
+            step = Step(context, next_logits, context.depth, samples=False)
+            logits, unread = step(slots, now.last, now.start), now.last[:, None]
+        else:
+            step = Step(context, next_logits_and_states, self.exit_layer, samples=False)
+            logits, x, state = step(slots, now.last, now.start)
+            unread = torch.cat([x, self.last_state], -1)
+            self.last_state = state.clone()
+        if context.own_layers:
+            self.unread.append((now.start[:, None].clone(), unread))
+        choose = Step(context, choose_token, layers=False)
+        run = choose.run if context.sampler.greedy else choose
+        following = run(None, logits, now.keys, now.start + 1, now.seen)
+        if len(self.unread) == MOST_BEHIND:
+            self.catch_up(now)
+        return F.pad(following[:, None], (1, 0))  # no accepted token
+
+    def catch_up(self, now: RoundStart) -> None:
+        """Run the draft's own layers over the tokens that they have not read."""
+        if not self.unread:
+            return
+        # A graph has one shape. Padding goes to the last token's slot, which is overwritten before it is read.
+        spare = MOST_BEHIND - len(self.unread) if self.context.graphs is not None else 0
+        unread = [*self.unread, *[(torch.full_like(self.unread[0][0], -1), self.unread[0][1])] * spare]
+        at, inputs = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
+        at = torch.where(at < 0, now.start[:, None], at)
+        Step(self.context, fill_draft_cache, samples=False)(now.slots(self.context), inputs, at)
+        self.unread = []
+
+
+# ---- the steps ----
+
+
+def fill_draft_cache(context: StepContext, slots, inputs, at):
+    """Run the draft's own layers over tokens [b, s] or an adapter's inputs [b, s, 2 d] in the slots `at` [b, s]."""
+    own = context.own_layers
+    tokens, hidden = (inputs, None) if inputs.dim() == 2 else (None, inputs)
+    part: Any = {"hidden": hidden, "start_layer": own.start, "exit_layer": own.stop}
+    return context.run(context.draft_decoder, tokens, at, slots, unembed=False, only_cache=True, **part)
+
+
+def next_logits_and_states(context: StepContext, exit_layer: int, slots, last, start):
+    """A step of the whole model: logits [b, v], and for an adapter x_E and the normed x_L, [b, 1, d]."""
+    model, at = context.model, start[:, None]
+    x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
+    final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False)
+    return context.unembed(final)[:, -1], x, model.norm(final)
+
+
+def draft_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, start, state):
+    """The full model over all drafted tokens, after a draft's own layers have read the tokens that are new to them.
+
+    tokens [b, n + 1], first the last token of the text; hidden [b, n, d], x_E of all but the last, or None to run all
+    layers; start [b]; state [b, 1, d] or None -> logits [b, n + 1, v], and for an adapter the normed x_L [b, n + 1, d].
+    """
+    model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
+    if not context.own_layers and (hidden is None or not context.shares_layers):
+        return context.run(model, tokens, at, slots), None
+    unread = slice(0 if hidden is None else tokens.shape[1] - 1, None)
+    # The model continues from the states of its own early layers. A copy only fills its cache here.
+    part: Any = {"exit_layer": exit_layer, "unembed": False, "only_cache": not context.shares_layers}
+    x = context.run(context.draft_decoder, tokens[:, unread], at[:, unread], slots, **part)
+    if not context.shares_layers:
+        return context.run(model, tokens, at, slots), None
+    x = x if hidden is None else torch.cat([hidden, x], 1)
+    if state is None:
+        return context.run(model, None, at, slots, hidden=x, start_layer=exit_layer), None
+    final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False)
+    states = model.norm(final)
+    # While drafting the adapter saw its own states. Now it reads the model's.
+    context.read_by_draft(x, torch.cat([state, states[:, :-1]], 1), at, slots, only_cache=True)
+    return context.unembed(final), states
+
+
+def accept_tokens(context: StepContext, slots, logits, tokens, start, keys, seen, states):
+    """The result of `Verifier.verify`, and the last accepted token's state.
+
+    logits [b, n + 1, v], tokens [b, n + 1], start [b]; keys [b, 2], seen [b, v], states [b, n + 1, d], each or None ->
+    [b, 2 + n] in one tensor, so that the host waits once, and [b, 1, d] or None.
+    """
+    seen = None if seen is None else context.seen_at(seen, tokens)
+    positions = start[:, None] + 1 + context.cache.slots[: tokens.shape[1]]
+    chosen = context.choose_tokens(context.scores(logits, seen), keys, positions)
+    num_accepted, following = accept(tokens[:, 1:], chosen)
+    result = torch.cat([num_accepted[:, None], following[:, None], tokens[:, 1:]], 1)
+    if states is None:
+        return result, None
+    return result, states.gather(1, num_accepted[:, None, None].expand(-1, 1, states.shape[-1]))

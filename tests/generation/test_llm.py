@@ -1,0 +1,195 @@
+"""LLM: a few lines of Python that load, generate and print, from every kind of folder."""
+
+import logging
+import shutil
+import threading
+from functools import partial
+
+import pytest
+import torch
+from helpers.compiled import has_compiler
+from helpers.configs import finetune_config, hf_sections
+from helpers.tiny import make_tiny
+from helpers.training import train
+from safetensors.torch import load_file, save_file
+
+from layerskip_recipes import LLM, generate, layerskip_decoder
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.kernels import when_to_compile
+
+
+def trained(folder, tokenizer, base, **changes):
+    """The output folder of a training of the model."""
+    train(finetune_config(folder, tokenizer, **hf_sections(base), **changes))
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, tmp_path_factory, tokenizer_folder):
+    """The folder of a run that trained the exits 2 and 4."""
+    return trained(tmp_path_factory.mktemp("run"), tokenizer_folder, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def draft(checkpoint, tmp_path_factory, tokenizer_folder):
+    """The folder of a run that trained a draft for the base."""
+    section = {"kind": "adapter", "exit_layer": 1, "vocabulary": 60}
+    changes = {"layer_dropout": None, "early_exit_loss": None, "draft": section}
+    return trained(tmp_path_factory.mktemp("draft"), tokenizer_folder, checkpoint, **changes)
+
+
+PROMPT = "def read(path):"
+
+
+def test_five_lines(run):
+    """The text is that of plain decoding, at every temperature, at once or as a stream."""
+    llm = LLM.load(str(run))
+    for temperature in (0.0, 0.9):
+        settings = {"temperature": temperature, "seed": 3}
+        plain = llm.generate(PROMPT, 24, draft=None, **settings)
+        assert plain.stats.drafted == 0 and plain.speedup is None and not llm.model.training
+        assert temperature or not llm.state.weights  # no draft is built that nobody wants
+        out = llm.generate(PROMPT, 24, num_speculations=4, **settings)
+        assert (out.text, out.tokens) == (plain.text, plain.tokens) and out.stats.drafted > 0 and out.speedup > 0
+        for _ in range(2):
+            pieces = list(llm.stream(PROMPT, 24, num_speculations=4, **settings))
+            assert "".join(pieces) == plain.text and len(pieces) > 2
+
+
+def test_a_list_of_prompts_gives_a_list_of_outputs(run):
+    """Each has the text that it would have alone, whatever the number of rows."""
+    llm, prompts = LLM.load(str(run)), [PROMPT, "import os", "class Reader:"]
+    alone = [llm.generate(prompt, 16).text for prompt in prompts]
+    for batch_size in (1, 2, 8):
+        assert [out.text for out in llm.generate(prompts, 16, batch_size=batch_size)] == alone
+    assert [out.text for out in llm.generate([PROMPT], 16)] == alone[:1]
+
+
+def test_an_answer_ends_before_a_stop_text(run):
+    llm = LLM.load(str(run))
+    text = llm.generate(PROMPT, 24).text
+    stop = text[len(text) // 2 :][:3]
+    assert llm.generate(PROMPT, 24, stop=stop).text == text[: text.index(stop)]
+    assert "".join(llm.stream(PROMPT, 24, stop=[stop])) == text[: text.index(stop)]
+
+
+def test_another_thread_waits_for_a_stream(run):
+    llm = LLM.load(str(run))
+    text, answers = llm.generate(PROMPT, 16).text, []
+    pieces = llm.stream(PROMPT, 16)
+    first = next(pieces)
+    thread = threading.Thread(target=lambda: answers.append(llm.generate(PROMPT, 16).text))
+    thread.start()
+    assert not answers
+    rest = "".join(pieces)
+    thread.join(60)
+    assert answers == [text] == [first + rest]
+
+
+def test_two_objects_of_one_folder_share_nothing(run):
+    one, other = LLM.load(str(run)), LLM.load(str(run))
+    text = one.generate(PROMPT, 16, num_speculations=4).text
+    with torch.no_grad():
+        for parameter in one.model.parameters():
+            parameter.mul_(0.5)
+    assert other.generate(PROMPT, 16, num_speculations=4).text == text
+    assert not {id(weights) for weights in one.state.weights.values()} & {
+        id(weights) for weights in other.state.weights.values()
+    }
+
+
+def test_which_exit_drafts(run, checkpoint):
+    """The one that the recipe chooses; an exit that is given counts first."""
+    llm = LLM.load(str(run / "epoch_0"))
+    first = llm.generate(PROMPT, 24, num_speculations=4, exit_layer=1)
+    assert first.text == llm.generate(PROMPT, 24, draft=None).text
+    assert LLM.load(str(checkpoint)).generate(PROMPT, 24).stats.drafted == 0
+    with pytest.raises(ConfigError, match=r"exit_layer: None .*Allowed: "):
+        generate(layerskip_decoder(make_tiny()), [1, 2], 4, num_speculations=4)
+    for wrong, message in (
+        ({"num_speculations": 0}, "num_speculations: 0"),
+        ({"exit": 3}, "exit"),
+        ({"exit_layer": 99}, "exit_layer: 99"),
+        ({"num_speculations": 3, "draft": None}, "num_speculations: is for drafts"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            llm.generate(PROMPT, 24, **wrong)
+
+
+def test_compiling_is_announced_and_decided_once(run, monkeypatch, caplog):
+    """Where ten calls gain more than it takes; the first one says so."""
+    llm = LLM.load(str(run))
+    monkeypatch.setattr(when_to_compile, "COMPILE_S", {"cpu": 0.0})
+    monkeypatch.setattr(when_to_compile, "LOAD_S", 0.0)
+    compiled, planned = [], []
+    plan = llm.planner.plan
+    monkeypatch.setattr(llm.planner, "plan", lambda *args, **kwargs: planned.append(1) or plan(*args, **kwargs))
+    monkeypatch.setattr(
+        "layerskip_recipes.generation.llm.Generation",
+        lambda *args, compile, **kwargs: compiled.append(compile) or stop(),
+    )
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                llm.generate(PROMPT, 24)
+    assert compiled == [True, True] and caplog.text.count("Compiled: ") == 1
+    assert len(planned) == 2  # compiled and not
+
+
+@has_compiler
+@pytest.mark.slow
+def test_a_later_prompt_reuses_what_it_shares_with_the_one_before(run):
+    llm, prompts = LLM.load(str(run)), ("def read(path):", "def reader(path):")
+    for draft in ("auto", None):
+        plain = [llm.generate(prompt, 12, draft=None, compile=False).text for prompt in prompts]
+        outs = [llm.generate(prompt, 12, draft=draft, compile=True) for prompt in prompts]
+        assert [out.text for out in outs] == plain
+        assert 0 < outs[1].stats.reused_tokens < len(llm.tokenizer.prompt(prompts[1]))
+    # Torch without compiled steps has a cache of its own.
+    llm.generate(prompts[0], 12, draft=None, compile=False)
+    again = partial(llm.generate, prompts[0], 12, draft=None, compile=True)
+    assert again().stats.reused_tokens > 0
+    # What torch has read is not reused, since it rounds differently; nor are numbers of another dtype.
+    hook = llm.model.layers[0].register_forward_hook(lambda *_: None)  # C++ does not run a layer with a hook
+    assert again().stats.reused_tokens == 0
+    hook.remove()
+    assert again().stats.reused_tokens == 0
+    assert again().stats.reused_tokens > 0
+    llm.model.to(torch.bfloat16)
+    assert again().stats.reused_tokens == 0
+
+
+def stop():
+    raise StopIteration
+
+
+def test_a_trained_draft(checkpoint, draft):
+    """Beside its model, or by its own folder, which names the model. A named one drafts even if it is slow."""
+    plain = LLM.load(str(checkpoint)).generate(PROMPT, 24).text
+    for paths, settings in (({"path": checkpoint, "draft": draft}, {}), ({"path": draft}, {"num_speculations": 3})):
+        llm = LLM.load(**{name: str(path) for name, path in paths.items()})
+        out = llm.generate(PROMPT, 24, **settings)
+        assert out.text == plain and out.stats.drafted > 0
+        assert not any("join" in name for name in llm.model.state_dict())
+        llm.generate(PROMPT, 24, num_speculations=2)  # with the same weights
+        ((decoder, head),) = llm.state.weights.values()
+        assert decoder.own_layers.start == 1 and len(head.vocabulary) <= 60
+
+
+def test_device_and_dtype(checkpoint):
+    model = LLM.load(str(checkpoint), device="cpu", dtype="bf16").model
+    assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
+    whole = LLM.load(str(checkpoint), device="cpu").model
+    assert whole.tok_embeddings.weight.dtype == torch.float32
+    for arguments, message in (({"dtype": "fp16"}, "dtype: 'fp16'"), ({"device": "gpu"}, "device: 'gpu'")):
+        with pytest.raises(ConfigError, match=message):
+            LLM.load(str(checkpoint), **arguments)
+
+
+def test_changed_files_do_not_change_a_loaded_model(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    model = LLM.load(str(folder), device="cpu").model
+    before = model.norm.scale.clone()
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "model.safetensors")
+    assert torch.equal(model.norm.scale, before)
