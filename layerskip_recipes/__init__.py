@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerskip_recipes.checkpoint.hf_checkpointer import hf_checkpointer
     from layerskip_recipes.data.tokenizer import hf_tokenizer
+    from layerskip_recipes.families.hf_decoder import hf_decoder
     from layerskip_recipes.generation.api import generate
     from layerskip_recipes.generation.drafting.speculation import Speculation
     from layerskip_recipes.generation.engine import Generation
     from layerskip_recipes.generation.llm import LLM
     from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-    from layerskip_recipes.model.hf_decoder import hf_decoder
     from layerskip_recipes.model.layer_dropout import dropout_rates, schedule_scale
     from layerskip_recipes.training.early_exit import EarlyExitLoss, enabled_exits, exit_weights
 
@@ -36,12 +36,12 @@ __all__ = [
 _MODULES = {
     "checkpoint.hf_checkpointer": ("hf_checkpointer",),
     "data.tokenizer": ("hf_tokenizer",),
+    "families.hf_decoder": ("hf_decoder",),
     "generation.api": ("generate",),
     "generation.drafting.speculation": ("Speculation",),
     "generation.engine": ("Generation",),
     "generation.llm": ("LLM",),
     "model.decoder": ("LayerSkipDecoder", "layerskip_decoder"),
-    "model.hf_decoder": ("hf_decoder",),
     "model.layer_dropout": ("dropout_rates", "schedule_scale"),
     "training.early_exit": ("EarlyExitLoss", "enabled_exits", "exit_weights"),
 }

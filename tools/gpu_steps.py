@@ -31,13 +31,13 @@ from omegaconf import DictConfig, OmegaConf
 from layerskip_recipes.benchmark.measuring import Run
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.report import figures, speedup_by_acceptance, spread
-from layerskip_recipes.checkpoint.hf_names import to_files
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.families.hf_names import to_files
+from layerskip_recipes.families.reading import read_hf_config
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.generation.stats import memory_bandwidth
-from layerskip_recipes.model.hf_config import read_hf_config
 from layerskip_recipes.quickstart import heldout_prompts, stdlib_tokenizer
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 

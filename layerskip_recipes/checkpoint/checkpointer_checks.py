@@ -24,10 +24,10 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import PositiveInt, check
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.hf_decoder import is_hf_decoder
+from layerskip_recipes.folders.model_folder import base_folder
+from layerskip_recipes.folders.run_folder import WRITTEN
 from layerskip_recipes.model.adapters import ADAPTER_FILE, adapter_file, adapter_names
-from layerskip_recipes.model.hf_decoder import is_hf_decoder
-from layerskip_recipes.model.hf_folder import base_folder
-from layerskip_recipes.model.run_folder import WRITTEN
 
 log = utils.get_logger("INFO")
 ShardSize = Annotated[str, Field(pattern=r"^\d+ ?[KMGT]B$", examples=["5GB"])] | PositiveInt | None

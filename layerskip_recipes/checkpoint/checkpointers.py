@@ -15,8 +15,8 @@ from layerskip_recipes.checkpoint.torchtune_fixes import corrected
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.folders.model_folder import model_folder, named_folder
 from layerskip_recipes.model.adapters import adapter_file
-from layerskip_recipes.model.hf_folder import model_folder, named_folder
 
 CHECKPOINTERS = (
     HFCheckpointer,

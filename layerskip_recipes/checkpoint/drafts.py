@@ -24,9 +24,9 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.folders.run_folder import DRAFT_FILE
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft, Kind, weights_hash
-from layerskip_recipes.model.run_folder import DRAFT_FILE
 
 log = get_logger("INFO")
 DRAFT = "draft"  # in a model's folder, the folder of a draft that was trained beside it

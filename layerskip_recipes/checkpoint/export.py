@@ -26,19 +26,19 @@ from layerskip_recipes.acceptance.tokens_per_round import MIN_CONFIDENCE
 from layerskip_recipes.acceptance.trained_exits import DESCRIPTION, read_trained_exits
 from layerskip_recipes.checkpoint.drafts import DRAFT, DRAFT_FILE, DraftDescription, own_draft, read_description
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEXES, HFCheckpointer, readable, weight_files
-from layerskip_recipes.checkpoint.hf_names import from_files
 from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.paths import check_folder, read_json
 from layerskip_recipes.config.schema import check
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError, first_line
+from layerskip_recipes.families.hf_decoder import build_decoder
+from layerskip_recipes.families.hf_names import from_files
+from layerskip_recipes.families.reading import parse_hf_config
+from layerskip_recipes.folders.model_folder import holds_adapters, model_folder, named_folder, without_code
+from layerskip_recipes.folders.run_folder import flush
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
-from layerskip_recipes.model.hf_config import parse_hf_config
-from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import holds_adapters, model_folder, named_folder, without_code
-from layerskip_recipes.model.run_folder import flush
 
 log = utils.get_logger("INFO")
 

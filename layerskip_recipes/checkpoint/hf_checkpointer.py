@@ -19,15 +19,16 @@ from safetensors.torch import load_file, save_file
 from torchtune import training
 
 from layerskip_recipes.acceptance.trained_exits import DESCRIPTION
-from layerskip_recipes.checkpoint.hf_names import JOINED, from_files, hf_name, place_in_files, to_files
 from layerskip_recipes.checkpoint.peft_adapters import PeftAdapters
 from layerskip_recipes.checkpoint.side_files import SideFiles
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.hf_config import HFConfig
+from layerskip_recipes.families.hf_decoder import build_decoder
+from layerskip_recipes.families.hf_names import from_files, hf_name, place_in_files, to_files
+from layerskip_recipes.families.reading import parse_hf_config
+from layerskip_recipes.folders.model_folder import base_folder, model_folder, without_code
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
-from layerskip_recipes.model.hf_config import HFConfig, parse_hf_config
-from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import base_folder, model_folder, without_code
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -84,14 +85,15 @@ class HFCheckpointer:
             tensors |= load_file(file)
         with torch.device("meta"):
             parameters = build_decoder(self.config, max_seq_len=1).state_dict()
-        unused = (*NOT_WEIGHTS, "lm_head.weight") if self.config.tie_word_embeddings else NOT_WEIGHTS
+        head = self.config.OUTER_NAMES["output.weight"]
+        unused = (*NOT_WEIGHTS, head) if self.config.tie_word_embeddings else NOT_WEIGHTS
         tensors = {name: value for name, value in tensors.items() if not name.endswith(unused)}
         where = f"checkpointer.path: the weights in {str(self._base_dir)!r} do not fit its config.json, it"
         check_tensors(to_files(parameters, self.config), tensors, where)
         # Adapters of a part of a joined matrix need it when they are saved.
         if self._merged is not None:
             tensors = self._merged.merge(tensors)
-        self._joined = {name: value for name, value in tensors.items() if name.split(".")[-2] in JOINED}
+        self._joined = {name: value for name, value in tensors.items() if name.split(".")[-2] in self.config.JOINED}
         return {training.MODEL_KEY: from_files(tensors, parameters, self.config)}
 
     def save_checkpoint(self, contents: Mapping[str, Any], epoch: int = 0, adapter_only: bool = False) -> None:

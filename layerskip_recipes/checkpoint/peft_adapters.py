@@ -11,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torchtune.utils import get_logger
 
-from layerskip_recipes.checkpoint.hf_names import to_files
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError, first_line
+from layerskip_recipes.families.hf_config import HFConfig
+from layerskip_recipes.families.hf_decoder import build_decoder
+from layerskip_recipes.families.hf_names import to_files
+from layerskip_recipes.folders.model_folder import ADAPTERS
 from layerskip_recipes.model.adapters import check_tensors
-from layerskip_recipes.model.hf_config import HFConfig
-from layerskip_recipes.model.hf_decoder import build_decoder
-from layerskip_recipes.model.hf_folder import ADAPTERS
 
 log = get_logger("INFO")
 FILE = "adapter_model.safetensors"

@@ -20,7 +20,7 @@ from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
 from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Rendered, default_template, reasons
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.hf_folder import base_folder, model_folder
+from layerskip_recipes.folders.model_folder import base_folder, model_folder
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Inside a special token of a user's text, where it keeps the token from being one. A private character, as `MARK`.

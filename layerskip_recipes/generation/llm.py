@@ -23,6 +23,8 @@ from layerskip_recipes.config.schema import AUTO, DeviceName, Text, checked_argu
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.hf_decoder import hf_decoder
+from layerskip_recipes.folders.model_folder import named_folder
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig
 from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
@@ -37,8 +39,6 @@ from layerskip_recipes.generation.text.prompts import to_tokens
 from layerskip_recipes.generation.text.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.hf_decoder import hf_decoder
-from layerskip_recipes.model.hf_folder import named_folder
 from layerskip_recipes.model.limits import most_positions
 from layerskip_recipes.processes import num_processes
 

@@ -1,1 +1,1 @@
-"""The decoder and its parts: dropout, head, KV cache, adapters, Hugging Face folders. Imports config and below."""
+"""The decoder and its parts: dropout, head, KV cache, adapters, trained drafts. Imports config and below."""

@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune import config
-from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from layerskip_recipes.config.layer_strings import default_exit
@@ -114,7 +113,7 @@ class LayerSkipDecoder(TransformerDecoder):
         h = self.tok_embeddings(tokens) if hidden is None else hidden
 
         # Each layer runs on the samples that it keeps.
-        if mask is None and not self.decoding and isinstance(self.layers[0].attn, Gemma2Attention):
+        if mask is None and not self.decoding and not is_plain_attention(self.layers[0]):
             # Build the mask once; Gemma 2 would rebuild it in every layer, on the CPU.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
         layer_inputs = {"mask": mask, "input_pos": input_pos}

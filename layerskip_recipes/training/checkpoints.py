@@ -42,14 +42,14 @@ from layerskip_recipes.checkpoint.weights import read_weights
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.paths import existing
 from layerskip_recipes.errors import ConfigError, first_line
-from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form, move_peft_files
-from layerskip_recipes.model.run_folder import (
+from layerskip_recipes.folders.run_folder import (
     RECIPE_STATE,
     complete_checkpoints,
     mark_complete,
     sync,
     written_at,
 )
+from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, adapter_names, correct_peft_form, move_peft_files
 from layerskip_recipes.processes import (
     file_group,
     from_every_rank,

@@ -10,8 +10,8 @@ from layerskip_recipes.checkpoint.checkpointers import starts_from_scratch
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import mistakes_of
+from layerskip_recipes.families.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.adapters import adapter_mistakes, adapter_names
-from layerskip_recipes.model.hf_decoder import is_hf_decoder
 from layerskip_recipes.model.nf4 import check_nf4, packs_weights
 from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.draft_loss import DraftSection

@@ -10,11 +10,11 @@ from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.hf_decoder import is_hf_decoder
+from layerskip_recipes.families.reading import read_hf_config
+from layerskip_recipes.folders.model_folder import base_folder, model_folder
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import weights_hash
-from layerskip_recipes.model.hf_config import read_hf_config
-from layerskip_recipes.model.hf_decoder import is_hf_decoder
-from layerskip_recipes.model.hf_folder import base_folder, model_folder
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
@@ -114,7 +114,10 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises a ConfigError that names the changed settings."""
-    changed = [*_differences({key: before.get(key) for key in now}, now)]
+    noted = {key: before.get(key) for key in now}
+    if noted.get("config.json"):  # earlier versions noted the keys of all families
+        noted["config.json"] = {key: noted["config.json"].get(key) for key in now["config.json"]}
+    changed = [*_differences(noted, now)]
     for key, noted, value in changed:
         if key == STEPS:
             log.warning(

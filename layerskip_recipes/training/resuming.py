@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torchtune.utils import get_logger
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.run_folder import RECIPE_STATE, complete_checkpoints, newest_intact
+from layerskip_recipes.folders.run_folder import RECIPE_STATE, complete_checkpoints, newest_intact
 from layerskip_recipes.processes import from_every_rank, from_rank_zero, is_rank_zero
 from layerskip_recipes.training.checkpoints import restore_set_aside
 

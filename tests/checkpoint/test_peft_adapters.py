@@ -15,7 +15,7 @@ from layerskip_recipes.checkpoint.export import export
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.hf_decoder import hf_decoder
+from layerskip_recipes.families.hf_decoder import hf_decoder
 
 peft = pytest.importorskip("peft")
 
@@ -82,7 +82,7 @@ def test_a_base_on_the_hub_is_read_in_the_adapters_revision(tmp_path, monkeypatc
     change(revision="v2")(tmp_path / "adapters")
     (tmp_path / "base").rename(tmp_path / "v2")
     monkeypatch.setattr(
-        "layerskip_recipes.model.hf_folder.snapshot_download",
+        "layerskip_recipes.folders.model_folder.snapshot_download",
         lambda name, allow_patterns, revision=None: str(tmp_path / str(revision)),
     )
     torch.testing.assert_close(logits(tmp_path / "adapters"), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)

@@ -96,7 +96,7 @@ def test_validate_downloads_no_weights(layerskip, tmp_path, monkeypatch):
         asked.extend(allow_patterns)
         return str(repository)
 
-    monkeypatch.setattr("layerskip_recipes.model.hf_folder.snapshot_download", download)
+    monkeypatch.setattr("layerskip_recipes.folders.model_folder.snapshot_download", download)
     name = f"someone/{tmp_path.name}"  # downloads are kept by name
     given = [f"model_dir={name}", "data_dir=my_data", "device=cpu"]
     for config in ("hf/full", "qa/finetune", "qa/draft", "hf/generate", "hf/eval", "qa/benchmark"):

@@ -33,6 +33,8 @@ from torchtune.models.phi3._component_builders import phi3
 from torchtune.models.qwen2._component_builders import qwen2
 
 from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.families.hf_decoder import build_decoder
+from layerskip_recipes.families.reading import parse_hf_config
 from layerskip_recipes.generation import prefill
 from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead
@@ -47,8 +49,6 @@ from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.hf_config import parse_hf_config
-from layerskip_recipes.model.hf_decoder import build_decoder
 from layerskip_recipes.model.kv_cache import DecodingCache
 
 pytestmark = [pytest.mark.slow, has_compiler]  # slow: the C++ is compiled first

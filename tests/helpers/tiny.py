@@ -16,8 +16,8 @@ from torchtune.models.mistral._component_builders import mistral
 from torchtune.models.phi3._component_builders import phi3
 from torchtune.models.qwen2._component_builders import qwen2
 
-from layerskip_recipes.model.hf_config import parse_hf_config
-from layerskip_recipes.model.hf_decoder import build_decoder
+from layerskip_recipes.families.hf_decoder import build_decoder
+from layerskip_recipes.families.reading import parse_hf_config
 
 VOCAB = 97
 SIZE = {

@@ -8,8 +8,8 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from torchtune.models.qwen2_5 import qwen2_5_0_5b
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.hf_config import parse_hf_config
-from layerskip_recipes.model.hf_decoder import Lora, build_decoder
+from layerskip_recipes.families.hf_decoder import Lora, build_decoder
+from layerskip_recipes.families.reading import parse_hf_config
 from layerskip_recipes.model.nf4 import check_nf4, scales_per_block
 
 # Rows and columns of the layers' matrices.

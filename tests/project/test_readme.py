@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from layerskip_recipes.benchmark.tuner import FIRST_LINE
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import our_configs
-from layerskip_recipes.model.run_folder import mark_complete
+from layerskip_recipes.folders.run_folder import mark_complete
 
 # These set up an environment, download from the hub, or run these tests.
 ELSEWHERE = (

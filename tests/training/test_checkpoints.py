@@ -18,7 +18,7 @@ from torchtune.utils import get_logger
 
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.hf_folder import model_folder
+from layerskip_recipes.folders.model_folder import model_folder
 from layerskip_recipes.training import checkpoints as run_checkpoints
 from layerskip_recipes.training import resuming
 from layerskip_recipes.training.checkpoints import Checkpoints

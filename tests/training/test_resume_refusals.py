@@ -141,6 +141,15 @@ def test_an_exit_may_be_given_as_the_log_prints_it():
         check_resumable({"early_exit_loss": {"exits": "3"}}, {"early_exit_loss": {"exits": 4}})
 
 
+def test_a_run_resumes_whose_checkpoint_notes_keys_of_other_families():
+    """Earlier versions noted the keys of all families."""
+    noted = {"architecture": "LlamaForCausalLM", "vocab_size": 97, "no_rope_layer_interval": 4}
+    now = {"architecture": "LlamaForCausalLM", "vocab_size": 97}
+    check_resumable({"config.json": noted}, {"config.json": now})
+    with pytest.raises(ValueError, match=r"config\.json\.vocab_size was 97 and is 98 now"):
+        check_resumable({"config.json": noted}, {"config.json": now | {"vocab_size": 98}})
+
+
 def test_a_new_run_throws_away_no_earlier_runs_checkpoints(stopped):
     message = r"^keep_last_n_checkpoints: 1 would throw away .* epoch_0\. Allowed: another "
     with pytest.raises(ValueError, match=message):

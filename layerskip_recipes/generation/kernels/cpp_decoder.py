@@ -37,13 +37,14 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
+from layerskip_recipes.families.attention import NormFirstAttention
+from layerskip_recipes.families.rope import RotaryPositions
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.kernels.huge_pages import use_huge_pages
 from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import JoiningLayer
 from layerskip_recipes.model.head import head_of
-from layerskip_recipes.model.hf_decoder import NormFirstAttention, RotaryPositions
 from layerskip_recipes.model.kv_cache import DecodingCache
 
 SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]
@@ -199,11 +200,11 @@ class Parts:
         self.norm("k_norm", attn.k_norm)
         self.positions(attn.pos_embeddings)
         _require(attn.head_dim % VECTOR == 0, f"head_dim: {attn.head_dim} is no multiple of {VECTOR}")
-        is_gemma2 = type(attn) is Gemma2Attention
         self.number("heads", attn.num_heads)
-        self.number("scale", attn.scaling if is_gemma2 else attn.head_dim**-0.5)
-        self.number("cap", (is_gemma2 and attn.softcapping) or 0)
-        self.number("norm_first", type(attn) is NormFirstAttention)
+        # A class that differs from `MultiHeadAttention` in one of these has the attribute.
+        self.number("scale", getattr(attn, "scaling", attn.head_dim**-0.5))
+        self.number("cap", getattr(attn, "softcapping", None) or 0)
+        self.number("norm_first", getattr(attn, "norm_first", False))
 
     def feed_forward(self, mlp: Any) -> None:
         """A gated MLP."""

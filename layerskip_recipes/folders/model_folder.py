@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError, first_line
-from layerskip_recipes.model.run_folder import DRAFT_FILE, newest_intact
+from layerskip_recipes.folders.run_folder import DRAFT_FILE, newest_intact
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 SMALL = ("*.json", "*.jinja", "*.model")  # all that a config and a tokenizer need

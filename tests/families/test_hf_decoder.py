@@ -18,10 +18,11 @@ from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
 
 from layerskip_recipes import generate, hf_checkpointer, hf_decoder, layerskip_decoder
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX
-from layerskip_recipes.checkpoint.hf_names import place_in_files
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.hf_names import place_in_files
+from layerskip_recipes.families.reading import read_hf_config
+from layerskip_recipes.families.rope import Rope
 from layerskip_recipes.model.adapters import BIASES, adapter_config, fresh_adapters, merge_adapters, scaled_biases
-from layerskip_recipes.model.hf_config import Rope, read_hf_config
 
 TOKENS = 3 + torch.arange(48).view(2, 24) * 31 % (VOCAB - 3)  # without the padding token, which transformers masks
 

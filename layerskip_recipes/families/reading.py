@@ -1,0 +1,50 @@
+"""Reads the config.json of a Hugging Face folder as the `HFConfig` of its family.
+
+It refuses values that would change the model's output and that `hf_decoder` does not support.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerskip_recipes.config.paths import read_json
+from layerskip_recipes.config.schema import nearest
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.gemma import Gemma
+from layerskip_recipes.families.gemma2 import Gemma2
+from layerskip_recipes.families.hf_config import HFConfig
+from layerskip_recipes.families.llama import Llama
+from layerskip_recipes.families.mistral import Mistral
+from layerskip_recipes.families.phi3 import Phi3
+from layerskip_recipes.families.qwen2 import Qwen2
+from layerskip_recipes.families.qwen3 import Qwen3
+from layerskip_recipes.families.smollm3 import SmolLM3
+
+FAMILIES: dict[str, type[HFConfig]] = {
+    "LlamaForCausalLM": Llama,
+    "MistralForCausalLM": Mistral,
+    "Qwen2ForCausalLM": Qwen2,
+    "Qwen3ForCausalLM": Qwen3,
+    "SmolLM3ForCausalLM": SmolLM3,
+    "Phi3ForCausalLM": Phi3,
+    "GemmaForCausalLM": Gemma,
+    "Gemma2ForCausalLM": Gemma2,
+}
+
+
+def read_hf_config(folder: Path, key: str = "path") -> HFConfig:
+    """The config of a Hugging Face folder; `key` is the folder's config key in messages."""
+    return parse_hf_config(read_json(folder / "config.json", key), str(folder / "config.json"))
+
+
+def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
+    """The config from the content of a config.json; `name` is the file's in messages."""
+    architecture = next(iter(raw.get("architectures") or ["missing"]))
+    if architecture not in FAMILIES:
+        supported = nearest(architecture, FAMILIES)
+        raise ConfigError(f"{name}: the architecture {architecture} is not supported. {supported}")
+    family = FAMILIES[architecture]
+    config = family.parse(family.values(raw) | {"architecture": architecture}, name)
+    if mistakes := [f"{name}.{mistake}" for mistake in config.mistakes(raw)]:
+        raise ConfigError(*mistakes)
+    return config
