@@ -65,7 +65,9 @@ def weights_key(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor, or the plain tensors in a quantised or sharded one."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if isinstance(part, torch.Tensor):  # and not the mesh of a sharded one
+                yield from _plain(part)
     else:
         yield tensor

@@ -103,7 +103,9 @@ class DecodingCache:
         modules = [model, *(draft.layers[i] for i in draft.own_layers)]
         weights = weights_key(tensor for module in modules for tensor in chain(module.parameters(), module.buffers()))
         same = weights == self.weights and not user_code
-        if not (all(from_every_rank(same)) if shared else same):
+        if shared and self.weights:  # a new cache has nothing to agree on
+            same = all(from_every_rank(same))
+        if not same:
             self.keep_first(0)
         self.weights = () if user_code else weights
 

@@ -26,7 +26,7 @@ def gpu_steps(no_cuda, monkeypatch):
     """The compiled steps of a model as on a GPU; dynamo makes their graphs, which run on the CPU."""
     steps, compile = CompiledSteps(torch.device("cuda")), torch.compile
     monkeypatch.setattr(ModelState, "compiled_steps", lambda *_: steps)
-    monkeypatch.setattr(StepContext, "_load_cpp", lambda _: None)
+    monkeypatch.setattr(StepContext, "_load_cpp", lambda *_: None)
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: compile(function, fullgraph=True, backend="eager", dynamic=False)
     )
