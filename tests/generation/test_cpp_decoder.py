@@ -35,7 +35,8 @@ from torchtune.models.qwen2._component_builders import qwen2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.families.hf_decoder import build_decoder
 from layerskip_recipes.families.reading import parse_hf_config
-from layerskip_recipes.generation import prefill
+from layerskip_recipes.generation import backends
+from layerskip_recipes.generation.backends import CppBackend, GraphBackend
 from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.engine import Generation
@@ -102,11 +103,12 @@ def in_cpp(model, texts, s):
     with context.cache.used_by(model):
         tokens, length = torch.tensor(texts), len(texts[0]) - s
         read = max(length, 1)  # caches are allocated by torch
-        context.run(model, tokens[:, :read], torch.arange(read)[None], context.cache.slots[:read])
-        in_cpp = StepContext(model, context.cache, Sampler(), CompiledSteps(CPU))
-        assert in_cpp.cpp is not None
+        layers, slots = range(model.num_layers), context.cache.slots
+        context.backend.run(model, tokens[:, :read], torch.arange(read)[None], slots[:read], layers)
+        backend = StepContext(model, context.cache, Sampler(), CompiledSteps(CPU)).backend
+        assert isinstance(backend, CppBackend)
         at = (length + torch.arange(s)).expand(len(texts), -1)
-        return in_cpp.run(model, tokens[:, length:], at, context.cache.slots[: length + s])
+        return backend.run(model, tokens[:, length:], at, slots[: length + s], layers, unembed=True)
 
 
 def texts_of(rows, length):
@@ -140,7 +142,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
     model, texts = make(family, precision), [texts_of(1, length)[0] for length in (30, 19)]
     draft_decoder = None if draft is None else Draft(model, draft, 1).requires_grad_(False).eval().decoder(model)
     parts, near = ({}, 1e-5) if precision == "fp32" else ({"reused": 3}, 3e-2)
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 30 if precision == "fp32" else 7)
+    monkeypatch.setattr(backends, "CPP_CHUNK", 30 if precision == "fp32" else 7)
     read = []
     for compiled in (None, CompiledSteps(CPU)):
         cache = DecodingCache(model, 2, 64, 0 if draft_decoder is None else len(draft_decoder.own_layers))
@@ -164,7 +166,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
 @pytest.mark.parametrize("variant", [None, "chain"])
 def test_rows_are_read_in_bf16_as_they_are_alone(variant, monkeypatch):
     """Texts of one chunk and of several, all at a time and in two rows one after the other."""
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
+    monkeypatch.setattr(backends, "CPP_CHUNK", 8)
     model, texts = talking("bf16"), texts_of(6, 40)
     drafts = drafting(variant, model)
     prompts = [text[:length] for text, length in zip(texts, (5, 30, 8, 9, 40, 3), strict=True)]
@@ -184,7 +186,7 @@ def test_rows_are_read_in_bf16_as_they_are_alone(variant, monkeypatch):
 
 def test_a_long_prompt_can_be_left_between_two_chunks(monkeypatch):
     """The server stops there if its client has left; the next generation is as ever."""
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
+    monkeypatch.setattr(backends, "CPP_CHUNK", 8)
     model, prompts = talking("fp32"), texts_of(1, 40)
     expected = run(model, prompts, 5).generated
     left = Generation(model, prompts, 5, compile=True)
@@ -338,7 +340,7 @@ def test_every_way_of_drafting_gives_the_models_tokens(precision, variant, tempe
     stats = GenerationStats()
     for rows, rule in ((None, None), (2, AlwaysLookUp()), (1, AlwaysLookUp())):
         generation = run(model, PROMPTS, 24, rows=rows, sampler=sampler, rule=rule, **drafting(variant, model))
-        assert generation.generated == expected and generation.context.cpp is not None
+        assert generation.generated == expected and isinstance(generation.context.backend, CppBackend)
         stats += generation.stats
     assert bool(stats.rounds_by_kind["lookup"]) == ("prompt_lookup" in VARIANTS[variant])
     assert stats.accepted > 0 and compiled_steps(model).graphs == {}
@@ -366,12 +368,11 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
     cache = DecodingCache(model, 2, 160)
     with torch.no_grad(), cache.used_by(model):
         before = StepContext(model, cache, Sampler())
-        before.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8])
+        before.backend.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8], range(model.num_layers))
         context = StepContext(model, cache, Sampler(), CompiledSteps(CPU))
         at = torch.full((2, 1), 8)
-        alone = context.run(model, text[:, -1:], at, cache.slots[:9], exit_layer=2, unembed=False)
-        arguments = (text[:, -1], at[:, 0], 1, 9, 2, None, 0.0, torch.ones(2), 0.0)
-        _, hidden = context.cpp.draft(*arguments)
+        alone = context.backend.run(model, text[:, -1:], at, cache.slots[:9], range(2))
+        _, hidden = context.backend.draft_chain(text[:, -1], at[:, 0], 1, 9, 2, None, 0.0, torch.ones(2), 0.0)
     assert torch.equal(hidden, alone)
 
 
@@ -404,7 +405,7 @@ def test_an_embedding_of_another_kind_drafts_token_by_token():
     expected = run(model, PROMPTS, 9, compile=False).generated
     generation = run(model, PROMPTS, 9, **drafting("chain", model))
     assert generation.generated == expected
-    assert generation.context.cpp is not None and generation.context.cpp.draft is None
+    assert generation.context.backend.cpp_draft is None
 
 
 def of_another_class(module):
@@ -457,7 +458,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
         run(model, PROMPTS, 16, rows=2, compile=compile, on_draft=of.append, **arguments)
         for compile, of in zip((False, True), drafts, strict=True)
     )
-    assert ours.context.cpp.unknown is not None and ours.context.cpp.draft is None
+    assert ours.context.backend.unknown is not None and ours.context.backend.cpp_draft is None
     assert ours.generated == plainly.generated and compiled_steps(model).graphs == {}
     if precision == "fp32" and part != "quantised":
         assert drafts[0] == drafts[1] and torchs.generated == ours.generated
@@ -472,7 +473,7 @@ def test_other_parts_are_not_run_in_cpp(part):
     if part in UNKNOWN:
         UNKNOWN[part](model)
     context = StepContext(model, DecodingCache(model, 1, 160), Sampler(), CompiledSteps(CPU))
-    assert context.cpp is None and context.graphs is not None
+    assert isinstance(context.backend, GraphBackend)
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([3, 7, 900, 20_000, 49_151])])
