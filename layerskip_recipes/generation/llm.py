@@ -5,7 +5,8 @@ add texts and the choice of how to decode.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, cast, overload
 
@@ -319,7 +320,7 @@ class LLM:
             generation = self.start(
                 [tokens], max_new_tokens, plan, compile=compiled, sampler=sampler, reuse=len(tokens)
             )
-            yield from pieces(generation, self._texts([tokens], stop)[0])
+            yield from filter(None, pieces(generation, self._texts([tokens], stop)[0]))
 
     def _tokens(self, question: Question) -> list[int]:
         """The tokens of a prompt, up to the start of its answer."""
@@ -399,14 +400,15 @@ class LLM:
             log.info(what)
 
 
-def pieces(generation: Generation, text: TextStream) -> Iterator[str]:
-    """Run a generation of one prompt; yields its text in pieces, as they become final."""
-    for (new,) in generation:
-        kept = text.extend(new)
-        if kept is not None:  # a stop string
-            generation.stop(0, len(generation.generated[0]) - len(new) + kept)
-        if piece := text.new_text(last=generation.finished[0]):
-            yield piece
+def pieces(generation: Generation, text: TextStream) -> Generator[str, None, None]:
+    """Run a generation of one prompt; yields the text that became final in each round, which may be empty."""
+    rounds: Any = iter(generation)
+    with closing(rounds):
+        for (new,) in rounds:
+            num_kept = text.extend(new)
+            if num_kept is not None:  # a stop string ends the text
+                generation.stop(0, len(generation.generated[0]) - len(new) + num_kept)
+            yield text.new_text(last=generation.finished[0])
 
 
 def _are_messages(prompt: Any) -> bool:
