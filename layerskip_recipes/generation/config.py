@@ -46,7 +46,7 @@ class DecodingConfig(RecipeConfig):
     stop_tokens: Annotated[list[int], Field(examples=["[2]"])] | None = None
     """Token ids that end a text, in addition to the tokenizer's stop tokens."""
     stop_strings: Annotated[list[Text], Field(examples=["[END]"])] | None = None
-    """A text ends before the first of these strings. In `layerskip_benchmark`, other libraries decode past them."""
+    """A text ends before the first of these strings."""
     compile: Annotated[Flag, Auto()] = AUTO
     """Compile the decoding steps: to C++ on a CPU (needs a C++ compiler), to CUDA graphs on a GPU. The first run takes
     half a minute longer, on a GPU some minutes; later runs load the code from torch's cache. auto: if
