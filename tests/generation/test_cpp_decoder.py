@@ -3,6 +3,7 @@ precision, the same bits for any number of rows, and the same tokens in every wa
 
 import copy
 import itertools
+import os
 import platform
 import re
 import subprocess
@@ -228,7 +229,7 @@ def test_compiled_code_is_of_one_torch_compiler_and_processor(monkeypatch):
 def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, tmp_path, monkeypatch):
     (tmp_path / "small.cpp").write_text("int small() { return 1; }\n")
     monkeypatch.setattr(cpp_decoder, "SOURCES", [tmp_path / "small.cpp"])
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpp_decoder, "_library_folder", lambda: tmp_path / "cache")
     load_library.__wrapped__()
     (library,) = tmp_path.glob("cache/**/*.so")
     whole = library.read_bytes()
@@ -236,6 +237,37 @@ def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, tm
     library.write_bytes(whole[: int(len(whole) * kept)])
     load_library.__wrapped__()
     assert library.stat().st_size == len(whole)
+
+
+@pytest.mark.parametrize("case", ["of another user", "open to others", "not to be made"])
+def test_code_is_loaded_from_a_folder_of_this_user_alone(case, tmp_path, monkeypatch, caplog):
+    """Nothing in another folder is loaded or believed, and C++ still runs. The folder of inductor does not matter."""
+    from torch._inductor.codecache import CppCodeCache
+
+    folders = []
+    monkeypatch.setattr(
+        CppCodeCache, "load", classmethod(lambda cls, source: folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    )
+    monkeypatch.setattr(cpp_decoder, "_library_folder", cpp_decoder._library_folder.__wrapped__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    mine = tmp_path / "cache" / "layerskip_recipes"
+    assert not cpp_decoder.is_library_compiled() and not mine.exists()
+    load_library.__wrapped__()
+    assert cpp_decoder.is_library_compiled() and folders == [str(mine)]
+    assert mine.stat().st_mode & 0o777 == 0o700 and not caplog.records
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    if case == "of another user":
+        monkeypatch.setattr(os, "geteuid", lambda: mine.stat().st_uid + 1)
+    elif case == "open to others":
+        mine.chmod(0o770)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not cpp_decoder.is_library_compiled()
+    load_library.__wrapped__()
+    assert folders[1] != str(mine) and Path(folders[1]).stat().st_mode & 0o777 == 0o700
+    assert "XDG_CACHE_HOME" in caplog.text
 
 
 @pytest.fixture

@@ -5,14 +5,18 @@ In a small model torch's overhead per product is as large as the product. The C+
 token or for seven, and do little else.
 """
 
+import atexit
 import hashlib
 import os
 import platform
+import shutil
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +26,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from torchao.quantization import PerRow
 from torchao.quantization.quant_primitives import MappingType
+from torchtune import utils
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
@@ -43,6 +48,7 @@ from layerskip_recipes.model.draft import JoiningLayer
 
 SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
+log = utils.get_logger("INFO")
 
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
@@ -58,7 +64,7 @@ class UnknownPartError(Exception):
 
 @cache
 def load_library() -> None:
-    """Compile the C++ or load it from inductor's cache, as `torch.classes.layerskip.Layers` and `Head`."""
+    """Compile the C++ or load it from our folder, as `torch.classes.layerskip.Layers` and `Head`."""
     # Importing inductor takes a second.
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
@@ -76,32 +82,80 @@ def load_library() -> None:
                 raise OSError(f"{path} is cut off")
             return CppCodeCache._load_library_inner(path, key)
 
+    folder = _library_folder()
     # torch knows the processor's vector instructions. Inductor would compile and run a test program for each.
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    with config.patch({"cpp.vec_isa_ok": True} if known else {}):
+    with _inductor_in(folder), config.patch({"cpp.vec_isa_ok": True} if known else {}):
         pick_vec_isa()  # cached for the process
-    # Inductor's cache is keyed by source text. A comment makes it depend on torch, compiler and processor too: the code
-    # has all of the processor's instructions, and users share or move the cache.
+    # Inductor's files are named by the source text. A comment makes it depend on torch, compiler and processor too: the
+    # code has all of the processor's instructions, and users share or move the folder.
     compiler = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     versions = f"// torch {torch.__version__} {torch.version.git_version}, {compiler.splitlines()[0]}, {_processor()}\n"
     source = "".join([versions, *(source.read_text() for source in SOURCES)])
-    try:
-        Library.load(source)
-    except OSError:  # a cut library is gone now: compile it again
-        Library.load(source)
-    _compiled_mark().touch()
+    with _inductor_in(folder):
+        try:
+            Library.load(source)
+        except OSError:  # a cut library is gone now: compile it again
+            Library.load(source)
+    (folder / _compiled_mark()).touch()
 
 
 def is_library_compiled() -> bool:
     """Whether an earlier process compiled this C++ for this processor, so that it only needs to be loaded."""
-    return _compiled_mark().is_file()
+    folder = _cache_folder()
+    return _is_private(folder) and (folder / _compiled_mark()).is_file()
 
 
-def _compiled_mark() -> Path:
-    """An empty file in inductor's cache, or in the folder of its default; to ask inductor would take seconds."""
+def _compiled_mark() -> str:
+    """The name of an empty file beside the library; to ask inductor for the library takes seconds."""
     sources = [torch.__version__, _processor(), *(source.read_text() for source in SOURCES)]
-    name = f"layerskip_{os.getuid()}_{hashlib.sha256(''.join(sources).encode()).hexdigest()[:16]}"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(), name)
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+
+
+def _cache_folder() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "layerskip_recipes"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can have put code there."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+
+
+@cache
+def _library_folder() -> Path:
+    """The folder of the compiled C++. It is not inductor's, since anyone can make that folder in /tmp."""
+    folder = _cache_folder()
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _is_private(folder):
+        return folder
+    log.warning(
+        f"{folder} is no folder that only this user can open, so C++ is compiled anew by each process. To keep it, "
+        "remove the folder, or set XDG_CACHE_HOME to a folder of yours"
+    )
+    folder = Path(tempfile.mkdtemp(prefix="layerskip-"))  # private too
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _inductor_in(folder: Path) -> Iterator[None]:
+    """Let inductor write and look up its files in this folder."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _processor() -> str:
