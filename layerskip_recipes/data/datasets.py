@@ -1,5 +1,6 @@
 """The sections `dataset` and `collate_fn`: one or several torchtune datasets, packed or padded."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed, validate_messages
 from torchtune.datasets import ConcatDataset
@@ -20,9 +21,10 @@ from layerskip_recipes.data.conversations import ChatDataset
 from layerskip_recipes.data.tokenizer import HFTokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
-from layerskip_recipes.processes import is_rank_zero
+from layerskip_recipes.processes import is_rank_zero, num_local_processes
 
 PADDED = "torchtune.data.padded_collate_sft"
+MOST_WORKERS = 4  # that read ahead for each GPU
 
 # ---- the settings ----
 
@@ -113,6 +115,51 @@ def load_data(
                 f"Allowed: samples like those of torchtune.datasets.chat_dataset; for example collate_fn={PADDED}"
             )
     return indexed, collate
+
+
+class Batches:
+    """The batches of these samples, in this order. For a GPU, other processes read and tokenize samples ahead.
+
+    Samples are collated here, since torchtune puts masks of packed samples on the GPU.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        samples: Sequence[int],
+        batch_size: int,
+        collate: Callable,
+        device: torch.device,
+        drop_last: bool = False,
+    ) -> None:
+        self.dataset, self.samples, self.batch_size, self.collate = dataset, samples, batch_size, collate
+        # One processor is left to the process that trains. Training on a CPU needs all of them.
+        processors = (os.cpu_count() or 1) // num_local_processes()
+        self.num_workers = 0 if device.type == "cpu" else max(min(MOST_WORKERS, processors - 1), 0)
+        self.loader = DataLoader(
+            dataset,
+            batch_size,
+            sampler=samples,
+            collate_fn=list,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            multiprocessing_context="fork" if self.num_workers else None,  # open files cannot be pickled
+            generator=torch.Generator(),  # draw nothing from the global generator, which the model uses
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batches = iter(self.loader)
+        for first in range(0, len(self) * self.batch_size, self.batch_size):
+            try:
+                samples = next(batches)
+            except Exception:
+                if self.num_workers:  # a worker changes the error's text, so meet it here
+                    _ = [self.dataset[i] for i in self.samples[first : first + self.batch_size]]
+                raise
+            yield self.collate(samples)
 
 
 def _check_messages(section: Component, dataset: Any, tokenizer: Any) -> None:

@@ -40,7 +40,7 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.description import Description
 from layerskip_recipes.training.draft_loss import DraftLoss
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
+from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint, template_of
 from layerskip_recipes.training.label_counts import LabelCounts
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
@@ -112,7 +112,10 @@ class LayerSkipFinetune:
         # The state of a stopped run, which must have had the same settings.
         self.checkpoints = Checkpoints(cfg, self.resumed_from)
         state = self.checkpoints.load_state()
-        self.fingerprint = run_fingerprint(cfg, self.data, tokenizer)
+        num_frequent = cfg.draft.vocabulary or 0 if cfg.draft is not None else 0
+        has_dates = "strftime_now" in template_of(cfg, tokenizer)
+        samples_hash, self.frequent_tokens = self.data.summary(has_dates, num_frequent)
+        self.fingerprint = run_fingerprint(cfg, self.data, tokenizer, samples_hash)
         if state is not None:
             check_resumable(state["run"], self.fingerprint)
             self.seed = self.data.seed = state[training.SEED_KEY]
@@ -167,7 +170,7 @@ class LayerSkipFinetune:
                 model_loss = cfg.exit_loss
                 self.learner = nn.ModuleDict({"model": self.model, "draft": self.draft})
             if cfg.draft.vocabulary is not None:
-                self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
+                self.draft.vocabulary = self.frequent_tokens
             self.loss = DraftLoss(cfg.draft, self.draft, model_loss)
         self.model.layer_dropout = dropout = cfg.build_layer_dropout() or self.model.layer_dropout
         if dropout is not None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchtune.models.llama3 import llama3_tokenizer
 
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.data.chat_template import ChatTemplate
 from layerskip_recipes.data.conversations import ChatMessage, OpenAIMessages
 from layerskip_recipes.data.datasets import load_data
 from layerskip_recipes.data.tokenizer import hf_tokenizer
@@ -266,3 +267,28 @@ def test_a_reply_follows_the_prompt_that_asks_for_it(family, make_tokenizer, tmp
                 before = [*conversation["messages"][:i], ChatMessage("assistant", "", False, {})]
                 prompt = tokenizer(conversation | {"messages": before}, inference=True)["tokens"]
                 assert tokens[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("family", [*TEMPLATES, "qwen3", "llama3_2"])
+def test_a_long_tool_conversation_is_rendered_in_linear_time(family, make_tokenizer, monkeypatch):
+    """Twice as many calls, some beside words and some with several results, need twice as many characters."""
+    files = Path(__file__, "../templates").resolve()
+    tokenizer = make_tokenizer(TEMPLATES.get(family) or (files / f"{family}.jinja").read_text())
+    characters, work, render = [], [], ChatTemplate.render
+
+    def counted(*args):
+        text = render(*args)
+        characters.append(len(text))
+        return text
+
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    for count in (40, 80):
+        messages = [user("How warm is it in all towns?")]
+        for i in range(count):
+            messages += [reply(None if i % 3 else "Next.", tool_calls=[call("forecast", city=f"town {i}")])]
+            messages += [result(f'{{"t": {i}}}'), *([result("\u00b0C")] if i % 4 == 0 else [])]
+            messages += [reply("Now?"), user(f"Yes {i}")] if i % 5 == 0 else []
+        tokenizer(OpenAIMessages()({"messages": [*messages, reply("Warm.")], "tools": [FORECAST]}))
+        work.append(sum(characters))
+        characters.clear()
+    assert work[1] < 2.1 * work[0]
