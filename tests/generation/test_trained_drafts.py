@@ -196,12 +196,11 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
         tune_extends=str(user), max_new_tokens=12,
     )  # fmt: skip
     recipe = ready(LayerSkipBenchmark, path)
-    tried = [candidate.plan for candidate in recipe.candidates.values()]
+    tried = [plan for plan in recipe.methods.values() if plan]
     longest = max(tried, key=lambda speculation: speculation.num_speculations)
     assert len({one.num_speculations for one in tried}) >= 2 and all(one.draft.folder == "adapter" for one in tried)
     # Its rounds also run the model's layers below it, and verification goes on above them.
-    methods = [candidate.plan for candidate in recipe.candidates.values()]
-    assert all((method.model_layers, method.draft_layers) == (2, 1) for method in methods)
+    assert all((plan.model_layers, plan.draft_layers) == (2, 1) for plan in tried)
 
     def timed(method, *args, decode=recipe.turns.decode):
         rows, stats = decode(method, *args)

@@ -196,6 +196,26 @@ def test_consecutive_prompts_reuse_their_beginning(served, client, monkeypatch):
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"] - 1
 
 
+class Echo:
+    """Answers with the prompt."""
+
+    name, max_body_bytes = "echo", 1000
+
+    def load(self):
+        pass
+
+    def answer(self, request, gone):
+        yield request.prompt
+        yield Ending("length", {"completion_tokens": 1})
+
+
+def test_http_needs_no_model():
+    client = TestClient(http.make_app(Echo(), Access(None, is_local=True), max_waiting=0), "http://localhost")
+    answer = complete(client, prompt="hello", model="echo").json()
+    assert answer["choices"][0]["text"] == "hello" and answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"] == {"completion_tokens": 1} and complete(client, prompt="a" * 1000).status_code == 400
+
+
 def test_the_requests_of_the_page(client):
     asked = [words for words in commands(["docs/serving.md"]).values() if words[0] == "curl"]
     assert len(asked) == 2
