@@ -265,6 +265,6 @@ def test_a_file_of_somebody_elses_is_not_overwritten(config, tmp_path):
     LayerSkipBenchmark(load_config(str(config(tune=False, tune_extends=None))))
 
 
-def test_outputs_too_short_for_a_draft(config):
+def test_outputs_too_short_for_a_draft_are_refused(config):
     with pytest.raises(ValueError, match=r"^max_new_tokens: the outputs ended with .*max_new_tokens=128"):
         ready(LayerSkipBenchmark, config(max_new_tokens=2))

@@ -122,7 +122,7 @@ def texts_of(rows, length):
     ("family", "precision"),
     [*itertools.product(FAMILIES, ("fp32", "bf16", "int8 of version 2")), ("llama3", "int8 of version 1")],
 )
-def test_the_numbers_of_torchs_modules(family, precision):
+def test_logits_are_those_of_the_model_in_fp64(family, precision):
     """Two rows, behind a text and from its first token on, against the whole text in fp64 without a cache."""
     model = make(family, precision)
     near = 3e-2 if precision == "bf16" else 1e-4  # of the largest logit; the cache is in bf16 too
@@ -313,7 +313,7 @@ def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
         ("AVX512", ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]),
     ],
 )
-def test_the_code_fits_other_processors(capability, flags, tmp_path):
+def test_the_code_compiles_for_other_processors(capability, flags, tmp_path):
     """Without the instructions that this one may have, such as those for bf16."""
     (tmp_path / "all.cpp").write_text("".join(source.read_text() for source in SOURCES))
     known = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
@@ -326,7 +326,7 @@ def test_the_code_fits_other_processors(capability, flags, tmp_path):
 @pytest.mark.parametrize("k", [16, 576, 2064, 9232])  # the last two by fewer rows at a time
 @pytest.mark.parametrize("n", [1, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, "both int8"], ids=str)
-def test_products_of_few_rows(n, k, dtype, two_threads):
+def test_a_product_of_few_rows_has_the_bits_of_each_row_alone(n, k, dtype, two_threads):
     """scale (x W^T) + bias, and each row of it to the last bit what it is alone. bf16 instructions take x in bf16.
 
     With the sums of W's rows, x is taken as torchao's symmetric int8 per row: whole numbers times max |x| / 127.5.
@@ -523,7 +523,7 @@ def test_other_parts_are_not_run_in_cpp(part):
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([3, 7, 900, 20_000, 49_151])])
-def test_choices_are_those_of_torch(ids):
+def test_chosen_tokens_are_those_that_torch_chooses(ids):
     """Flat and peaked scores, of which C++ looks at few; 17 is a width that fills no vector."""
     load_library()
     torch.manual_seed(0)

@@ -97,7 +97,7 @@ EXPECTED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", EXPECTED)
-def test_step(step, tmp_path, tokenizer_folder):
+def test_each_step_of_the_gpu_report_runs_on_a_cpu(step, tmp_path, tokenizer_folder):
     """It runs on a CPU, and measures what it should. What finetune does, test_readme.py runs from the pages."""
     shutil.copytree(tokenizer_folder, tmp_path / "work" / "small" / "tokenizer")  # training one takes half a minute
     rows, options = tmp_path / "rows", ["--device", "cpu", "--tiny", "--work", str(tmp_path / "work")]

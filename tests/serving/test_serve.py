@@ -216,14 +216,14 @@ def test_http_needs_no_model():
     assert answer["usage"] == {"completion_tokens": 1} and complete(client, prompt="a" * 1000).status_code == 400
 
 
-def test_the_requests_of_the_page(client):
+def test_the_requests_of_the_serving_page_are_answered(client):
     asked = [words for words in commands(["docs/serving.md"]).values() if words[0] == "curl"]
     assert len(asked) == 2
     for _, url, _, body in asked:
         assert client.post(url.removeprefix("http://localhost:8000"), content=body).status_code == 200
 
 
-def test_the_tool_that_measures_servers(url):
+def test_the_tool_that_measures_servers_reports_speeds(url):
     report = load("server_speed").measure(url, ["hi"], clients=2, requests=4, max_tokens=3)
     assert report["requests_per_minute"] > 0 and 0 < report["first_token_s"] <= report["answer_s"]
     assert report["tokens_per_second"] > 0

@@ -48,7 +48,7 @@ def beside_config(finetune, checkpoint):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["gemma2", "qwen2_tied"])
-def test_both_learn_what_they_learn_alone(family, kind, float64):
+def test_model_and_draft_have_the_gradients_they_have_alone(family, kind, float64):
     """The sum of the losses; the gradients of the model are its own, and so are those of the draft."""
     model = layerskip_decoder(make_tiny(family))
     section = DraftSection.parse(BESIDE[kind])

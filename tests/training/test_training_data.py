@@ -254,7 +254,7 @@ FORM = r"\S* makes no tokens and labels of samples of test_training_data.made"
         (lambda at: of_a_user("others"), rf"{FORM} \(a\)\. Allowed: "),
     ],
 )
-def test_a_dataset_that_cannot_be_used(dataset, message, tmp_path, finetune):
+def test_a_dataset_that_makes_no_samples_is_refused(dataset, message, tmp_path, finetune):
     with pytest.raises(ConfigError, match=f"^(dataset|collate_fn): {message}"):
         train(finetune(dataset=dataset(tmp_path), shuffle=False), "tokenizer.max_seq_len=32")
 
