@@ -52,7 +52,7 @@ def _plan_of_random_weights(section: SelfSpeculation, model: LayerSkipDecoder) -
     keys = SPECULATION_DEFAULTS | {"exit_layer": default_exit(model.num_layers)} | section.given
     ids = keys["draft_vocabulary"]
     ids = range(min(ids, model.tok_embeddings.num_embeddings)) if isinstance(ids, int) else ids
-    return Speculation(**keys | {"prompt_lookup": None, "draft_vocabulary": ids})
+    return Speculation(**keys | {"prompt_lookup": None, "answers": None, "draft_vocabulary": ids})
 
 
 class LayerSkipBenchmark:
