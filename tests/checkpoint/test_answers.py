@@ -1,5 +1,7 @@
 """Known answers: the longest match in them, their file, and what a JSONL file must have."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 from helpers.speculation import longest_matches, search
@@ -22,7 +24,7 @@ class Letters:
     def tokenize_messages(self, messages):
         tokens = [[ord(letter) - self.first for letter in message.text_content] for message in messages]
         masks = [[message.masked] * len(part) for message, part in zip(messages, tokens, strict=True)]
-        return sum(tokens, []), sum(masks, [])
+        return [*chain(*tokens)], [*chain(*masks)]
 
 
 def random_tokens(count, vocabulary, seed):

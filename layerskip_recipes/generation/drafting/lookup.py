@@ -1,5 +1,5 @@
-"""Drafts that are looked up: in the text, since summaries and edits repeat their prompt (prompt look-up decoding, Saxena,
-2023), and in known answers, since answers to one task resemble each other.
+"""Drafts that are looked up: in the text, since summaries and edits repeat their prompt (prompt look-up decoding,
+Saxena, 2023), and in known answers, since answers to one task resemble each other.
 """
 
 from collections import Counter
@@ -79,18 +79,16 @@ class Lookup:
         found: list[Matches | None] = [None] * len(self.sources)
         sure, expected = 1.0, 0.0
         while len(drafted) < count:
-            found = [self._matches(i) if matches is None else matches for i, matches in enumerate(found)]
-            probability, token = max(
-                (_likeliest(source.tokens, matches) for (source, _), matches in zip(self.sources, found, strict=True)),
-                key=lambda likeliest: likeliest[0],  # the text wins a tie
-            )
+            matches = [self._matches(i) if known is None else known for i, known in enumerate(found)]
+            guesses = [_likeliest(self.sources[i][0].tokens, known) for i, known in enumerate(matches)]
+            probability, token = max(guesses, key=lambda guess: guess[0])  # the text wins a tie
             sure *= probability
             if sure <= 0.0 or sure < ends:
                 break
             expected += sure
             drafted.append(token)
             self.text.extend([token])
-            found = [_after(self.sources[i][0].tokens, matches, token) for i, matches in enumerate(found)]
+            found = [_after(self.sources[i][0].tokens, known, token) for i, known in enumerate(matches)]
         self.text.cut(start)
         return drafted, expected
 
@@ -111,9 +109,9 @@ def _likeliest(tokens: np.ndarray, matches: Matches) -> tuple[float, int]:
     return times / (len(matches.following) + 0.2) * matches.length / (matches.length + 1), token
 
 
-def _after(tokens: np.ndarray, matches: Matches | None, token: int) -> Matches | None:
+def _after(tokens: np.ndarray, matches: Matches, token: int) -> Matches | None:
     """The matches that go on with the token; None: search again."""
-    if matches is None or not matches.is_whole:
+    if not matches.is_whole:
         return None
     following = matches.following[tokens[matches.following] == token] + 1
     following = following[following < len(tokens)]

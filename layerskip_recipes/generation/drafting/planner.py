@@ -109,8 +109,9 @@ class DraftPlanner:
             else:
                 folders = [self.folder, None if draft is None else Path(draft.folder)]
                 folder = next((folder for folder in folders if folder is not None and has_answers(folder)), None)
-                beside = folder and answers_beside(folder, self.make_tokenizer(), num_tokens)
-                self.read[source] = beside
+                self.read[source] = None
+                if folder is not None:
+                    self.read[source] = answers_beside(folder, self.make_tokenizer(), num_tokens)
         return self.read[source]
 
     def costs(self, compiled: bool, batch_rows: int = 1) -> Costs:

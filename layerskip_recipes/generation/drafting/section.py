@@ -69,7 +69,7 @@ class SelfSpeculation(Section):
         if self.exit_layer is None and self.prompt_lookup is None and self.answers is None:
             raise ConfigError(
                 f"{key}.exit_layer: null leaves only look-ups to draft, and prompt_lookup and answers are null. Set "
-                f"{key}.prompt_lookup=3, or {key}=null to decode without drafts"
+                f"{key}.prompt_lookup=1, or {key}=null to decode without drafts"
             )
         if has_draft and self.exit_layer != AUTO:
             raise ConfigError(

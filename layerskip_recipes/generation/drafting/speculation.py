@@ -58,8 +58,8 @@ class Speculation:
         check("draft_int8", self.draft_int8, bool)
         if self.exit_layer is None and not self.looks_up:
             raise ConfigError(
-                f"exit_layer: {self.exit_layer} without prompt_lookup leaves nothing to draft with. Allowed: an exit, "
-                "for example exit_layer=8, or look-ups, for example prompt_lookup=3"
+                f"exit_layer: {self.exit_layer} without prompt_lookup or answers leaves nothing to draft with. "
+                "Allowed: an exit, for example exit_layer=8, or look-ups, for example prompt_lookup=1"
             )
 
     def __str__(self) -> str:
