@@ -8,6 +8,7 @@ import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -71,6 +72,7 @@ class CallSettings(TypedDict, total=False):
     min_confidence: float
     draft_vocabulary: int | list[int] | None
     prompt_lookup: int | None
+    answers: str | None
     draft_int8: bool
 
 
@@ -163,6 +165,7 @@ class LLM:
         model.requires_grad_(False).eval()
         draft_folder = AUTO if draft is None else str(named_folder(draft, "draft", weights=True))
         planner = DraftPlanner(model, folder, torch_device.type, torch_dtype, HFCheckpointer)
+        planner.make_tokenizer = partial(hf_tokenizer, str(folder))
         description, _ = planner.trained_draft(SelfSpeculation(draft=draft_folder), "generate")
         trained_draft = None if description is None else read_draft(description, model, "draft")
         llm = cls(model, hf_tokenizer(str(folder)), planner, trained_draft=trained_draft)

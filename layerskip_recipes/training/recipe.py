@@ -7,6 +7,7 @@ everything about several processes in `parallel.py`.
 import math
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchtune import config, training, utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
+from layerskip_recipes.checkpoint.answers import ANSWERS_FILE, Answers, answers_of
 from layerskip_recipes.checkpoint.checkpointer_checks import check_checkpoint_files, check_tokenizer_dir
 from layerskip_recipes.checkpoint.drafts import DRAFT
 from layerskip_recipes.config.paths import check_folder
@@ -102,7 +104,7 @@ class LayerSkipFinetune:
         # Data. Rank 0 goes first, and the others find the files that it downloads or writes. Then it waits for them.
         if not is_rank_zero():
             wait_for_all()
-        tokenizer = self._setup_data()
+        self.tokenizer = tokenizer = self._setup_data()
         cfg = self.cfg
         if is_rank_zero():
             wait_for_all()
@@ -375,9 +377,15 @@ class LayerSkipFinetune:
                 of_draft = checkpoint_contents(draft, self.cfg.meta_model, self.device)
                 contents[DRAFT] = of_draft.get(training.MODEL_KEY)
             if is_rank_zero():
-                self.checkpoints.save(name, contents, state | optimizer, content)
+                self.checkpoints.save(name, contents, state | optimizer, content, self._answers)
             wait_for_all()
         log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
+
+    @cached_property
+    def _answers(self) -> Answers | None:
+        """What the checkpoints have of the answers; made at the first one."""
+        most = self.cfg.answer_tokens
+        return answers_of(self.data.dataset, self.tokenizer, ANSWERS_FILE, most) if most else None
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the trained weights, to write or to fill in place."""
