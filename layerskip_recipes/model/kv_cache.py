@@ -172,10 +172,11 @@ class BlockAttention:
 
     The kernel finds the last visible block on the device and reads none behind it, so one graph serves all text
     lengths. For fewer than 128 queries it splits a row's slots over the GPU's processors. BLOCK divides `max_len`.
+    With a `window` a query sees no more slots than that.
     """
 
-    def __init__(self, at: torch.Tensor, max_len: int) -> None:
-        self.at, self.max_len = at, max_len
+    def __init__(self, at: torch.Tensor, max_len: int, window: int | None = None) -> None:
+        self.at, self.max_len, self.window = at, max_len, window
         # Computed once for all layers. Both must be contiguous; in a graph, a vector with added dimensions is not.
         blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=at.device)
         self.counts = (at.amax(1)[:, None, None] // BLOCK + 1).to(torch.int32)
@@ -183,17 +184,42 @@ class BlockAttention:
 
     def block_mask(self, grouped: int) -> BlockMask:
         """The mask for one block of `grouped` = n s queries per row, which sees the row's first blocks."""
+        window = self.max_len if self.window is None else self.window
+
+        def sees(row: Any, _: Any, query: Any, slot: Any) -> Any:
+            at = self.at[row, query % self.at.shape[1]]
+            return (slot <= at) & (slot > at - window)
+
         return BlockMask.from_kv_blocks(
             self.counts,
             self.blocks,
             BLOCK_SIZE=(-(-grouped // BLOCK) * BLOCK, BLOCK),
-            mask_mod=lambda row, _, query, slot: slot <= self.at[row, query % self.at.shape[1]],
+            mask_mod=sees,
             seq_lengths=(grouped, self.max_len),
         )
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [b, key heads, n s, head_dim] for n heads per key head; k, v [b, key heads, max_len, head_dim]."""
         return flex_attention(q, k, v, block_mask=self.block_mask(q.shape[2]))
+
+
+def last_visible(mask: Any, window: int, q: torch.Tensor) -> Any:
+    """A mask with which each query sees only the last `window` of the slots that it sees with `mask`.
+
+    `mask`: True or 0 for visible slots [b or 1, s, end], which lie side by side; a `BlockAttention`; or None, causal
+    attention of q [b, heads, s, head_dim], which stays None if no window hides a token.
+    """
+    if isinstance(mask, BlockAttention):
+        return BlockAttention(mask.at, mask.max_len, window)
+    if mask is None:
+        s = q.shape[2]
+        ones = torch.ones(1, s, s, dtype=torch.bool, device=q.device)
+        return ones.tril().triu(1 - window) if s > window else None
+    if not isinstance(mask, torch.Tensor):
+        raise NotImplementedError("windows of attention need a mask as a tensor")
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    seen = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= window)
+    return seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
 def cached_attention(

@@ -15,6 +15,7 @@ SYNTH_ID = transformers.SynthIDTextWatermarkingConfig(keys=[654, 400, 836, 123],
 FAMILIES = {
     "gemma": {},
     "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 3},
     "llama": {},
     "mistral": {"sliding_window": 8},
     "phi3": {"sliding_window": None},

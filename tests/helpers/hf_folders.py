@@ -60,6 +60,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                            "original_max_position_embeddings": 64}),
     "gemma": ("Gemma", {"head_dim": 16}),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 20}),
+    "gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 20,
+                              "sliding_window_pattern": 3, "num_key_value_heads": 1}),
 }  # fmt: skip
 
 

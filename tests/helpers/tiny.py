@@ -39,6 +39,11 @@ QWEN3 = {
     "hidden_size": SIZE["embed_dim"],
     "intermediate_size": SIZE["intermediate_dim"],
 }
+GEMMA3 = (
+    QWEN3
+    | {"architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 1, "sliding_window": 8}
+    | {"query_pre_attn_scalar": 20, "sliding_window_pattern": 3}
+)
 
 # code_llama2, 3.3, qwen2_5 and phi4 are the same builders with other numbers.
 FAMILIES = {
@@ -52,7 +57,10 @@ FAMILIES = {
     "gemma": lambda: gemma(**SIZE, head_dim=8),
     "gemma2": lambda: gemma2(**SIZE, head_dim=8, sliding_window_size=64),
     "phi3": lambda: phi3(**SIZE),
-    "qwen3": lambda: build_decoder(parse_hf_config(QWEN3, "qwen3"), SIZE["max_seq_len"]),
+    **{
+        name: lambda raw=raw, name=name: build_decoder(parse_hf_config(raw, name), SIZE["max_seq_len"])
+        for name, raw in {"qwen3": QWEN3, "gemma3": GEMMA3}.items()
+    },
 }
 
 

@@ -205,6 +205,7 @@ class Parts:
         self.number("scale", getattr(attn, "scaling", attn.head_dim**-0.5))
         self.number("cap", getattr(attn, "softcapping", None) or 0)
         self.number("norm_first", getattr(attn, "norm_first", False))
+        self.number("window", getattr(attn, "window", None) or 0)
 
     def feed_forward(self, mlp: Any) -> None:
         """A gated MLP."""

@@ -108,7 +108,8 @@ struct Layer {
        of_queries = parts.norm("q_norm"), of_keys = parts.norm("k_norm"), of_states = parts.norm("join_norm");
   Rotation rotation{parts.tensor("cos"), parts.tensor("sin"), parts.number("neighbours") != 0};
   at::Tensor keys = parts.tensor("k_cache"), values = parts.tensor("v_cache");
-  int64_t heads = static_cast<int64_t>(parts.number("heads")), dim = keys.size(3);
+  int64_t heads = static_cast<int64_t>(parts.number("heads")), dim = keys.size(3),
+          window = static_cast<int64_t>(parts.number("window"));  // 0: none
   bool norm_first = parts.number("norm_first") != 0;
   int activation = static_cast<int>(parts.number("activation"));
   float scale = parts.number("scale"), cap = parts.number("cap");
@@ -198,7 +199,7 @@ struct Layer {
           std::copy_n(token + head * dim, dim, queries + ((row * heads + head) * s + i) * dim);
       }
     const auto attention = keys.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16> : attention_over<float>;
-    attention(queries, keys, values, tokens.at, tokens.rows, out, b, heads, s, tokens.end, scale, cap);
+    attention(queries, keys, values, tokens.at, tokens.rows, out, b, heads, s, tokens.end, scale, cap, window);
     for (int64_t row = 0; row < b; row++)
       for (int64_t head = 0; head < heads; head++)
         for (int64_t i = 0; i < s; i++)
