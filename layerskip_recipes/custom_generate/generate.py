@@ -32,7 +32,19 @@ from transformers.generation import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import cached_file
 
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+MODEL_TYPES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "granitemoehybrid",
+    "llama",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 DRAFT_FILES = ("draft.json", "model.safetensors")  # in the folder `draft`
 MODES = ("greedy_search", "sample")
 # Logits processors that keep a state between calls. This loop calls processors for drafts and again to verify them.
@@ -163,7 +175,7 @@ class Draft:
 
     def __init__(self, model: Any, layers: Any, norm: Any, shared: bool) -> None:
         self.model, self.layers, self.norm, self.shared = model, layers, norm, shared
-        self.embed, self.head = model.model.embed_tokens, model.lm_head
+        self.head = model.lm_head
 
     def cost(self) -> float:
         """Weights read for a drafted token divided by weights read for a token of the whole model."""
@@ -215,7 +227,11 @@ class Draft:
         self.states = []
         return self.capped(self.head(self.model.model.norm(self.rest.run(hidden, padding, positions))))
 
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.model.embed_tokens(tokens) * getattr(self.model.config, "embedding_multiplier", 1)
+
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits / getattr(self.model.config, "logits_scaling", 1)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
 

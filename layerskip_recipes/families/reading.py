@@ -13,7 +13,9 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.gemma import Gemma
 from layerskip_recipes.families.gemma2 import Gemma2
 from layerskip_recipes.families.gemma3 import Gemma3
+from layerskip_recipes.families.granite import Granite, GraniteHybrid
 from layerskip_recipes.families.hf_config import HFConfig
+from layerskip_recipes.families.lfm2 import LFM2
 from layerskip_recipes.families.llama import Llama
 from layerskip_recipes.families.mistral import Mistral
 from layerskip_recipes.families.phi3 import Phi3
@@ -31,6 +33,19 @@ FAMILIES: dict[str, type[HFConfig]] = {
     "GemmaForCausalLM": Gemma,
     "Gemma2ForCausalLM": Gemma2,
     "Gemma3ForCausalLM": Gemma3,
+    "GraniteForCausalLM": Granite,
+    "GraniteMoeHybridForCausalLM": GraniteHybrid,
+    "Lfm2ForCausalLM": LFM2,
+}
+# Why there is no class for some families, by the beginning of their names.
+RECURRENT = "most of its layers keep a recurrent state, which cannot go back to before a rejected draft"
+REFUSED = {
+    "Qwen3_5": RECURRENT,
+    "Qwen3Next": RECURRENT,
+    "FalconH1": RECURRENT,
+    "NemotronH": RECURRENT,
+    "Gemma3n": "its layers have embeddings of their own, and some share keys",
+    "Gemma4": "its layers have embeddings of their own, and some share keys",
 }
 # Models that also read images, and their text models.
 TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
@@ -59,8 +74,11 @@ def parse_hf_config(raw: Mapping[str, Any], name: str) -> HFConfig:
     raw = text_config(raw)
     architecture = _architecture(raw)
     if architecture not in FAMILIES:
-        supported = nearest(architecture, FAMILIES)
-        raise ConfigError(f"{name}: the architecture {architecture} is not supported. {supported}")
+        reasons = [f": {why}" for family, why in REFUSED.items() if architecture.startswith(family)]
+        why = next(iter(reasons), "")
+        raise ConfigError(
+            f"{name}: the architecture {architecture} is not supported{why}. {nearest(architecture, FAMILIES)}"
+        )
     family = FAMILIES[architecture]
     config = family.parse(family.values(raw) | {"architecture": architecture}, name)
     if mistakes := [f"{name}.{mistake}" for mistake in config.mistakes(raw)]:

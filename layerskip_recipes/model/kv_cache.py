@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torchtune.modules import MultiHeadAttention
 
 from layerskip_recipes.model.changes import weights_key
-from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
+from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.processes import from_every_rank
 
 BLOCK = 128  # slots that FlexAttention reads or skips together
@@ -36,6 +37,11 @@ class LayerCache:
         self.max_len, self.cursor = max_len, cursor
         self.k: Any = None  # [b, heads, slots, head_dim] once allocated, like v
         self.v: Any = None
+
+    @property
+    def cache_pos(self) -> torch.Tensor:
+        """The slots of the next tokens [b or 1, s], under torchtune's name for them."""
+        return self.cursor[0]
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return those below its `end`."""
@@ -141,7 +147,8 @@ class DecodingCache:
         """Allocate the buffers of a decoder's first layers before their first call; for an unsharded decoder."""
         for layer, cache in zip(decoder.layers[:depth], self.of(decoder), strict=False):
             attn = layer.attn
-            heads = attn.k_proj.out_features // attn.head_dim if is_plain_attention(layer) else attn.num_heads
+            expands = not isinstance(attn, MultiHeadAttention)  # before the cache, in torchtune's Gemma 2
+            heads = attn.num_heads if expands else attn.k_proj.out_features // attn.head_dim
             if cache.k is None:
                 cache.allocate(self.num_rows, heads, attn.head_dim, decoder.tok_embeddings.weight)
 
@@ -278,7 +285,7 @@ def _patch_attention(layer: nn.Module, cache: LayerCache) -> dict[str, object]:
     # torchtune's KVCache is a submodule, and a submodule's name accepts no plain object.
     attn._modules.pop("kv_cache", None)
     attn.kv_cache, attn.cache_enabled = cache, True
-    if is_plain_attention(layer):
+    if isinstance(attn, MultiHeadAttention):
         before |= {"num_kv_heads": attn.num_kv_heads, "_attention_call": attn._attention_call}
         # torchtune expands the cache unless num_kv_heads equals num_heads. The projections keep the real number.
         attn.num_kv_heads, attn._attention_call = attn.num_heads, cached_attention

@@ -23,11 +23,15 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels.cpp_decoder import head_parts, layer_parts
 from layerskip_recipes.model.head import head_of
 
+# Keys without which a family is refused.
+NEEDED = {"GraniteMoeHybridForCausalLM": {"num_local_experts": 0, "layer_types": ["attention"] * 6}}
+
 
 def decoder_of(architecture: str, **changes: Any):
     """A small random decoder with heads of 16 numbers."""
     torch.manual_seed(0)
     raw = QWEN3 | {"num_attention_heads": 2, "num_key_value_heads": 1} | changes | {"architectures": [architecture]}
+    raw |= NEEDED.get(architecture, {})
     config = parse_hf_config(raw, "config.json")
     return config, layerskip_decoder(widen(build_decoder(config, 128))).eval()
 

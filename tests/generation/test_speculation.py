@@ -37,6 +37,8 @@ CASES = {
     "qwen2": (1.0, [None, "chain", "copy, chain"]),
     "gemma2": (1.0, [None, "chain", "vocabulary", "perturbed", "adapter, chain", "adapter, vocabulary"]),
     "gemma3": (1.0, [None, "chain", "all", "copy, chain", "adapter, look-up"]),
+    "granite": (1.0, [None, "chain"]),
+    "lfm2": (1.0, [None, *VARIANTS, "copy, chain", "adapter, chain", "adapter, look-up"]),
     "phi3": (0.8, [None, "chain", "all"]),
 }
 

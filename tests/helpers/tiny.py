@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from helpers.hf_folders import MULTIPLIERS
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.gemma._component_builders import gemma
@@ -44,6 +45,12 @@ GEMMA3 = (
     | {"architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 1, "sliding_window": 8}
     | {"query_pre_attn_scalar": 20, "sliding_window_pattern": 3}
 )
+GRANITE = QWEN3 | MULTIPLIERS | {"architectures": ["GraniteForCausalLM"], "tie_word_embeddings": True}
+LFM2 = QWEN3 | {
+    "architectures": ["Lfm2ForCausalLM"],
+    "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "full_attention"],
+    "block_auto_adjust_ff_dim": False,
+}
 
 # code_llama2, 3.3, qwen2_5 and phi4 are the same builders with other numbers.
 FAMILIES = {
@@ -59,7 +66,7 @@ FAMILIES = {
     "phi3": lambda: phi3(**SIZE),
     **{
         name: lambda raw=raw, name=name: build_decoder(parse_hf_config(raw, name), SIZE["max_seq_len"])
-        for name, raw in {"qwen3": QWEN3, "gemma3": GEMMA3}.items()
+        for name, raw in {"qwen3": QWEN3, "gemma3": GEMMA3, "granite": GRANITE, "lfm2": LFM2}.items()
     },
 }
 

@@ -38,6 +38,7 @@ from torchtune.modules import (
 )
 
 from layerskip_recipes.families.attention import NormFirstAttention
+from layerskip_recipes.families.multipliers import DividedNorm, Scale, ScaledEmbedding
 from layerskip_recipes.families.rope import RotaryPositions
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.kernels.huge_pages import use_huge_pages
@@ -46,6 +47,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import JoiningLayer
 from layerskip_recipes.model.head import head_of
 from layerskip_recipes.model.kv_cache import DecodingCache
+from layerskip_recipes.model.short_convolution import ShortConvolution
 
 SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
@@ -165,12 +167,16 @@ class Parts:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
 
     def norm(self, name: str, norm: Any) -> None:
+        """A norm, or a number in its place."""
         if norm is None or type(norm) is nn.Identity:
+            return
+        if type(norm) is Scale:
+            self.number(f"{name}.factor", norm.factor)
             return
         if type(norm) is Gemma2FinalNorm:
             norm = norm.rms_norm  # `head_parts` has its logit cap
-        _require(type(norm) in (RMSNorm, GemmaRMSNorm) and norm.eps > 0, name)
-        scale = _fp32(norm.scale)
+        _require(type(norm) in (RMSNorm, GemmaRMSNorm, DividedNorm) and norm.eps > 0, name)
+        scale = _fp32(norm.scale) / getattr(norm, "divisor", 1)
         self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
         self.number(f"{name}.epsilon", norm.eps)
 
@@ -193,6 +199,9 @@ class Parts:
         self.tensors |= dict(zip(("cos", "sin"), _computed(both, *tables), strict=True))
 
     def attention(self, attn: Any) -> None:
+        if type(attn) is ShortConvolution:
+            self.convolution(attn)
+            return
         _require(type(attn) in (MultiHeadAttention, NormFirstAttention, Gemma2Attention), "attn")
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
             self.linear(name, getattr(attn, name))
@@ -206,6 +215,12 @@ class Parts:
         self.number("cap", getattr(attn, "softcapping", None) or 0)
         self.number("norm_first", getattr(attn, "norm_first", False))
         self.number("window", getattr(attn, "window", None) or 0)
+
+    def convolution(self, convolution: ShortConvolution) -> None:
+        self.linear("in_proj", convolution.in_proj)
+        self.linear("output_proj", convolution.out_proj)
+        _require(convolution.head_dim % VECTOR == 0, f"half a width of {convolution.head_dim}")
+        self.tensors["taps"] = _fp32(convolution.conv.weight.squeeze(1).T)  # [kernel, d]
 
     def feed_forward(self, mlp: Any) -> None:
         """A gated MLP."""
@@ -296,11 +311,11 @@ class CppDecoder:
 
     def _draft(self) -> Callable | None:
         draft_head, embeddings = self.draft_head, self.draft_decoder.tok_embeddings
-        is_gemma = type(embeddings) is GemmaNormEmbeddings
-        if self.unknown or not (is_gemma or type(embeddings) is nn.Embedding):
+        if self.unknown or type(embeddings) not in (nn.Embedding, GemmaNormEmbeddings, ScaledEmbedding):
             return None
-        # Gemma multiplies by the root of the width, rounded to the weights' dtype.
-        factor = torch.tensor(embeddings.embedding_dim**0.5 if is_gemma else 1, dtype=embeddings.weight.dtype)
+        factor = torch.tensor(getattr(embeddings, "factor", 1.0), dtype=torch.float64)
+        if type(embeddings) is GemmaNormEmbeddings:  # the root of the width, rounded to the weights' dtype
+            factor = torch.tensor(embeddings.embedding_dim**0.5, dtype=embeddings.weight.dtype)
         return partial(
             self.cpp_layers[self.draft_decoder].draft,
             self.cpp_heads[draft_head or self.draft_decoder],
