@@ -16,9 +16,10 @@ class LFM2(HFConfig):
     max_position_embeddings: PositiveInt = 128000
     num_key_value_heads: PositiveInt | None = 8
     tie_word_embeddings: bool = True
-    conv_L_cache: PositiveInt = 3
+    kernel: PositiveInt = 3
     full_attn_idxs: list[int] | None = None
 
+    IN_TRANSFORMERS_LOOP: ClassVar[bool] = False  # there a convolution keeps its last products only
     UNSUPPORTED: ClassVar[tuple[str, ...]] = (*HFConfig.UNSUPPORTED, "conv_bias")
     LAYER_NAMES: ClassVar[dict[str, str]] = {
         "attn.in_proj": "conv.in_proj",
@@ -28,18 +29,21 @@ class LFM2(HFConfig):
         "attn.q_norm.scale": "self_attn.q_layernorm.weight",
         "attn.k_norm.scale": "self_attn.k_layernorm.weight",
         "attn": "self_attn",
-        "mlp": "feed_forward",
         "sa_norm.scale": "operator_norm.weight",
         "mlp_norm.scale": "ffn_norm.weight",
+        "mlp": "feed_forward",
     }
     OUTER_NAMES: ClassVar[dict[str, str]] = HFConfig.OUTER_NAMES | {"norm.scale": "model.embedding_norm.weight"}
 
     @classmethod
     def values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
         values = super().values(raw) | {"rms_norm_eps": raw.get("norm_eps", 1e-5)}
-        for key, older in (("tie_word_embeddings", "tie_embedding"), ("intermediate_size", "block_ff_dim")):
-            if older in raw:
-                values[key] = raw[older]
+        names = {
+            "tie_embedding": "tie_word_embeddings",
+            "block_ff_dim": "intermediate_size",
+            "conv_L_cache": "kernel",
+        }
+        values |= {name: raw[key] for key, name in names.items() if key in raw}
         inner, multiple = values.get("intermediate_size", 12288), raw.get("block_multiple_of", 256)
         if raw.get("block_auto_adjust_ff_dim", True):
             inner = int(2 * inner / 3)
@@ -70,7 +74,7 @@ class LFM2(HFConfig):
             linear("in_proj", width, 3 * width, False),
             linear("out_proj", width, width, False),
             width,
-            self.conv_L_cache,
+            self.kernel,
         )
         return TransformerSelfAttentionLayer(
             attn=convolution, mlp=layer.mlp, sa_norm=layer.sa_norm, mlp_norm=layer.mlp_norm
