@@ -32,7 +32,19 @@ from transformers.generation import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import cached_file
 
-MODEL_TYPES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+MODEL_TYPES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "granitemoehybrid",
+    "llama",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 DRAFT_FILES = ("draft.json", "model.safetensors")  # in the folder `draft`
 MODES = ("greedy_search", "sample")
 # Logits processors that keep a state between calls. This loop calls processors for drafts and again to verify them.
@@ -138,9 +150,14 @@ class Part:
     def run(self, hidden: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [b, s, d] after the layers, at positions [b, s]; padding [b, columns] ends at the last one."""
         masks = create_masks_for_generate(self.config, hidden, padding, self.sizes, positions)
-        settings = {"position_ids": positions, "position_embeddings": self.rotary(hidden, positions)}
+        # Masks, and in some models positions, depend on the kind of layer.
+        by_kind = isinstance(self.config.rope_parameters.get("full_attention"), dict)
+        tables = {
+            kind: self.rotary(hidden, positions, *[kind] * by_kind) for kind in ({*self.kinds} if by_kind else [""])
+        }
         for number, layer in enumerate(self.layers, self.first):
             mask = masks[self.kinds[number]] if isinstance(masks, dict) else masks
+            settings = {"position_ids": positions, "position_embeddings": tables[self.kinds[number] if by_kind else ""]}
             hidden = layer(hidden, attention_mask=mask, cache=self.cache, use_cache=True, **settings)
         return hidden
 
@@ -158,7 +175,7 @@ class DraftLayers:
 
     def __init__(self, model: Any, layers: Any, norm: Any, shared: bool) -> None:
         self.model, self.layers, self.norm, self.shared = model, layers, norm, shared
-        self.embed, self.head = model.model.embed_tokens, model.lm_head
+        self.head = model.lm_head
 
     def cost(self) -> float:
         """Weights read for a drafted token divided by weights read for a token of the whole model."""
@@ -212,7 +229,11 @@ class DraftLayers:
         self.states = []
         return self.capped(self.head(self.model.model.norm(self.verifying.run(hidden, padding, positions))))
 
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.model.embed_tokens(tokens) * getattr(self.model.config, "embedding_multiplier", 1)
+
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits / getattr(self.model.config, "logits_scaling", 1)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
 

@@ -95,7 +95,11 @@ def load_data(
     indexed = IndexedErrorDataset(dataset, next((s for s in sections if _is_users(s)), sections[0]), packed)
     # Choose the collate function, and try it with the first samples.
     if packed:
-        flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
+        fits_layers = all(
+            is_plain_attention(x) and not x.attn.attn_dropout and getattr(x.attn, "window", None) is None
+            for x in model.layers
+        )
+        flex = device.type == "cuda" and fits_layers
         return indexed, partial(collate_packed, flex=flex)
     path = collate_fn or PADDED
     collate = partial(_get_component_from_path(path), padding_idx=tokenizer.pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.compiled import compiled_steps, has_compiler, run
 from helpers.speculation import PROMPTS, VARIANTS, AlwaysLookUp, drafting
-from helpers.tiny import QWEN3, SIZE
+from helpers.tiny import GEMMA3, GRANITE, LFM2, QWEN3, SIZE
 from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.cpp_extension import include_paths
@@ -57,7 +57,8 @@ pytestmark = [pytest.mark.slow, has_compiler]  # slow: the C++ is compiled first
 
 L = 3
 WIDE = SIZE | {"num_layers": L, "num_heads": 2, "num_kv_heads": 1}  # heads of 16 numbers, the width of a vector
-HF = QWEN3 | {"num_hidden_layers": L, "num_attention_heads": 2, "num_key_value_heads": 1}
+FEW = {"num_hidden_layers": L, "num_attention_heads": 2, "num_key_value_heads": 1}
+HF = QWEN3 | FEW
 PHI3 = {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5}
 FAMILIES = {
     "llama3": partial(llama3, **WIDE),
@@ -67,6 +68,11 @@ FAMILIES = {
     "gemma2": partial(gemma2, **WIDE | {"num_heads": 4, "num_kv_heads": 2}, head_dim=16, sliding_window_size=128),
     "phi3": partial(phi3, **WIDE),
     "qwen3": lambda: build_decoder(parse_hf_config(HF, "qwen3"), 128),
+    "gemma3": lambda: build_decoder(parse_hf_config(GEMMA3 | FEW | {"query_pre_attn_scalar": 256}, "gemma3"), 128),
+    "granite": lambda: build_decoder(parse_hf_config(GRANITE | FEW, "granite"), 128),
+    "lfm2": lambda: build_decoder(
+        parse_hf_config(LFM2 | FEW | {"layer_types": ["conv", "full_attention", "conv"]}, "lfm2"), 128
+    ),
     "a part of each head turns": lambda: build_decoder(parse_hf_config(HF | PHI3, "phi3"), 128),
 }
 

@@ -42,9 +42,11 @@ from torchtune.modules import (
 )
 
 from layerskip_recipes.families.attention import NormFirstAttention
+from layerskip_recipes.families.multipliers import DividedNorm, Scale
 from layerskip_recipes.families.rope import RotaryPositions
 from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.draft import JoiningLayer
+from layerskip_recipes.model.short_convolution import ShortConvolution
 
 SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
@@ -213,12 +215,16 @@ class Parts:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
 
     def norm(self, name: str, norm: Any) -> None:
+        """A norm, or a number in its place."""
         if norm is None or type(norm) is nn.Identity:
+            return
+        if type(norm) is Scale:
+            self.number(f"{name}.factor", norm.factor)
             return
         if type(norm) is Gemma2FinalNorm:
             norm = norm.rms_norm  # `head_parts` has its logit cap
-        require(type(norm) in (RMSNorm, GemmaRMSNorm) and norm.eps > 0, name)
-        scale = _fp32(norm.scale)
+        require(type(norm) in (RMSNorm, GemmaRMSNorm, DividedNorm) and norm.eps > 0, name)
+        scale = _fp32(norm.scale) / getattr(norm, "divisor", 1)
         self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
         self.number(f"{name}.epsilon", norm.eps)
 
@@ -241,6 +247,9 @@ class Parts:
         self.tensors |= dict(zip(("cos", "sin"), _computed(both, *tables), strict=True))
 
     def attention(self, attn: Any) -> None:
+        if type(attn) is ShortConvolution:
+            self.convolution(attn)
+            return
         require(type(attn) in (MultiHeadAttention, NormFirstAttention, Gemma2Attention), "attn")
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
             self.linear(name, getattr(attn, name))
@@ -253,6 +262,13 @@ class Parts:
         self.number("scale", getattr(attn, "scaling", attn.head_dim**-0.5))
         self.number("cap", getattr(attn, "softcapping", None) or 0)
         self.number("norm_first", getattr(attn, "norm_first", False))
+        self.number("window", getattr(attn, "window", None) or 0)
+
+    def convolution(self, convolution: ShortConvolution) -> None:
+        self.linear("in_proj", convolution.in_proj)
+        self.linear("output_proj", convolution.out_proj)
+        require(convolution.head_dim % VECTOR == 0, f"half a width of {convolution.head_dim}")
+        self.tensors["taps"] = _fp32(convolution.conv.weight.squeeze(1).T)  # [kernel, d]
 
     def feed_forward(self, mlp: Any) -> None:
         """A gated MLP."""
