@@ -47,7 +47,8 @@ from layerskip_recipes.model.draft import JoiningLayer
 from layerskip_recipes.model.head import head_of
 from layerskip_recipes.model.kv_cache import DecodingCache
 
-SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]
+SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "four_bits", "few_rows", "attention", "sampling", "layers")]
+SIDE = 16  # rows of int4 matrices that stand side by side, as in four_bits.cpp
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
 
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
@@ -139,12 +140,14 @@ class Parts:
         self.tensors[name] = torch.tensor(number, dtype=torch.float32)
 
     def linear(self, name: str, linear: Any) -> None:
-        """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row.
+        """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row, or int4.
 
         With the sums of the int8 rows, the C++ rounds the layer's input to int8.
         """
         _require(isinstance(linear, nn.Embedding) or type(linear) is nn.Linear, name)
         weight, scale, zero, rounds = linear.weight, None, None, None
+        if type(weight).__name__ == "LinearActivationQuantizedTensor":
+            return self.int4_linear(name, linear)
         if type(weight).__name__ == "Int8Tensor":  # torchao's version 2
             rounds = weight.act_quant_kwargs
             if rounds is not None:
@@ -163,6 +166,31 @@ class Parts:
         for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None)), ("sums", sums)):
             if value is not None:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
+
+    def int4_linear(self, name: str, linear: nn.Linear) -> None:
+        """torchao's int4 weights, whose inputs are rounded to int8 asymmetrically, as four_bits.cpp takes them."""
+        outer: Any = linear.weight
+        weight = outer.original_weight_tensor
+        rounds = getattr(outer.input_quant_func, "__name__", "")
+        _require(rounds == "_int8_asymm_per_token_quant" and hasattr(weight, "tensor_impl"), f"{name}: {rounds}")
+        numbers, scale, zero = weight.tensor_impl.get_plain()
+        (n, k), group = weight.shape, weight.block_size[-1]
+        is_int4 = (weight.quant_min, weight.quant_max) == (-8, 7) and (zero is None or not zero.any())
+        _require(is_int4 and numbers.dtype == torch.int8 and scale.dtype in (torch.float32, torch.bfloat16), name)
+        _require(n % SIDE == 0 and group % VECTOR == 0, f"{name}: {n} rows in groups of {group} columns")
+
+        def pack() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            # [n / 16, k / 8, row, half of the byte, column] -> [n / 16, k / 8, 16 rows * 4 bytes]
+            parts = (numbers + 8).view(torch.uint8).view(n // SIDE, SIDE, k // 8, 2, 4).permute(0, 2, 1, 3, 4)
+            packed = parts[:, :, :, 0] | parts[:, :, :, 1] << 4
+            scales = scale.view(n // SIDE, SIDE, k // group).transpose(1, 2).contiguous()
+            sums = numbers.view(n, k // group, group).sum(-1, dtype=torch.float32).mul(scale.view(n, -1).float()).sum(1)
+            return packed.reshape(n // SIDE, k // 8, SIDE * 4).contiguous(), scales, sums
+
+        packed = _computed(pack, numbers, scale)
+        self.tensors |= {f"{name}.{key}": part for key, part in zip(("weight", "scale", "sums"), packed, strict=True)}
+        if linear.bias is not None:
+            self.tensors[f"{name}.bias"] = _fp32(linear.bias)
 
     def norm(self, name: str, norm: Any) -> None:
         if norm is None or type(norm) is nn.Identity:

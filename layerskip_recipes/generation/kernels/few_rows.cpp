@@ -1,5 +1,5 @@
-// y = x W^T for few rows of x; W is fp32, bf16 or int8. Compiled in one file with tiles.cpp, after it: where the processor
-// has tiles, they multiply by bf16 weights. With AVX-512 bf16 instructions, products with a bf16 W take x rounded to bf16,
+// y = x W^T for few rows of x; W is fp32, bf16, int8 or int4. Compiled in one file with tiles.cpp and four_bits.cpp, after
+// them: where the processor has tiles, they multiply by bf16 weights. With AVX-512 bf16 instructions, products with a bf16 W take x rounded to bf16,
 // as torch does, and compute two at a time. If x is to be rounded to int8 as well, AVX-512 VNNI instructions compute four
 // at a time, with int32 sums.
 //
@@ -22,8 +22,6 @@
 
 namespace {
 
-using Vector = at::vec::Vectorized<float>;
-constexpr int LANES = Vector::size();
 // Accumulators, and the most rows of x per block: weights stream from memory once per block. `write` takes GROUP sums.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int SUMS = 27, BLOCK = 10, GROUP = LANES;  // of 32 registers
@@ -318,11 +316,13 @@ void in_parallel(int64_t n, int64_t grain, double work, const F& f) {
 }
 
 // y = x W^T + bias; W [n, k] is fp32, bf16 or int8 with a scale per row, k a multiple of LANES. If the sums of W's rows
-// are given, x is rounded to int8.
+// are given, x is rounded to int8. Or W is int4, as four_bits.cpp takes it.
 struct Linear {
   at::Tensor weight, scale, bias, sums;
 
-  int64_t columns() const { return weight.size(0); }
+  bool is_int4() const { return weight.scalar_type() == at::kByte; }
+  int64_t columns() const { return weight.size(0) * (is_int4() ? SIDE : 1); }
+  int64_t width() const { return weight.size(1) * (is_int4() ? COLUMNS : 1); }
   explicit operator bool() const { return weight.defined(); }
 
   // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time, for blocks of `size` rows of x, with
@@ -400,9 +400,52 @@ const Int8Of* int8_rows(const float* x, int64_t m, int64_t k, int64_t step, floa
   return to;
 }
 
-// x [m, k] by each of `linears` [n_i, k] -> y [m, n_0 + n_1 + ..], the products side by side.
+// `multiply` for int4 weights.
+void multiply_int4(const float* x, int64_t m, std::initializer_list<const Linear*> linears, float* y) {
+  static thread_local RoundedRows rows;
+  const Linear& any = **linears.begin();
+  const int64_t k = any.width(), groups = any.scale.size(1), bytes = SIDE * k / 2, size = equal_block(m, MOST_INT4_ROWS);
+  int64_t n = 0;
+  for (const Linear* linear : linears) n += linear->columns();
+  rows.round(x, m, k, groups);
+  const RoundedRows& rounded = rows;  // threads have `rows` of their own
+  const auto columns_of = [&](const Linear& linear, const auto* scales, int64_t first, int64_t end, float* to) {
+    const uint8_t* const w = linear.weight.const_data_ptr<uint8_t>() + first * bytes;
+    for (int64_t row = 0; row < m; row += size)
+      int4_block<MOST_INT4_ROWS>(
+          std::min(size, m - row), rounded, row, w, scales + first * SIDE * groups, k, groups, end - first, to + row * n, n);
+    for (int64_t row = 0; row < m; row++)
+      for (int64_t i = first * SIDE; i < end * SIDE; i += LANES) {
+        float* const at = to + row * n + i - first * SIDE;
+        const Vector zero = Vector(rounded.zeros[row]) * Vector::loadu(linear.sums.const_data_ptr<float>() + i);
+        const Vector bias = linear.bias.defined() ? Vector::loadu(linear.bias.const_data_ptr<float>() + i) : Vector(0.f);
+        at::vec::fmadd(Vector::loadu(at) - zero, Vector(rounded.units[row]), bias).store(at);
+      }
+  };
+  const int64_t least = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, 1);
+  const int64_t grain = m > size ? std::max<int64_t>(IN_L2 / bytes, 1) : n;
+  in_parallel(n / SIDE, least, static_cast<double>(n * k / 2 + m * n * k), [&](int64_t first, int64_t end) {
+    int64_t offset = 0;  // the matrix's first block in y
+    for (const Linear* linear : linears) {
+      const int64_t last = std::min(end - offset, linear->columns() / SIDE);
+      for (int64_t at = std::max(first, offset) - offset; at < last; at += grain) {
+        const auto part = [&](const auto* scales) {
+          columns_of(*linear, scales, at, std::min(at + grain, last), y + (offset + at) * SIDE);
+        };
+        if (linear->scale.scalar_type() == at::kBFloat16)
+          part(linear->scale.const_data_ptr<at::BFloat16>());
+        else
+          part(linear->scale.const_data_ptr<float>());
+      }
+      offset += linear->columns() / SIDE;
+    }
+  });
+}
+
+// x [m, k] by each of `linears` [n_i, k] -> y [m, n_0 + n_1 + ..], the products side by side. All or none are int4.
 template <bool bf16_products = BF16_PRODUCTS>
 void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> linears, float* y) {
+  if ((*linears.begin())->is_int4()) return multiply_int4(x, m, linears, y);
   const at::Tensor& any = (*linears.begin())->weight;
   const int64_t k = any.size(1), bytes = k * static_cast<int64_t>(any.element_size());
   int64_t n = 0;

@@ -228,7 +228,7 @@ struct Head : torch::CustomClassHolder {
   // x [b, s, d] -> [b, s, v].
   at::Tensor logits(const at::Tensor& x) const {
     const int64_t m = x.size(0) * x.size(1), d = x.size(2);
-    TORCH_CHECK(d == output.weight.size(1), "a state of ", output.weight.size(1), " numbers, not ", d);
+    TORCH_CHECK(d == output.width(), "a state of ", output.width(), " numbers, not ", d);
     const at::Tensor states = x.to(at::kFloat).contiguous(), normed = room(m * d);
     const at::Tensor out = at::empty({x.size(0), x.size(1), output.columns()}, at::kFloat);
     if (norm) norm(m, d, floats(states), normed.mutable_data_ptr<float>());
