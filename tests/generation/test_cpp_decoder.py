@@ -74,8 +74,7 @@ FAMILIES = {
 CPU = torch.device("cpu")
 
 
-@cache
-def make(family, precision="fp32"):
+def make_model(family, precision="fp32"):
     torch.manual_seed(3)
     model = FAMILIES[family]()
     for parameter in model.parameters():
@@ -84,6 +83,9 @@ def make(family, precision="fp32"):
     if precision.startswith("int8"):
         quantize_(model, Int8WeightOnlyConfig(version=int(precision[-1])))
     return model.to(torch.bfloat16) if precision == "bf16" else model
+
+
+make = cache(make_model)  # for tests that leave the model as it is
 
 
 def exact(model):
@@ -203,44 +205,56 @@ def test_a_long_prompt_can_be_left_between_two_chunks(monkeypatch):
     assert run(model, prompts, 5).generated == expected
 
 
-def test_compiled_code_is_of_one_torch_compiler_and_processor(monkeypatch):
+@pytest.fixture
+def load_again():
+    """Loads the library as a new process does."""
+
+    def load():
+        load_library.cache_clear()
+        load_library()
+
+    yield load
+    load_library.cache_clear()
+
+
+def test_compiled_code_is_of_one_torch_compiler_and_processor(load_again, monkeypatch):
     """An upgrade must not load the library of the version before, nor another machine that shares the cache."""
     from torch._inductor.codecache import CppCodeCache
 
     sources = []
     monkeypatch.setattr(CppCodeCache, "load", classmethod(lambda cls, source: sources.append(source)))
-    load_library.__wrapped__()
+    load_again()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "exists", lambda self: False)
         patched.setattr(platform, "processor", lambda: "another")
-        load_library.__wrapped__()
+        load_again()
     for owner, name in ((torch, "__version__"), (torch.version, "git_version")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, "another")
-            load_library.__wrapped__()
+            load_again()
     version = subprocess.CompletedProcess([], 0, "another compiler 1.0\nand more")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: version)
-    load_library.__wrapped__()
+    load_again()
     assert len(set(sources)) == 5 and len({source.partition("\n")[2] for source in sources}) == 1
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="knows the end of Linux's libraries only")
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
-def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, tmp_path, monkeypatch):
+def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, load_again, tmp_path, monkeypatch):
     (tmp_path / "small.cpp").write_text("int small() { return 1; }\n")
     monkeypatch.setattr(cpp_decoder, "SOURCES", [tmp_path / "small.cpp"])
     monkeypatch.setattr(cpp_decoder, "_library_folder", lambda: tmp_path / "cache")
-    load_library.__wrapped__()
+    load_again()
     (library,) = tmp_path.glob("cache/**/*.so")
     whole = library.read_bytes()
     library.unlink()  # this process has it in use
     library.write_bytes(whole[: int(len(whole) * kept)])
-    load_library.__wrapped__()
+    load_again()
     assert library.stat().st_size == len(whole)
 
 
 @pytest.mark.parametrize("case", ["of another user", "open to others", "not to be made"])
-def test_code_is_loaded_from_a_folder_of_this_user_alone(case, tmp_path, monkeypatch, caplog):
+def test_code_is_loaded_from_a_folder_of_this_user_alone(case, load_again, tmp_path, monkeypatch, caplog):
     """Nothing in another folder is loaded or believed, and C++ still runs. The folder of inductor does not matter."""
     from torch._inductor.codecache import CppCodeCache
 
@@ -253,7 +267,7 @@ def test_code_is_loaded_from_a_folder_of_this_user_alone(case, tmp_path, monkeyp
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     mine = tmp_path / "cache" / "layerskip_recipes"
     assert not cpp_decoder.is_library_compiled() and not mine.exists()
-    load_library.__wrapped__()
+    load_again()
     assert cpp_decoder.is_library_compiled() and folders == [str(mine)]
     assert mine.stat().st_mode & 0o777 == 0o700 and not caplog.records
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
@@ -265,7 +279,7 @@ def test_code_is_loaded_from_a_folder_of_this_user_alone(case, tmp_path, monkeyp
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert not cpp_decoder.is_library_compiled()
-    load_library.__wrapped__()
+    load_again()
     assert folders[1] != str(mine) and Path(folders[1]).stat().st_mode & 0o777 == 0o700
     assert "XDG_CACHE_HOME" in caplog.text
 
@@ -432,7 +446,7 @@ class Doubled(torch.nn.Embedding):
 
 
 def test_an_embedding_of_another_kind_drafts_token_by_token():
-    model = make.__wrapped__("llama3")
+    model = make_model("llama3")
     model = model.with_modules(tok_embeddings=Doubled(SIZE["vocab_size"], SIZE["embed_dim"]))
     expected = run(model, PROMPTS, 9, compile=False).generated
     generation = run(model, PROMPTS, 9, **drafting("chain", model))
@@ -501,7 +515,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
 
 @pytest.mark.parametrize("part", [*UNKNOWN, *OTHER_MODELS])
 def test_other_parts_are_not_run_in_cpp(part):
-    model = layerskip_decoder(OTHER_MODELS[part]()) if part in OTHER_MODELS else make.__wrapped__("llama3")
+    model = layerskip_decoder(OTHER_MODELS[part]()) if part in OTHER_MODELS else make_model("llama3")
     if part in UNKNOWN:
         UNKNOWN[part](model)
     context = StepContext(model, DecodingCache(model, 1, 160), Sampler(), CompiledSteps(CPU))

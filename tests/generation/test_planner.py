@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.configs import generate_config, make_checkpoint
-from helpers.smollm2 import MODEL
-from torchtune.models.llama3_2._component_builders import llama3_2
+from torchtune.config import instantiate
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.acceptance.tokens_per_round import Round
@@ -39,7 +38,7 @@ TASK = {
 
 def smollm2():
     with torch.device("meta"):
-        return layerskip_decoder(llama3_2(**{name: value for name, value in MODEL.items() if name != "_component_"}))
+        return layerskip_decoder(instantiate(load_config("smollm2/135M_generate_layerskip").model))
 
 
 def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):

@@ -57,6 +57,6 @@ def test_tune_run_from_the_wheel(installed, tmp_path, tokenizer_folder):
     assert Path(shown.stdout.strip()) == installed / "layerskip_recipes" / "__init__.py"
     changes = {"extends": "quickstart/finetune", "lr_scheduler": None, "early_exit_loss": {"exits": ":"}}
     path = finetune_config(tmp_path, tokenizer_folder, **changes)
-    run = run_tune("run", "layerskip_finetune", "--config", str(path), env=env, cwd=tmp_path, cold=True)
+    run = run_tune("run", "layerskip_finetune", "--config", str(path), env=env, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path / "out" / "epoch_0" / "config.json").is_file()

@@ -628,7 +628,7 @@ def test_a_server_ignores_what_a_generation_config_says_of_prompts_outputs_and_p
     keys = ["batch_size=4", "prompt_file=nowhere.txt", "output_file=/nowhere/answers.jsonl", "stream=draft"]
     cfg = ServeConfig.load(load_config(str(config), [TEMPLATE, *keys, "tensor_parallel_dim=2", "max_new_tokens=7"]))
     assert cfg.max_new_tokens == 7 and not {*cfg.source} & {*ServeConfig.DROPPED}
-    with pytest.raises(ConfigError, match="^max_new_token: unknown key"):
+    with pytest.raises(ConfigError, match=r"^max_new_token: unknown key"):
         ServeConfig.load(load_config(str(config), [TEMPLATE, "max_new_token=7"]))
 
 
