@@ -47,7 +47,6 @@ from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.draft import JoiningLayer
 
 SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "four_bits", "few_rows", "attention", "sampling", "layers")]
-SIDE = 16  # rows of int4 matrices that stand side by side, as in four_bits.cpp
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
 log = utils.get_logger("INFO")
 
@@ -183,12 +182,13 @@ class Parts:
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.unpacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # int4 matrices as int8 [n, k], and scales
 
     def number(self, name: str, number: float) -> None:
         self.tensors[name] = torch.tensor(number, dtype=torch.float32)
 
     def linear(self, name: str, linear: Any) -> None:
-        """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row, or int4.
+        """The matrix of a linear layer or an embedding: fp32, bf16, torchao's int8 with a scale per row, or int4.
 
         With the sums of the int8 rows, the C++ rounds the layer's input to int8.
         """
@@ -220,25 +220,22 @@ class Parts:
         outer: Any = linear.weight
         weight = outer.original_weight_tensor
         rounds = getattr(outer.input_quant_func, "__name__", "")
-        _require(rounds == "_int8_asymm_per_token_quant" and hasattr(weight, "tensor_impl"), f"{name}: {rounds}")
+        require(rounds == "_int8_asymm_per_token_quant" and hasattr(weight, "tensor_impl"), f"{name}: {rounds}")
         numbers, scale, zero = weight.tensor_impl.get_plain()
-        (n, k), group = weight.shape, weight.block_size[-1]
+        group = weight.block_size[-1]
         is_int4 = (weight.quant_min, weight.quant_max) == (-8, 7) and (zero is None or not zero.any())
-        _require(is_int4 and numbers.dtype == torch.int8 and scale.dtype in (torch.float32, torch.bfloat16), name)
-        _require(n % SIDE == 0 and group % VECTOR == 0, f"{name}: {n} rows in groups of {group} columns")
+        require(is_int4 and numbers.dtype == torch.int8 and scale.dtype in (torch.float32, torch.bfloat16), name)
+        require(group % VECTOR == 0, f"{name}: groups of {group} columns")
 
-        def pack() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            # [n / 16, k / 8, row, half of the byte, column] -> [n / 16, k / 8, 16 rows * 4 bytes]
-            parts = (numbers + 8).view(torch.uint8).view(n // SIDE, SIDE, k // 8, 2, 4).permute(0, 2, 1, 3, 4)
-            packed = parts[:, :, :, 0] | parts[:, :, :, 1] << 4
-            scales = scale.view(n // SIDE, SIDE, k // group).transpose(1, 2).contiguous()
-            sums = numbers.view(n, k // group, group).sum(-1, dtype=torch.float32).mul(scale.view(n, -1).float()).sum(1)
-            return packed.reshape(n // SIDE, k // 8, SIDE * 4).contiguous(), scales, sums
-
-        packed = _computed(pack, numbers, scale)
-        self.tensors |= {f"{name}.{key}": part for key, part in zip(("weight", "scale", "sums"), packed, strict=True)}
+        self.unpacked[name] = numbers, scale
         if linear.bias is not None:
             self.tensors[f"{name}.bias"] = _fp32(linear.bias)
+
+    def pack(self) -> None:
+        """Pack the int4 matrices, once for each."""
+        for name, (numbers, scale) in self.unpacked.items():
+            packed = _computed(lambda: torch.ops.layerskip.pack_int4(numbers, scale), numbers, scale)  # noqa: B023
+            self.tensors |= dict(zip((f"{name}.weight", f"{name}.scale", f"{name}.sums"), packed, strict=True))
 
     def norm(self, name: str, norm: Any) -> None:
         if norm is None or type(norm) is nn.Identity:

@@ -321,7 +321,7 @@ struct Linear {
   at::Tensor weight, scale, bias, sums;
 
   bool is_int4() const { return weight.scalar_type() == at::kByte; }
-  int64_t columns() const { return weight.size(0) * (is_int4() ? SIDE : 1); }
+  int64_t columns() const { return is_int4() ? sums.size(0) : weight.size(0); }
   int64_t width() const { return weight.size(1) * (is_int4() ? COLUMNS : 1); }
   explicit operator bool() const { return weight.defined(); }
 
@@ -400,44 +400,67 @@ const Int8Of* int8_rows(const float* x, int64_t m, int64_t k, int64_t step, floa
   return to;
 }
 
+// Blocks first .. end - 1 of 16 rows of an int4 W: y = x W^T + bias for all m rows of x, `size` at a time; `to` is y's
+// first column of W, with row stride `stride`.
+template <typename S>
+void int4_columns(
+    const Linear& linear, const S* scales, const RoundedRows& x, int64_t m, int64_t size, int64_t first, int64_t end,
+    float* to, int64_t stride) {
+  const int64_t k = linear.width(), groups = linear.scale.size(1), columns = linear.columns();
+  const int64_t whole = std::min(end, columns / SIDE);  // blocks; a last one may have fewer rows
+  const uint8_t* const w = linear.weight.const_data_ptr<uint8_t>();
+  const auto product = [&](int64_t row, int64_t block, int64_t count, float* y, int64_t apart) {
+    int4_block<MOST_INT4_ROWS>(
+        std::min(size, m - row), x, row, w + block * SIDE * k / 2, scales + block * SIDE * groups, k, groups, count, y,
+        apart);
+  };
+  for (int64_t row = 0; row < m; row += size) {
+    if (first < whole) product(row, first, whole - first, to + row * stride + first * SIDE, stride);
+    if (whole < end) {
+      float part[MOST_INT4_ROWS * SIDE];
+      product(row, whole, 1, part, SIDE);
+      for (int64_t i = 0; i < std::min(size, m - row); i++)
+        std::copy_n(part + i * SIDE, columns - whole * SIDE, to + (row + i) * stride + whole * SIDE);
+    }
+  }
+  for (int64_t row = 0; row < m; row++)
+    for (int64_t i = first * SIDE; i < std::min(end * SIDE, columns); i += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, columns - i);
+      float* const at = to + row * stride + i;
+      const Vector zeros = Vector(x.zeros[row]) * Vector::loadu(linear.sums.const_data_ptr<float>() + i, count);
+      const Vector bias =
+          linear.bias.defined() ? Vector::loadu(linear.bias.const_data_ptr<float>() + i, count) : Vector(0.f);
+      at::vec::fmadd(Vector::loadu(at, count) - zeros, Vector(x.units[row]), bias).store(at, count);
+    }
+}
+
 // `multiply` for int4 weights.
 void multiply_int4(const float* x, int64_t m, std::initializer_list<const Linear*> linears, float* y) {
   static thread_local RoundedRows rows;
   const Linear& any = **linears.begin();
-  const int64_t k = any.width(), groups = any.scale.size(1), bytes = SIDE * k / 2, size = equal_block(m, MOST_INT4_ROWS);
-  int64_t n = 0;
-  for (const Linear* linear : linears) n += linear->columns();
-  rows.round(x, m, k, groups);
-  const RoundedRows& rounded = rows;  // threads have `rows` of their own
-  const auto columns_of = [&](const Linear& linear, const auto* scales, int64_t first, int64_t end, float* to) {
-    const uint8_t* const w = linear.weight.const_data_ptr<uint8_t>() + first * bytes;
-    for (int64_t row = 0; row < m; row += size)
-      int4_block<MOST_INT4_ROWS>(
-          std::min(size, m - row), rounded, row, w, scales + first * SIDE * groups, k, groups, end - first, to + row * n, n);
-    for (int64_t row = 0; row < m; row++)
-      for (int64_t i = first * SIDE; i < end * SIDE; i += LANES) {
-        float* const at = to + row * n + i - first * SIDE;
-        const Vector zero = Vector(rounded.zeros[row]) * Vector::loadu(linear.sums.const_data_ptr<float>() + i);
-        const Vector bias = linear.bias.defined() ? Vector::loadu(linear.bias.const_data_ptr<float>() + i) : Vector(0.f);
-        at::vec::fmadd(Vector::loadu(at) - zero, Vector(rounded.units[row]), bias).store(at);
-      }
-  };
-  const int64_t least = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, 1);
-  const int64_t grain = m > size ? std::max<int64_t>(IN_L2 / bytes, 1) : n;
-  in_parallel(n / SIDE, least, static_cast<double>(n * k / 2 + m * n * k), [&](int64_t first, int64_t end) {
-    int64_t offset = 0;  // the matrix's first block in y
+  const int64_t k = any.width(), bytes = SIDE * k / 2, size = equal_block(m, MOST_INT4_ROWS);
+  int64_t n = 0, blocks = 0;
+  for (const Linear* linear : linears) n += linear->columns(), blocks += linear->weight.size(0);
+  rows.round(x, m, k, any.scale.size(1));
+  const RoundedRows& rounded = rows;  // other threads have `rows` of their own
+  const int64_t least = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, 1);  // a thread pays off from there
+  const int64_t grain = m > size ? std::max<int64_t>(IN_L2 / bytes, 1) : blocks;
+  in_parallel(blocks, least, static_cast<double>(n * k / 2 + m * n * k), [&](int64_t first, int64_t end) {
+    int64_t before = 0;  // blocks of the matrices before
+    float* to = y;
     for (const Linear* linear : linears) {
-      const int64_t last = std::min(end - offset, linear->columns() / SIDE);
-      for (int64_t at = std::max(first, offset) - offset; at < last; at += grain) {
-        const auto part = [&](const auto* scales) {
-          columns_of(*linear, scales, at, std::min(at + grain, last), y + (offset + at) * SIDE);
+      const int64_t last = std::min(end - before, linear->weight.size(0));
+      for (int64_t at = std::max<int64_t>(first - before, 0); at < last; at += grain) {
+        const auto columns = [&](const auto* scales) {
+          int4_columns(*linear, scales, rounded, m, size, at, std::min(at + grain, last), to, n);
         };
         if (linear->scale.scalar_type() == at::kBFloat16)
-          part(linear->scale.const_data_ptr<at::BFloat16>());
+          columns(linear->scale.const_data_ptr<at::BFloat16>());
         else
-          part(linear->scale.const_data_ptr<float>());
+          columns(linear->scale.const_data_ptr<float>());
       }
-      offset += linear->columns() / SIDE;
+      before += linear->weight.size(0);
+      to += linear->columns();
     }
   });
 }

@@ -5,14 +5,18 @@
 // no shuffles, a group's weights are unpacked once for all rows of x, and the summation order of an element of y does not
 // depend on the number of rows of x.
 
+#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -211,6 +215,36 @@ void int4_block(
   for (int64_t i = 0; i < count; i++)
     int4_tile<M>(
         x, first, w + i * SIDE * k / 2, scales + i * SIDE * groups, k, groups, y + i * SIDE, stride);
+}
+
+// W [n, k] from -8 to 7 with scales [n, groups] -> W packed [N, k / 8, 64] for N = n / 16, rounded up, its scales
+// [N, groups, 16], and the sums of W's rows [n].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_int4(const at::Tensor& numbers, const at::Tensor& scale) {
+  const int64_t n = numbers.size(0), k = numbers.size(1), groups = scale.numel() / n, size = k / groups;
+  const int64_t blocks = (n + SIDE - 1) / SIDE;
+  const at::Tensor from = numbers.contiguous(), factors = scale.to(at::kFloat).reshape({n, groups}).contiguous();
+  const at::Tensor packed = at::zeros({blocks, k / COLUMNS, SIDE * 4}, at::kByte), sums = at::empty({n}, at::kFloat);
+  const int8_t* const w = from.const_data_ptr<int8_t>();
+  uint8_t* const to = packed.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, n, SIDE, [&](int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; row++) {
+      float sum = 0;
+      for (int64_t group = 0; group < groups; group++) {
+        const int8_t* const start = w + row * k + group * size;
+        sum += static_cast<float>(std::accumulate(start, start + size, 0)) * factors.const_data_ptr<float>()[row * groups + group];
+      }
+      sums.mutable_data_ptr<float>()[row] = sum;
+      uint8_t* const lane = to + row / SIDE * SIDE * k / 2 + row % SIDE * 4;
+      for (int64_t i = 0; i < k; i += COLUMNS)
+        for (int64_t j = 0; j < 4; j++) {
+          const int8_t* const pair = w + row * k + i + j;
+          lane[i * SIDE / 2 + j] = static_cast<uint8_t>((pair[0] + 8) | (pair[4] + 8) << 4);
+        }
+    }
+  });
+  const at::Tensor padded = at::zeros({blocks * SIDE, groups}, scale.scalar_type());
+  padded.narrow(0, 0, n).copy_(scale.reshape({n, groups}));
+  return {packed, padded.view({blocks, SIDE, groups}).transpose(1, 2).contiguous(), sums};
 }
 
 }  // namespace

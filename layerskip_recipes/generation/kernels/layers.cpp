@@ -304,6 +304,7 @@ struct Layers : torch::CustomClassHolder {
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
   library.def("choose_tokens", &choose_tokens);
+  library.def("pack_int4", &pack_int4);
   library.class_<Head>("Head").def(torch::init<Tensors>()).def("logits", &Head::logits);
   library.class_<Layers>("Layers")
       .def(torch::init<>())
