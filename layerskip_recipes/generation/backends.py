@@ -292,6 +292,8 @@ class CppBackend(TorchBackend):
         """Compile the C++, move the weights to huge pages (False if both had been done before), and pass them on."""
         load_library()
         modules = [part for layers in self.layer_parts.values() for part in layers] + [*self.head_parts.values()]
+        for part in modules:
+            part.pack()
         weights = (part.tensors[name] for part in modules for name in part.tensors if name.endswith(".weight"))
         moved = use_huge_pages(weights)
         kernels = torch.classes.layerskip

@@ -20,6 +20,7 @@ from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.cpp_extension import include_paths
 from torchao.quantization import (
+    Int8DynamicActivationInt4WeightConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
@@ -88,6 +89,8 @@ def make_model(family, precision="fp32"):
     model = layerskip_decoder(model).eval()
     if precision.startswith("int8"):
         quantize_(model, Int8WeightOnlyConfig(version=int(precision[-1])))
+    if precision == "int4":
+        quantize_(model, Int8DynamicActivationInt4WeightConfig(group_size=16))
     return model.to(torch.bfloat16) if precision == "bf16" else model
 
 
@@ -299,7 +302,7 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2", "int4"])
 def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
     model, (text, *others) = make("llama3", precision), texts_of(5, 150)
     torch.set_num_threads(1)
@@ -362,6 +365,35 @@ def test_a_product_of_few_rows_has_the_bits_of_each_row_alone(n, k, dtype, two_t
         head.logits(x[:, :, 1:])
 
 
+@pytest.mark.parametrize(("n", "k", "group"), [(1, 32, 32), (130, 576, 64), (48, 2048, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_four_bits(n, k, group, dtype, two_threads):
+    """torchao's product of int4 weights and rounded inputs, and each row of it to the last bit what it is alone."""
+    load_library()
+    torch.manual_seed(n * k)
+    linear = torch.nn.Sequential(torch.nn.Linear(k, n, dtype=dtype))
+    quantize_(linear, Int8DynamicActivationInt4WeightConfig(group_size=group))
+    parts = cpp_decoder.Parts()
+    parts.linear("output", linear[0])
+    parts.pack()
+    head = torch.classes.layerskip.Head(parts.tensors)
+    x = torch.randn(1, 23, k).to(dtype).float()
+    alone = torch.cat([head.logits(x[:, row : row + 1]) for row in range(23)], 1)
+    unit = (x.amax(-1, True).clamp(min=0) - x.amin(-1, True).clamp(max=0)) / 255
+    zero = -128 - (x.amin(-1, True).clamp(max=0) / unit).round()
+    rounded = ((x * (1 / unit)).round() + zero).clamp(-128, 127).double() - zero
+    weight = linear[0].weight.original_weight_tensor
+    numbers, scale, _ = weight.tensor_impl.get_plain()
+    exact = numbers.double() * scale.double().view(n, -1).repeat_interleave(group, 1)
+    expected = unit.double() * (rounded @ exact.T) + linear[0].bias.double()
+    torch.testing.assert_close(alone.double(), expected, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        of_torch = linear(x.to(dtype)).float()
+    torch.testing.assert_close(alone, of_torch, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-4)
+    for rows in (2, 5, 9, 10, 11, 23):
+        assert torch.equal(head.logits(x[:, :rows]), alone[:, :rows])
+
+
 @cache
 def talking(precision="fp32"):
     """A model whose greedy outputs vary, and whose exits now and then say what all of it says."""
@@ -374,11 +406,13 @@ def talking(precision="fp32"):
     if "int8" in precision:
         of_x_too = precision == "both int8"
         quantize_(model, (Int8DynamicActivationInt8WeightConfig if of_x_too else Int8WeightOnlyConfig)(version=2))
+    if precision == "int4":
+        quantize_(model, Int8DynamicActivationInt4WeightConfig(group_size=16))
     return model.to(torch.bfloat16) if precision == "bf16" else model
 
 
 # No head of fewer rows is cut from a quantised one.
-LOW = [("bf16", "vocabulary"), *itertools.product(("bf16", "int8", "both int8"), ("chain", "look-up"))]
+LOW = [("bf16", "vocabulary"), *itertools.product(("bf16", "int8", "both int8", "int4"), ("chain", "look-up"))]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

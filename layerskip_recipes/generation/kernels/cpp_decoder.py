@@ -48,7 +48,7 @@ from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.draft import JoiningLayer
 from layerskip_recipes.model.short_convolution import ShortConvolution
 
-SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]
+SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "four_bits", "few_rows", "attention", "sampling", "layers")]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
 log = utils.get_logger("INFO")
 
@@ -184,17 +184,20 @@ class Parts:
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.unpacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # int4 matrices as int8 [n, k], and scales
 
     def number(self, name: str, number: float) -> None:
         self.tensors[name] = torch.tensor(number, dtype=torch.float32)
 
     def linear(self, name: str, linear: Any) -> None:
-        """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row.
+        """The matrix of a linear layer or an embedding: fp32, bf16, torchao's int8 with a scale per row, or int4.
 
         With the sums of the int8 rows, the C++ rounds the layer's input to int8.
         """
         require(isinstance(linear, nn.Embedding) or type(linear) is nn.Linear, name)
         weight, scale, zero, rounds = linear.weight, None, None, None
+        if type(weight).__name__ == "LinearActivationQuantizedTensor":
+            return self.int4_linear(name, linear)
         if type(weight).__name__ == "Int8Tensor":  # torchao's version 2
             rounds = weight.act_quant_kwargs
             if rounds is not None:
@@ -213,6 +216,28 @@ class Parts:
         for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None)), ("sums", sums)):
             if value is not None:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
+
+    def int4_linear(self, name: str, linear: nn.Linear) -> None:
+        """torchao's int4 weights, whose inputs are rounded to int8 asymmetrically, as four_bits.cpp takes them."""
+        outer: Any = linear.weight
+        weight = outer.original_weight_tensor
+        rounds = getattr(outer.input_quant_func, "__name__", "")
+        require(rounds == "_int8_asymm_per_token_quant" and hasattr(weight, "tensor_impl"), f"{name}: {rounds}")
+        numbers, scale, zero = weight.tensor_impl.get_plain()
+        group = weight.block_size[-1]
+        is_int4 = (weight.quant_min, weight.quant_max) == (-8, 7) and (zero is None or not zero.any())
+        require(is_int4 and numbers.dtype == torch.int8 and scale.dtype in (torch.float32, torch.bfloat16), name)
+        require(group % VECTOR == 0, f"{name}: groups of {group} columns")
+
+        self.unpacked[name] = numbers, scale
+        if linear.bias is not None:
+            self.tensors[f"{name}.bias"] = _fp32(linear.bias)
+
+    def pack(self) -> None:
+        """Pack the int4 matrices, once for each."""
+        for name, (numbers, scale) in self.unpacked.items():
+            packed = _computed(lambda: torch.ops.layerskip.pack_int4(numbers, scale), numbers, scale)  # noqa: B023
+            self.tensors |= dict(zip((f"{name}.weight", f"{name}.scale", f"{name}.sums"), packed, strict=True))
 
     def norm(self, name: str, norm: Any) -> None:
         """A norm, or a number in its place."""
