@@ -13,7 +13,7 @@ from helpers.json_lines import change_json
 from helpers.training import VALIDATION, train
 from safetensors.torch import load_file, save_file
 
-from layerskip_recipes import Generation, Speculation
+from layerskip_recipes import Generation, Speculation, hf_decoder, layerskip_decoder
 from layerskip_recipes.checkpoint.drafts import FORMAT
 from layerskip_recipes.checkpoint.export import export, how_to_run
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
@@ -58,6 +58,22 @@ def test_a_draft_is_the_first_layers_with_norm_and_head(form, draft, tmp_path, r
     assert model.config.num_hidden_layers == draft and not (out / "layerskip.json").exists()
     files = {name for file in out.glob("*.safetensors") for name in load_file(file)}
     assert not [name for name in files if any(f".layers.{layer}." in name for layer in range(draft, 4))]
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "granite", "granite4", "lfm2"])
+def test_a_draft_of_a_family_says_what_its_exit_says(kind, tmp_path):
+    make_hf_folder(kind, tmp_path / "model")
+    model = layerskip_decoder(hf_decoder(str(tmp_path / "model"))).eval()
+    model.load_state_dict(HFCheckpointer(str(tmp_path / "model")).load_checkpoint()["model"])
+    draft = load(export(str(tmp_path / "model"), str(tmp_path / "draft"), draft=2))
+    with torch.no_grad():
+        torch.testing.assert_close(draft(TOKENS).logits, model(TOKENS, exit_layer=2), rtol=1e-3, atol=1e-3)
+
+
+def test_an_exit_of_a_family_that_transformers_cannot_run_in_part_is_refused(tmp_path):
+    make_hf_folder("lfm2", tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"--exit-layer: 2 .*Lfm2ForCausalLM.*--draft"):
+        export(str(tmp_path / "model"), str(tmp_path / "out"), exit_layer=2)
 
 
 @pytest.mark.parametrize("form", ["checkpoint", "sharded"])

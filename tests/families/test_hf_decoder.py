@@ -17,7 +17,7 @@ from torchtune.generation import generate as torchtune_generate
 from torchtune.modules.attention_utils import create_block_causal_mask
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
 
-from layerskip_recipes import generate, hf_checkpointer, hf_decoder, layerskip_decoder
+from layerskip_recipes import EarlyExitLoss, generate, hf_checkpointer, hf_decoder, layerskip_decoder
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_names import place_in_files
@@ -177,6 +177,19 @@ def test_loss_and_gradients_are_those_of_transformers(pair):
     for name, parameter in pair.ours.named_parameters():
         file_name, rows = place_in_files(name, config)
         assert close(parameter.grad, theirs[file_name].grad[rows]), name
+
+
+def test_a_training_step_learns_from_the_logits_of_each_exit(pair):
+    total, losses = EarlyExitLoss(scale=0.5, exits="2", curriculum=None)(
+        pair.ours, TOKENS[:, :-1], TOKENS[:, 1:], step=0, total_steps=1
+    )
+    assert losses.keys() == {2, pair.ours.num_layers}
+    for exit_layer, loss in losses.items():
+        logits = pair.ours(TOKENS[:, :-1], exit_layer=exit_layer)
+        assert close(loss, F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten()))
+    pair.ours.zero_grad()
+    total.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in pair.ours.parameters())
 
 
 def test_self_speculation_gives_the_tokens_of_transformers_generate(pair):
