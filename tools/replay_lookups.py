@@ -9,7 +9,7 @@ of drafted tokens, which end as on a CPU.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def unseen(train: ReplyDataset, test: ReplyDataset) -> list[int]:
     return [i for i, example in enumerate(test.examples) if example["response"] not in known]
 
 
-def split(sample: dict[str, Sequence[int]]) -> tuple[list[int], list[int]]:
+def split(sample: Mapping[str, Sequence[int]]) -> tuple[list[int], list[int]]:
     """Prompt and answer."""
     start = next(i for i, label in enumerate(sample["labels"]) if label >= 0)
     return list(sample["tokens"][:start]), [token for token in sample["labels"][start:] if token >= 0]

@@ -24,6 +24,7 @@ from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_pr
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
+from layerskip_recipes.checkpoint.answers import Answers
 from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
 from layerskip_recipes.config.auto import Choices
@@ -79,6 +80,7 @@ class LayerSkipBenchmark:
         self.candidates: dict[str, Candidate] = {}
         self.frequent: Sequence[int] | None = None  # the checkpoint's tokens, for `tune`
         self.tuned_draft: DraftDescription | None = None  # whose length and precision `tune` chooses
+        self.answers: Answers | None = None  # for the look-ups of `tune`
         self.spare_tokens, plans = 0, dict[str, Speculation | None]()
         if cfg.random_weights:
             plans = {name: _plan_of_random_weights(section, model) for name, section in cfg.compared.items()}
@@ -130,7 +132,9 @@ class LayerSkipBenchmark:
                 log.info("%s: %s", name, why)
         if cfg.tune:
             self.frequent = None if planner.exits is None else planner.exits.vocabulary
-            self.tuned_draft, _ = planner.trained_draft(cfg.self_speculation or SelfSpeculation())
+            section = cfg.self_speculation or SelfSpeculation()
+            self.tuned_draft, _ = planner.trained_draft(section)
+            self.answers = planner.answers(section, self.tuned_draft)
         return plans
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
@@ -163,7 +167,7 @@ class LayerSkipBenchmark:
             self.llm = LLM.of_config(cfg, self.device, self.tokenizer, plans)
         self.turns = Turns(cfg, self.llm, self.batches, self.limit, self.reserve, self.seed, self.spare_tokens)
         if cfg.tune:
-            self.candidates = Tuner(cfg, self.turns, self.frequent, self.tuned_draft).candidates()
+            self.candidates = Tuner(cfg, self.turns, self.frequent, self.tuned_draft, self.answers).candidates()
             self.methods |= {name: candidate.plan for name, candidate in self.candidates.items()}
 
     def benchmark(self) -> dict[str, Any]:
@@ -201,7 +205,7 @@ class LayerSkipBenchmark:
                 "predicted_speedup": None,
             }
             candidate = self.candidates.get(name)
-            predicted = candidate is not None and not candidate.plan.prompt_lookup
+            predicted = candidate is not None and not candidate.plan.looks_up
             if predicted and temperature == self.cfg.all_temperatures[0]:
                 row["predicted_speedup"] = candidate.plan.speedup
             row |= figures(runs, self.runs[temperature, BASELINE], self.bandwidth)
