@@ -23,6 +23,7 @@ from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_pr
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
 from layerskip_recipes.benchmark.tuner import Tuner, check_config_path, write_choice
+from layerskip_recipes.checkpoint.answers import Answers
 from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
 from layerskip_recipes.config.auto import Choices
@@ -84,6 +85,7 @@ class LayerSkipBenchmark:
         self.tuned_sections: dict[str, SelfSpeculation] = {}  # by the names of the variants that `tune` measures
         self.frequent: Sequence[int] | None = None  # the checkpoint's tokens, for `tune`
         self.tuned_draft: DraftDescription | None = None  # whose length and precision `tune` chooses
+        self.answers: Answers | None = None  # for the look-ups of `tune`
         self.spare_tokens, plans = 0, dict[str, Speculation | None]()
         if cfg.random_weights:
             plans = {name: _plan_of_random_weights(section, model) for name, section in cfg.compared.items()}
@@ -135,7 +137,9 @@ class LayerSkipBenchmark:
                 log.info("%s: %s", name, why)
         if cfg.tune:
             self.frequent = None if planner.exits is None else planner.exits.vocabulary
-            self.tuned_draft, _ = planner.trained_draft(cfg.self_speculation or SelfSpeculation())
+            section = cfg.self_speculation or SelfSpeculation()
+            self.tuned_draft, _ = planner.trained_draft(section)
+            self.answers = planner.answers(section, self.tuned_draft)
         return plans
 
     def _read_prompts(self, model: LayerSkipDecoder) -> None:
@@ -168,7 +172,7 @@ class LayerSkipBenchmark:
             self.llm = LLM.of_config(cfg, self.device, self.tokenizer, plans)
         self.turns = Turns(cfg, self.llm, self.batches, self.limit, self.reserve, self.seed, self.spare_tokens)
         if cfg.tune:
-            tuner = Tuner(cfg, self.turns, self.frequent, self.tuned_draft)
+            tuner = Tuner(cfg, self.turns, self.frequent, self.tuned_draft, self.answers)
             candidates = tuner.candidates()
             self.methods |= candidates
             self.tuned_sections = {name: tuner.section(plan) for name, plan in candidates.items()}

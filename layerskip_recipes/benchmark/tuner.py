@@ -23,6 +23,7 @@ from layerskip_recipes.acceptance.tokens_per_round import ALL_TOKENS, MIN_CONFID
 from layerskip_recipes.acceptance.trained_exits import DRAFT_VOCABULARIES, LONGEST_DRAFT
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
+from layerskip_recipes.checkpoint.answers import Answers
 from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft, read_draft
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
@@ -64,7 +65,7 @@ def variant_name(plan: Speculation) -> str:
     parts = ["draft" if plan.draft_layers else f"exit{plan.model_layers}", f"{plan.num_speculations}"]
     if plan.num_draft_tokens is not None and not plan.draft_layers:
         parts.append(f"vocabulary{plan.num_draft_tokens}")
-    flags = {"int8": plan.draft_int8, "confident": plan.ends_early, "lookup": plan.prompt_lookup}
+    flags = {"int8": plan.draft_int8, "confident": plan.ends_early, "lookup": plan.looks_up}
     return "_".join([*parts, *(name for name, on in flags.items() if on)])
 
 
@@ -153,12 +154,18 @@ class Tuner:
     """Finds the drafting methods to measure.
 
     `stored` has the checkpoint's frequent tokens, most frequent first; None: count the prompts' tokens.
-    `draft` is the trained draft whose length and precision to choose; None: choose an exit.
+    `draft` is the trained draft whose length and precision to choose; None: choose an exit. `answers` are for look-ups.
     """
 
     def __init__(
-        self, cfg: BenchmarkConfig, turns: Turns, stored: Sequence[int] | None, draft: DraftDescription | None
+        self,
+        cfg: BenchmarkConfig,
+        turns: Turns,
+        stored: Sequence[int] | None,
+        draft: DraftDescription | None,
+        answers: Answers | None,
     ) -> None:
+        self.answers = answers
         self.cfg, self.turns, self.model, self.draft = cfg, turns, turns.llm.model, draft
         self.temperature, self.batch_rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
@@ -197,7 +204,8 @@ class Tuner:
             tokens, speedup = plan.tokens_per_round or 0.0, plan.speedup or 1.0
             round_ms = 1000 * tokens * costs.plain_step_s / speedup
             print(f"{variant_name(plan):<36}{tokens:>15.2f}{round_ms:>12.2f}{speedup:>9.2f}x")
-        with_look_ups = replace(chosen[0], prompt_lookup=LOOKUP, tokens_per_round=None, speedup=None)  # not predicted
+        best = replace(chosen[0], tokens_per_round=None, speedup=None)  # which are not predicted with look-ups
+        with_look_ups = replace(best, prompt_lookup=LOOKUP, answers=self.answers)
         return {variant_name(plan): plan for plan in (*chosen, with_look_ups)}
 
     def section(self, plan: Speculation) -> SelfSpeculation:

@@ -11,7 +11,7 @@ from layerskip_recipes.config.schema import Section, alternatives
 
 KEYS = {
     "FinetuneConfig": """
-        ac_mode ac_option batch_size checkpointer clip_grad_norm collate_fn compile compute_dtype
+        ac_mode ac_option answer_tokens batch_size checkpointer clip_grad_norm collate_fn compile compute_dtype
         cudnn_deterministic_mode custom_sharded_layers data_dir data_parallel_replicate_dim
         data_parallel_shard_dim dataset dataset_val device draft dtype early_exit_loss enable_activation_checkpointing
         enable_activation_offloading enable_async_checkpointing epochs exits_val float32_matmul_precision

@@ -309,7 +309,7 @@ def test_a_trained_draft_has_the_length_and_precision_that_pay_most(tmp_path, ki
     step = step_s(layers, 1024) + below * (LAYER * 4 / 2e10 + 5e-6)
     speedups = [speedup(n, d, step, 30 - below) for d, n in enumerate(greedy, 1)]
     best = 1 + speedups.index(max(speedups))
-    chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 3, "draft_vocabulary": 1024}
+    chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 1, "draft_vocabulary": 1024}
     assert dict(found.section) == dict(SelfSpeculation()) | SPECULATION_DEFAULTS | {"draft": str(tmp_path)} | chosen
     whole = choose(None, given={"draft": str(tmp_path), "draft_vocabulary": None})  # its head has rows of all tokens
     assert whole.section.draft_vocabulary is None and whole.speedup < found.speedup
