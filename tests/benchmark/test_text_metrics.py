@@ -16,6 +16,7 @@ def examples(references: list[str]) -> list[Example]:
     return [Example("p", reference) for reference in references]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "by_hand"),
     [

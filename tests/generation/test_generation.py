@@ -31,7 +31,9 @@ def new_tokens(out, prompt=PROMPT):
 # ---- greedy: the tokens of the full model ----
 
 
-@pytest.mark.parametrize("exit_layer", [1, 3, L])
+@pytest.mark.parametrize(
+    "exit_layer", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(L, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_self_speculation_gives_the_models_tokens_in_every_family(family, exit_layer):
     """Self-speculation, accepting some drafts only, gives the full model's tokens; the exit alone gives its own."""
@@ -46,6 +48,7 @@ def test_self_speculation_gives_the_models_tokens_in_every_family(family, exit_l
     assert new_tokens(generate(model, prompt, 16, exit_layer=exit_layer)) == greedy(family, PROMPT, 16, exit_layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_decoding_is_torchtunes_generate(family):
     """Also from a plain decoder, which `generate` wraps itself."""
@@ -56,6 +59,7 @@ def test_plain_decoding_is_torchtunes_generate(family):
     assert torch.equal(generate(base, prompt, 20, exit_layer=3, num_speculations=4).tokens, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"exit_layer": 3}, DRAFTS, LOOK_UPS], ids=str)
 def test_stop_tokens_wherever_they_fall(arguments):
     """Each token of the output as the stop token: first, in the middle of a draft, as the bonus token, never."""

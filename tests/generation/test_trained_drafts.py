@@ -65,6 +65,7 @@ def with_draft(exit_layer, num_speculations, draft, model):
     return {"speculation": Speculation(exit_layer, num_speculations), "draft_weights": draft_weights}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [AlwaysLookUp, PlainBetween])
 @pytest.mark.parametrize("variant", ["chain", "look-up"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,6 +186,7 @@ def test_a_draft_takes_the_memory_of_its_own_weights(kind, folders, tmp_path):
         assert speculation.own_bytes(model, torch.float32) == expected
 
 
+@pytest.mark.slow
 def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch):
     """It writes the draft with the fastest length, here by times that favour the longest, and without look-ups, which
     are no faster. The draft's folder is relative to where the command was given."""

@@ -22,6 +22,8 @@ from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
+pytestmark = pytest.mark.slow
+
 DATA = (
     "dataset={_component_: layerskip_recipes.quickstart.StdlibDataset, split: heldout, seq_len: 32, max_samples: 8}",
     "device=cpu",

@@ -106,6 +106,7 @@ def draft_config(finetune, checkpoint):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
     recipe = train(draft_config(kind, epochs=6, shuffle=False, dataset_val=VALIDATION), "optimizer.lr=1e-2")

@@ -18,6 +18,8 @@ from layerskip_recipes.training.fingerprint import check_resumable
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 from layerskip_recipes.training.resuming import stored_choices
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_resumed_run_with_another_end_warns_once(finetune, caplog):
     """What follows t/T, as a gradual curriculum, goes another way then: allowed, and told once."""

@@ -18,6 +18,8 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 
+pytestmark = pytest.mark.slow
+
 
 def instructions(folder: Path, rows: list[dict]) -> dict:
     """A dataset of questions and answers, of which only the answers are learned."""
