@@ -34,6 +34,7 @@ if "LAYERSKIP_TEST_RUN" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["LAYERSKIP_TEST_RUN"], ignore_errors=True)
 SHARED = Path(os.environ["LAYERSKIP_TEST_RUN"])
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SHARED / "inductor"))
+os.environ["XDG_CACHE_HOME"] = str(SHARED / "cache")  # no test writes to the user's home
 
 # With --dist loadfile --no-loadscope-reorder these files start first: what takes minutes must not come last.
 LONG = ("test_readme", "test_distributed_finetune", "test_real", "test_cpp_decoder", "test_kills", "test_gpu_report")

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.hf_folders import DENSE_GRANITE4, MULTIPLIERS
 from helpers.sampling import filtered, p_value
 
 transformers = pytest.importorskip("transformers")
@@ -15,6 +16,9 @@ SYNTH_ID = transformers.SynthIDTextWatermarkingConfig(keys=[654, 400, 836, 123],
 FAMILIES = {
     "gemma": {},
     "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 3},
+    "granite": MULTIPLIERS,
+    "granitemoehybrid": DENSE_GRANITE4 | {"position_embedding_type": "rope"},
     "llama": {},
     "mistral": {"sliding_window": 8},
     "phi3": {"sliding_window": None},

@@ -36,6 +36,9 @@ CASES = {
     "llama3_2": (1.4, [None, *VARIANTS, "copy, chain", "copy, look-up", *(v for v in TRAINED if "adapter" in v)]),
     "qwen2": (1.0, [None, "chain", "copy, chain"]),
     "gemma2": (1.0, [None, "chain", "vocabulary", "perturbed", "adapter, chain", "adapter, vocabulary"]),
+    "gemma3": (1.0, [None, "chain", "all", "copy, chain", "adapter, look-up"]),
+    "granite": (1.0, [None, "chain"]),
+    "lfm2": (1.0, [None, *VARIANTS, "copy, chain", "adapter, chain", "adapter, look-up"]),
     "phi3": (0.8, [None, "chain", "all"]),
 }
 
@@ -224,7 +227,7 @@ def gap(model, tokens, one, other):
 @pytest.mark.parametrize(("precision", "family", "variant"), [
     *((precision, "llama3_2", variant) for precision in ("bf16", "int8") for variant in ("chain", "look-up")),
     *(("bf16", "llama3_2", variant) for variant in ("vocabulary", "copy, chain", "adapter, chain")),
-    *((precision, "gemma2", "chain") for precision in ("bf16", "int8")),
+    *((precision, family, "chain") for precision in ("bf16", "int8") for family in ("gemma2", "gemma3")),
 ])  # fmt: skip
 def test_drafts_in_low_precision_change_no_text_but_at_ties(precision, family, variant):
     """A verification of several rows rounds otherwise than one row does: where the two likeliest tokens are nearer to

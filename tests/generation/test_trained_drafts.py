@@ -91,7 +91,7 @@ def test_the_draft_reads_all_of_the_text(kind, variant, rule):
 
 def test_a_long_text_is_read_in_parts(monkeypatch):
     """An adapter takes the state before a part from the part before."""
-    monkeypatch.setattr("layerskip_recipes.generation.prefill.CHUNK", 4)
+    monkeypatch.setattr("layerskip_recipes.generation.backends.CHUNK", 4)
     model = model_of("gemma2")
     draft, drafts, text = draft_of(model, "adapter"), [], list(range(3, 21))
     generation = run(model, [text], 9, on_draft=drafts.append, **with_draft(2, 4, draft, model))
@@ -198,12 +198,11 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
         tune_extends=str(user), max_new_tokens=12,
     )  # fmt: skip
     recipe = ready(LayerSkipBenchmark, path)
-    tried = [candidate.plan for candidate in recipe.candidates.values()]
+    tried = [plan for plan in recipe.methods.values() if plan]
     longest = max(tried, key=lambda speculation: speculation.num_speculations)
     assert len({one.num_speculations for one in tried}) >= 2 and all(one.draft.folder == "adapter" for one in tried)
     # Its rounds also run the model's layers below it, and verification goes on above them.
-    methods = [candidate.plan for candidate in recipe.candidates.values()]
-    assert all((method.model_layers, method.draft_layers) == (2, 1) for method in methods)
+    assert all((plan.model_layers, plan.draft_layers) == (2, 1) for plan in tried)
 
     def timed(method, *args, decode=recipe.turns.decode):
         rows, stats = decode(method, *args)
