@@ -166,7 +166,7 @@ def test_a_run_does_not_begin_where_it_writes(stopped):
     before = written(stopped.parent)
     for own in (out, out / "epoch_0", out / "epoch_0" / "new"):  # what is suggested lies outside of the run
         overrides = [f"checkpointer={{{section}, {files}}}", f"output_dir={own}"]
-        with pytest.raises(ValueError, match=rf"^output_dir: '.*' lies in .*checkpoint_dir, or.*output_dir={out}_2$"):
+        with pytest.raises(ValueError, match=rf"^output_dir: .*output_dir={out}_2$"):
             LayerSkipFinetune(load_config(str(stopped), overrides))
     assert written(stopped.parent) == before
 
