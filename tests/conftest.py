@@ -1,4 +1,7 @@
-"""Shared by the tests: tiny models of every family, a tiny tokenizer folder, and the real `tune run`."""
+"""Shared by the tests: a tiny model, a tiny tokenizer folder and checkpoint, configs, and `layerskip`.
+
+The fixtures import torch and what needs it, since xdist's main process loads this file too before it starts workers.
+"""
 
 import atexit
 import functools
@@ -10,21 +13,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
-
 import pytest
-import torch
 from filelock import FileLock
-from helpers.configs import finetune_config, generate_config, make_checkpoint
-from helpers.tiny import FAMILIES, make_tiny
-from torch.overrides import TorchFunctionMode
-from torchtune.training import FullModelHFCheckpointer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # A shell that starts a program in the background may have it ignore Ctrl-C, and so all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny models are faster on one thread: on a busy machine four times, where threads wait for each other. Results must
 # not depend on the number, which OMP_NUM_THREADS sets.
-torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Test files that are started as programs find tests/helpers too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 # One folder for a test run and all of its processes: xdist's workers inherit its name. It holds what inductor compiles,
@@ -53,22 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def tiny():
     """A tiny llama3_2 model in eval mode: 6 layers, vocabulary 97, 128 positions."""
+    from helpers.tiny import make_tiny
+
     return make_tiny()
-
-
-@pytest.fixture(params=FAMILIES)
-def any_family(request):
-    """A tiny model of each family."""
-    return make_tiny(request.param)
-
-
-class KeptPrecision(TorchFunctionMode):
-    """Leaves float64 tensors as they are where fp32 is asked for."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float and args[0].dtype == torch.float64:
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -77,11 +62,10 @@ def float64():
 
     For tests that two computations are the same mathematics: their tolerance does not depend on a processor's kernels.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with KeptPrecision():
+    from helpers.precision import in_float64
+
+    with in_float64():
         yield
-    torch.set_default_dtype(before)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,6 +79,8 @@ def little_garbage():
 @pytest.fixture(scope="module", autouse=True)
 def no_settings_of_other_files():
     """Recipes set torch's switches for the whole process, of which torch's cache of compiled code takes notice."""
+    import torch
+
     torch.set_float32_matmul_precision("highest")
     torch.set_deterministic_debug_mode("default")
 
@@ -112,24 +98,31 @@ def tokenizer_folder() -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
     """The folder of `make_checkpoint`; tests only read it."""
+    from helpers.configs import make_checkpoint
+
     return make_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint", tokenizer_folder)
 
 
 @pytest.fixture
 def finetune(tmp_path, tokenizer_folder):
     """`finetune_config` in the test's own folder: a function of the keys that differ."""
+    from helpers.configs import finetune_config
+
     return functools.partial(finetune_config, tmp_path, tokenizer_folder)
 
 
 @pytest.fixture
 def path(tmp_path, checkpoint) -> Path:
     """A generation of 24 tokens from it."""
+    from helpers.configs import generate_config
+
     return generate_config(tmp_path, checkpoint, max_new_tokens=24)
 
 
 @pytest.fixture
 def no_weights(monkeypatch):
     """Weights must not be read before a mistake is found."""
+    from torchtune.training import FullModelHFCheckpointer
 
     def load(self, *args, **kwargs):
         raise AssertionError("the weights are loaded before the mistake is found")
@@ -140,6 +133,8 @@ def no_weights(monkeypatch):
 @pytest.fixture
 def traced(monkeypatch):
     """Graphs of torch's own operations, made in a second each. test_compile.py has inductor's of greedy chains."""
+    import torch
+
     compile = torch.compile
 
     def without_inductor(function, *, options, **arguments):

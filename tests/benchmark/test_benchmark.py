@@ -162,7 +162,7 @@ def test_outputs_are_compared_with_references_and_batches_are_measured(path, cap
     others = [replace(run, outputs=[[0], [1]]) for run in runs]
     assert figures(others, runs, bandwidth=1.0)["identical"] is False
     assert "| exact_match | rouge1 |" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"^metrics: rouge1 needs references, and prompt 1 of 2 has none"):
+    with pytest.raises(ValueError, match=r"^metrics: rouge1 .*prompt 1 of 2"):
         LayerSkipBenchmark(load_config(str(path), ["metrics=[rouge1]"]))
 
 

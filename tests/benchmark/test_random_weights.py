@@ -58,6 +58,7 @@ def test_random_weights_need_no_checkpoint_and_no_tokenizer(monkeypatch, capsys)
         assert generation.stats.drafted == (3 * generation.stats.rounds if i % 2 else 0)
 
 
+@pytest.mark.slow
 def test_random_weights_draft_as_the_config_says():
     """Batches, sampling, draft vocabulary, int8; look-ups only choose between such rounds. Files go to report_dir."""
     drafts = ("draft_vocabulary=64", "draft_int8=true", "num_speculations=2")

@@ -235,7 +235,7 @@ def test_a_draft_beside_its_model_is_exported_from_the_models_folder(checkpoint,
         expected = recipe.draft.decoder(recipe.model)(TOKENS)
         torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
     assert load(export(str(moved), str(tmp_path / "whole"))).config.num_hidden_layers == 4
-    with pytest.raises(ConfigError, match=r"^--exit-layer: .* has no trained exit, but a draft beside the model\. "):
+    with pytest.raises(ConfigError, match=r"^--exit-layer: "):
         export(str(moved), str(tmp_path / "other"), exit_layer=0)
 
 

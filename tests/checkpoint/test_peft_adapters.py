@@ -17,8 +17,6 @@ from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_decoder import hf_decoder
 
-peft = pytest.importorskip("peft")
-
 TOKENS = 3 + torch.arange(40).view(2, 20) * 7 % 90
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # A base model, and the settings of its adapters.
@@ -41,6 +39,8 @@ ADAPTED = {
 
 def make_adapters(folder, kind, settings, base_name=None, **changes):
     """Random adapters in `folder`/adapters of a model in `folder`/base. Returns transformers' merged model."""
+    import peft  # takes two seconds
+
     model = make_hf_folder(kind, folder / "base", **changes)
     config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)
     with pytest.MonkeyPatch.context() as patch:  # PEFT wants a newer torchao than torchtune

@@ -20,6 +20,8 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.model.decoder import layerskip_decoder
 
+pytestmark = pytest.mark.slow
+
 
 def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
     """Loss, accuracy and agreement by plain PyTorch over the same samples; the picture is a PNG."""
@@ -81,7 +83,6 @@ def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
     assert json.loads(report.read_text()) == json.loads(json.dumps(both))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("the second checkpoint is broken")])
 def test_eval_loses_nothing_that_it_measured(tmp_path, checkpoint, monkeypatch, capsys, error):
     """The report says so; it goes beside a complete one of before, and so does the picture."""

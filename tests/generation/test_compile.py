@@ -193,6 +193,7 @@ def test_without_a_compiler_steps_run_as_they_are(width, error, monkeypatch, cap
     assert "no compiler" in warning or "AssertionError" in warning
 
 
+@pytest.mark.slow
 def test_rounds_that_compile_teach_the_rule_nothing(traced):
     """The seconds of rounds that compiled are unknown; rounds that the limit cuts are left out."""
     rule, learnt, speculation = DraftRule(), [], Speculation(1, 2, prompt_lookup=1)

@@ -170,6 +170,7 @@ def bad_draft(model, kind):
     return Speculation(2, 4, prompt_lookup=1 if kind == "look-up" else None), (decoder, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rows"), [("exit", 3), ("look-up", 1), ("copy", 3), ("adapter", 3)])
 def test_bad_drafts_cost_a_twentieth_at_most(kind, rows, clock):
     model, prompts = make_model(), PROMPTS[:rows]

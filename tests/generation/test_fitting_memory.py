@@ -45,7 +45,7 @@ def test_weights_caches_and_drafts_must_fit_the_memory(path, with_memory, compil
     message = rf"^max_new_tokens: .* Allowed here: up to {slots - 1} positions"
     with pytest.raises(ValueError, match=message):
         load(weights + row - 1)
-    with pytest.raises(ValueError, match=r"^model: its weights take .* for example dtype=bf16"):
+    with pytest.raises(ValueError, match=r"^model: .*dtype=bf16"):
         load(weights)
 
 
@@ -63,9 +63,9 @@ def test_quantised_weights_must_fit_the_memory(path, with_memory):
         LayerSkipGenerate(load_config(str(path), ["prompt=[a, b]", "batch_size=2", "max_new_tokens=100", quantizer]))
 
     load(weights + 2 * row)
-    with pytest.raises(ValueError, match=r"^batch_size: .* weights take .* up to 1; for example batch_size=1$"):
+    with pytest.raises(ValueError, match=r"^batch_size: .*batch_size=1$"):
         load(weights + 2 * row - 1)
-    with pytest.raises(ValueError, match=r"^model: its weights take .* until they are quantised, .* dtype=bf16"):
+    with pytest.raises(ValueError, match=r"^model: .*quantised.*dtype=bf16"):
         load(4 * (4 * LAYER + REST) - 1)
 
 
@@ -77,7 +77,7 @@ def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, with_memory):
     with_memory(need)
     LayerSkipBenchmark(load_config(str(path)))
     with_memory(need - 1)
-    with pytest.raises(ValueError, match=r"^batch_size: .* up to 1; for example batch_size=1$"):
+    with pytest.raises(ValueError, match=r"^batch_size: .*batch_size=1$"):
         LayerSkipBenchmark(load_config(str(path)))
 
 
@@ -109,7 +109,7 @@ def test_ranks_that_share_heads_share_their_caches(with_memory, monkeypatch):
         check_memory(cfg, torch.device("cpu"), [], rows=2, prompt=0, new_tokens=99, parallel=2)
 
     check(memory)
-    with pytest.raises(ValueError, match=r"^batch_size: caches, prompts and steps of 2 rows .*up to 1;"):
+    with pytest.raises(ValueError, match=r"^batch_size: .* 2 rows .*up to 1"):
         check(memory - 1)
 
 

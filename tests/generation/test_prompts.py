@@ -106,7 +106,7 @@ def test_a_text_is_one_prompt_and_each_json_line_is_one(path, tmp_path, monkeypa
     for name in ("two.jsonl", "three.ndjson"):
         assert ready(path, f"prompt_file={name}").prompts == ["import sys\n", {"user": "hi", "system": "be brief"}]
     (tmp_path / "four.json").write_text(f"[{lines}]")
-    with pytest.raises(ValueError, match=r"^prompt_file: 'four\.json' is neither .*prompt_file=four\.jsonl$"):
+    with pytest.raises(ValueError, match=r"^prompt_file: 'four\.json' .*prompt_file=four\.jsonl$"):
         ready(path, "prompt_file=four.json")
 
 

@@ -56,6 +56,7 @@ def rounds_of(prompt, count, exit_layer, d):
     return rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exit_layer", "d", "count"), [(1, 2, 18), (2, 4, 18), (4, 3, 18), (4, 12, 30), (5, 3, 3), (L, 5, 25)]
 )

@@ -80,6 +80,7 @@ def test_only_plain_decoders_are_wrapped(build):
         layerskip_decoder(build())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caches", [False, True])
 def test_torchtunes_generate_runs_on_it(any_family, tokens, caches):
     """The host's own generation gives the same tokens with the wrapped model, with and without its KV caches."""

@@ -296,6 +296,7 @@ def test_layers_that_keep_nobody_train_with_and_without_checkpointing(layers_sca
             torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_kept_samples_attend_by_their_rows_of_a_block_mask(per_sample):

@@ -65,6 +65,7 @@ def test_a_step_that_fails_or_hangs_does_not_end_the_report(report):
     assert page.count("Not run yet.") == len(STEPS) - 4 and f"- python: {sys.version.split()[0]}" in page
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on(report):
     """It runs what has no result or timed out; steps that failed only on demand."""
     report("--only", "environment")

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import httpx2 as httpx
-import openai
 import pytest
 import uvicorn
 from helpers.compiled import compiled_steps
@@ -186,6 +185,7 @@ def test_no_text_of_a_client_writes_a_control_token(served, client, monkeypatch)
         assert seen.pop().count(end) == 4  # the template's own
 
 
+@pytest.mark.slow
 def test_consecutive_prompts_reuse_their_beginning(served, client, monkeypatch):
     """Where `generate` does: in compiled C++."""
     monkeypatch.setitem(served.cfg.__dict__, "compile", True)
@@ -587,6 +587,8 @@ def test_decoding_stops_when_the_client_leaves(served, client):
 @pytest.mark.slow
 def test_openai_as_a_client_of_a_process(config, tmp_path):
     """SIGTERM finishes the requests that run and wait, and the exit status is 0."""
+    import openai  # takes a second
+
     tune = str(Path(sys.executable).with_name("tune"))
     command = [sys.executable, tune, "run", "layerskip_serve", "--config", str(config), TEMPLATE, "port=0"]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

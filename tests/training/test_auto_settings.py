@@ -20,6 +20,8 @@ from layerskip_recipes.training.auto_settings import full_learning_rate
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import checkpoint_layers
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": 1000,

@@ -106,6 +106,7 @@ def draft_config(finetune, checkpoint):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
     recipe = train(draft_config(kind, epochs=6, shuffle=False, dataset_val=VALIDATION), "optimizer.lr=1e-2")
@@ -161,9 +162,7 @@ def test_resume_with_other_weights_of_the_model_is_refused(checkpoint, tmp_path,
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ConfigError, match=r"^resume_from_checkpoint: the hash of the model's weights was '.*' and is '.*' now"
-    ):
+    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: .*model's weights"):
         resumed(path, "epoch_0")
 
 
