@@ -64,7 +64,7 @@ def test_logits_are_those_of_transformers(pair):
     ],
 )
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
-def test_which_activation_gemma_means(kind, activation, tmp_path):
+def test_gemmas_activation_is_the_one_of_transformers(kind, activation, tmp_path):
     """Of its two names; the first releases wrote gelu, and meant the one by tanh."""
     transformers = pytest.importorskip("transformers")
     make_hf_folder(kind, tmp_path)
