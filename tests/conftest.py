@@ -33,6 +33,7 @@ if "LAYERSKIP_TEST_RUN" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["LAYERSKIP_TEST_RUN"], ignore_errors=True)
 SHARED = Path(os.environ["LAYERSKIP_TEST_RUN"])
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SHARED / "inductor"))
+os.environ["XDG_CACHE_HOME"] = str(SHARED / "cache")  # no test writes to the user's home
 # Each report measures the memory's speed: here by 8 MB instead of 256, which take a quarter of a second.
 memory_bandwidth.__wrapped__.__defaults__ = (8, 3)
 

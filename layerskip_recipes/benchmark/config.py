@@ -14,10 +14,11 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config
 from layerskip_recipes.config.schema import AUTO, Auto, Flag, Picture, PositiveInt, Text
 from layerskip_recipes.errors import ConfigError, mistakes_of
-from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, Temperature
+from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig, PromptConfig
 from layerskip_recipes.generation.drafting.section import OptionalSpeculation, SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import SPECULATION_DEFAULTS
 from layerskip_recipes.generation.kernels.when_to_compile import has_compiler
+from layerskip_recipes.generation.sampling import Temperature
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 BASELINE = "baseline"
@@ -51,7 +52,7 @@ def _with_defaults(section: Any) -> Any:
     return SPECULATION_DEFAULTS | ({"draft_vocabulary": AUTO} if has_draft else {}) | given
 
 
-class BenchmarkConfig(DecodingConfig):
+class BenchmarkConfig(DecodingConfig, PromptConfig):
     """A checkpoint, prompts, and the decoding methods to compare."""
 
     IGNORED: ClassVar = {**DecodingConfig.IGNORED, "benchmark": dict}  # this recipe always compares
@@ -62,7 +63,7 @@ class BenchmarkConfig(DecodingConfig):
     }
 
     variants: Annotated[dict[str, Annotated[SelfSpeculation, Auto()]], BeforeValidator(_parse_variants)] | None = None
-    """Methods to compare with autoregressive decoding: named sections with the keys of `self_speculation`. auto: as
+    """Methods to compare with decoding without drafts: named sections with the keys of `self_speculation`. auto: as
     `layerskip_generate` would choose. In a section with an exit or a draft, missing keys have defaults: 6 drafted
     tokens, and nothing else. null drops a variant of the extended config."""
     self_speculation: OptionalSpeculation = None

@@ -16,7 +16,8 @@ from torchtune.modules.attention_utils import create_block_causal_mask
 
 from layerskip_recipes.config.components import Component, Takes, parameter_names
 from layerskip_recipes.config.schema import Text, check
-from layerskip_recipes.data.chat_template import ChatTemplate
+from layerskip_recipes.data.conversations import ChatDataset
+from layerskip_recipes.data.tokenizer import HFTokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
 from layerskip_recipes.processes import is_rank_zero
@@ -80,8 +81,11 @@ def load_data(
         )
     parts = []
     for section in sections:
+        builder = section
+        if section.path == "torchtune.datasets.chat_dataset":
+            builder = section.replace(_component_="layerskip_recipes.data.conversations.chat_dataset")
         with _explained_errors(section, "its data"):  # a packed dataset reads all of its samples when it is built
-            parts.append(section.build(tokenizer))
+            parts.append(builder.build(tokenizer))
         if is_rank_zero():
             _check_messages(section, parts[-1], tokenizer)
     dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
@@ -113,15 +117,17 @@ def load_data(
 
 def _check_messages(section: Component, dataset: Any, tokenizer: Any) -> None:
     """Refuse a bad conversation before the training, not in the middle: render all of them, without tokenizing."""
-    transform, template = getattr(dataset, "_message_transform", None), getattr(tokenizer, "template", None)
+    transform = getattr(dataset, "_message_transform", None)
     if transform is None:
         return
     for i, row in enumerate(dataset._data):
         with _explained_errors(section, f"sample {i}, counted from 0", dataset):
-            messages = transform(row).get("messages", [])
-            validate_messages(messages)
-            turns = [{"role": message.role, "content": message.text_content} for message in messages]
-            if isinstance(template, ChatTemplate):
+            sample = transform(row)
+            messages = sample.get("messages", [])
+            if not isinstance(dataset, ChatDataset):
+                validate_messages(messages)
+            if isinstance(tokenizer, HFTokenizer):
+                template, turns = tokenizer.conversation(messages, sample.get("tools"))
                 template.render(turns)
 
 
@@ -159,7 +165,7 @@ def _explained_errors(section: Component, what: str, dataset: Dataset | None = N
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
         setting = next((name for name in parameter_names(section.path) or () if "column" in name), None)
         there = ""
-        if columns and setting:
+        if columns and setting and isinstance(cause, KeyError):
             works = f"{{input: {columns[0]}, output: {columns[-1]}}}" if setting == "column_map" else columns[0]
             there = f'. Its columns: {", ".join(columns)}; for example "{section.key}.{setting}={works}"'
         raise ConfigError(f"{section.key}: {section.path} cannot read {what}: {cause!r}{there}") from e

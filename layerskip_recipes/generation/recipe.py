@@ -12,15 +12,13 @@ from torchtune import config, training, utils
 from torchtune.data import Message
 
 from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
-from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.choosing import choose_decoding
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.planner import DraftPlanner
-from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
+from layerskip_recipes.generation.drafting.speculation import KEY
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.fitting_memory import check_memory
-from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.report import Totals, make_report, print_report
@@ -40,10 +38,8 @@ TURNS = 10  # expected number of turns in a conversation, to decide whether comp
 class LayerSkipGenerate:
     """Generates from each prompt and reports speed and acceptance. Mistakes are found before any weight is loaded."""
 
-    config_class, turns = GenerateConfig, TURNS
-
     def __init__(self, source: DictConfig) -> None:
-        self.cfg = cfg = self.config_class.load(source)
+        self.cfg = cfg = GenerateConfig.load(source)
         log.setLevel(cfg.log_level)
         self.device, self.dtype = prepare_device(cfg), cfg.torch_dtype
         self.max_new_tokens = cfg.max_new_tokens
@@ -76,10 +72,13 @@ class LayerSkipGenerate:
         # The beginning that all prompts share is read once.
         self.common = common_start([self.prompt_tokens[i] for i in self.good]) if self.good else 0
         # Choose how to draft.
-        self.cfg, self.plan = self._choose()
+        batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
+        num_steps = batches * self.max_new_tokens * (2 if self.compare else 1)
+        prompts = [self.prompt_tokens[i] for i in self.good]
+        self.cfg, self.plan = choose_decoding(cfg, self.device, num_steps, prompts, self.batch_size)
         cfg, self.compile = self.cfg, bool(self.cfg.compile)
-        kept = (self.exit_layer or 0) if self.plan is None else self.plan.model_layers
-        self.kept_layers = kept if kept < model.num_layers else 0
+        below_exit = (self.exit_layer or 0) if self.plan is None else self.plan.model_layers
+        self.kept_layers = below_exit if below_exit < model.num_layers else 0
         self.stop_strings = cfg.stop_strings or []
         # Join the other processes. This comes before the seed, which they share.
         init_processes(self.device.type)
@@ -112,31 +111,6 @@ class LayerSkipGenerate:
         self.interrupted = False
         self.seed = training.set_seed(seed=cfg.seed)
         self.shows = is_rank_zero()
-
-    def _choose(self) -> tuple[GenerateConfig, Speculation | None]:
-        """The config with the choices of whether to compile and how to draft, and the plan of drafts."""
-        cfg, choices, planner = self.cfg, Choices(self.cfg), DraftPlanner.of_config(self.cfg, self.cfg.quantizer)
-        prompts = [self.prompt_tokens[i] for i in self.good]
-        plans = {
-            compiled: planner.plan(cfg.self_speculation, cfg.temperature, compiled, prompts, self.batch_size)
-            for compiled in (False, True)
-        }
-
-        def pays() -> bool:
-            if num_processes() > 1:
-                return False
-            batches = self.turns if self.interactive else -(-len(self.good) // self.batch_size)
-            steps = batches * self.max_new_tokens * (2 if self.compare else 1)
-            eager_s, compiled_s = (planner.token_s(plans[c][0], c, self.batch_size) for c in (False, True))
-            compiled, why = compiling_pays(eager_s, compiled_s, steps, self.device)
-            log.info(why)
-            return compiled
-
-        plan, why = plans[choices.pick("compile", pays)]
-        if why is not None:
-            log.info(why)
-        choices.set("self_speculation", cfg.self_speculation and cfg.self_speculation.resolved(plan))
-        return cfg.with_choices(choices), plan
 
     def setup(self) -> None:
         if self.shows and log.isEnabledFor(logging.INFO):

@@ -9,10 +9,11 @@ from helpers import forks
 from helpers.compiled import END, LONG, MAX_LEN, SHORT, WAYS, compiled_steps, compiles, make_small, run
 from helpers.speculation import plain
 
+from layerskip_recipes.generation import backends
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels import compiling, cpp_decoder
+from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.sampling import Sampler
 
 
@@ -119,7 +120,7 @@ sys.path.insert(0, {tests!r})
 import test_compile as t
 model = t.make_small(width=32)
 generation = t.run(model, t.SHORT, 9, speculation=t.WAYS["chain"])
-assert generation.context.cpp is not None
+assert isinstance(generation.context.backend, t.backends.CppBackend)
 print(generation.generated)
 """
 
@@ -178,7 +179,7 @@ def test_without_a_compiler_steps_run_as_they_are(width, error, monkeypatch, cap
         raise error
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: failing)
-    monkeypatch.setattr(cpp_decoder, "load_library", failing)
+    monkeypatch.setattr(backends, "load_library", failing)
     sure = Speculation(2, 4, min_confidence=1.0)  # ends each draft after one token
     for way in (WAYS["chain"], WAYS["plain"], sure):
         drafted = []

@@ -3,6 +3,7 @@ precision, the same bits for any number of rows, and the same tokens in every wa
 
 import copy
 import itertools
+import os
 import platform
 import re
 import subprocess
@@ -35,7 +36,8 @@ from torchtune.models.qwen2._component_builders import qwen2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.families.hf_decoder import build_decoder
 from layerskip_recipes.families.reading import parse_hf_config
-from layerskip_recipes.generation import prefill
+from layerskip_recipes.generation import backends
+from layerskip_recipes.generation.backends import CppBackend, GraphBackend
 from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.engine import Generation
@@ -102,11 +104,12 @@ def in_cpp(model, texts, s):
     with context.cache.used_by(model):
         tokens, length = torch.tensor(texts), len(texts[0]) - s
         read = max(length, 1)  # caches are allocated by torch
-        context.run(model, tokens[:, :read], torch.arange(read)[None], context.cache.slots[:read])
-        in_cpp = StepContext(model, context.cache, Sampler(), CompiledSteps(CPU))
-        assert in_cpp.cpp is not None
+        layers, slots = range(model.num_layers), context.cache.slots
+        context.backend.run(model, tokens[:, :read], torch.arange(read)[None], slots[:read], layers)
+        backend = StepContext(model, context.cache, Sampler(), CompiledSteps(CPU)).backend
+        assert isinstance(backend, CppBackend)
         at = (length + torch.arange(s)).expand(len(texts), -1)
-        return in_cpp.run(model, tokens[:, length:], at, context.cache.slots[: length + s])
+        return backend.run(model, tokens[:, length:], at, slots[: length + s], layers, unembed=True)
 
 
 def texts_of(rows, length):
@@ -140,7 +143,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
     model, texts = make(family, precision), [texts_of(1, length)[0] for length in (30, 19)]
     draft_decoder = None if draft is None else Draft(model, draft, 1).requires_grad_(False).eval().decoder(model)
     parts, near = ({}, 1e-5) if precision == "fp32" else ({"reused": 3}, 3e-2)
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 30 if precision == "fp32" else 7)
+    monkeypatch.setattr(backends, "CPP_CHUNK", 30 if precision == "fp32" else 7)
     read = []
     for compiled in (None, CompiledSteps(CPU)):
         cache = DecodingCache(model, 2, 64, 0 if draft_decoder is None else len(draft_decoder.own_layers))
@@ -164,7 +167,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
 @pytest.mark.parametrize("variant", [None, "chain"])
 def test_rows_are_read_in_bf16_as_they_are_alone(variant, monkeypatch):
     """Texts of one chunk and of several, all at a time and in two rows one after the other."""
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
+    monkeypatch.setattr(backends, "CPP_CHUNK", 8)
     model, texts = talking("bf16"), texts_of(6, 40)
     drafts = drafting(variant, model)
     prompts = [text[:length] for text, length in zip(texts, (5, 30, 8, 9, 40, 3), strict=True)]
@@ -184,7 +187,7 @@ def test_rows_are_read_in_bf16_as_they_are_alone(variant, monkeypatch):
 
 def test_a_long_prompt_can_be_left_between_two_chunks(monkeypatch):
     """The server stops there if its client has left; the next generation is as ever."""
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
+    monkeypatch.setattr(backends, "CPP_CHUNK", 8)
     model, prompts = talking("fp32"), texts_of(1, 40)
     expected = run(model, prompts, 5).generated
     left = Generation(model, prompts, 5, compile=True)
@@ -226,7 +229,7 @@ def test_compiled_code_is_of_one_torch_compiler_and_processor(monkeypatch):
 def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, tmp_path, monkeypatch):
     (tmp_path / "small.cpp").write_text("int small() { return 1; }\n")
     monkeypatch.setattr(cpp_decoder, "SOURCES", [tmp_path / "small.cpp"])
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpp_decoder, "_library_folder", lambda: tmp_path / "cache")
     load_library.__wrapped__()
     (library,) = tmp_path.glob("cache/**/*.so")
     whole = library.read_bytes()
@@ -234,6 +237,37 @@ def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, tm
     library.write_bytes(whole[: int(len(whole) * kept)])
     load_library.__wrapped__()
     assert library.stat().st_size == len(whole)
+
+
+@pytest.mark.parametrize("case", ["of another user", "open to others", "not to be made"])
+def test_code_is_loaded_from_a_folder_of_this_user_alone(case, tmp_path, monkeypatch, caplog):
+    """Nothing in another folder is loaded or believed, and C++ still runs. The folder of inductor does not matter."""
+    from torch._inductor.codecache import CppCodeCache
+
+    folders = []
+    monkeypatch.setattr(
+        CppCodeCache, "load", classmethod(lambda cls, source: folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    )
+    monkeypatch.setattr(cpp_decoder, "_library_folder", cpp_decoder._library_folder.__wrapped__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    mine = tmp_path / "cache" / "layerskip_recipes"
+    assert not cpp_decoder.is_library_compiled() and not mine.exists()
+    load_library.__wrapped__()
+    assert cpp_decoder.is_library_compiled() and folders == [str(mine)]
+    assert mine.stat().st_mode & 0o777 == 0o700 and not caplog.records
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    if case == "of another user":
+        monkeypatch.setattr(os, "geteuid", lambda: mine.stat().st_uid + 1)
+    elif case == "open to others":
+        mine.chmod(0o770)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not cpp_decoder.is_library_compiled()
+    load_library.__wrapped__()
+    assert folders[1] != str(mine) and Path(folders[1]).stat().st_mode & 0o777 == 0o700
+    assert "XDG_CACHE_HOME" in caplog.text
 
 
 @pytest.fixture
@@ -338,7 +372,7 @@ def test_every_way_of_drafting_gives_the_models_tokens(precision, variant, tempe
     stats = GenerationStats()
     for rows, rule in ((None, None), (2, AlwaysLookUp()), (1, AlwaysLookUp())):
         generation = run(model, PROMPTS, 24, rows=rows, sampler=sampler, rule=rule, **drafting(variant, model))
-        assert generation.generated == expected and generation.context.cpp is not None
+        assert generation.generated == expected and isinstance(generation.context.backend, CppBackend)
         stats += generation.stats
     assert bool(stats.rounds_by_kind["lookup"]) == ("prompt_lookup" in VARIANTS[variant])
     assert stats.accepted > 0 and compiled_steps(model).graphs == {}
@@ -366,12 +400,11 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
     cache = DecodingCache(model, 2, 160)
     with torch.no_grad(), cache.used_by(model):
         before = StepContext(model, cache, Sampler())
-        before.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8])
+        before.backend.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8], range(model.num_layers))
         context = StepContext(model, cache, Sampler(), CompiledSteps(CPU))
         at = torch.full((2, 1), 8)
-        alone = context.run(model, text[:, -1:], at, cache.slots[:9], exit_layer=2, unembed=False)
-        arguments = (text[:, -1], at[:, 0], 1, 9, 2, None, 0.0, torch.ones(2), 0.0)
-        _, hidden = context.cpp.draft(*arguments)
+        alone = context.backend.run(model, text[:, -1:], at, cache.slots[:9], range(2))
+        _, hidden = context.backend.draft_chain(text[:, -1], at[:, 0], 1, 9, 2, None, 0.0, torch.ones(2), 0.0)
     assert torch.equal(hidden, alone)
 
 
@@ -404,7 +437,7 @@ def test_an_embedding_of_another_kind_drafts_token_by_token():
     expected = run(model, PROMPTS, 9, compile=False).generated
     generation = run(model, PROMPTS, 9, **drafting("chain", model))
     assert generation.generated == expected
-    assert generation.context.cpp is not None and generation.context.cpp.draft is None
+    assert generation.context.backend.cpp_draft is None
 
 
 def of_another_class(module):
@@ -457,7 +490,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
         run(model, PROMPTS, 16, rows=2, compile=compile, on_draft=of.append, **arguments)
         for compile, of in zip((False, True), drafts, strict=True)
     )
-    assert ours.context.cpp.unknown is not None and ours.context.cpp.draft is None
+    assert ours.context.backend.unknown is not None and ours.context.backend.cpp_draft is None
     assert ours.generated == plainly.generated and compiled_steps(model).graphs == {}
     if precision == "fp32" and part != "quantised":
         assert drafts[0] == drafts[1] and torchs.generated == ours.generated
@@ -472,7 +505,7 @@ def test_other_parts_are_not_run_in_cpp(part):
     if part in UNKNOWN:
         UNKNOWN[part](model)
     context = StepContext(model, DecodingCache(model, 1, 160), Sampler(), CompiledSteps(CPU))
-    assert context.cpp is None and context.graphs is not None
+    assert isinstance(context.backend, GraphBackend)
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([3, 7, 900, 20_000, 49_151])])

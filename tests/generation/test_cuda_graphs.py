@@ -32,7 +32,7 @@ def test_cuda_graphs(way, width):
         generation = run(model, prompts, count, speculation=WAYS[way])
         assert generation.generated == [plain(reference, prompt, count) for prompt in prompts]
         assert not compiled_steps(model).failed and not compiled_steps(model).masked
-        assert generation.context.fits_flex == (width == 32)
+        assert generation.context.backend.fits_flex == (width == 32)
         graphs = graphs or dict(compiled_steps(model).graphs)
         assert compiled_steps(model).graphs == graphs
         assert way == "plain" or generation.stats.draft_s > 0

@@ -10,7 +10,6 @@ from helpers.speculation import plain
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.state import ModelState
-from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention
 
 
@@ -26,7 +25,6 @@ def gpu_steps(no_cuda, monkeypatch):
     """The compiled steps of a model as on a GPU; dynamo makes their graphs, which run on the CPU."""
     steps, compile = CompiledSteps(torch.device("cuda")), torch.compile
     monkeypatch.setattr(ModelState, "compiled_steps", lambda *_: steps)
-    monkeypatch.setattr(StepContext, "_load_cpp", lambda *_: None)
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: compile(function, fullgraph=True, backend="eager", dynamic=False)
     )
@@ -66,7 +64,7 @@ def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
     for prompts, count in ((LONG[:1], 9), (SHORT[:1], 5), (LONGER, 24)):
         generation = run(model, prompts, count, speculation=OTHER_WAYS[way], reserve=270)
         assert generation.generated == [plain(model, prompt, count) for prompt in prompts]
-        assert generation.context.fits_flex and not gpu_steps.masked and not gpu_steps.refused
+        assert generation.context.backend.fits_flex and not gpu_steps.masked and not gpu_steps.refused
         if way in WAYS:  # a look-up's length decides what else is compiled
             graphs = graphs or dict(gpu_steps.graphs)
             assert gpu_steps.graphs == graphs
@@ -93,13 +91,13 @@ def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monke
 
 def test_what_flex_attention_cannot_do(gpu_steps):
     """Its kernel needs heads of 16 numbers; an uncompiled generation may have made a cache of any length."""
-    assert not run(make_small(width=16), SHORT, 3).context.fits_flex
+    assert not run(make_small(width=16), SHORT, 3).context.backend.fits_flex
     gpu_steps._caches.clear()
     model = make_small(width=32)
     before = run(model, SHORT, 3, compile=False, reserve=500)
     generation = run(model, SHORT, 3, cache=before.cache)
-    assert generation.cache.max_len == 500 and not generation.context.fits_flex
-    assert run(model, SHORT, 3).context.fits_flex
+    assert generation.cache.max_len == 500 and not generation.context.backend.fits_flex
+    assert run(model, SHORT, 3).context.backend.fits_flex
 
 
 # ---- graphs that fail, and what is captured ----

@@ -90,7 +90,7 @@ def test_the_draft_reads_all_of_the_text(kind, variant, rule):
 
 def test_a_long_text_is_read_in_parts(monkeypatch):
     """An adapter takes the state before a part from the part before."""
-    monkeypatch.setattr("layerskip_recipes.generation.prefill.CHUNK", 4)
+    monkeypatch.setattr("layerskip_recipes.generation.backends.CHUNK", 4)
     model = model_of("gemma2")
     draft, drafts, text = draft_of(model, "adapter"), [], list(range(3, 21))
     generation = run(model, [text], 9, on_draft=drafts.append, **with_draft(2, 4, draft, model))

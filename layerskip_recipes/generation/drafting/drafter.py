@@ -30,7 +30,7 @@ class RoundStart(NamedTuple):
 
     def num_to_draft(self, context: StepContext, num_speculations: int) -> int:
         """How many tokens to draft: no more than fit, but always `num_speculations` with graphs (one shape)."""
-        return num_speculations if context.graphs is not None else min(num_speculations, self.room - 1)
+        return num_speculations if context.backend.fixed_shapes else min(num_speculations, self.room - 1)
 
     def slots(self, context: StepContext, num_drafted: int = 0) -> torch.Tensor:
         """0 .. end-1, the slots that attention sees with so many drafted tokens."""
