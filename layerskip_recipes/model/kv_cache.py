@@ -121,6 +121,11 @@ class DecodingCache:
         same = kept is None or (kept.dtype, kept.device) == (weight.dtype, weight.device)
         return same and (self.num_rows, self.draft_layers) == (num_rows, draft_layers) and self.max_len >= slots
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers that are allocated."""
+        return sum(2 * layer.k.nbytes for layer in self.layers if layer.k is not None)
+
     def keep_first(self, count: int) -> None:
         """Forget all but the first `count` tokens of each row."""
         self.tokens = [row[:count] for row in self.tokens]

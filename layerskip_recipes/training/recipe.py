@@ -25,6 +25,7 @@ from layerskip_recipes.checkpoint.drafts import DRAFT
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.decoder import move_batch
 from layerskip_recipes.model.limits import check_batch, check_vocabulary
 from layerskip_recipes.processes import (
     from_every_rank,
@@ -228,7 +229,7 @@ class LayerSkipFinetune:
         if dropout is not None:
             dropout.set_step(self.step, self.total_steps)
         tokens, losses = self._backward(batches)
-        sums = self.mesh.sum(torch.stack([torch.tensor(float(tokens), device=self.device), *losses.values()]))
+        sums = self.mesh.sum(torch.stack([self._scalar(tokens), *losses.values()]))
         count = sums[0].clamp(min=1)
 
         # Scale to the mean over all micro-batches and ranks, then clip. An optimizer in backward has already stepped.
@@ -271,7 +272,7 @@ class LayerSkipFinetune:
             # times the number of ranks: FSDP averages gradients over ranks.
             weight: Any = count
             if self.optimizers.in_backward:
-                of_all = self.mesh.sum(torch.tensor(float(count), device=self.device)).clamp(min=1)
+                of_all = self.mesh.sum(self._scalar(count)).clamp(min=1)
                 weight = self.mesh.data_size * count / of_all
             if loss.requires_grad:
                 (loss * weight).backward()
@@ -301,12 +302,16 @@ class LayerSkipFinetune:
         # On the CPU, to avoid a device synchronisation.
         counted = (labels != CROSS_ENTROPY_IGNORE_IDX).flatten().nonzero()[:, 0]
         batch |= {"labels": labels, "counted": counted}
-        utils.batch_to_device(batch, self.device)
+        move_batch(batch, self.device)
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
         self.labels.see(labels.flatten()[batch["counted"]])
         with self.offloading, self._computing():
             loss, exits = self.loss(self.model, tokens, labels, **settings, **batch)
         return len(counted), loss, exits
+
+    def _scalar(self, number: float) -> torch.Tensor:
+        """The number [] on the device; filled there, as a copy would wait for it."""
+        return torch.full((), float(number), device=self.device)
 
     def _computing(self) -> torch.autocast:
         """Matrix products in `compute_dtype`. No weight is used twice, so autocast need not cache its casts."""

@@ -9,7 +9,8 @@ from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
-from layerskip_recipes.acceptance.exit_quality import ExitQuality, exit_quality
+from layerskip_recipes.acceptance.exit_quality import MOST_CHUNK_TOKENS, ExitQuality, exit_quality
+from layerskip_recipes.config.schema import AUTO
 from layerskip_recipes.data.datasets import Batches, IndexedErrorDataset, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
@@ -52,6 +53,9 @@ class Validation:
         self.on = cfg.dataset_val is not None
         self.every, self.mesh, self.device = cfg.run_val_every_n_steps, mesh, device
         self.replies = ReplyFormat.of(tokenizer)
+        section = cfg.early_exit_loss or cfg.draft
+        chosen = AUTO if section is None else section.chunk_tokens
+        self.chunk_tokens = MOST_CHUNK_TOKENS if chosen == AUTO else chosen
         self.loss_at_start: float | None = None
         if cfg.dataset_val is None:
             return
@@ -84,7 +88,7 @@ class Validation:
         trained = [part for part in parts if part.training]
         for part in trained:
             part.eval()
-        options |= {"add_up": self.mesh.sum, "generated": self.replies.generated}
+        options |= {"add_up": self.mesh.sum, "generated": self.replies.generated, "chunk_tokens": self.chunk_tokens}
         try:
             return exit_quality(model, batches, exits, self.device, draft=draft, **options)
         finally:
