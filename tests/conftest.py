@@ -10,14 +10,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
+
 import pytest
 import torch
 from filelock import FileLock
 from helpers.configs import finetune_config, generate_config, make_checkpoint
 from helpers.tiny import FAMILIES, make_tiny
+from torch.overrides import TorchFunctionMode
 from torchtune.training import FullModelHFCheckpointer
-
-from layerskip_recipes.generation.stats import memory_bandwidth
 
 # A shell that starts a program in the background may have it ignore Ctrl-C, and so all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,8 +34,7 @@ if "LAYERSKIP_TEST_RUN" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["LAYERSKIP_TEST_RUN"], ignore_errors=True)
 SHARED = Path(os.environ["LAYERSKIP_TEST_RUN"])
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SHARED / "inductor"))
-# Each report measures the memory's speed: here by 8 MB instead of 256, which take a quarter of a second.
-memory_bandwidth.__wrapped__.__defaults__ = (8, 3)
+os.environ["XDG_CACHE_HOME"] = str(SHARED / "cache")  # no test writes to the user's home
 
 # With --dist loadfile --no-loadscope-reorder these files start first: what takes minutes must not come last.
 LONG = ("test_readme", "test_distributed_finetune", "test_real", "test_cpp_decoder", "test_kills", "test_gpu_report")
@@ -62,17 +62,25 @@ def any_family(request):
     return make_tiny(request.param)
 
 
+class KeptPrecision(TorchFunctionMode):
+    """Leaves float64 tensors as they are where fp32 is asked for."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def float64(monkeypatch):
+def float64():
     """New models compute in float64 throughout, also where torchtune asks for fp32 (norms, rotations, logits).
 
     For tests that two computations are the same mathematics: their tolerance does not depend on a processor's kernels.
     """
-    to_float32 = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float32(x))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield
+    with KeptPrecision():
+        yield
     torch.set_default_dtype(before)
 
 

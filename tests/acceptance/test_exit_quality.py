@@ -56,7 +56,7 @@ def check_rates(found, first, later, counts):
 
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
 @pytest.mark.parametrize("some", [False, True], ids=["all", "generated"])
-def test_acceptance_by_draft_vocabulary(family, some, float64):
+def test_acceptance_by_draft_vocabulary_is_that_of_followed_rounds(family, some, float64):
     """Over all tokens and over the first few of a vocabulary, with q renormalised over them. Labels that decoding never
     generates count in the loss only."""
     model = layerskip_decoder(make_tiny(family))
@@ -101,7 +101,7 @@ def test_acceptance_by_draft_vocabulary(family, some, float64):
 
 @pytest.mark.parametrize("vocabulary", [None, FREQUENT], ids=["all", "some"])
 @pytest.mark.parametrize("kind", ["copy", "adapter"])
-def test_acceptance_of_a_trained_draft(kind, vocabulary):
+def test_acceptance_of_a_trained_draft_is_that_of_followed_rounds(kind, vocabulary):
     """An adapter's later tokens in a row are those that it drafts from its own states."""
     model = layerskip_decoder(make_tiny())
     torch.manual_seed(1)

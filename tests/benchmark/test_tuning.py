@@ -19,7 +19,6 @@ from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.tuner import (
     FIRST_LINE,
-    Candidate,
     fitted_costs,
     measured_rates,
     write_choice,
@@ -209,9 +208,9 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
         (folder / "layerskip.json").write_text(json.dumps({"exits": [1, 4], "vocabulary": [*range(40)]}))
     path = config(max_new_tokens=24, temperatures=[0.0, 0.8] if stored else [0.0])
     recipe, report = run_benchmark(path, f"checkpointer.checkpoint_dir={folder}")
-    variants = [row for row in report["results"] if row["kind"] == "variant"]
+    variants = [row for row in report["results"] if row["name"] != "baseline"]
     rows = {row["name"]: row["speedup"]["median"] for row in variants if row["temperature"] == 0}
-    assert set(rows) == set(recipe.candidates) and sum("lookup" in name for name in rows) == 1
+    assert set(rows) == set(recipe.tuned_sections) and sum("lookup" in name for name in rows) == 1
     assert all(row["identical"] for row in variants if row["temperature"] == 0)
     # Predicted is what the choice is for.
     predicted = {(row["temperature"], row["name"]) for row in variants if row["predicted_speedup"]}
@@ -219,11 +218,12 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
     fastest = max(rows, key=rows.get)
     cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
     assert cfg.compile is False  # as it was measured
-    assert cfg.self_speculation == (recipe.candidates[fastest].written if rows[fastest] > 1 else None)
-    some = [c for c in recipe.candidates.values() if c.plan.draft_vocabulary]
-    assert not stored or all(c.plan.draft_vocabulary == [*range(40)] for c in some)
-    # Where no tokens are stored, generation would count those of its own prompts.
-    assert all(c.written.draft_vocabulary == (40 if stored else c.plan.draft_vocabulary) for c in some)
+    assert cfg.self_speculation == (recipe.tuned_sections[fastest] if rows[fastest] > 1 else None)
+    vocabularies = {name: plan.draft_vocabulary for name, plan in recipe.methods.items() if plan}
+    for name, ids in vocabularies.items():
+        assert not (stored and ids) or ids == [*range(40)]
+        # Where no tokens are stored, generation would count those of its own prompts.
+        assert recipe.tuned_sections[name].draft_vocabulary == (40 if stored and ids else ids)
     out = capsys.readouterr().out
     assert "predicted" in out and "measured" in out and "fastest: " in out
     # Beside the report of the same config without tune.
@@ -247,11 +247,10 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
 
 
 def test_the_first_line_says_so_if_no_draft_pays(config, tmp_path):
-    candidate = Candidate(Speculation(2), EXIT)
     row = {"name": "draft_6", "temperature": 0.0, "speedup": {"median": 0.7}, "predicted_speedup": None}
     report = {"results": [row], "device": "cpu"}
     written = tmp_path / "tuned.yaml"
-    write_choice(loaded(config()), written, report, {"draft_6": candidate})
+    write_choice(loaded(config()), written, report, {"draft_6": EXIT})
     assert written.read_text().startswith(f"{FIRST_LINE}no drafts, since draft_6 had 0.70x, temperature 0.0, cpu\n")
     assert load_config(str(written)).self_speculation is None
 
@@ -266,6 +265,6 @@ def test_a_file_of_somebody_elses_is_not_overwritten(config, tmp_path):
     LayerSkipBenchmark(load_config(str(config(tune=False, tune_extends=None))))
 
 
-def test_outputs_too_short_for_a_draft(config):
+def test_outputs_too_short_for_a_draft_are_refused(config):
     with pytest.raises(ValueError, match=r"^max_new_tokens: the outputs ended with .*max_new_tokens=128"):
         ready(LayerSkipBenchmark, config(max_new_tokens=2))

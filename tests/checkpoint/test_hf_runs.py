@@ -116,7 +116,7 @@ def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune):
         ("model.path=nowhere", "path: 'nowhere' is no folder. Allowed: a folder with config.json"),
     ],
 )
-def test_a_mistake_is_said_before_the_run(override, message, base, finetune):
+def test_a_mistake_is_refused_before_the_run(override, message, base, finetune):
     with pytest.raises(ConfigError, match=message) as e:
         set_up(finetune(**sections(base)), override.replace("BASE", str(base)))
     assert "\n" not in str(e.value) and not (base / "out").exists()

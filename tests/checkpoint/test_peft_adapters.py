@@ -88,7 +88,7 @@ def test_a_base_on_the_hub_is_read_in_the_adapters_revision(tmp_path, monkeypatc
     torch.testing.assert_close(logits(tmp_path / "adapters"), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
-def test_whose_tokenizer(tmp_path, tokenizer_folder):
+def test_the_adapters_tokenizer_comes_before_the_bases(tmp_path, tokenizer_folder):
     """The adapters', with the base's stop tokens, or else the base's. A checkpoint gets the same files."""
     make_adapters(tmp_path, *ADAPTED["q_and_v"], vocab_size=300)
     adapters, base = tmp_path / "adapters", tmp_path / "base"
@@ -147,7 +147,7 @@ def rename(before, after):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "cannot be read "),
     ],
 )
-def test_what_cannot_be_merged_is_one_line(edit, message, tmp_path, tiny_adapters):
+def test_adapters_that_cannot_be_merged_are_refused_in_one_line(edit, message, tmp_path, tiny_adapters):
     folder = shutil.copytree(tiny_adapters / "adapters", tmp_path / "adapters")
     edit(folder)
     with pytest.raises(ConfigError, match=rf"^(checkpointer\.)?path: .*{re.escape(message)}") as e:

@@ -40,7 +40,7 @@ KEYS = {
         allowed_origins host max_waiting port
     """,
     "SelfSpeculation": """
-        draft draft_int8 draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
+        answers draft draft_int8 draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
     """,
     "Comparison": """
         compare
@@ -56,7 +56,7 @@ KEYS = {
         temperatures tokenizer top_k top_p tune tune_extends variants
     """,
 }
-MOST = 160  # the keys of every recipe count once
+MOST = 161  # the keys of every recipe count once
 
 
 def sections_in(annotation: Any) -> Iterator[type[Section]]:

@@ -40,7 +40,7 @@ def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["batches"] == 2
 
 
-def test_exact_match_by_exit(tmp_path, checkpoint):
+def test_a_sample_matches_exactly_where_every_label_is_the_exits_choice(tmp_path, checkpoint):
     """A sample whose every label is the exit's choice is exact; a label that does not count cannot make it wrong."""
     recipe = ready(LayerSkipEval, eval_config(tmp_path, checkpoint))
     tokens = torch.stack([torch.tensor(sample["tokens"]) for sample in list(recipe.batches.dataset)[:4]])
@@ -53,7 +53,7 @@ def test_exact_match_by_exit(tmp_path, checkpoint):
     assert quality[2].exact_match == pytest.approx(2 / 3)
 
 
-def test_the_exits_of_a_quantised_model(tmp_path, checkpoint):
+def test_exits_of_a_quantised_model_use_its_quantised_head(tmp_path, checkpoint):
     """Its head, here a quantised copy of the tied one, is called as it is."""
     quantizer = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
     recipe, report = run_eval(eval_config(tmp_path, checkpoint, quantizer=quantizer))

@@ -19,7 +19,7 @@ from layerskip_recipes.model.draft import Draft
 
 @pytest.mark.parametrize("chunk", [512, 3])
 @pytest.mark.parametrize("variant", [None, "chain", "perturbed", "look-up"])
-@pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama3_2", "gemma2", "gemma3", "lfm2"])
 def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypatch):
     """The next prompt is the text so far and more: only what is new runs, and the tokens are those from scratch."""
     monkeypatch.setattr(backends, "CHUNK", chunk)

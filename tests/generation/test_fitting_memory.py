@@ -88,7 +88,7 @@ def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, with_memory):
     (0, 4, 1, 2 * (REST + LAYER)),
     (2, 2, 2, 2 * (2 * LAYER + REST + LAYER) // 2),
 ])  # fmt: skip
-def test_the_weights_of_each_process(kept, shards, parallel, bytes_):
+def test_a_process_holds_its_shards_and_the_whole_draft(kept, shards, parallel, bytes_):
     """In bf16: layers below the exit whole, the others sharded; matrices split by tensor parallelism."""
     with torch.device("meta"):
         model = tune_config.instantiate(OmegaConf.create(MODEL))
@@ -148,7 +148,7 @@ CACHED = f"anon 5\ninactive_file {GIB // 2}\nactive_file {GIB // 2}\n"
         ({"proc/self/cgroup": "1:memory:/\n0::/s", "unified/s/memory.max": 2 * GIB}, 2, 2),
     ],
 )  # fmt: skip
-def test_limits_of_containers_and_jobs(files, limit, free, tmp_path, with_memory):
+def test_limits_of_containers_and_jobs_count_as_the_machines_memory(files, limit, free, tmp_path, with_memory):
     """In GiB, on a machine of 64; files without a folder are those of the control group at the mount."""
     with_memory(64 * GIB)
     for name, content in files.items():
@@ -159,5 +159,5 @@ def test_limits_of_containers_and_jobs(files, limit, free, tmp_path, with_memory
     assert free_memory(torch.device("cpu"), tmp_path) == free * GIB
 
 
-def test_memory_of_this_machine():
+def test_this_machine_has_free_memory():
     assert 0 < free_memory(torch.device("cpu")) <= machine_memory()

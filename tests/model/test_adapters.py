@@ -186,7 +186,7 @@ def test_peft_opens_the_adapters(read, monkeypatch):
 
 
 @pytest.mark.slow
-def test_adapters_only(read, tmp_path):
+def test_a_checkpoint_of_adapters_only_has_no_model(read, tmp_path):
     train(read.path, "save_adapter_weights_only=true", f"output_dir={tmp_path}/out")
     folder, whole = tmp_path / "out" / "epoch_0", read.checkpoint / "adapter"
     files = {path.name for path in folder.iterdir()}

@@ -48,7 +48,7 @@ def beside_config(finetune, checkpoint):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["gemma2", "qwen2_tied"])
-def test_both_learn_what_they_learn_alone(family, kind, float64):
+def test_model_and_draft_have_the_gradients_they_have_alone(family, kind, float64):
     """The sum of the losses; the gradients of the model are its own, and so are those of the draft."""
     model = layerskip_decoder(make_tiny(family))
     section = DraftSection.parse(BESIDE[kind])
@@ -243,7 +243,7 @@ def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     llm = LLM.load(str(folder), draft=own)
     command, _ = DraftPlanner.of_config(cfg, None).plan(cfg.self_speculation, 0.0, compile)
     llm.generate("def main(", 20, compile=compile)
-    ((ours, _),) = llm.decided.values()
+    ((ours, _),) = llm.plans.values()
     assert ours == command
     (built,) = llm.state.drafts.values()
     int8 = any("Int8" in type(parameter).__name__ for parameter in built.decoder.parameters())

@@ -34,7 +34,7 @@ def test_first_step_is_the_papers_loss(tmp_path, finetune):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_offloading_and_bf16_on_a_gpu(tmp_path, finetune):
+def test_offloading_on_a_gpu_changes_no_loss(tmp_path, finetune):
     """Several exits and chunks under the offloading hooks; the losses are those without."""
     exits = {"scale": 0.5, "curriculum": None, "chunk_tokens": 50}
     path = finetune(early_exit_loss=exits, device="cuda", dtype="bf16")

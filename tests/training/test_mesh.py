@@ -66,7 +66,7 @@ def test_packed_weights_of_a_folders_model_are_not_replicated(tmp_path, tokenize
         (4, {"data_parallel_replicate_dim": 2}, (2, 2, 1)),
     ],
 )
-def test_a_plan_and_how_many_ranks_share_a_matrix(processes, keys, sizes, sizes_of):
+def test_processes_are_split_into_replicas_shards_and_tensor_parallel_ranks(processes, keys, sizes, sizes_of):
     assert sizes_of(keys, processes) == sizes
 
 

@@ -19,7 +19,7 @@ from layerskip_recipes.training.recipe import LayerSkipFinetune
 from layerskip_recipes.training.resuming import stored_choices
 
 
-def test_another_end_is_said(finetune, caplog):
+def test_a_resumed_run_with_another_end_warns_once(finetune, caplog):
     """What follows t/T, as a gradual curriculum, goes another way then: allowed, and told once."""
     path = finetune(early_exit_loss={"curriculum": "gradual"})
     train(path)

@@ -42,7 +42,9 @@ class RoundKind:
     """`DraftRule` picks the kind of each round. Two drafters never offer equal ones."""
 
     name: str  # "plain" (no draft), "chain", "lookup" or another drafter's; unique
-    match: int = 0  # of a look-up: the match length 0, 1 or 2, see `TextIndex.find`
+    expected: int = (
+        0  # of a look-up: 0, 1 or 2 for less than 1, less than 3, or more tokens that are expected to be right
+    )
     untried: float = inf  # tokens per round that the rule expects before the first one; inf: it tries the draft soon
 
 
