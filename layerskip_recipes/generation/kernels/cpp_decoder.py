@@ -48,7 +48,10 @@ from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.draft import JoiningLayer
 from layerskip_recipes.model.short_convolution import ShortConvolution
 
-SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "four_bits", "few_rows", "attention", "sampling", "layers")]
+SOURCES = [
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("tiles", "four_bits", "few_rows", "attention", "sampling", "layers")
+]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
 log = utils.get_logger("INFO")
 
