@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, RoundStart
+from layerskip_recipes.generation.kernels.cpp_decoder import int4_of
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import StepContext
@@ -78,8 +79,9 @@ class Accounts:
         """Note the bytes of a layer, a head and a cache slot, which the prefill has allocated."""
         model, draft_decoder, draft_head = self.context.model, self.context.draft_decoder, self.context.draft_head
         head = head_of(draft_decoder) if draft_head is None else draft_head.output
-        self.of_model = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
-        self.of_draft = (_weight_bytes(draft_decoder.layers[0]), _weight_bytes(head))
+        packs_int4 = self.context.backend.packs_int4
+        self.of_model = (_weight_bytes(model.layers[0], packs_int4), _weight_bytes(head_of(model), packs_int4))
+        self.of_draft = (_weight_bytes(draft_decoder.layers[0], packs_int4), _weight_bytes(head, packs_int4))
         keys = self.context.cache.layers[0].k
         self.slot = 2 * keys[:, :, 0].numel() * keys.element_size()
 
@@ -140,9 +142,13 @@ class Accounts:
         self.stats.decode_s = scale * self.stats.decode_s if self.timed else self.untimed_s
 
 
-def _weight_bytes(module: object) -> int:
+def _weight_bytes(module: object, packs_int4: bool) -> int:
     """Bytes of a module's weights once they are gathered from other ranks; 0 for a function."""
-    return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
+    if not isinstance(module, nn.Module):
+        return 0
+    parameters = list(module.parameters())
+    packed = sum(p.numel() for p in parameters if int4_of(p) is not None) if packs_int4 else 0
+    return sum(tensor_bytes(p) * _num_shards(p) for p in parameters) - packed // 2
 
 
 def _num_shards(weight: torch.Tensor) -> int:

@@ -73,9 +73,8 @@ class TorchBackend:
     """Runs the model's own modules, operation by operation."""
 
     fixed_shapes = False  # whether each round must draft equally many tokens
-    exact_splits = (
-        False  # whether a text's keys and values do not depend on its batch, nor on the passes of its prefill
-    )
+    exact_splits = False  # whether a text's keys and values depend neither on its batch nor on its prefill's passes
+    packs_int4 = False  # whether it reads half a byte for each int4 weight, and not the byte that torchao keeps
 
     def __init__(
         self,
@@ -260,7 +259,7 @@ class CppBackend(TorchBackend):
     part, `unknown`, runs in torch. Call `load` before anything else.
     """
 
-    exact_splits = True
+    exact_splits = packs_int4 = True
 
     def __init__(
         self,

@@ -199,8 +199,8 @@ class Parts:
         """
         require(isinstance(linear, nn.Embedding) or type(linear) is nn.Linear, name)
         weight, scale, zero, rounds = linear.weight, None, None, None
-        if type(weight).__name__ == "LinearActivationQuantizedTensor":
-            return self.int4_linear(name, linear)
+        if (int4 := int4_of(weight)) is not None:
+            return self.int4_linear(name, linear, int4)
         if type(weight).__name__ == "Int8Tensor":  # torchao's version 2
             rounds = weight.act_quant_kwargs
             if rounds is not None:
@@ -220,18 +220,12 @@ class Parts:
             if value is not None:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
 
-    def int4_linear(self, name: str, linear: nn.Linear) -> None:
-        """torchao's int4 weights, whose inputs are rounded to int8 asymmetrically, as four_bits.cpp takes them."""
-        outer: Any = linear.weight
-        weight = outer.original_weight_tensor
-        rounds = getattr(outer.input_quant_func, "__name__", "")
-        require(rounds == "_int8_asymm_per_token_quant" and hasattr(weight, "tensor_impl"), f"{name}: {rounds}")
+    def int4_linear(self, name: str, linear: nn.Linear, weight: Any) -> None:
         numbers, scale, zero = weight.tensor_impl.get_plain()
+        require(zero is None or not zero.any(), f"{name}: zero points")
         group = weight.block_size[-1]
-        is_int4 = (weight.quant_min, weight.quant_max) == (-8, 7) and (zero is None or not zero.any())
-        require(is_int4 and numbers.dtype == torch.int8 and scale.dtype in (torch.float32, torch.bfloat16), name)
         require(group % VECTOR == 0, f"{name}: groups of {group} columns")
-
+        require(scale.dtype in (torch.float32, torch.bfloat16), f"{name}: scales in {scale.dtype}")
         self.unpacked[name] = numbers, scale
         if linear.bias is not None:
             self.tensors[f"{name}.bias"] = _fp32(linear.bias)
@@ -307,6 +301,20 @@ class Parts:
         for name in ("w1", "w2", "w3"):
             self.linear(name, getattr(mlp, name))
         self.number("activation", kind)
+
+
+def int4_of(weight: Any) -> Any:
+    """The int4 numbers of a weight whose input torchao rounds to int8 per token; None for other weights.
+
+    These are torchao's `Int8DynamicActivationInt4WeightConfig` and torchtune's `Int8DynActInt4WeightQuantizer`.
+    """
+    if type(weight).__name__ != "LinearActivationQuantizedTensor":
+        return None
+    inner = weight.original_weight_tensor
+    rounds = getattr(weight.input_quant_func, "__name__", "") == "_int8_asymm_per_token_quant"
+    is_int4 = (getattr(inner, "quant_min", None), getattr(inner, "quant_max", None)) == (-8, 7)
+    is_plain = type(getattr(inner, "tensor_impl", None)).__name__ == "PlainAQTTensorImpl"
+    return inner if rounds and is_int4 and is_plain else None
 
 
 def layer_parts(layer: Any) -> Parts:
