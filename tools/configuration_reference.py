@@ -18,6 +18,8 @@ from layerskip_recipes.cli.configs import RECIPES, config_class
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.recipe_config import RecipeConfig
 from layerskip_recipes.config.schema import Section, allowed, alternatives
+from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.serving.config import ServeConfig
 
 MARKER = "<!-- Made by tools/configuration_reference.py from here on; do not edit. -->\n"
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -33,10 +35,13 @@ def markdown(recipes: dict[str, type[RecipeConfig]]) -> str:
     tables: dict[type[Section], str] = {}
     parts = ["## All recipes", *_tables(RecipeConfig.model_fields, tables)]
     for name, config in recipes.items():
-        base = next((other for other in recipes if recipes[other] in config.__mro__[1:]), None)
-        common = recipes[base] if base else RecipeConfig
-        own = {key: field for key, field in config.model_fields.items() if not _is_common(key, field, common)}
-        parts += [f"## {name}", *([f"All keys of [{base}](#{base}), and:"] if base else []), *_tables(own, tables)]
+        common = GenerateConfig if config is ServeConfig else RecipeConfig
+        shown = {key: field for key, field in config.model_fields.items() if not _is_common(key, field, common)}
+        parts.append(f"## {name}")
+        if config is ServeConfig:
+            dropped = ", ".join(f"`{key}`" for key in ServeConfig.DROPPED)
+            parts.append(f"All keys of [layerskip_generate](#layerskip_generate), of which it ignores {dropped}; and:")
+        parts += _tables(shown, tables)
         if refused := {key: why for key, why in config.REFUSED.items() if key not in config.model_fields}:
             rows = [[f"`{key}`", why] for key, why in refused.items()]
             parts += ["These keys of other configs are refused unless they are switched off:"]

@@ -6,11 +6,12 @@ from pathlib import Path
 from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
 from torchtune.utils import get_logger
 
+from layerskip_recipes.checkpoint.answers import ANSWERS_FILE
 from layerskip_recipes.errors import first_line
 
 log = get_logger("INFO")
 LARGEST = 100 * 2**20  # as in torchtune
-NOT_COPIED = ("adapter_config.json", *SUFFIXES_TO_NOT_COPY)
+NOT_COPIED = ("adapter_config.json", ANSWERS_FILE, *SUFFIXES_TO_NOT_COPY)
 
 
 class SideFiles:

@@ -1,4 +1,8 @@
-"""GenerateConfig: the keys of `layerskip_generate` and their checks."""
+"""The keys of recipes that decode, and their checks.
+
+`DecodingConfig` has the keys of all of them. `AnswerConfig` adds what generation and the server share, and
+`PromptConfig` what generation and benchmarks share. `GenerateConfig` is `layerskip_generate`'s own.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -23,24 +27,14 @@ from layerskip_recipes.processes import num_processes
 
 
 class DecodingConfig(RecipeConfig):
-    """The keys that generation and benchmarks share: prompts, lengths, filters."""
+    """The keys of every recipe that decodes: what an `LLM` needs to load and to draft, without prompts and outputs."""
 
     IGNORED: ClassVar[Mapping[str, type]] = {"enable_kv_cache": bool}  # the cache is always on
 
-    prompt: Any = None
-    """A text; `user:` and `system:` for the tokenizer's chat template (use `hf_tokenizer`: among torchtune's own
-    tokenizers only Llama's leave the answer's turn open); or a list of these. In `layerskip_generate` also
-    `interactive`: a conversation that keeps its KV cache between turns (`/new` starts another, `/exit` ends it)."""
-    prompts: Annotated[Component, Takes()] | None = None
-    """A component that returns prompts, such as `layerskip_recipes.quickstart.heldout_prompts`; `prompt` wins."""
-    prompt_file: Annotated[Text, Field(examples=["prompts.jsonl"])] | None = None
-    """A text file (one prompt), a `.jsonl` or `.ndjson` file of `{"prompt": ...}` lines, or `-` for stdin; overrides
-    `prompt`."""
+    self_speculation: OptionalSpeculation = None
+    """The draft; auto: all its keys; null decodes without drafts on the same engine."""
     max_new_tokens: Annotated[PositiveInt, Auto(), Field(examples=[128])] = 128
     """Maximum number of new tokens per prompt; auto: 300, capped at half of the model's context length."""
-    batch_size: PositiveInt = 1
-    """Number of prompts decoded together, grouped by length; each row accepts its own number of tokens. In
-    `layerskip_generate` without a comparison, a row that has finished takes the next prompt."""
     top_k: PositiveInt | None = None
     """Sample from this many of the likeliest tokens."""
     top_p: TopP | None = None
@@ -52,10 +46,10 @@ class DecodingConfig(RecipeConfig):
     stop_tokens: Annotated[list[int], Field(examples=["[2]"])] | None = None
     """Token ids that end a text, in addition to the tokenizer's stop tokens."""
     stop_strings: Annotated[list[Text], Field(examples=["[END]"])] | None = None
-    """A text ends before the first of these strings. In `layerskip_benchmark`, other libraries decode past them."""
+    """A text ends before the first of these strings."""
     compile: Annotated[Flag, Auto()] = AUTO
     """Compile the decoding steps: to C++ on a CPU (needs a C++ compiler), to CUDA graphs on a GPU. The first run takes
-    half a minute longer, on a GPU some minutes; later runs load the code from torch's cache. auto: if
+    half a minute longer, on a GPU some minutes; later runs load the code from a cache. auto: if
     that should save more time than it takes."""
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model: a torchtune quantizer, or a torchao config such as
@@ -69,6 +63,57 @@ class DecodingConfig(RecipeConfig):
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
         return Sampler(temperature, self.top_k, self.top_p, self.min_p, penalty, seed)
 
+
+class AnswerConfig(DecodingConfig):
+    """The keys of recipes that answer questions: generation and the server."""
+
+    exit_layer: int | None = None
+    """Take every token from this exit without verification: faster, but the output differs from the full model's."""
+    temperature: Temperature = 0.0
+    """0 is greedy. Draft and verification use the same temperature and filters."""
+    system_prompt: Annotated[Text, Field(examples=["Answer briefly."])] | None = None
+    """The system message of a conversation."""
+    log_level: Literal["INFO", "DEBUG", "WARNING", "ERROR"] = "INFO"
+    """The lowest level that is logged."""
+
+    @property
+    def ranks_per_matrix(self) -> int:
+        """How many processes share each matrix."""
+        return 1
+
+    def check_together(self) -> Iterator[str]:
+        yield from mistakes_of(check_checkpointer, self)
+        yield from mistakes_of(self._check_exit_or_drafts, layerskip_decoder(self.meta_model))
+
+    def _check_exit_or_drafts(self, model: LayerSkipDecoder) -> None:
+        """Check that `exit_layer` or `self_speculation` fits the model, and that only one of them is set."""
+        if self.self_speculation is not None:
+            self.self_speculation.check_against(model, quantizer=self.quantizer, parallel=self.ranks_per_matrix)
+        if self.exit_layer is not None:
+            model.check_exit(self.exit_layer)
+            if self.self_speculation is not None:
+                raise ConfigError(
+                    f"exit_layer: {self.exit_layer} is set beside self_speculation. To take all tokens from that exit: "
+                    f"exit_layer={self.exit_layer} self_speculation=null"
+                )
+
+
+class PromptConfig(RecipeConfig):
+    """The keys of recipes that decode prompts of their config: generation and benchmarks."""
+
+    prompt: Any = None
+    """A text; `user:` and `system:` for the tokenizer's chat template (use `hf_tokenizer`: among torchtune's own
+    tokenizers only Llama's leave the answer's turn open); or a list of these. In `layerskip_generate` also
+    `interactive`: a conversation that keeps its KV cache between turns (`/new` starts another, `/exit` ends it)."""
+    prompts: Annotated[Component, Takes()] | None = None
+    """A component that returns prompts, such as `layerskip_recipes.quickstart.heldout_prompts`; `prompt` wins."""
+    prompt_file: Annotated[Text, Field(examples=["prompts.jsonl"])] | None = None
+    """A text file (one prompt), a `.jsonl` or `.ndjson` file of `{"prompt": ...}` lines, or `-` for stdin; overrides
+    `prompt`."""
+    batch_size: PositiveInt = 1
+    """Number of prompts decoded together, grouped by length; each row accepts its own number of tokens. In
+    `layerskip_generate` without a comparison, a row that has finished takes the next prompt."""
+
     @property
     def is_conversation(self) -> bool:
         return self.prompt == INTERACTIVE and self.prompt_file is None
@@ -79,23 +124,15 @@ class DecodingConfig(RecipeConfig):
 
 
 class Comparison(Section):
-    """The comparison with a baseline."""
+    """Compares with decoding without drafts."""
 
     compare: bool = False
-    """Also decode each prompt autoregressively, in the same process, and report the speed-up."""
+    """Also decode each prompt without drafts, in the same process, and report the speed-up."""
 
 
-class GenerateConfig(DecodingConfig):
+class GenerateConfig(AnswerConfig, PromptConfig):
     """A torchtune generation config and `self_speculation`."""
 
-    self_speculation: OptionalSpeculation = None
-    """The draft; auto: all its keys; null decodes autoregressively on the same engine."""
-    exit_layer: int | None = None
-    """Take every token from this exit without verification: faster, but the output differs from the full model's."""
-    temperature: Temperature = 0.0
-    """0 is greedy. Draft and verification use the same temperature and filters."""
-    system_prompt: Annotated[Text, Field(examples=["Answer briefly."])] | None = None
-    """The system message of a conversation."""
     on_bad_prompt: Literal["error", "skip"] | None = None
     """What to do with a broken, empty or too long prompt. `error` (the default): stop before the model is loaded;
     `skip`: answer the other prompts and write the error to `output_file` in its place."""
@@ -105,21 +142,23 @@ class GenerateConfig(DecodingConfig):
     stream: Literal[True, False, "draft"] = True
     """`true` prints tokens as they come, `false` whole texts; `draft` also shows drafted tokens, dim until accepted."""
     benchmark: Comparison | None = None
-    """The comparison with autoregressive decoding."""
+    """Compares with decoding without drafts."""
     tensor_parallel_dim: PositiveInt | None = None
     """Number of processes that share each matrix. Across groups of this size the layers are sharded (FSDP). null with
     a plan: all processes."""
     tensor_parallel_plan: Annotated[Component, Takes()] | None = None
     """torchtune's tensor-parallel plan, such as `torchtune.models.llama3.base_llama_tp_plan`."""
-    log_level: Literal["INFO", "DEBUG", "WARNING", "ERROR"] = "INFO"
-    """The lowest level that is logged."""
 
     @property
     def compares(self) -> bool:
         return self.benchmark is not None and self.benchmark.compare
 
+    @property
+    def ranks_per_matrix(self) -> int:
+        return ranks_per_matrix(self.tensor_parallel_dim, self.tensor_parallel_plan)
+
     def check_together(self) -> Iterator[str]:
-        yield from mistakes_of(check_checkpointer, self)
+        yield from super().check_together()
         yield from self.check_prompts()
         yield from self._check_conversation()
         if self.output_file is not None:
@@ -127,11 +166,7 @@ class GenerateConfig(DecodingConfig):
             if os.path.isfile(self.output_file):  # its folder gets FILE.partial during the run
                 yield from mistakes_of(check_folder, "output_file", Path(self.output_file).parent)
             yield from self._check_inputs(self.output_file)
-        model = layerskip_decoder(self.meta_model)
-        yield from mistakes_of(
-            check_exit_or_drafts, self, model, ranks_per_matrix(self.tensor_parallel_dim, self.tensor_parallel_plan)
-        )
-        yield from mistakes_of(self._check_processes, model)
+        yield from mistakes_of(self._check_processes, layerskip_decoder(self.meta_model))
 
     def _check_conversation(self) -> Iterator[str]:
         if not self.is_conversation and self.system_prompt is not None:
@@ -139,10 +174,10 @@ class GenerateConfig(DecodingConfig):
                 f"system_prompt: {self.system_prompt!r} needs prompt=interactive. For a single prompt: "
                 f"prompt.user=QUESTION prompt.system={self.system_prompt!r}"
             )
-        for key, single in {"batch_size": 1, "output_file": None}.items() if self.is_conversation else ():
-            if getattr(self, key) != single:
-                set_it = f"{key}={'null' if single is None else single}"
-                yield f"{key}: {getattr(self, key)!r} does not work with prompt=interactive. Set {set_it}"
+        if self.is_conversation and self.batch_size != 1:
+            yield f"batch_size: {self.batch_size} does not work with prompt=interactive. Set batch_size=1"
+        if self.is_conversation and self.output_file is not None:
+            yield f"output_file: {self.output_file!r} does not work with prompt=interactive. Set output_file=null"
 
     def _check_inputs(self, output_file: str) -> Iterator[str]:
         """Check that the output replaces no file that this run reads."""
@@ -150,8 +185,8 @@ class GenerateConfig(DecodingConfig):
         of_component = self.prompts.arguments if self.prompts else {}
         inputs = {"prompt_file": self.prompt_file} | {f"prompts.{key}": value for key, value in of_component.items()}
         for key, read in inputs.items():
-            there = isinstance(read, str) and os.path.exists(read) and os.path.exists(output_file)
-            if there and os.path.samefile(read, output_file):
+            both_exist = isinstance(read, str) and os.path.exists(read) and os.path.exists(output_file)
+            if both_exist and os.path.samefile(read, output_file):
                 yield (
                     f"output_file: {output_file!r} would overwrite {key}. Allowed: another file; for example "
                     "output_file=answers.jsonl"
@@ -167,26 +202,13 @@ class GenerateConfig(DecodingConfig):
                 f"compile: True needs one process (there are {num_processes()}), or tensor parallelism over all of "
                 f"them. Set compile=false, or tensor_parallel_dim=null tensor_parallel_plan={EXAMPLE_PLAN}"
             )
+        asks_int8 = self.self_speculation is not None and self.self_speculation.draft_int8 is True
         single_process_keys = {
             "quantizer": self.quantizer,
-            "self_speculation.draft_int8": (self.self_speculation and self.self_speculation.given.get("draft_int8"))
-            or None,
+            "self_speculation.draft_int8": True if asks_int8 else None,
             "prompt": INTERACTIVE if self.is_conversation else None,
             "prompt_file": "-" if self.prompt_file == "-" else None,
         }
         for key, value in single_process_keys.items():
             if value is not None:
                 yield f"{key}: {value} needs one process, and there are {num_processes()}. Leave it out"
-
-
-def check_exit_or_drafts(cfg: Any, model: LayerSkipDecoder, parallel: int = 1) -> None:
-    """Check that `exit_layer` or `self_speculation` fits the model, and that only one of them is set."""
-    if cfg.self_speculation is not None:
-        cfg.self_speculation.check_against(model, quantizer=cfg.quantizer, parallel=parallel)
-    if cfg.exit_layer is not None:
-        model.check_exit(cfg.exit_layer)
-        if cfg.self_speculation is not None:
-            raise ConfigError(
-                f"exit_layer: {cfg.exit_layer} is set beside self_speculation. To take all tokens from that exit: "
-                f"exit_layer={cfg.exit_layer} self_speculation=null"
-            )

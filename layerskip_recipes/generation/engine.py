@@ -139,7 +139,7 @@ class Generation:
         self.cache = cache
         self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, depth, shared)
         if not fits:
-            cache.keep_first(reuse if self.context.cpp else 0)
+            cache.keep_first(reuse if self.context.backend.exact_splits else 0)
         # The keys of the noise: [b, 2] by row, and by prompt.
         self.keys: torch.Tensor | None = None
         if not sampler.greedy:
@@ -151,7 +151,7 @@ class Generation:
         self.first_sharded = None if speculation is None else next(sharded, None)
         self.verifier = Verifier(self.context, (speculation and speculation.exit_layer) or self.context.depth)
         self.drafters = Drafters(self.verifier, speculation, self.rows.texts, rule)
-        self.common = common_start(self.rows.prompts) if self.context.cpp else 0
+        self.common = common_start(self.rows.prompts) if self.context.backend.exact_splits else 0
         self.accounts = Accounts(self.context, self.rows, None if speculation is None else self.verifier.exit_layer)
         self.stats = self.accounts.stats
         self.stats.compile_s = self.context.compile_s - compiled_before_s
@@ -247,7 +247,7 @@ class Generation:
 
     def _first_tokens(self, final: torch.Tensor, here: slice) -> torch.Tensor:
         """The first new tokens [b] of the rows `here`, from x_L of the texts' last tokens, `final` [b, d]."""
-        logits = self.context.unembed(final[:, None])[:, -1]
+        logits = self.context.backend.logits(self.model, final[:, None])[:, -1]
         positions = on_device(self.rows.lengths[here], self.context.device)
         keys, seen = (None if t is None else t[here] for t in (self.keys, self.rows.seen))
         return self.context.broadcast(choose_token(self.context, None, logits, keys, positions, seen))
@@ -256,7 +256,7 @@ class Generation:
 
     def _round(self) -> list[list[int]]:
         """Draft, verify, keep the accepted tokens and one token of the full model."""
-        self.context.begin_round()
+        self.context.backend.begin_round()
         room, finished = self.rows.room, self.rows.values_in_rows(self.finished)
         starts = [length - 1 for length in self.rows.lengths]  # the slot of each row's last token
         start = on_device(starts, self.context.device)

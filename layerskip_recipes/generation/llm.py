@@ -5,21 +5,23 @@ add texts and the choice of how to decode.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast, overload
 
 import torch
 from torchtune import training, utils
 from torchtune.data import Message
-from typing_extensions import Self
+from typing_extensions import Self, TypedDict, Unpack
 
 from layerskip_recipes.checkpoint.drafts import read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import best_device
 from layerskip_recipes.config.components import Component
-from layerskip_recipes.config.schema import AUTO, DeviceName, Text, checked_arguments
+from layerskip_recipes.config.schema import AUTO, DeviceName, PositiveInt, Text, check, checked_arguments, nearest
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError
@@ -35,7 +37,7 @@ from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.state import ModelState
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.text.prompts import to_tokens
+from layerskip_recipes.generation.text.prompts import prompt_mistake, to_tokens
 from layerskip_recipes.generation.text.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.draft import Draft
@@ -47,6 +49,31 @@ log = utils.get_logger("INFO")
 CALLS = 10  # expected number of calls in a session, to decide whether compiling pays
 
 Question = str | Mapping[str, str] | Sequence[Mapping[str, str]]  # a text, its user and system part, or messages
+
+
+class CallSettings(TypedDict, total=False):
+    """How one call decodes: keyword arguments of `LLM.generate` and `LLM.stream`."""
+
+    temperature: float  # 0.0, the default, is greedy
+    # See `token_scores` and `penalise`. By default, these change nothing.
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    # Decides sampled tokens, together with the model, the prompt and these settings. Drafts and other prompts do not
+    # matter. None, the default: a seed drawn from torch's global generator.
+    seed: int | None
+    stop: str | Sequence[str]  # an answer ends before the first of these texts
+    compile: bool | None  # None, the default: if a session of ten such calls gains by it
+    draft: Literal["auto"] | None  # "auto", the default: where that should pay; None: never. The answer is the same
+    # Keys of `self_speculation` that are not to be chosen, see `SelfSpeculation`.
+    exit_layer: int | None
+    num_speculations: int
+    min_confidence: float
+    draft_vocabulary: int | list[int] | None
+    prompt_lookup: int | None
+    answers: str | None
+    draft_int8: bool
 
 
 @dataclass
@@ -66,7 +93,8 @@ class Output:
 class LLM:
     """A model that answers prompts, with the fastest settings that are known for it on this machine.
 
-    One object decodes one call at a time; a call from another thread waits. Two objects share nothing.
+    One object decodes one call at a time: a call waits until an earlier one of any thread has ended. A stream ends when
+    its iterator ends or is closed. Two objects share nothing.
 
     Args:
         model: in eval mode.
@@ -96,10 +124,11 @@ class LLM:
         self.device = model.tok_embeddings.weight.device
         self.stop_tokens = [*getattr(tokenizer, "stop_tokens", []), *stop_tokens]
         self.state = ModelState(trained_draft)
-        self.draft: str | None = AUTO  # the folder of a draft, which `generate` uses
-        self.lock = threading.Lock()
-        self.decided: dict[str, tuple[Speculation | None, bool]] = {}  # by the arguments of `generate`
-        self.said: set[str] = set()
+        self.draft_folder: str | None = AUTO  # of the draft that `generate` uses
+        self.lock = threading.Lock()  # held by the call that decodes
+        # The plans of `generate` and a log line for each, by what they depend on.
+        self.plans: dict[str, tuple[Speculation | None, str | None]] = {}
+        self.logged: set[str] = set()
 
     # ---- loading ----
 
@@ -136,10 +165,11 @@ class LLM:
         model.requires_grad_(False).eval()
         draft_folder = AUTO if draft is None else str(named_folder(draft, "draft", weights=True))
         planner = DraftPlanner(model, folder, torch_device.type, torch_dtype, HFCheckpointer)
+        planner.make_tokenizer = partial(hf_tokenizer, str(folder))
         description, _ = planner.trained_draft(SelfSpeculation(draft=draft_folder), "generate")
         trained_draft = None if description is None else read_draft(description, model, "draft")
         llm = cls(model, hf_tokenizer(str(folder)), planner, trained_draft=trained_draft)
-        llm.draft = draft_folder
+        llm.draft_folder = draft_folder
         return llm
 
     @classmethod
@@ -194,30 +224,35 @@ class LLM:
         compile: bool = False,
         always_draft: bool = False,
         usual_new_tokens: int | None = None,
+        rows: int | None = None,
         **arguments: Any,
     ) -> Generation:
         """A `Generation` of this model that has not started, with what earlier ones have built and learned.
+
+        It does not wait: while another one decodes, its iterator raises a RuntimeError.
 
         Args:
             plan: how to draft; None: without drafts.
             always_draft: there is a draft in each round that can have one, whether it pays or not.
             usual_new_tokens: outputs with this limit and shorter ones share a rule; None: `max_new_tokens`.
-            **arguments: of `Generation`.
+            rows, **arguments: of `Generation`.
         """
         rule = None
         if plan is not None and not always_draft:
-            batch_rows = min(arguments.get("rows") or len(prompts), len(prompts))
+            batch_rows = min(rows or len(prompts), len(prompts))
             rule = self.state.rule(plan, usual_new_tokens or max_new_tokens, batch_rows, compile)
         return Generation(
             self.model,
             prompts,
             max_new_tokens,
             speculation=plan,
+            stop_tokens=self.stop_tokens,
+            rows=rows,
             compile=compile,
             rule=rule,
             shared=num_processes() > 1,
             state=self.state,
-            **{"stop_tokens": self.stop_tokens} | arguments,
+            **arguments,
         )
 
     def reserved_slots(self, needed: int, plan: Speculation | None) -> int:
@@ -233,25 +268,25 @@ class LLM:
     # ---- texts ----
 
     @overload
-    def generate(self, prompt: str | Mapping[str, str], max_new_tokens: int = 300, **arguments: Any) -> Output: ...
+    def generate(
+        self, prompt: str | Mapping[str, str], max_new_tokens: int = 300, **settings: Unpack[CallSettings]
+    ) -> Output: ...
     @overload
-    def generate(self, prompt: Sequence[Any], max_new_tokens: int = 300, **arguments: Any) -> Output | list[Output]: ...
+    def generate(
+        self,
+        prompt: Sequence[Any],
+        max_new_tokens: int = 300,
+        *,
+        batch_size: int = 8,
+        **settings: Unpack[CallSettings],
+    ) -> Output | list[Output]: ...
     def generate(
         self,
         prompt: Question | Sequence[Question],
         max_new_tokens: int = 300,
         *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
         batch_size: int = 8,
-        draft: Literal["auto"] | None = "auto",
-        compile: bool | None = None,
-        **settings: Any,
+        **settings: Unpack[CallSettings],
     ) -> Output | list[Output]:
         """Answer a prompt, or a list of prompts.
 
@@ -259,67 +294,79 @@ class LLM:
             prompt: a question (without a chat template: the beginning of a text), {"user": .., "system": ..}, or
                 messages [{"role": .., "content": ..}, ..]; or a list of these.
             max_new_tokens: the most new tokens of an answer.
-            temperature: 0 is greedy.
-            top_k, top_p, min_p, repetition_penalty: see `token_scores` and `penalise`.
-            seed: decides sampled tokens, together with the model, the prompt and these settings. Drafts and other
-                prompts do not matter. None: a seed drawn from torch's global generator.
-            stop: an answer ends before the first of these texts.
             batch_size: how many of several prompts decode together.
-            draft: "auto" drafts where that should pay; None never drafts. The answer is the same.
-            compile: None: if a session of ten such calls gains by it.
-            **settings: keys of `self_speculation` that are not to be chosen, such as num_speculations=4.
+            **settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, draft and compile, see
+                `CallSettings`; and keys of `self_speculation` that are not to be chosen, such as num_speculations=4.
 
         Returns:
             An `Output`, or a list of them for a list of prompts.
         """
         is_list = not isinstance(prompt, str | Mapping) and not _are_messages(prompt)
         questions = cast(Sequence[Question], prompt if is_list else [prompt])
-        prompts = [self._tokens(question) for question in questions]
-        sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        num_rows = min(batch_size, len(prompts))
-        with self.lock:
-            plan, compiled = self._decide(prompts, max_new_tokens, temperature, num_rows, draft, compile, settings)
-            reuse = len(prompts[0]) if len(prompts) == 1 else 0
-            generation = self.start(
-                prompts, max_new_tokens, plan, compile=compiled, sampler=sampler, rows=num_rows, reuse=reuse
-            )
-            texts = self._texts(prompts, stop)
+        if not questions:
+            return []
+        check("batch_size", batch_size, PositiveInt)
+        with self._turn():
+            generation, texts = self._prepared(questions, max_new_tokens, min(batch_size, len(questions)), settings)
             follow(generation, texts)
-        speedup = None if plan is None else generation.drafters.rule.speedup(generation.stats)
+        drafted = generation.stats.plain_share is not None
+        speedup = generation.drafters.rule.speedup(generation.stats) if drafted else None
         outputs = [
             Output(text.text(tokens), tokens, generation.stats, speedup)
             for text, tokens in zip(texts, generation.generated, strict=True)
         ]
         return outputs if is_list else outputs[0]
 
-    def stream(
-        self,
-        prompt: Question,
-        max_new_tokens: int = 300,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        draft: Literal["auto"] | None = "auto",
-        compile: bool | None = None,
-        **settings: Any,
-    ) -> Iterator[str]:
+    def stream(self, prompt: Question, max_new_tokens: int = 300, **settings: Unpack[CallSettings]) -> Iterator[str]:
         """The answer to one prompt as pieces of text, as they become final; arguments as in `generate`.
 
         Until the iterator ends or is closed, other calls wait.
         """
-        tokens = self._tokens(prompt)
-        sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        with self._turn():
+            generation, (text,) = self._prepared([prompt], max_new_tokens, 1, settings)
+            yield from filter(None, pieces(generation, text))
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until an earlier call has ended, and make later ones wait."""
+        if self.lock.locked():
+            self._log_once("A call waits, as an earlier one has not ended. A stream ends when its iterator is closed")
         with self.lock:
-            plan, compiled = self._decide([tokens], max_new_tokens, temperature, 1, draft, compile, settings)
-            generation = self.start(
-                [tokens], max_new_tokens, plan, compile=compiled, sampler=sampler, reuse=len(tokens)
-            )
-            yield from pieces(generation, self._texts([tokens], stop)[0])
+            yield
+
+    def _prepared(
+        self, questions: Sequence[Question], max_new_tokens: int, num_rows: int, settings: CallSettings
+    ) -> tuple[Generation, list[TextStream]]:
+        """A generation that has not started, and the text of each prompt's output."""
+        for name in settings:
+            if name not in CallSettings.__annotations__:
+                raise ConfigError(f"{name}: unknown. {nearest(name, CallSettings.__annotations__)}")
+        check("stop", settings.get("stop", ()), str | Sequence[str])
+        check("compile", settings.get("compile"), bool | None)
+        check("draft", settings.get("draft"), Literal["auto"] | None)
+        prompts = [self._tokens(question) for question in questions]
+        sampler = Sampler(
+            settings.get("temperature", 0.0),
+            settings.get("top_k"),
+            settings.get("top_p"),
+            settings.get("min_p"),
+            settings.get("repetition_penalty", 1.0),
+            settings.get("seed"),
+        )
+        plan, compiled = self._chosen(prompts, max_new_tokens, num_rows, settings)
+        generation = self.start(
+            prompts,
+            max_new_tokens,
+            plan,
+            compile=compiled,
+            sampler=sampler,
+            rows=num_rows,
+            reuse=len(prompts[0]) if len(prompts) == 1 else 0,
+        )
+        stop = settings.get("stop", ())
+        strings = [stop] if isinstance(stop, str) else stop
+        continues = not getattr(self.tokenizer, "has_chat_template", False)
+        return generation, [self.text_stream(prompt if continues else (), strings) for prompt in prompts]
 
     def _tokens(self, question: Question) -> list[int]:
         """The tokens of a prompt, up to the start of its answer."""
@@ -327,86 +374,70 @@ class LLM:
         if isinstance(question, str):
             return to_tokens({"user": question} if has_template else question, self.tokenizer)
         if isinstance(question, Mapping):
+            if (mistake := prompt_mistake(question)) is not None:
+                raise ConfigError(f"prompt: {mistake}")
             return to_tokens(dict(question), self.tokenizer)
         messages = [Message(role=cast(Any, message["role"]), content=message["content"]) for message in question]
         return to_tokens([*messages, Message(role="assistant", content="")], self.tokenizer)
 
-    def _texts(self, prompts: Sequence[Sequence[int]], stop: str | Sequence[str]) -> list[TextStream]:
-        strings = [stop] if isinstance(stop, str) else [*stop]
-        continues = not getattr(self.tokenizer, "has_chat_template", False)
-        return [self.text_stream(prompt if continues else (), strings) for prompt in prompts]
-
-    def _decide(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        batch_rows: int,
-        draft: Literal["auto"] | None,
-        compile: bool | None,
-        settings: Mapping[str, Any],
+    def _chosen(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_rows: int, settings: CallSettings
     ) -> tuple[Speculation | None, bool]:
-        """How to draft and whether to compile; decided once for equal arguments."""
-        if settings and draft is None:
-            name = next(iter(settings))
-            raise ConfigError(f"{name}: is for drafts, and draft=None decodes without. Leave one of them out")
-        if compile is None and self.state.compiled is not None and not self.state.compiled.failed:
-            compile = True  # an earlier call has compiled the steps
-        key = repr((max_new_tokens, temperature, batch_rows, draft, compile, sorted(settings.items())))
-        if key not in self.decided:
-            self.decided[key] = self._decision(
-                prompts, max_new_tokens, temperature, batch_rows, draft, compile, settings
-            )
-        return self.decided[key]
+        """The plan of drafts, and whether to compile. Equal calls make a plan once."""
+        section, compiled = self._section(settings), settings.get("compile")
+        if (planner := self.planner) is None:
+            if section is not None:
+                raise ConfigError("draft: this object has no planner. Load it with LLM.load, or give draft=None")
+            return None, bool(compiled)
 
-    def _decision(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        batch_rows: int,
-        draft: Literal["auto"] | None,
-        compile: bool | None,
-        settings: Mapping[str, Any],
-    ) -> tuple[Speculation | None, bool]:
-        section = None
-        if draft is not None:
-            # An exit of the caller's own drafts instead of a trained draft.
-            folder = {} if settings.get("exit_layer", AUTO) != AUTO else {"draft": self.draft}
-            section = SelfSpeculation.parse(dict(settings) | folder, "generate")
-            section.check_against(self.model, "generate")
-        if self.planner is None:
-            raise ConfigError("draft: this object has no planner. Load it with LLM.load, or give draft=None")
-        asked = section is not None and section.num_speculations != AUTO
-        plans = {
-            compiled: self.planner.plan(
-                section, temperature, compiled, prompts, batch_rows, key="generate", asked=asked
-            )
-            for compiled in (False, True)
-        }
-        if compile is None:
-            eager_s, compiled_s = (self.planner.token_s(plans[c][0], c, batch_rows) for c in (False, True))
-            compile, why = compiling_pays(eager_s, compiled_s, CALLS * max_new_tokens, self.device)
-            self._say(why)
-        plan, why_plan = plans[compile]
-        if why_plan is not None:
-            self._say(why_plan)
-        return plan, compile
+        def planned(compiled: bool) -> tuple[Speculation | None, str | None]:
+            temperature = settings.get("temperature", 0.0)
+            key = repr((section, temperature, num_rows, compiled))
+            if key not in self.plans:
+                asked = section is not None and section.num_speculations != AUTO
+                self.plans[key] = planner.plan(
+                    section, temperature, compiled, prompts, num_rows, key="generate", asked=asked
+                )
+            return self.plans[key]
 
-    def _say(self, what: str) -> None:
-        if what not in self.said:
-            self.said.add(what)
-            log.info(what)
+        if compiled is None and self.state.compiled is not None and not self.state.compiled.failed:
+            compiled = True  # an earlier call has compiled the steps
+        if compiled is None:
+            eager_s, compiled_s = (planner.token_s(planned(c)[0], c, num_rows) for c in (False, True))
+            compiled, why = compiling_pays(eager_s, compiled_s, CALLS * max_new_tokens, self.device)
+            self._log_once(why)
+        plan, why_plan = planned(compiled)
+        self._log_once(why_plan)
+        return plan, compiled
+
+    def _section(self, settings: CallSettings) -> SelfSpeculation | None:
+        """The settings as a section `self_speculation`; None: never draft."""
+        keys = {name: value for name, value in settings.items() if name in SelfSpeculation.model_fields}
+        if keys.pop("draft", AUTO) is None:
+            for name in keys:
+                raise ConfigError(f"{name}: is for drafts, and draft=None decodes without. Leave one of them out")
+            return None
+        if keys.get("exit_layer", AUTO) == AUTO:  # otherwise this exit drafts, and not a trained draft
+            keys["draft"] = self.draft_folder
+        section = SelfSpeculation.parse(keys, "generate")
+        section.check_against(self.model, "generate")
+        return section
+
+    def _log_once(self, line: str | None) -> None:
+        if line is not None and line not in self.logged:
+            self.logged.add(line)
+            log.info(line)
 
 
-def pieces(generation: Generation, text: TextStream) -> Iterator[str]:
-    """Run a generation of one prompt; yields its text in pieces, as they become final."""
-    for (new,) in generation:
-        kept = text.extend(new)
-        if kept is not None:  # a stop string
-            generation.stop(0, len(generation.generated[0]) - len(new) + kept)
-        if piece := text.new_text(last=generation.finished[0]):
-            yield piece
+def pieces(generation: Generation, text: TextStream) -> Generator[str, None, None]:
+    """Run a generation of one prompt; yields the text that became final in each round, which may be empty."""
+    rounds: Any = iter(generation)
+    with closing(rounds):
+        for (new,) in rounds:
+            num_kept = text.extend(new)
+            if num_kept is not None:  # a stop string ends the text
+                generation.stop(0, len(generation.generated[0]) - len(new) + num_kept)
+            yield text.new_text(last=generation.finished[0])
 
 
 def _are_messages(prompt: Any) -> bool:

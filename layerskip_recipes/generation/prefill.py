@@ -1,17 +1,13 @@
 """Prefill: run texts through the model into the cache, in one pass or, behind cached tokens, chunk by chunk."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from layerskip_recipes.generation.steps import StepContext
-from layerskip_recipes.model.decoder import is_plain_attention, on_device
-
-CHUNK = 512  # tokens per pass behind cached tokens, which limits the size of the mask
-CPP_CHUNK = 128  # tokens per pass in C++
+from layerskip_recipes.model.decoder import on_device
 
 
 def common_start(prompts: Sequence[Sequence[int]]) -> int:
@@ -33,20 +29,11 @@ def read_texts(
     `rows` are the texts' rows in the cache, None for all. Returns x_depth of each text's last token, [b, d].
     """
     rows = range(context.cache.num_rows) if rows is None else rows
-    in_cpp = context.cpp is not None  # a text's result then depends neither on the other texts nor on the chunks
-    with nullcontext() if in_cpp or len(texts) == context.cache.num_rows else context.cache.only(rows[0]):
-        return _read_together(context, texts, rows, reused, in_cpp)
-
-
-def _read_together(
-    context: StepContext, texts: Sequence[Sequence[int]], rows: Sequence[int], reused: int, in_cpp: bool
-) -> torch.Tensor:
     width, device = max(map(len, texts)), context.device
     # Pad on the right: slots behind a row's text are overwritten before any of its queries sees them.
     tokens = on_device([[*text, *[0] * (width - len(text))] for text in texts], device)
     last = on_device([len(text) - 1 for text in texts], device)
-    at_once = not in_cpp and reused == 0 and all(is_plain_attention(layer) for layer in context.model.layers)
-    size = width if at_once else CPP_CHUNK if in_cpp else CHUNK
+    size = context.backend.chunk(width, reused)
     row_indices = torch.arange(len(texts), device=device)
     final: Any = None
     # An adapter reads the previous token's state. The first token has none, and the states of reused tokens are not
@@ -56,8 +43,7 @@ def _read_together(
         context.before_chunk()
         end = min(start + size, width)
         slots, at = context.cache.slots[:end], context.cache.slots[None, start:end]
-        run = partial(context.run, at=at, slots=slots, unembed=False, rows=rows if in_cpp else None, whole=at_once)
-        x = _read_chunk(context, tokens[:, start:end], x[:, -1:], run)
+        x = _read_chunk(context, tokens[:, start:end], x[:, -1:], at, slots, rows)
         # Keep the state of each text's last token if it is in this chunk.
         state = x[row_indices, (last - start).clamp(0, end - start - 1)]
         ends_here = ((last >= start) & (last < end))[:, None]
@@ -66,16 +52,22 @@ def _read_together(
 
 
 def _read_chunk(
-    context: StepContext, tokens: torch.Tensor, last_state: torch.Tensor, run: Callable[..., torch.Tensor]
+    context: StepContext,
+    tokens: torch.Tensor,
+    last_state: torch.Tensor,
+    at: torch.Tensor,
+    slots: torch.Tensor,
+    rows: Sequence[int],
 ) -> torch.Tensor:
     """Run tokens [b, s] through the model and the draft -> x_depth; last_state [b, 1, d]: the previous token's x_L."""
     model, draft_decoder, own = context.model, context.draft_decoder, context.own_layers
+    prefill = partial(context.backend.prefill, at=at, slots=slots, rows=rows)
     if not context.has_adapter:
         if own:
-            run(draft_decoder, tokens, only_cache=True)
-        return run(model, tokens, exit_layer=context.depth)
-    x = run(model, tokens, exit_layer=own.start)
-    final = run(model, None, hidden=x, start_layer=own.start)
+            prefill(draft_decoder, tokens, layers=own, only_cache=True)
+        return prefill(model, tokens, layers=range(context.depth))
+    x = prefill(model, tokens, layers=range(own.start))
+    final = prefill(model, x, layers=range(own.start, model.num_layers))
     states = model.norm(torch.cat([last_state, final[:, :-1]], 1))
-    run(draft_decoder, None, hidden=torch.cat([x, states], -1), start_layer=own.start, only_cache=True)
+    prefill(draft_decoder, torch.cat([x, states], -1), layers=own, only_cache=True)
     return final

@@ -85,7 +85,7 @@ class DecodingCache:
         # with the same first tokens reuses them.
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.depth = 0
-        self.in_cpp = False  # whether C++ computed them; torch rounds otherwise
+        self.exact_splits = False  # of the backend that computed them
         self._prepare(model)
 
     def _prepare(self, model: LayerSkipDecoder) -> None:

@@ -2,26 +2,26 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from typing_extensions import Self
 
 from layerskip_recipes.config.schema import Text
-from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.text.prompts import INTERACTIVE
-from layerskip_recipes.model.decoder import LayerSkipDecoder
+from layerskip_recipes.generation.config import AnswerConfig, GenerateConfig
 from layerskip_recipes.processes import num_processes
 
-# Keys of generation configs that a server ignores: prompts and outputs belong to requests.
-IGNORED = ("prompt", "prompts", "prompt_file", "batch_size", "on_bad_prompt", "output_file", "stream", "benchmark")
-
+API_KEY = "LAYERSKIP_API_KEY"  # the environment variable with the key that clients send
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z-]+://[^/A-Z]+)$")]  # without a path, as browsers send it
 
 
-class ServeConfig(GenerateConfig):
-    """A generation config. Requests may replace `temperature`, `top_p` and `max_new_tokens`."""
+class ServeConfig(AnswerConfig):
+    """The keys of a generation config without those for prompts, outputs and several processes, and these."""
+
+    # Requests bring the prompts, clients take the answers, and a server is one process.
+    DROPPED: ClassVar = [key for key in GenerateConfig.model_fields if key not in AnswerConfig.model_fields]
+    IGNORED: ClassVar = {**AnswerConfig.IGNORED, **dict.fromkeys(DROPPED, object)}  # of any type
 
     host: Text = "127.0.0.1"
     """The address to listen at. `0.0.0.0` lets other machines in; then set LAYERSKIP_API_KEY, too."""
@@ -34,14 +34,18 @@ class ServeConfig(GenerateConfig):
 
     @classmethod
     def load(cls, source: DictConfig, stored: Mapping[str, Any] | None = None) -> Self:
+        """Check a merged config, which may be a generation config."""
         source = copy.deepcopy(source)
-        # data_dir has the prompts of the configs qa/*.
-        for key in (*IGNORED, *["data_dir"] * OmegaConf.is_missing(source, "data_dir")):
-            source.pop(key, None)
-        source["prompt"] = INTERACTIVE  # as in a conversation, the questions come later
+        for key in cls.DROPPED:
+            source.pop(key, None)  # may be missing (???), as the prompts of a template
+        if OmegaConf.is_missing(source, "data_dir"):
+            source["data_dir"] = None  # the configs qa/* need it for their prompts only
         return super().load(source, stored)
 
-    def _check_processes(self, model: LayerSkipDecoder) -> Iterator[str]:
+    def check_together(self) -> Iterator[str]:
+        yield from super().check_together()
         if (count := num_processes()) > 1:
-            what = f"nproc_per_node: {count} processes, and layerskip_serve takes one. Leave it out"
-            yield f"{what}; with several GPUs, serve the exported model with vLLM (docs/serving.md)"
+            yield (
+                f"nproc_per_node: {count} processes, and layerskip_serve takes one. Leave it out; with several GPUs, "
+                "serve the exported model with vLLM (docs/serving.md)"
+            )

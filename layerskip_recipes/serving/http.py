@@ -7,11 +7,12 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -26,8 +27,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from torchtune import utils
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.serving.recipe import KEY, LayerSkipServe
-from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, Request, parse
+from layerskip_recipes.serving.config import API_KEY
+from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, Ending, Request, parse
 
 log = utils.get_logger("INFO")
 
@@ -40,54 +41,76 @@ JSON_TYPES = ("application/json", "application/x-www-form-urlencoded", "")  # th
 LINE = 400  # the longest error message, in characters
 
 
-def make_app(recipe: LayerSkipServe) -> Starlette:
-    """The application; loads and compiles the model first."""
-    server = Server(recipe)
+class Answering(Protocol):
+    """What answers requests, in one thread."""
+
+    name: str  # of the model
+    max_body_bytes: int
+
+    def load(self) -> None: ...
+
+    def answer(self, request: Any, gone: threading.Event) -> Iterator[str | Ending]:
+        """Pieces of text, then the ending. Fails with ConnectionAbortedError once `gone` is set."""
+
+
+@dataclass
+class Access:
+    """Who may use the server. Without a key, no web page may: its browser has access to this machine."""
+
+    api_key: str | None
+    is_local: bool  # whether the server listens only to this machine
+    allowed_origins: Sequence[str] = ()  # of web pages that have the key
+
+
+def make_app(answering: Answering, access: Access, max_waiting: int) -> Starlette:
+    """The application; loads the model first."""
+    server = Server(answering, access, max_waiting)
     routes = [
         Route("/v1/chat/completions", partial(server.answer, ChatRequest), methods=["POST"]),
         Route("/v1/completions", partial(server.answer, CompletionRequest), methods=["POST"]),
-        *(Route("/v1/models", server.models), Route("/health", server.health)),
+        Route("/v1/models", server.models),
+        Route("/health", server.health),
     ]
-    kinds = (HTTPException, ConfigError, ClientDisconnect, asyncio.TimeoutError)
+    refused = (HTTPException, ConfigError, ClientDisconnect, asyncio.TimeoutError)
     cors = Middleware(
         CORSMiddleware,
-        allow_origins=recipe.cfg.allowed_origins or (),
+        allow_origins=access.allowed_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=["retry-after"],
     )
-    return Starlette(routes=routes, middleware=[cors], exception_handlers=dict.fromkeys(kinds, _refuse))
+    return Starlette(routes=routes, middleware=[cors], exception_handlers=dict.fromkeys(refused, _refuse))
 
 
 class Server:
     """The thread that decodes, and the requests that wait for it."""
 
-    def __init__(self, recipe: LayerSkipServe) -> None:
-        self.recipe, self.started, self.pending = recipe, int(time.time()), set[asyncio.Future]()
+    def __init__(self, answering: Answering, access: Access, max_waiting: int) -> None:
+        self.answering, self.access, self.max_waiting = answering, access, max_waiting
+        self.started, self.pending = int(time.time()), set[asyncio.Future]()
         # All of torch's work is in one thread. Another one would have OpenMP threads of its own, and with more threads
-        # than processors they all sleep between matrix products. torch's current device is the thread's own, too.
-        self.thread = ThreadPoolExecutor(1, initializer=recipe.cfg.find_device)
-        for step in (recipe.setup, recipe.warm_up):
-            self.thread.submit(step).result()
+        # than processors they all sleep between matrix products.
+        self.thread = ThreadPoolExecutor(1)
+        self.thread.submit(answering.load).result()
 
     async def health(self, _: HTTPRequest) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def models(self, request: HTTPRequest) -> Response:
         self._check_access(request)
-        model = {"id": self.recipe.name, "object": "model", "created": self.started, "owned_by": "layerskip"}
+        model = {"id": self.answering.name, "object": "model", "created": self.started, "owned_by": "layerskip"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def answer(self, kind: type[Request], request: HTTPRequest) -> ASGIApp:
+    async def answer(self, request_class: type[Request], request: HTTPRequest) -> ASGIApp:
         """The response, which waits for all earlier ones."""
         self._check_access(request)
         content_type = request.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() not in JSON_TYPES:
             raise HTTPException(415, f"content-type: {content_type!r} is not allowed. Allowed: application/json")
         self._check_room()
-        asked = parse(kind, await asyncio.wait_for(self._body(request), BODY_S))
-        if asked.model not in (None, self.recipe.name):
-            raise HTTPException(404, f"model: {asked.model!r} is not served. Allowed: {self.recipe.name!r}")
+        asked = parse(request_class, await asyncio.wait_for(self._body(request), BODY_S))
+        if asked.model not in (None, self.answering.name):
+            raise HTTPException(404, f"model: {asked.model!r} is not served. Allowed: {self.answering.name!r}")
         self._check_room()
         loop, gone, items = asyncio.get_running_loop(), threading.Event(), asyncio.Queue[Any]()
 
@@ -99,7 +122,7 @@ class Server:
         decoding.add_done_callback(self.pending.discard)
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-            responding = asyncio.ensure_future(_respond(asked, self.recipe.name, items, scope, receive, send))
+            responding = asyncio.ensure_future(_respond(asked, self.answering.name, items, scope, receive, send))
             leaving = asyncio.ensure_future(receive())  # the body is read, so the next message is a disconnect
             try:
                 await asyncio.wait({responding, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -113,10 +136,10 @@ class Server:
         return respond
 
     def _decode(self, asked: Any, gone: threading.Event, put: Callable[[Any], Any]) -> None:
-        """In the thread that decodes: `put` pieces of text, and then a dict or an exception."""
+        """In the thread that decodes: `put` pieces of text, and then the ending or an exception."""
         text, due = "", 0.0 if asked.stream else math.inf
         try:
-            for item in self.recipe.answer(asked, gone):
+            for item in self.answering.answer(asked, gone):
                 if isinstance(item, str):
                     text += item
                     if time.monotonic() < due:
@@ -134,30 +157,30 @@ class Server:
             put(HTTPException(500, "the server failed to answer this request"))
 
     def _check_access(self, request: HTTPRequest) -> None:
-        """Check the key. Without one, no web page may use the server: its browser has access to this machine."""
-        given, key = request.headers.get("authorization", ""), self.recipe.api_key
-        if key:
-            if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
-                raise HTTPException(401, f"authorization: needs the key in the server's {KEY}, as Bearer KEY")
+        """Check the key, or else that the request comes from no web page of another host."""
+        if self.access.api_key:
+            authorization = request.headers.get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(authorization, f"Bearer {self.access.api_key}".encode()):
+                raise HTTPException(401, f"authorization: needs the key in the server's {API_KEY}, as Bearer KEY")
             return
         # A page of another site sends its origin. If its name leads to this machine (DNS rebinding), Host has the name.
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if self.recipe.is_local and not _is_local(f"//{host}"):
+        if self.access.is_local and not _is_local(f"//{host}"):
             raise HTTPException(403, f"host: {host!r} {NO_KEY}; for example localhost")
         if origin is not None and not _is_local(origin):
-            raise HTTPException(403, f"origin: {origin!r} {NO_KEY}. To allow others, set {KEY} and allowed_origins")
+            raise HTTPException(403, f"origin: {origin!r} {NO_KEY}. To allow others, set {API_KEY} and allowed_origins")
 
     def _check_room(self) -> None:
-        if len(self.pending) > (most := self.recipe.cfg.max_waiting):
-            line = f"max_waiting: {most} requests wait already. Try again later"
+        if len(self.pending) > self.max_waiting:
+            line = f"max_waiting: {self.max_waiting} requests wait already. Try again later"
             raise HTTPException(503, line, {"retry-after": "2"})
 
     async def _body(self, request: HTTPRequest) -> bytes:
-        body, most = bytearray(), self.recipe.max_body_bytes
+        body, limit = bytearray(), self.answering.max_body_bytes
         async for piece in request.stream():
             body += piece
-            if len(body) > most:
-                raise ConfigError(f"body: is too large for the model's context. Allowed: up to {most} bytes")
+            if len(body) > limit:
+                raise ConfigError(f"body: is too large for the model's context. Allowed: up to {limit} bytes")
         return bytes(body)
 
 
@@ -174,9 +197,9 @@ async def _respond(
 ) -> None:
     item = await items.get()  # a prompt that is refused has its own status, in a stream as well
     is_chat = isinstance(asked, ChatRequest)
-    kind = "chat.completion" if is_chat else "text_completion"
+    object_name = "chat.completion" if is_chat else "text_completion"
     head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
-    head |= {"object": f"{kind}.chunk" if is_chat and asked.stream else kind, "model": model}
+    head |= {"object": f"{object_name}.chunk" if is_chat and asked.stream else object_name, "model": model}
     if asked.stream and not isinstance(item, Exception):
         events, headers = _events(asked, is_chat, head, item, items), {"cache-control": "no-cache"}
         response = StreamingResponse(events, media_type="text/event-stream", headers=headers)
@@ -187,7 +210,7 @@ async def _respond(
     if isinstance(item, Exception):
         raise item
     content = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-    whole = head | _choice(content, item["finish_reason"]) | {"usage": item["usage"]}
+    whole = head | _choice(content, item.finish_reason) | {"usage": item.usage}
     await JSONResponse(whole)(scope, receive, send)
 
 
@@ -203,9 +226,9 @@ async def _events(asked: Request, is_chat: bool, head: dict, item: Any, items: a
     if isinstance(item, Exception):
         yield _event(_error(500, str(item)))
     else:
-        yield _event(head | _choice({"delta": {}} if is_chat else {"text": ""}, item["finish_reason"]))
+        yield _event(head | _choice({"delta": {}} if is_chat else {"text": ""}, item.finish_reason))
         if with_usage:
-            yield _event(head | {"choices": [], "usage": item["usage"]})
+            yield _event(head | {"choices": [], "usage": item.usage})
     yield "data: [DONE]\n\n"
 
 
@@ -261,6 +284,6 @@ def _error(status: int, line: str) -> dict[str, Any]:
     if len(line) > LINE:
         line = f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
     key, colon, _ = line.partition(":")
-    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error_type = "server_error" if status >= 500 else "invalid_request_error"
     code = {401: "invalid_api_key", 404: "not_found", 503: "server_overloaded"}.get(status)
-    return {"error": {"message": line, "type": kind, "param": key if colon else None, "code": code}}
+    return {"error": {"message": line, "type": error_type, "param": key if colon else None, "code": code}}

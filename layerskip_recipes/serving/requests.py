@@ -1,6 +1,7 @@
 """Requests in OpenAI's form. Each mistake, and each field that is not supported, is refused in one line by name."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -15,11 +16,18 @@ from layerskip_recipes.generation.sampling import Temperature, TopP
 S = TypeVar("S", bound=Section)
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
-# Fields that change nothing here, and the values with which other fields ask for nothing.
+# Fields that change nothing here.
 IGNORED = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
+# Values with which fields that are not supported ask for nothing, besides null, false and empty ones.
 NEUTRAL = {
-    **{"n": 1, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "parallel_tool_calls": True},
-    **{"response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "none"},
+    "n": 1,
+    "best_of": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "parallel_tool_calls": True,
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "tool_choice": "none",
 }
 
 
@@ -57,30 +65,45 @@ class TextPart(Section):
     text: str
 
 
-def parse(kind: type[S], body: bytes) -> S:
+@dataclass
+class Ending:
+    """What a response says behind its text."""
+
+    finish_reason: Literal["stop", "length"]
+    usage: dict[str, Any]  # numbers of tokens by OpenAI's names, and `drafted_tokens` and `accepted_tokens`
+
+
+def parse(request_class: type[S], body: bytes) -> S:
     try:
         content = from_json(body)  # refuses deep nesting
     except ValueError as e:
         raise ConfigError(f"body: no JSON ({e}). Allowed: a JSON object, with at most 200 levels") from e
-    return _checked(kind, content)
+    return _checked(request_class, content)
 
 
-def _checked(kind: type[S], content: Any, key: str = "") -> S:
+def _checked(request_class: type[S], content: Any, key: str = "") -> S:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{key or 'body'}: {content!r} is not allowed. Allowed: a JSON object")
-    given = {name: value for name, value in content.items() if value is not None}
-    for name, value in given.items():
-        asks = value is not False and value not in ([], {}, NEUTRAL.get(name, []))
-        if asks and name not in (*kind.model_fields, *IGNORED):
+    for name, value in content.items():
+        is_known = name in request_class.model_fields or name in IGNORED
+        if not is_known and not _asks_nothing(name, value):
             raise ConfigError(f"{key and key + '.'}{name}: is not supported by this server. Leave it out")
-    return kind.parse({name: value for name, value in given.items() if name in kind.model_fields}, key)
+    fields = {name: content[name] for name in request_class.model_fields if content.get(name) is not None}
+    return request_class.parse(fields, key)
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    """Whether a field that is not supported has a value that changes nothing."""
+    if value is None or value is False or value == [] or value == {}:
+        return True
+    return name in NEUTRAL and value == NEUTRAL[name]
 
 
 def messages_of(request: ChatRequest) -> list[Message]:
     """The conversation. A message of several parts joins their texts."""
     messages = []
-    for i, given in enumerate(request.messages):
-        message = _checked(ChatMessage, given, f"messages[{i}]")
+    for i, content in enumerate(request.messages):
+        message = _checked(ChatMessage, content, f"messages[{i}]")
         text = message.content
         if not isinstance(text, str):
             text = "\n".join(_text_of(part, f"messages[{i}].content[{j}]") for j, part in enumerate(text))

@@ -28,6 +28,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
 
 from layerskip_recipes.acceptance.trained_exits import write_description
+from layerskip_recipes.checkpoint.answers import Answers, write_answers
 from layerskip_recipes.checkpoint.checkpointer_checks import warn_of_contradictions
 from layerskip_recipes.checkpoint.checkpointers import (
     build_checkpointer,
@@ -223,7 +224,12 @@ class Checkpoints:
         return ConfigError(f"{what}. {lower}. {self.where_to_resume()}")
 
     def save(
-        self, name: str, contents: Mapping[str, Any], state: Mapping[str, Any], description: Mapping[str, Any]
+        self,
+        name: str,
+        contents: Mapping[str, Any],
+        state: Mapping[str, Any],
+        description: Mapping[str, Any],
+        answers: Answers | None = None,
     ) -> None:
         """Write the whole checkpoint `epoch_N` or `step_N`, on rank 0. If killed, earlier checkpoints stay intact.
 
@@ -234,6 +240,8 @@ class Checkpoints:
         with self._removed_after_errors(name):
             self._clear()
             self._write(name, contents, state, description)
+            if answers is not None:
+                write_answers(self.staging / name, answers)
             self._place(name)
 
     def _write(

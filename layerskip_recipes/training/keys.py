@@ -132,6 +132,9 @@ class FinetuneKeys(RecipeConfig):
     """Number of steps between checkpoints `step_N`; `epoch_N` is always written after each epoch."""
     keep_last_n_checkpoints: Annotated[int, Field(ge=1, examples=[2])] | None = None
     """Keep this many of the newest checkpoints and delete older ones. A fresh run refuses an earlier run's folder."""
+    answer_tokens: Annotated[int, Field(ge=0, examples=[2000000])] = 0
+    """Write the answers of `dataset`, as at most so many token ids, beside each checkpoint (`answers.npz`). Generation
+    then drafts from them too. They are training data: set 0, or delete the file, where these must stay private."""
     enable_async_checkpointing: Flag = False
     """Write each `step_N` in the background, with each rank writing its shards. Such checkpoints only serve to resume.
     With torchao's optimizers training waits for the write."""

@@ -7,6 +7,7 @@ everything about several processes in `parallel.py`.
 import math
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchtune import config, training, utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
+from layerskip_recipes.checkpoint.answers import ANSWERS_FILE, Answers, answers_of
 from layerskip_recipes.checkpoint.checkpointer_checks import check_checkpoint_files, check_tokenizer_dir
 from layerskip_recipes.checkpoint.drafts import DRAFT
 from layerskip_recipes.config.paths import check_folder
@@ -40,7 +42,7 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.description import Description
 from layerskip_recipes.training.draft_loss import DraftLoss
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
+from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint, template_of
 from layerskip_recipes.training.label_counts import LabelCounts
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
@@ -102,7 +104,7 @@ class LayerSkipFinetune:
         # Data. Rank 0 goes first, and the others find the files that it downloads or writes. Then it waits for them.
         if not is_rank_zero():
             wait_for_all()
-        tokenizer = self._setup_data()
+        self.tokenizer = tokenizer = self._setup_data()
         cfg = self.cfg
         if is_rank_zero():
             wait_for_all()
@@ -112,7 +114,10 @@ class LayerSkipFinetune:
         # The state of a stopped run, which must have had the same settings.
         self.checkpoints = Checkpoints(cfg, self.resumed_from)
         state = self.checkpoints.load_state()
-        self.fingerprint = run_fingerprint(cfg, self.data, tokenizer)
+        num_frequent = cfg.draft.vocabulary or 0 if cfg.draft is not None else 0
+        has_dates = "strftime_now" in template_of(cfg, tokenizer)
+        samples_hash, self.frequent_tokens = self.data.summary(has_dates, num_frequent)
+        self.fingerprint = run_fingerprint(cfg, self.data, tokenizer, samples_hash)
         if state is not None:
             check_resumable(state["run"], self.fingerprint)
             self.seed = self.data.seed = state[training.SEED_KEY]
@@ -167,7 +172,7 @@ class LayerSkipFinetune:
                 model_loss = cfg.exit_loss
                 self.learner = nn.ModuleDict({"model": self.model, "draft": self.draft})
             if cfg.draft.vocabulary is not None:
-                self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
+                self.draft.vocabulary = self.frequent_tokens
             self.loss = DraftLoss(cfg.draft, self.draft, model_loss)
         self.model.layer_dropout = dropout = cfg.build_layer_dropout() or self.model.layer_dropout
         if dropout is not None:
@@ -372,9 +377,15 @@ class LayerSkipFinetune:
                 of_draft = checkpoint_contents(draft, self.cfg.meta_model, self.device)
                 contents[DRAFT] = of_draft.get(training.MODEL_KEY)
             if is_rank_zero():
-                self.checkpoints.save(name, contents, state | optimizer, content)
+                self.checkpoints.save(name, contents, state | optimizer, content, self._answers)
             wait_for_all()
         log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
+
+    @cached_property
+    def _answers(self) -> Answers | None:
+        """What the checkpoints have of the answers; made at the first one."""
+        most = self.cfg.answer_tokens
+        return answers_of(self.data.dataset, self.tokenizer, ANSWERS_FILE, most) if most else None
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the trained weights, to write or to fill in place."""

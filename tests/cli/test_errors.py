@@ -8,6 +8,8 @@ import pytest
 from helpers.configs import MODEL
 from helpers.refusals import RECIPES, check
 
+pytestmark = pytest.mark.slow
+
 # Overrides, the key at the message's start (or the section that it is in), the value given, what is allowed.
 ANY = [
     ("device=xpu", "device", "'xpu'", "Allowed here: cpu"),
@@ -61,7 +63,12 @@ GENERATE = [
     ("temperature=.nan", "temperature", "nan", "0 or more"),
     ("self_speculation.draft_quantizer=null", "self_speculation.draft_quantizer", "draft_int8", "draft_int8=true"),
     ("self_speculation.exit_layer=5", "self_speculation.exit_layer", "5", "1..4"),
-    ("self_speculation={exit_layer: null, prompt_lookup: null}", "self_speculation.exit_layer", "null", "lookup=3"),
+    (
+        "self_speculation={exit_layer: null, prompt_lookup: null, answers: null}",
+        "self_speculation.exit_layer",
+        "null",
+        "lookup=1",
+    ),
     ("self_speculation.exit_layer=[2,9]", "self_speculation.exit_layer", "[2, 9]", "an integer"),
     ("exit_layer=5; self_speculation=null", "exit_layer", "5", "1..4"),
     ("exit_layer=2", "exit_layer", "2", "self_speculation=null"),

@@ -11,7 +11,7 @@ from layerskip_recipes.config.schema import Section, alternatives
 
 KEYS = {
     "FinetuneConfig": """
-        ac_mode ac_option batch_size checkpointer clip_grad_norm collate_fn compile compute_dtype
+        ac_mode ac_option answer_tokens batch_size checkpointer clip_grad_norm collate_fn compile compute_dtype
         cudnn_deterministic_mode custom_sharded_layers data_dir data_parallel_replicate_dim
         data_parallel_shard_dim dataset dataset_val device draft dtype early_exit_loss enable_activation_checkpointing
         enable_activation_offloading enable_async_checkpointing epochs exits_val float32_matmul_precision
@@ -40,7 +40,7 @@ KEYS = {
         allowed_origins host max_waiting port
     """,
     "SelfSpeculation": """
-        draft draft_int8 draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
+        answers draft draft_int8 draft_vocabulary exit_layer min_confidence num_speculations prompt_lookup
     """,
     "Comparison": """
         compare
@@ -56,7 +56,7 @@ KEYS = {
         temperatures tokenizer top_k top_p tune tune_extends variants
     """,
 }
-MOST = 160  # the keys of every recipe count once
+MOST = 161  # the keys of every recipe count once
 
 
 def sections_in(annotation: Any) -> Iterator[type[Section]]:

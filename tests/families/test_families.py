@@ -117,5 +117,5 @@ def test_a_family_of_known_parts_decodes_in_cpp(made_up):
     plain = run(model, PROMPTS, 16, rows=2)
     for speculation in (None, Speculation(3, 3)):
         compiled = run(model, PROMPTS, 16, rows=2, speculation=speculation, compile=True)
-        assert compiled.context.cpp is not None and compiled.context.cpp.unknown is None
+        assert compiled.context.backend.unknown is None
         assert compiled.generated == plain.generated

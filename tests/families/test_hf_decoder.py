@@ -65,7 +65,7 @@ def test_logits_are_those_of_transformers(pair):
     ],
 )
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
-def test_which_activation_gemma_means(kind, activation, tmp_path):
+def test_gemmas_activation_is_the_one_of_transformers(kind, activation, tmp_path):
     """Of its two names; the first releases wrote gelu, and meant the one by tanh."""
     transformers = pytest.importorskip("transformers")
     make_hf_folder(kind, tmp_path)
@@ -192,6 +192,7 @@ def test_a_training_step_learns_from_the_logits_of_each_exit(pair):
     assert all(parameter.grad.isfinite().all() for parameter in pair.ours.parameters())
 
 
+@pytest.mark.slow
 def test_self_speculation_gives_the_tokens_of_transformers_generate(pair):
     prompt = TOKENS[:1, :10]
     expected = pair.theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)
@@ -203,6 +204,7 @@ def test_self_speculation_gives_the_tokens_of_transformers_generate(pair):
         assert out.tokens[0].tolist() == expected[0, : 10 + limit].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 def test_torchtunes_generate_decodes_prompts_of_several_lengths(pair, cached):
     """torchtune passes the positions of a step as [b]. Each row gets the tokens that it gets alone."""
@@ -247,6 +249,7 @@ def test_the_frequencies_of_a_model_in_bf16_are_exact():
 # ---- adapters ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [["q_proj", "k_proj", "v_proj"], ["k_proj"], ["q_proj", "v_proj", "output_proj"]])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "phi3"])

@@ -3,6 +3,7 @@ precision, the same bits for any number of rows, and the same tokens in every wa
 
 import copy
 import itertools
+import os
 import platform
 import re
 import subprocess
@@ -19,6 +20,7 @@ from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.cpp_extension import include_paths
 from torchao.quantization import (
+    Int8DynamicActivationInt4WeightConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
@@ -35,7 +37,8 @@ from torchtune.models.qwen2._component_builders import qwen2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.families.hf_decoder import build_decoder
 from layerskip_recipes.families.reading import parse_hf_config
-from layerskip_recipes.generation import prefill
+from layerskip_recipes.generation import backends
+from layerskip_recipes.generation.backends import CppBackend, GraphBackend
 from layerskip_recipes.generation.drafting import chain
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.engine import Generation
@@ -78,8 +81,7 @@ FAMILIES = {
 CPU = torch.device("cpu")
 
 
-@cache
-def make(family, precision="fp32"):
+def make_model(family, precision="fp32"):
     torch.manual_seed(3)
     model = FAMILIES[family]()
     for parameter in model.parameters():
@@ -87,7 +89,12 @@ def make(family, precision="fp32"):
     model = layerskip_decoder(model).eval()
     if precision.startswith("int8"):
         quantize_(model, Int8WeightOnlyConfig(version=int(precision[-1])))
+    if precision == "int4":
+        quantize_(model, Int8DynamicActivationInt4WeightConfig(group_size=16))
     return model.to(torch.bfloat16) if precision == "bf16" else model
+
+
+make = cache(make_model)  # for tests that leave the model as it is
 
 
 def exact(model):
@@ -108,11 +115,12 @@ def in_cpp(model, texts, s):
     with context.cache.used_by(model):
         tokens, length = torch.tensor(texts), len(texts[0]) - s
         read = max(length, 1)  # caches are allocated by torch
-        context.run(model, tokens[:, :read], torch.arange(read)[None], context.cache.slots[:read])
-        in_cpp = StepContext(model, context.cache, Sampler(), CompiledSteps(CPU))
-        assert in_cpp.cpp is not None
+        layers, slots = range(model.num_layers), context.cache.slots
+        context.backend.run(model, tokens[:, :read], torch.arange(read)[None], slots[:read], layers)
+        backend = StepContext(model, context.cache, Sampler(), CompiledSteps(CPU)).backend
+        assert isinstance(backend, CppBackend)
         at = (length + torch.arange(s)).expand(len(texts), -1)
-        return in_cpp.run(model, tokens[:, length:], at, context.cache.slots[: length + s])
+        return backend.run(model, tokens[:, length:], at, slots[: length + s], layers, unembed=True)
 
 
 def texts_of(rows, length):
@@ -123,7 +131,7 @@ def texts_of(rows, length):
     ("family", "precision"),
     [*itertools.product(FAMILIES, ("fp32", "bf16", "int8 of version 2")), ("llama3", "int8 of version 1")],
 )
-def test_the_numbers_of_torchs_modules(family, precision):
+def test_logits_are_those_of_the_model_in_fp64(family, precision):
     """Two rows, behind a text and from its first token on, against the whole text in fp64 without a cache."""
     model = make(family, precision)
     near = 3e-2 if precision == "bf16" else 1e-4  # of the largest logit; the cache is in bf16 too
@@ -146,7 +154,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
     model, texts = make(family, precision), [texts_of(1, length)[0] for length in (30, 19)]
     draft_decoder = None if draft is None else Draft(model, draft, 1).requires_grad_(False).eval().decoder(model)
     parts, near = ({}, 1e-5) if precision == "fp32" else ({"reused": 3}, 3e-2)
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 30 if precision == "fp32" else 7)
+    monkeypatch.setattr(backends, "CPP_CHUNK", 30 if precision == "fp32" else 7)
     read = []
     for compiled in (None, CompiledSteps(CPU)):
         cache = DecodingCache(model, 2, 64, 0 if draft_decoder is None else len(draft_decoder.own_layers))
@@ -170,7 +178,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
 @pytest.mark.parametrize("variant", [None, "chain"])
 def test_rows_are_read_in_bf16_as_they_are_alone(variant, monkeypatch):
     """Texts of one chunk and of several, all at a time and in two rows one after the other."""
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
+    monkeypatch.setattr(backends, "CPP_CHUNK", 8)
     model, texts = talking("bf16"), texts_of(6, 40)
     drafts = drafting(variant, model)
     prompts = [text[:length] for text, length in zip(texts, (5, 30, 8, 9, 40, 3), strict=True)]
@@ -190,7 +198,7 @@ def test_rows_are_read_in_bf16_as_they_are_alone(variant, monkeypatch):
 
 def test_a_long_prompt_can_be_left_between_two_chunks(monkeypatch):
     """The server stops there if its client has left; the next generation is as ever."""
-    monkeypatch.setattr(prefill, "CPP_CHUNK", 8)
+    monkeypatch.setattr(backends, "CPP_CHUNK", 8)
     model, prompts = talking("fp32"), texts_of(1, 40)
     expected = run(model, prompts, 5).generated
     left = Generation(model, prompts, 5, compile=True)
@@ -206,40 +214,83 @@ def test_a_long_prompt_can_be_left_between_two_chunks(monkeypatch):
     assert run(model, prompts, 5).generated == expected
 
 
-def test_compiled_code_is_of_one_torch_compiler_and_processor(monkeypatch):
+@pytest.fixture
+def load_again():
+    """Loads the library as a new process does."""
+
+    def load():
+        load_library.cache_clear()
+        load_library()
+
+    yield load
+    load_library.cache_clear()
+
+
+def test_compiled_code_is_of_one_torch_compiler_and_processor(load_again, monkeypatch):
     """An upgrade must not load the library of the version before, nor another machine that shares the cache."""
     from torch._inductor.codecache import CppCodeCache
 
     sources = []
     monkeypatch.setattr(CppCodeCache, "load", classmethod(lambda cls, source: sources.append(source)))
-    load_library.__wrapped__()
+    load_again()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "exists", lambda self: False)
         patched.setattr(platform, "processor", lambda: "another")
-        load_library.__wrapped__()
+        load_again()
     for owner, name in ((torch, "__version__"), (torch.version, "git_version")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, "another")
-            load_library.__wrapped__()
+            load_again()
     version = subprocess.CompletedProcess([], 0, "another compiler 1.0\nand more")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: version)
-    load_library.__wrapped__()
+    load_again()
     assert len(set(sources)) == 5 and len({source.partition("\n")[2] for source in sources}) == 1
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="knows the end of Linux's libraries only")
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
-def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, tmp_path, monkeypatch):
+def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, load_again, tmp_path, monkeypatch):
     (tmp_path / "small.cpp").write_text("int small() { return 1; }\n")
     monkeypatch.setattr(cpp_decoder, "SOURCES", [tmp_path / "small.cpp"])
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    load_library.__wrapped__()
+    monkeypatch.setattr(cpp_decoder, "_library_folder", lambda: tmp_path / "cache")
+    load_again()
     (library,) = tmp_path.glob("cache/**/*.so")
     whole = library.read_bytes()
     library.unlink()  # this process has it in use
     library.write_bytes(whole[: int(len(whole) * kept)])
-    load_library.__wrapped__()
+    load_again()
     assert library.stat().st_size == len(whole)
+
+
+@pytest.mark.parametrize("case", ["of another user", "open to others", "not to be made"])
+def test_code_is_loaded_from_a_folder_of_this_user_alone(case, load_again, tmp_path, monkeypatch, caplog):
+    """Nothing in another folder is loaded or believed, and C++ still runs. The folder of inductor does not matter."""
+    from torch._inductor.codecache import CppCodeCache
+
+    folders = []
+    monkeypatch.setattr(
+        CppCodeCache, "load", classmethod(lambda cls, source: folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    )
+    monkeypatch.setattr(cpp_decoder, "_library_folder", cpp_decoder._library_folder.__wrapped__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    mine = tmp_path / "cache" / "layerskip_recipes"
+    assert not cpp_decoder.is_library_compiled() and not mine.exists()
+    load_again()
+    assert cpp_decoder.is_library_compiled() and folders == [str(mine)]
+    assert mine.stat().st_mode & 0o777 == 0o700 and not caplog.records
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    if case == "of another user":
+        monkeypatch.setattr(os, "geteuid", lambda: mine.stat().st_uid + 1)
+    elif case == "open to others":
+        mine.chmod(0o770)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not cpp_decoder.is_library_compiled()
+    load_again()
+    assert folders[1] != str(mine) and Path(folders[1]).stat().st_mode & 0o777 == 0o700
+    assert "XDG_CACHE_HOME" in caplog.text
 
 
 @pytest.fixture
@@ -251,7 +302,7 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2", "int4"])
 def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
     model, (text, *others) = make("llama3", precision), texts_of(5, 150)
     torch.set_num_threads(1)
@@ -271,7 +322,7 @@ def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
         ("AVX512", ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]),
     ],
 )
-def test_the_code_fits_other_processors(capability, flags, tmp_path):
+def test_the_code_compiles_for_other_processors(capability, flags, tmp_path):
     """Without the instructions that this one may have, such as those for bf16."""
     (tmp_path / "all.cpp").write_text("".join(source.read_text() for source in SOURCES))
     known = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
@@ -284,7 +335,7 @@ def test_the_code_fits_other_processors(capability, flags, tmp_path):
 @pytest.mark.parametrize("k", [16, 576, 2064, 9232])  # the last two by fewer rows at a time
 @pytest.mark.parametrize("n", [1, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, "both int8"], ids=str)
-def test_products_of_few_rows(n, k, dtype, two_threads):
+def test_a_product_of_few_rows_has_the_bits_of_each_row_alone(n, k, dtype, two_threads):
     """scale (x W^T) + bias, and each row of it to the last bit what it is alone. bf16 instructions take x in bf16.
 
     With the sums of W's rows, x is taken as torchao's symmetric int8 per row: whole numbers times max |x| / 127.5.
@@ -314,6 +365,35 @@ def test_products_of_few_rows(n, k, dtype, two_threads):
         head.logits(x[:, :, 1:])
 
 
+@pytest.mark.parametrize(("n", "k", "group"), [(1, 32, 32), (130, 576, 64), (48, 2048, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_four_bits(n, k, group, dtype, two_threads):
+    """torchao's product of int4 weights and rounded inputs, and each row of it to the last bit what it is alone."""
+    load_library()
+    torch.manual_seed(n * k)
+    linear = torch.nn.Sequential(torch.nn.Linear(k, n, dtype=dtype))
+    quantize_(linear, Int8DynamicActivationInt4WeightConfig(group_size=group))
+    parts = cpp_decoder.Parts()
+    parts.linear("output", linear[0])
+    parts.pack()
+    head = torch.classes.layerskip.Head(parts.tensors)
+    x = torch.randn(1, 23, k).to(dtype).float()
+    alone = torch.cat([head.logits(x[:, row : row + 1]) for row in range(23)], 1)
+    unit = (x.amax(-1, True).clamp(min=0) - x.amin(-1, True).clamp(max=0)) / 255
+    zero = -128 - (x.amin(-1, True).clamp(max=0) / unit).round()
+    rounded = ((x * (1 / unit)).round() + zero).clamp(-128, 127).double() - zero
+    weight = linear[0].weight.original_weight_tensor
+    numbers, scale, _ = weight.tensor_impl.get_plain()
+    exact = numbers.double() * scale.double().view(n, -1).repeat_interleave(group, 1)
+    expected = unit.double() * (rounded @ exact.T) + linear[0].bias.double()
+    torch.testing.assert_close(alone.double(), expected, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        of_torch = linear(x.to(dtype)).float()
+    torch.testing.assert_close(alone, of_torch, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-4)
+    for rows in (2, 5, 9, 10, 11, 23):
+        assert torch.equal(head.logits(x[:, :rows]), alone[:, :rows])
+
+
 @cache
 def talking(precision="fp32"):
     """A model whose greedy outputs vary, and whose exits now and then say what all of it says."""
@@ -326,11 +406,13 @@ def talking(precision="fp32"):
     if "int8" in precision:
         of_x_too = precision == "both int8"
         quantize_(model, (Int8DynamicActivationInt8WeightConfig if of_x_too else Int8WeightOnlyConfig)(version=2))
+    if precision == "int4":
+        quantize_(model, Int8DynamicActivationInt4WeightConfig(group_size=16))
     return model.to(torch.bfloat16) if precision == "bf16" else model
 
 
 # No head of fewer rows is cut from a quantised one.
-LOW = [("bf16", "vocabulary"), *itertools.product(("bf16", "int8", "both int8"), ("chain", "look-up"))]
+LOW = [("bf16", "vocabulary"), *itertools.product(("bf16", "int8", "both int8", "int4"), ("chain", "look-up"))]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -344,9 +426,9 @@ def test_every_way_of_drafting_gives_the_models_tokens(precision, variant, tempe
     stats = GenerationStats()
     for rows, rule in ((None, None), (2, AlwaysLookUp()), (1, AlwaysLookUp())):
         generation = run(model, PROMPTS, 24, rows=rows, sampler=sampler, rule=rule, **drafting(variant, model))
-        assert generation.generated == expected and generation.context.cpp is not None
+        assert generation.generated == expected and isinstance(generation.context.backend, CppBackend)
         stats += generation.stats
-    assert bool(stats.rounds_by_kind["lookup"]) == ("prompt_lookup" in VARIANTS[variant])
+    assert bool(stats.rounds_by_kind["lookup"]) == bool({"prompt_lookup", "answers"} & VARIANTS[variant].keys())
     assert stats.accepted > 0 and compiled_steps(model).graphs == {}
 
 
@@ -372,12 +454,11 @@ def test_a_chain_in_bf16_has_the_bits_of_single_steps(family):
     cache = DecodingCache(model, 2, 160)
     with torch.no_grad(), cache.used_by(model):
         before = StepContext(model, cache, Sampler())
-        before.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8])
+        before.backend.run(model, text[:, :-1], torch.arange(8)[None], cache.slots[:8], range(model.num_layers))
         context = StepContext(model, cache, Sampler(), CompiledSteps(CPU))
         at = torch.full((2, 1), 8)
-        alone = context.run(model, text[:, -1:], at, cache.slots[:9], exit_layer=2, unembed=False)
-        arguments = (text[:, -1], at[:, 0], 1, 9, 2, None, 0.0, torch.ones(2), 0.0)
-        _, hidden = context.cpp.draft(*arguments)
+        alone = context.backend.run(model, text[:, -1:], at, cache.slots[:9], range(2))
+        _, hidden = context.backend.draft_chain(text[:, -1], at[:, 0], 1, 9, 2, None, 0.0, torch.ones(2), 0.0)
     assert torch.equal(hidden, alone)
 
 
@@ -405,12 +486,12 @@ class Doubled(torch.nn.Embedding):
 
 
 def test_an_embedding_of_another_kind_drafts_token_by_token():
-    model = make.__wrapped__("llama3")
+    model = make_model("llama3")
     model = model.with_modules(tok_embeddings=Doubled(SIZE["vocab_size"], SIZE["embed_dim"]))
     expected = run(model, PROMPTS, 9, compile=False).generated
     generation = run(model, PROMPTS, 9, **drafting("chain", model))
     assert generation.generated == expected
-    assert generation.context.cpp is not None and generation.context.cpp.draft is None
+    assert generation.context.backend.cpp_draft is None
 
 
 def of_another_class(module):
@@ -463,7 +544,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
         run(model, PROMPTS, 16, rows=2, compile=compile, on_draft=of.append, **arguments)
         for compile, of in zip((False, True), drafts, strict=True)
     )
-    assert ours.context.cpp.unknown is not None and ours.context.cpp.draft is None
+    assert ours.context.backend.unknown is not None and ours.context.backend.cpp_draft is None
     assert ours.generated == plainly.generated and compiled_steps(model).graphs == {}
     if precision == "fp32" and part != "quantised":
         assert drafts[0] == drafts[1] and torchs.generated == ours.generated
@@ -474,15 +555,15 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
 
 @pytest.mark.parametrize("part", [*UNKNOWN, *OTHER_MODELS])
 def test_other_parts_are_not_run_in_cpp(part):
-    model = layerskip_decoder(OTHER_MODELS[part]()) if part in OTHER_MODELS else make.__wrapped__("llama3")
+    model = layerskip_decoder(OTHER_MODELS[part]()) if part in OTHER_MODELS else make_model("llama3")
     if part in UNKNOWN:
         UNKNOWN[part](model)
     context = StepContext(model, DecodingCache(model, 1, 160), Sampler(), CompiledSteps(CPU))
-    assert context.cpp is None and context.graphs is not None
+    assert isinstance(context.backend, GraphBackend)
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([3, 7, 900, 20_000, 49_151])])
-def test_choices_are_those_of_torch(ids):
+def test_chosen_tokens_are_those_that_torch_chooses(ids):
     """Flat and peaked scores, of which C++ looks at few; 17 is a width that fills no vector."""
     load_library()
     torch.manual_seed(0)

@@ -10,7 +10,6 @@ from helpers.speculation import plain
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.state import ModelState
-from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention
 
 
@@ -26,7 +25,6 @@ def gpu_steps(no_cuda, monkeypatch):
     """The compiled steps of a model as on a GPU; dynamo makes their graphs, which run on the CPU."""
     steps, compile = CompiledSteps(torch.device("cuda")), torch.compile
     monkeypatch.setattr(ModelState, "compiled_steps", lambda *_: steps)
-    monkeypatch.setattr(StepContext, "_load_cpp", lambda *_: None)
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: compile(function, fullgraph=True, backend="eager", dynamic=False)
     )
@@ -36,10 +34,11 @@ def gpu_steps(no_cuda, monkeypatch):
 # ---- FlexAttention ----
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("queries", [1, 4, 50])
-def test_attention_by_blocks(group, queries):
+def test_attention_by_blocks_is_a_softmax_over_the_visible_slots(group, queries):
     """Against a softmax over the visible slots alone, within the first block of a cache, across its end, and behind."""
     torch.manual_seed(81)
     starts, slots, dim = [3, BLOCK - 2, 2 * BLOCK + 9], 3 * BLOCK, 16
@@ -59,6 +58,7 @@ def test_attention_by_blocks(group, queries):
                 torch.testing.assert_close(out[row, head, query], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [*WAYS, "looked up"])
 def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
     """Texts of some 10 to 260 tokens, which need three blocks; greedy, against decoding from scratch."""
@@ -66,13 +66,14 @@ def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
     for prompts, count in ((LONG[:1], 9), (SHORT[:1], 5), (LONGER, 24)):
         generation = run(model, prompts, count, speculation=OTHER_WAYS[way], reserve=270)
         assert generation.generated == [plain(model, prompt, count) for prompt in prompts]
-        assert generation.context.fits_flex and not gpu_steps.masked and not gpu_steps.refused
+        assert generation.context.backend.fits_flex and not gpu_steps.masked and not gpu_steps.refused
         if way in WAYS:  # a look-up's length decides what else is compiled
             graphs = graphs or dict(gpu_steps.graphs)
             assert gpu_steps.graphs == graphs
     assert generation.stats.accepted > 0 or way == "plain"
 
 
+@pytest.mark.slow
 def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monkeypatch):
     model, warnings = make_small(width=32), []
 
@@ -91,20 +92,22 @@ def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monke
     assert lengths == {256, 512}
 
 
-def test_what_flex_attention_cannot_do(gpu_steps):
+@pytest.mark.slow
+def test_narrow_heads_and_odd_cache_lengths_do_not_fit_flex_attention(gpu_steps):
     """Its kernel needs heads of 16 numbers; an uncompiled generation may have made a cache of any length."""
-    assert not run(make_small(width=16), SHORT, 3).context.fits_flex
+    assert not run(make_small(width=16), SHORT, 3).context.backend.fits_flex
     gpu_steps._caches.clear()
     model = make_small(width=32)
     before = run(model, SHORT, 3, compile=False, reserve=500)
     generation = run(model, SHORT, 3, cache=before.cache)
-    assert generation.cache.max_len == 500 and not generation.context.fits_flex
-    assert run(model, SHORT, 3).context.fits_flex
+    assert generation.cache.max_len == 500 and not generation.context.backend.fits_flex
+    assert run(model, SHORT, 3).context.backend.fits_flex
 
 
 # ---- graphs that fail, and what is captured ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("nth", [1, 4])
 def test_a_graph_that_fails_half_way_changes_no_token(way, nth, gpu_steps, monkeypatch):

@@ -4,6 +4,7 @@ import logging
 import shutil
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from helpers.tiny import make_tiny
 from helpers.training import train
 from safetensors.torch import load_file, save_file
 
-from layerskip_recipes import LLM, generate, layerskip_decoder
+from layerskip_recipes import LLM, generate, hf_tokenizer, layerskip_decoder
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.kernels import when_to_compile
 
@@ -41,7 +42,7 @@ def draft(checkpoint, tmp_path_factory, tokenizer_folder):
 PROMPT = "def read(path):"
 
 
-def test_five_lines(run):
+def test_text_with_drafts_is_that_of_plain_decoding(run):
     """The text is that of plain decoding, at every temperature, at once or as a stream."""
     llm = LLM.load(str(run))
     for temperature in (0.0, 0.9):
@@ -63,6 +64,7 @@ def test_a_list_of_prompts_gives_a_list_of_outputs(run):
     for batch_size in (1, 2, 8):
         assert [out.text for out in llm.generate(prompts, 16, batch_size=batch_size)] == alone
     assert [out.text for out in llm.generate([PROMPT], 16)] == alone[:1]
+    assert llm.generate([], 16) == []
 
 
 def test_an_answer_ends_before_a_stop_text(run):
@@ -73,17 +75,44 @@ def test_an_answer_ends_before_a_stop_text(run):
     assert "".join(llm.stream(PROMPT, 24, stop=[stop])) == text[: text.index(stop)]
 
 
-def test_another_thread_waits_for_a_stream(run):
+def test_another_thread_waits_for_a_stream_and_says_so(run, monkeypatch):
+    """The log says why a call does not begin, also for a call that waits for a stream of its own thread."""
     llm = LLM.load(str(run))
-    text, answers = llm.generate(PROMPT, 16).text, []
+    text, answers, waits = llm.generate(PROMPT, 16).text, [], threading.Event()
+    monkeypatch.setattr("layerskip_recipes.generation.llm.log.info", lambda line: waits.set())
     pieces = llm.stream(PROMPT, 16)
     first = next(pieces)
     thread = threading.Thread(target=lambda: answers.append(llm.generate(PROMPT, 16).text))
     thread.start()
-    assert not answers
+    assert waits.wait(60) and not answers
     rest = "".join(pieces)
     thread.join(60)
     assert answers == [text] == [first + rest]
+
+
+def test_a_closed_stream_makes_no_call_wait(run):
+    llm = LLM.load(str(run))
+    pieces = llm.stream(PROMPT, 16)
+    next(pieces)
+    pieces.close()
+    assert not llm.lock.locked() and llm.generate(PROMPT, 2).tokens
+
+
+def test_a_chat_model_takes_a_question_or_messages(run):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    llm = LLM.load(str(run))
+    llm.tokenizer = hf_tokenizer(str(run / "epoch_0"), chat_template=template)
+    user, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be brief"}
+    same = ["hi", {"user": "hi"}, [user]]
+    assert len({out.text for out in llm.generate(same, 8)}) == 1
+    assert llm.generate([user], 8).text == llm.generate("hi", 8).text == "".join(llm.stream([user], 8))
+    with_system = llm.generate([[system, user], {"user": "hi", "system": "Be brief"}], 8)
+    assert with_system[0].tokens == with_system[1].tokens
+    turns = [user, {"role": "assistant", "content": "hello"}, user]
+    rendered = llm.tokenizer.decode(llm._tokens(turns))
+    assert rendered.endswith("<user>hi<assistant>hello<user>hi<assistant>")
+    with pytest.raises(ConfigError, match=r"^prompt: .*'role'.* needs user"):
+        llm.generate(user)
 
 
 def test_two_objects_of_one_folder_share_nothing(run):
@@ -97,7 +126,7 @@ def test_two_objects_of_one_folder_share_nothing(run):
     assert not {*map(id, one.state.rules.values())} & {*map(id, other.state.rules.values())}
 
 
-def test_which_exit_drafts(run, checkpoint):
+def test_a_given_exit_drafts_before_the_chosen_one(run, checkpoint):
     """The one that the recipe chooses; an exit that is given counts first."""
     llm = LLM.load(str(run / "epoch_0"))
     first = llm.generate(PROMPT, 24, num_speculations=4, exit_layer=1)
@@ -107,7 +136,10 @@ def test_which_exit_drafts(run, checkpoint):
         generate(layerskip_decoder(make_tiny()), [1, 2], 4, num_speculations=4)
     for wrong, message in (
         ({"num_speculations": 0}, "num_speculations: 0"),
-        ({"exit": 3}, "exit"),
+        ({"temprature": 0.5}, "temprature: unknown. Nearest: temperature"),
+        ({"draft": "out"}, "draft: 'out'"),
+        ({"stop": 3}, "stop: 3"),
+        ({"batch_size": 0}, "batch_size: 0"),
         ({"exit_layer": 99}, "exit_layer: 99"),
         ({"num_speculations": 3, "draft": None}, "num_speculations: is for drafts"),
     ):
@@ -132,7 +164,21 @@ def test_compiling_is_announced_and_decided_once(run, monkeypatch, caplog):
             with pytest.raises(StopIteration):
                 llm.generate(PROMPT, 24)
     assert compiled == [True, True] and caplog.text.count("Compiled: ") == 1
+    # The steps are compiled now, and other lengths and equal drafts need no other plan.
+    llm.state.compiled = SimpleNamespace(failed=False)
+    for length in (24, 48):
+        with pytest.raises(StopIteration):
+            llm.generate(PROMPT, length)
     assert len(planned) == 2  # compiled and not
+
+
+def test_a_model_without_a_planner_decodes_without_drafts(run):
+    """As one that was built by hand, which has no layerskip.json."""
+    loaded = LLM.load(str(run))
+    llm = LLM(loaded.model, loaded.tokenizer)
+    assert llm.generate(PROMPT, 8, draft=None).text == loaded.generate(PROMPT, 8).text
+    with pytest.raises(ConfigError, match=r"^draft: .*draft=None"):
+        llm.generate(PROMPT, 8)
 
 
 @has_compiler
@@ -162,7 +208,7 @@ def stop():
     raise StopIteration
 
 
-def test_a_trained_draft(checkpoint, draft):
+def test_a_trained_draft_drafts_beside_its_model_or_by_its_folder(checkpoint, draft):
     """Beside its model, or by its own folder, which names the model. A named one drafts even if it is slow."""
     plain = LLM.load(str(checkpoint)).generate(PROMPT, 24).text
     for paths, settings in (({"path": checkpoint, "draft": draft}, {}), ({"path": draft}, {"num_speculations": 3})):
@@ -175,7 +221,7 @@ def test_a_trained_draft(checkpoint, draft):
         assert built.decoder.own_layers.start == 1 and len(built.head.vocabulary) <= 60
 
 
-def test_device_and_dtype(checkpoint):
+def test_device_and_dtype_are_those_asked_for_or_refused(checkpoint):
     model = LLM.load(str(checkpoint), device="cpu", dtype="bf16").model
     assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
     whole = LLM.load(str(checkpoint), device="cpu").model

@@ -5,14 +5,15 @@ import shutil
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers.configs import generate_config, make_checkpoint
-from helpers.smollm2 import MODEL
-from torchtune.models.llama3_2._component_builders import llama3_2
+from torchtune.config import instantiate
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.acceptance.tokens_per_round import Round
+from layerskip_recipes.checkpoint.answers import Answers, write_answers
 from layerskip_recipes.cli.configs import resolved
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.drafting.planner import DraftPlanner
@@ -39,7 +40,7 @@ TASK = {
 
 def smollm2():
     with torch.device("meta"):
-        return layerskip_decoder(llama3_2(**{name: value for name, value in MODEL.items() if name != "_component_"}))
+        return layerskip_decoder(instantiate(load_config("smollm2/135M_generate_layerskip").model))
 
 
 def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):
@@ -67,7 +68,7 @@ def described(folder, exits, trained=(6, 30), draft=None, tokens=range(10, 2058)
 def choose(folder, temperature=0.0, given=None, int8=True, ends=False, batch_rows=1, dtype=torch.float32):
     """The plan for SmolLM2 in C++; `int8` and `ends`: whether drafts may be in int8, and may end early."""
     given = ({} if ends else {"min_confidence": 0.0}) | ({} if int8 else {"draft_int8": False}) | (given or {})
-    section, planner = SelfSpeculation(**given), DraftPlanner(smollm2(), folder, "cpu", dtype)
+    section, planner = SelfSpeculation(**given), DraftPlanner(smollm2(), folder, "cpu", dtype, make_tokenizer=Words)
     plan, why = planner.plan(section, temperature, True, batch_rows=batch_rows)
     return SimpleNamespace(plan=plan, section=section.resolved(plan), why=why, speedup=plan and plan.speedup)
 
@@ -188,7 +189,7 @@ def test_a_vocabulary_smaller_than_all_measured_ones_has_their_worst_rates(tmp_p
     assert choose(described(tmp_path, exits), given={"draft_vocabulary": 100}).section is None
 
 
-def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
+def test_no_exit_drafts_where_none_pays_unless_the_user_asks(tmp_path):
     bad = described(tmp_path / "bad", {6: {"all": ([1.05] * 8, [1.1] * 8)}})
     found = choose(bad)
     assert found.plan is None
@@ -201,10 +202,10 @@ def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
     assert choose(bad, given={"exit_layer": 6}).section.exit_layer == 6
 
 
-def test_look_ups(tmp_path):
+def test_look_ups_draft_beside_an_exit_of_single_rows_or_on_request(tmp_path):
     """Beside a draft of single rows; alone where no exit pays, if the user asks for them."""
     good, bad = described(tmp_path / "good", {6: TASK}), described(tmp_path / "bad", {6: {"all": ([1.05], [1.1])}})
-    assert choose(good).section.prompt_lookup == 3
+    assert choose(good).section.prompt_lookup == 1
     assert choose(good, batch_rows=2).section.prompt_lookup is None
     for given in ({"prompt_lookup": 5}, {"prompt_lookup": None}):
         found = choose(good, given=given).section
@@ -215,13 +216,47 @@ def test_look_ups(tmp_path):
         assert found.section == SelfSpeculation(
             **SPECULATION_DEFAULTS | {"exit_layer": None, "num_speculations": 4, "prompt_lookup": 2}
         )
-        assert found.why.startswith("Drafts: look-ups of the last 2 tokens alone, because ")
+        assert found.why.startswith("Drafts: look-ups in the text alone, because ")
+
+
+class Words:
+    """A tokenizer that decodes to numbers."""
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+
+def with_answers(folder):
+    folder.mkdir(exist_ok=True)
+    tokens = np.arange(200, dtype=np.int32)
+    write_answers(folder, Answers("", tokens, " ".join(map(str, range(64)))))
+    return folder
+
+
+def test_answers_beside_the_model_draft_with_and_without_an_exit(tmp_path):
+    """In batches too, unless the user does not want them. Alone, drafts are as long as this machine verifies well."""
+    good, nowhere = with_answers(described(tmp_path / "good", {6: TASK})), with_answers(tmp_path / "nowhere")
+    for batch_rows in (1, 2):
+        found = choose(good, batch_rows=batch_rows)
+        assert found.section.exit_layer == 6 and found.section.prompt_lookup == 1
+        assert found.section.answers == str(good / "answers.npz")
+        assert found.why.endswith(f"; look-ups in the text and 200 tokens of {good / 'answers.npz'}")
+    found = choose(nowhere)
+    keys = {"exit_layer": None, "num_speculations": 8, "prompt_lookup": 1, "answers": str(nowhere / "answers.npz")}
+    assert found.section == SelfSpeculation(**SPECULATION_DEFAULTS | keys)
+    assert found.why.startswith("Drafts: look-ups in the text and 200 tokens of ") and "no layerskip.json" in found.why
+    # A resolved section drafts the same way again, from any other folder.
+    assert choose(tmp_path, given=found.section.given).section == found.section
+    assert choose(nowhere, given={"prompt_lookup": None}).section.prompt_lookup is None
+    assert choose(nowhere, given={"answers": None}).section is None
+    assert choose(nowhere, given={"exit_layer": 4}).section.answers == str(nowhere / "answers.npz")
+    assert choose(good, given={"answers": None}).section.answers is None
 
 
 def test_no_exit_means_look_ups_alone(tmp_path):
     """And the whole model as the exit drafts, for example in int8."""
     folder = described(tmp_path, {6: TASK})
-    for given, length in (({}, 3), ({"prompt_lookup": 2}, 2)):
+    for given, length in (({}, 1), ({"prompt_lookup": 2}, 2)):
         found = choose(folder, given={"exit_layer": None} | given)
         expected = SPECULATION_DEFAULTS | {"exit_layer": None, "prompt_lookup": length}
         assert found.section == SelfSpeculation(**expected) and found.why is None
@@ -229,7 +264,7 @@ def test_no_exit_means_look_ups_alone(tmp_path):
     assert found.section.draft_int8 and found.section.prompt_lookup is None
 
 
-def test_a_trained_exit_that_nobody_measured(tmp_path):
+def test_an_unmeasured_exit_near_a_seventh_of_the_depth_drafts(tmp_path):
     """Exit 5 is the nearest to a seventh of 30 layers, and exit 8 the nearest to a quarter."""
     found = choose(described(tmp_path, {}, trained=(2, 5, 8, 30)))
     assert found.section.exit_layer == 5 and "acceptance assumed" in found.why
@@ -257,13 +292,13 @@ def test_keys_that_are_given_stay(tmp_path, given):
         assert getattr(found, key) == value
 
 
-def test_a_head_that_cannot_be_cut(tmp_path):
+def test_a_quantised_head_has_no_draft_vocabulary(tmp_path):
     found = choose(described(tmp_path, {6: TASK}), dtype=torch.int8).section
     assert found.draft_vocabulary is None and not found.draft_int8
 
 
 @pytest.mark.parametrize(("kind", "exit_layer", "layers"), [("copy", 3, 3), ("adapter", 6, 1)])
-def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, layers):
+def test_a_trained_draft_has_the_length_and_precision_that_pay_most(tmp_path, kind, exit_layer, layers):
     greedy, sampled = TASK["2048"]
     keys = {"format": 3, "base": {"folder": "model", "hash": "0"}, "kind": kind, "exit_layer": exit_layer}
     keys |= {"num_layers": layers, "vocabulary": [*range(1024)]}
@@ -274,7 +309,7 @@ def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, lay
     step = step_s(layers, 1024) + below * (LAYER * 4 / 2e10 + 5e-6)
     speedups = [speedup(n, d, step, 30 - below) for d, n in enumerate(greedy, 1)]
     best = 1 + speedups.index(max(speedups))
-    chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 3, "draft_vocabulary": 1024}
+    chosen = {"num_speculations": best, "draft_int8": True, "prompt_lookup": 1, "draft_vocabulary": 1024}
     assert dict(found.section) == dict(SelfSpeculation()) | SPECULATION_DEFAULTS | {"draft": str(tmp_path)} | chosen
     whole = choose(None, given={"draft": str(tmp_path), "draft_vocabulary": None})  # its head has rows of all tokens
     assert whole.section.draft_vocabulary is None and whole.speedup < found.speedup

@@ -9,6 +9,7 @@ from helpers.tiny import make_tiny
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.backends import CppBackend, GraphBackend, TorchBackend
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 
@@ -54,7 +55,7 @@ def test_steps_of_a_model_with_user_code_run_uncompiled(what, speculation):
     CODE[what](model)
     generation = run(model, SHORT, 12, speculation=speculation)
     assert generation.generated == run(model, SHORT, 12, compile=False).generated
-    assert generation.context.cpp is None and generation.context.graphs is None
+    assert type(generation.context.backend) is TorchBackend
     assert generation.stats.compile_s == 0 and compiled_steps(model).graphs == {}
 
 
@@ -65,7 +66,7 @@ def test_global_hooks_act_too():
         generation = run(model, SHORT, 5)
     finally:
         hook.remove()
-    assert generation.context.cpp is None and model.layers[1] in calls
+    assert type(generation.context.backend) is TorchBackend and model.layers[1] in calls
 
 
 @compiles
@@ -82,7 +83,7 @@ def test_a_removed_hook_no_longer_acts_and_a_new_one_does(width):
     assert outputs[0] != outputs[1] != outputs[2] != outputs[0]
     again = run(model, SHORT, 12)
     assert again.generated == without
-    assert (again.context.cpp is None) == (width == 16) and (again.context.graphs is None) == (width == 32)
+    assert type(again.context.backend) is (GraphBackend if width == 16 else CppBackend)
 
 
 @pytest.mark.parametrize("variant", [None, "chain"])

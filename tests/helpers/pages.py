@@ -33,15 +33,28 @@ def commands(pages: Iterable[str] = PAGES) -> dict[str, list[str]]:
     They are in fenced blocks and in indented lines. Lines that && or a backslash join are taken apart or joined, and
     variables of the environment that stand before a command are left out.
     """
-    found: dict[str, list[str]] = {}
+    return {line: words for line, (words, _) in commands_and_short_runs(pages).items()}
+
+
+def commands_and_short_runs(pages: Iterable[str] = PAGES) -> dict[str, tuple[list[str], list[str]]]:
+    """`commands`, each with the words that a test appends to shorten its run: {line: (words, short)}.
+
+    A comment before a block has these words, for all of its commands or for those of one recipe:
+    `<!-- short: output_dir=here -->` and `<!-- short finetune: epochs=1 -->`.
+    """
+    found: dict[str, tuple[list[str], list[str]]] = {}
     for page in pages:
-        indented = re.findall(r"^    (tune run .*)$", PAGES[page].read_text(encoding="utf-8"), flags=re.M)
-        for block in [*blocks(page, "bash"), *indented]:
+        text = PAGES[page].read_text(encoding="utf-8")
+        fenced = re.findall(r"^((?:<!-- short.* -->\n)*)```bash\n((?s:.*?))^```$", text, flags=re.M)
+        indented = [("", line) for line in re.findall(r"^    (tune run .*)$", text, flags=re.M)]
+        for comments, block in [*fenced, *indented]:
+            short_runs = re.findall(r"<!-- short ?(\w*): (.*) -->", comments)
             for line in block.replace("\\\n", " ").splitlines():
                 for part in line.split("&&"):
                     command = re.sub(r"^(\s*[A-Z_]+=\S+)+ ", "", part).strip()
                     if command and not command.startswith("#"):
-                        found.setdefault(command, shlex.split(command, comments=True))
+                        short = [text for recipe, text in short_runs if f"layerskip_{recipe}" in command or not recipe]
+                        found.setdefault(command, (shlex.split(command, comments=True), shlex.split(" ".join(short))))
     return found
 
 

@@ -4,10 +4,12 @@ import copy
 import functools
 import itertools
 
+import numpy as np
 import torch
-from helpers.decoding import PROMPT, plain  # noqa: F401
+from helpers.decoding import PROMPT, plain
 from helpers.tiny import VOCAB
 
+from layerskip_recipes.checkpoint.answers import Answers
 from layerskip_recipes.generation.drafting.drafter import PLAIN
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -43,19 +45,32 @@ def draft_of(model, kind):
     return noisy(Draft(model, *KINDS[kind]), 0.05)
 
 
-# Settings of a `Speculation`; "decoder" makes what drafts, and "penalty" replaces a test's repetition penalty.
+@functools.cache
+def known_answers(model):
+    """Answers of the model itself, in which every seventh token is another one."""
+    tokens = [
+        token for prompt in PROMPTS for token in (*prompt, *plain(model, prompt, 24), *plain(model, prompt, 24, 1.4))
+    ]
+    changed = [(token + 1) % VOCAB if i % 7 == 0 else token for i, token in enumerate(tokens)]
+    return Answers("answers.npz", np.array(changed, dtype=np.int32), "")
+
+
+# Settings of a `Speculation`; "decoder" and "answers" are made for the model, and "penalty" replaces a test's
+# repetition penalty.
 VARIANTS = {
     "chain": {"exit_layer": 2, "num_speculations": 4},
     "one token": {"exit_layer": 1, "num_speculations": 1},
     "confident": {"exit_layer": 2, "num_speculations": 6, "min_confidence": 0.02},
     "vocabulary": {"exit_layer": 2, "num_speculations": 4, "draft_vocabulary": [*range(0, VOCAB, 3), 70, 8, 21]},
     "look-up": {"exit_layer": 2, "num_speculations": 4, "prompt_lookup": 1},
+    "answers": {"exit_layer": 2, "num_speculations": 4, "answers": known_answers},
     "perturbed": {"exit_layer": 2, "num_speculations": 4, "decoder": perturbed},
     "all": {
         "exit_layer": 1,
         "num_speculations": 5,
         "draft_vocabulary": torch.arange(0, VOCAB, 2),
         "prompt_lookup": 1,
+        "answers": known_answers,
         "decoder": perturbed,
     },
 }
@@ -79,6 +94,8 @@ def drafting(variant, model):
         return {}
     settings = dict((VARIANTS | TRAINED)[variant])
     make = settings.pop("decoder", None)
+    if "answers" in settings:
+        settings["answers"] = settings["answers"](model)
     settings.pop("penalty", None)
     return {"draft_weights": make and (make(model), None), "speculation": Speculation(**settings)}
 
@@ -109,10 +126,31 @@ class PlainBetween(DraftRule):
         return offered[-1] if offered and not next(self.ways) else PLAIN
 
 
-def search(tokens, ngram, count):
-    """What followed the last earlier place with the same last `ngram` tokens, from the text's end on once more."""
-    for start in range(len(tokens) - ngram - 1, -1, -1):
-        if tokens[start : start + ngram] == tokens[len(tokens) - ngram :]:
-            found = tokens[start + ngram :]
-            return [found[i % len(found)] for i in range(count)]
-    return []
+def longest_matches(tokens, text, least):
+    """(the tokens after each place of `tokens` with the longest match of the text's end, the last place first, and the
+    length of the match); by comparing every place."""
+    tokens, text = list(tokens), list(text)
+    for length in range(min(64, len(text)), least - 1, -1):
+        ends = range(len(tokens) - 1, length - 1, -1)
+        following = [tokens[end] for end in ends if tokens[end - length : end] == text[-length:]]
+        if following:
+            return following, length
+    return [], 0
+
+
+def search(text, least, count, answers=(), ends=0.1):
+    """At most `count` tokens that a look-up drafts, see `Lookup`."""
+    text, drafted, sure = list(text), [], 1.0
+    while len(drafted) < count:
+        guesses = []
+        for following, length in (longest_matches(text, text, least or 99), longest_matches(answers, text, 1)):
+            if following:
+                token = max(dict.fromkeys(following), key=following.count)  # of equally frequent ones, the first
+                guesses.append((following.count(token) / (len(following) + 0.2) * length / (length + 1), token))
+        probability, token = max(guesses, key=lambda guess: guess[0], default=(0.0, None))
+        sure *= probability
+        if not guesses or sure < ends:
+            break
+        text.append(token)
+        drafted.append(token)
+    return drafted

@@ -1,6 +1,7 @@
 """The pages of the documentation: links, Python examples, the made reference of keys, and the names of files."""
 
 import doctest
+import fnmatch
 import re
 import runpy
 
@@ -12,12 +13,13 @@ from helpers.pages import PAGES, ROOT, anchors, blocks
 
 from layerskip_recipes.cli.configs import RECIPES, config_class
 from layerskip_recipes.config.json_schema import json_schema
-from layerskip_recipes.config.names import our_configs
+from layerskip_recipes.config.names import our_configs, torchtune_configs
 from layerskip_recipes.generation import api
 from layerskip_recipes.model import decoder
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "configuration_reference.py"))
 
+SOURCES = ("layerskip_recipes", "recipes", "tests", "tools", "examples")
 OTHER_PAGES = {name: ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 
 
@@ -31,8 +33,39 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor[1:] in anchors(name), f"{page}: {target}{anchor}"
 
 
+def cited(page: str) -> set[str]:
+    """What stands between backticks on a page."""
+    text = re.sub(r"^```.*?^```$", "", (PAGES | OTHER_PAGES)[page].read_text(encoding="utf-8"), flags=re.S | re.M)
+    return {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_cited_files_and_configs_exist(page):
+    """A page may leave out the first folders of a file: `drafting/rule.py`. NAME stands for a name that is free."""
+    files = [f"/{path.relative_to(ROOT).as_posix()}" for folder in SOURCES for path in (ROOT / folder).rglob("*.*")]
+    configs = [*our_configs(), *torchtune_configs()]
+    folders = {name.partition("/")[0] for name in our_configs()}
+    for span in cited(page) - {"convert_hf_to_gguf.py"}:  # of llama.cpp
+        if re.fullmatch(r"[\w./]+\.(py|cpp|sh)", span) and "NAME" not in span:
+            assert any(file.endswith(f"/{span}") for file in files), span
+        elif re.fullmatch(r"\w+/[\w.*]+", span) and span.partition("/")[0] in folders - {"qa", "quickstart"}:
+            assert fnmatch.filter(configs, span), span
+        elif re.fullmatch(r"(qa|quickstart)/\w+", span):  # also folders of runs
+            assert span in configs or re.search(r"/(epoch_\d|benchmark)$", span), span
+
+
+@pytest.mark.parametrize("page", ["docs/development.md"])
+def test_cited_names_are_in_the_code(page):
+    paths = [
+        path for folder in SOURCES for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".cpp", ".yaml")
+    ]
+    words = {word for path in [*paths, ROOT / "pyproject.toml"] for word in re.findall(r"\w+", path.read_text())}
+    names = {span for span in cited(page) if re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", span) and span != "vX.Y.Z"}
+    assert {name: missing for name in names if (missing := set(re.findall(r"\w+", name)) - words)} == {}
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and "elsewhere" not in page])
-def test_python_example(page, tokenizer_folder, tmp_path, monkeypatch):
+def test_python_examples_of_pages_run(page, tokenizer_folder, tmp_path, monkeypatch):
     """For TRL's see test_finetuned_elsewhere.py."""
     folder = make_checkpoint(tmp_path / "quickstart", tokenizer_folder)  # the README's first commands make it
     (folder / "layerskip.json").write_text('{"exits": [2]}')
@@ -43,7 +76,7 @@ def test_python_example(page, tokenizer_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("module", [api, decoder], ids=lambda module: module.__name__)
-def test_examples_of_docstrings(module):
+def test_examples_in_docstrings_are_right(module):
     result = doctest.testmod(module)
     assert result.attempted >= 2 and result.failed == 0
 
@@ -80,11 +113,11 @@ def test_the_json_schema_refuses_mistakes(content, fits):
     assert jsonschema.Draft202012Validator(json_schema(config_class("layerskip_finetune"))).is_valid(content) is fits
 
 
-def test_the_readme_is_a_front_door():
-    assert len(PAGES["README.md"].read_text(encoding="utf-8").splitlines()) <= 200
+def test_the_readme_is_one_page():
+    assert len(PAGES["README.md"].read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_each_room_is_in_the_page_about_development():
+def test_each_folder_is_in_the_page_about_development():
     text = PAGES["docs/development.md"].read_text(encoding="utf-8")
     (tree,) = re.findall(r"## Layout.*?```\n(.*?)```", text, flags=re.S)
     named = set(re.findall(r"^ {2,4}(\w+)/ ", tree, flags=re.M))

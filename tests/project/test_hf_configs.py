@@ -22,6 +22,8 @@ from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
+pytestmark = pytest.mark.slow
+
 DATA = (
     "dataset={_component_: layerskip_recipes.quickstart.StdlibDataset, split: heldout, seq_len: 32, max_samples: 8}",
     "device=cpu",
@@ -62,7 +64,7 @@ def how_trained(checkpoint: Path) -> dict:
     return {key: value for key, value in noted(checkpoint).items() if key not in ("vocabulary", "measured")}
 
 
-def test_what_a_checkpoint_notes(trained, models):
+def test_a_checkpoint_notes_how_it_was_trained(trained, models):
     """One exit is trained, at a seventh of the depth."""
     assert [*noted(trained / "epoch_0")["measured"]["exits"]] == ["1"]
     assert how_trained(trained / "epoch_0") == {
@@ -90,7 +92,7 @@ def test_generation_drafts_from_a_trained_exit_of_the_newest_checkpoint(folder, 
     assert report["drafted"] > 0
 
 
-def test_a_draft_for_a_model_that_stays_as_it_is(models, tmp_path, caplog):
+def test_a_draft_for_a_frozen_model_drafts(models, tmp_path, caplog):
     """Trained on answers that the model wrote first; a generation says what the model says without it."""
     model = [f"model_dir={models['qwen3']}", "device=cpu"]
     asked, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
@@ -130,6 +132,7 @@ def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
 
     recipe, report = run_generate("qa/generate", "data_dir=my_data", "max_new_tokens=8", "device=cpu")
     assert report["identical"] is True and report["drafted"] > 0 and recipe.plan.draft.folder == "qa/epoch_0"
+    assert recipe.plan.answers.source == report["self_speculation"]["answers"] == "qa/epoch_0/answers.npz"
     assert LLM.load("qa").generate("say 1", 8, compile=False).stats.drafted > 0
     cfg = BenchmarkConfig.load(load_config("qa/benchmark", ["data_dir=my_data", "device=cpu"]))
     draft, _ = DraftPlanner.of_config(cfg, None).trained_draft(SelfSpeculation())
@@ -146,7 +149,7 @@ def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
     shutil.copytree("qa/epoch_0", "moved/draft")
     described["base"]["folder"] = "/nowhere/model"
     Path("moved/draft/layerskip.json").write_text(json.dumps(described))
-    with pytest.raises(ConfigError, match=r"trained for, '/nowhere/model', is neither .*=MODEL self_speculation.draft"):
+    with pytest.raises(ConfigError, match=r"'/nowhere/model'.*self_speculation\.draft"):
         generated("model_dir=moved/draft", "device=cpu")
 
 
@@ -156,6 +159,34 @@ def data(folder: Path, answers: bool) -> None:
     for name in ("train", "test"):
         lines = ({"input": f"say {i}"} | ({"output": f"<{i}>"} if answers else {}) for i in range(8))
         write_lines(folder / f"{name}.jsonl", lines)
+
+
+@pytest.mark.parametrize("settings", [[], ["temperature=0.8", "seed=3"], ["batch_size=3"]], ids=["", "sampled", "rows"])
+def test_an_untrained_model_drafts_from_answers(settings, models, tmp_path):
+    """Those of a JSONL file: here what the model says without drafts, and other answers."""
+    asked, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    write_lines(asked, ({"prompt": {"user": f"say {i}"}} for i in range(3)))
+    given = [f"model_dir={models['qwen3']}", "device=cpu", f"prompt_file={asked}", "max_new_tokens=24", *settings]
+    generated(*given, f"output_file={answers}", "self_speculation=null")
+    others = tmp_path / "others.jsonl"
+    write_lines(others, ({"input": "say", "output": f"<{i}>"} for i in range(8)))
+    others.write_text(others.read_text() + answers.read_text())
+    found = tmp_path / "with_drafts.jsonl"
+    report = generated(*given, f"output_file={found}", f"self_speculation.answers={others}")
+    assert found.read_text() == answers.read_text()
+    section = report["self_speculation"]
+    assert (section["exit_layer"], section["answers"]) == (None, str(others)) and report["accepted"] > 0
+
+
+@pytest.mark.parametrize("content", [None, ""], ids=["missing", "empty"])
+def test_answers_that_cannot_be_read_end_a_run_before_its_weights_are_read(content, models, tmp_path):
+    folder = shutil.copytree(models["qwen3"], tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    answers = tmp_path / "train.jsonl"
+    if content is not None:
+        answers.write_text(content)
+    with pytest.raises(ConfigError, match=r"^self_speculation.answers: .*train.jsonl"):
+        generated(f"model_dir={folder}", "device=cpu", f"self_speculation.answers={answers}")
 
 
 def test_a_draft_for_a_finished_model_without_answers(models, tmp_path):
@@ -201,6 +232,6 @@ def test_each_checkpoint_notes_its_steps_and_the_exits_of_its_layers(models, tmp
         ({"curriculum": None, "scale": 0.0}, 9, [6]),
     ],
 )
-def test_the_trained_exits(settings, steps, expected):
+def test_the_trained_exits_are_those_that_the_curriculum_reached(settings, steps, expected):
     """Of 6 layers and 100 steps: a gradual curriculum adds an exit every 100 / 12 steps."""
     assert EarlyExitLoss(**settings).trained(6, steps, 100) == expected

@@ -91,7 +91,7 @@ def test_steps_that_rounding_would_lose_are_told(configured, caplog):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes(tmp_path, configured):
+def test_two_processes_train_as_one_and_resume(tmp_path, configured):
     """Sharded, clipped and resumed from shards; the noise is another one, and losses differ by less than a percent."""
     shards = {"save_every_n_steps": 2, "enable_async_checkpointing": True}
     path = configured(optimizer=OURS, dtype="bf16", max_steps_per_epoch=4, **shards)

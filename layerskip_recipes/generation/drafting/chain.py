@@ -25,7 +25,7 @@ class ChainDrafter(Drafter):
         self.verifier, self.context, self.exit_layer = verifier, verifier.context, verifier.exit_layer
         self.num_speculations = num_speculations
         context = self.context
-        can_end = context.device.type == "cpu" and context.graphs is None and not context.shared
+        can_end = context.device.type == "cpu" and not context.backend.fixed_shapes and not context.shared
         self.min_confidence = min_confidence if can_end else 0.0
         self.drafted = False  # this round
 
@@ -45,11 +45,21 @@ class ChainDrafter(Drafter):
         self.verifier.catch_up(now)
         slots = now.slots(context, num_to_draft)
         running = torch.tensor([float(not done) for done in now.finished])  # the confidence of empty drafts
-        in_one_call = self.verifier.last_state is None and context.sampler.only_temperature
-        if in_one_call and context.cpp is not None and context.cpp.draft is not None:
-            temperature = context.sampler.temperature
-            arguments = (now.last, now.start, num_to_draft, len(slots), self.exit_layer, now.keys, temperature)
-            return DraftedTokens(CHAIN, *context.cpp.draft(*arguments, running, self.min_confidence))
+        if self.verifier.last_state is None and context.sampler.only_temperature:
+            draft = context.backend.draft_chain(
+                now.last,
+                now.start,
+                num_to_draft,
+                len(slots),
+                self.exit_layer,
+                now.keys,
+                context.sampler.temperature,
+                running,
+                self.min_confidence,
+            )
+            if draft is not None:
+                tokens, hidden = draft
+                return DraftedTokens(CHAIN, tokens, hidden)
         return self._token_by_token(now, num_to_draft, slots, running)
 
     def _token_by_token(
@@ -60,10 +70,7 @@ class ChainDrafter(Drafter):
         step = Step(context, draft_token, self.exit_layer, self.min_confidence > 0)
         for i in range(num_to_draft):
             results = step(slots, tokens[-1], now.start + i, now.keys, seen, state)
-            if context.graphs is not None and context.device.type == "cuda":
-                # The next replay of this CUDA graph overwrites its outputs.
-                results = [None if result is None else result.clone() for result in results]
-            token, x, sure, seen, state = results
+            token, x, sure, seen, state = context.backend.keep(results)
             tokens.append(token)
             hidden.append(x)
             if self.min_confidence:
@@ -80,11 +87,11 @@ def draft_token(context: StepContext, exit_layer: int, confident: bool, slots, l
     adapter's state.
     """
     model, at = context.draft_decoder, start[:, None]
-    x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
+    x = context.backend.run(model, last[:, None], at, slots, range(exit_layer))
     h = context.read_by_draft(x, state, at, slots)
     scores = context.draft_scores(h, None if seen is None else seen[:, None])
     ids = None if context.draft_head is None else context.draft_head.vocabulary
-    token = context.choose_tokens(scores, keys, at + 1, ids)[:, 0]
+    token = context.backend.choose_tokens(scores, keys, at + 1, ids)[:, 0]
     token = token if ids is None else ids[token]
     seen = None if seen is None else seen.scatter(1, token[:, None], True)
     sure = confidence(scores[:, 0]) if confident else None

@@ -30,7 +30,7 @@ class RoundStart(NamedTuple):
 
     def num_to_draft(self, context: StepContext, num_speculations: int) -> int:
         """How many tokens to draft: no more than fit, but always `num_speculations` with graphs (one shape)."""
-        return num_speculations if context.graphs is not None else min(num_speculations, self.room - 1)
+        return num_speculations if context.backend.fixed_shapes else min(num_speculations, self.room - 1)
 
     def slots(self, context: StepContext, num_drafted: int = 0) -> torch.Tensor:
         """0 .. end-1, the slots that attention sees with so many drafted tokens."""
@@ -42,7 +42,9 @@ class RoundKind:
     """`DraftRule` picks the kind of each round. Two drafters never offer equal ones."""
 
     name: str  # "plain" (no draft), "chain", "lookup" or another drafter's; unique
-    match: int = 0  # of a look-up: the match length 0, 1 or 2, see `TextIndex.find`
+    expected: int = (
+        0  # of a look-up: 0, 1 or 2 for less than 1, less than 3, or more tokens that are expected to be right
+    )
     untried: float = inf  # tokens per round that the rule expects before the first one; inf: it tries the draft soon
 
 

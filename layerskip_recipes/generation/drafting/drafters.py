@@ -28,8 +28,9 @@ class Drafters:
         self.drafters = list[Drafter]()
         if plan is not None and plan.exit_layer is not None:
             self.drafters.append(ChainDrafter(verifier, plan.num_speculations, plan.min_confidence))
-        if plan is not None and plan.prompt_lookup is not None:
-            self.drafters.append(LookupDrafter(self.context, plan.num_speculations, plan.prompt_lookup, texts))
+        if plan is not None and plan.looks_up:
+            settings = (plan.num_speculations, plan.prompt_lookup, plan.answers)
+            self.drafters.append(LookupDrafter(self.context, *settings, texts))
         self.offered = dict[RoundKind, Drafter]()  # in this round
 
     def begin(self) -> None:

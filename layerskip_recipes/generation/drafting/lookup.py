@@ -1,82 +1,169 @@
-"""Prompt look-up decoding (Saxena, 2023): drafts copied from earlier in the text, since summaries and edits repeat
-their prompt.
+"""Drafts that are looked up: in the text, since summaries and edits repeat their prompt (prompt look-up decoding,
+Saxena, 2023), and in known answers, since answers to one task resemble each other.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from layerskip_recipes.checkpoint.answers import LONGEST_MATCH, Answers, Matches, some_of
 from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, RoundKind, RoundStart
 from layerskip_recipes.generation.prefill import common_length
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import on_device
 
+LEAST_PROBABILITY = 0.1  # a draft of any length ends where the probability that all of it is right falls below this
 
-class TextIndex:
-    """Finds the continuation of the last earlier occurrence of the text's last `ngram` tokens."""
 
-    def __init__(self, ngram: int, text: Sequence[int] = ()) -> None:
-        self.ngram = ngram
-        self.tokens: list[int] = []
-        self.after: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token after its last occurrence
-        self.extend(text)
+class GrowingText:
+    """The tokens of a batch row."""
+
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
+        self._buffer, self._end = np.zeros(2 * len(tokens) + 64, dtype=np.int32), 0
+        self.extend(tokens)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self._buffer[: self._end]
 
     def extend(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            # An n-gram is entered when a token follows it, so that the end of the text never finds itself.
-            if len(self.tokens) >= self.ngram:
-                self.after[tuple(self.tokens[-self.ngram :])] = len(self.tokens)
-            self.tokens.append(token)
+        end = self._end + len(tokens)
+        if end > len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.zeros(end, dtype=np.int32)])
+        self._buffer[self._end : end] = tokens
+        self._end = end
 
-    def find(self, count: int) -> tuple[list[int], int]:
-        """`count` tokens that may follow, and the match length, which predicts acceptance; ([], 0) without a match.
+    def cut(self, length: int) -> None:
+        self._end = length
 
-        The match length is 0 for a match of less than 2 n-grams, 1 for less than 4, 2 for more.
+    def matches(self, text: np.ndarray) -> Matches:
+        """The earlier places with the longest match of the text's own end, the last of them first."""
+        if not len(text):
+            return Matches(np.arange(0), 0)
+        places, length = np.flatnonzero(text[:-1] == text[-1])[::-1], 1
+        while len(places) and length < LONGEST_MATCH:
+            longer = places[places >= length]
+            longer = longer[text[longer - length] == text[-1 - length]]
+            if not len(longer):
+                break
+            places, length = longer, length + 1
+        return some_of(places + 1, length if len(places) else 0)
+
+
+class Lookup:
+    """Looks up what follows a text, token by token, in the text itself and in known answers.
+
+    In each of them, the places with the longest match of the text's end count, and there the most frequent next token.
+    Its probability is estimated as
+
+        count / (places + 0.2) * length / (length + 1)
+
+    so that a longer match, and places that agree, make it likelier. The likelier one of the two tokens is drafted.
+    """
+
+    def __init__(self, text: Sequence[int], least: int | None, answers: Answers | None) -> None:
+        self.text, self.least = GrowingText(text), least
+        # What is searched, and the least length of a match there.
+        self.sources: list[tuple[GrowingText | Answers, int]] = [] if least is None else [(self.text, least)]
+        self.sources += [] if answers is None else [(answers, 1)]
+
+    def find(self, count: int, ends: float) -> tuple[list[int], float]:
+        """At most `count` tokens that may follow, and how many of them are expected to be right.
+
+        They end where the probability that all of them are right falls below `ends`.
         """
-        start = self.after.get(tuple(self.tokens[-self.ngram :]))
-        if start is None:
-            return [], 0
-        same, most = self.ngram, min(4 * self.ngram, start)
-        while same < most and self.tokens[start - 1 - same] == self.tokens[-1 - same]:
-            same += 1
-        found = self.tokens[start : start + count]
-        # Repeat a continuation that is shorter than the draft.
-        return [found[i % len(found)] for i in range(count)], (same // self.ngram).bit_length() - 1
+        start = len(self.text.tokens)
+        drafted: list[int] = []
+        found: list[Matches | None] = [None] * len(self.sources)
+        sure, expected = 1.0, 0.0
+        while len(drafted) < count:
+            matches = [self._matches(i) if known is None else known for i, known in enumerate(found)]
+            guesses = [_likeliest(self.sources[i][0].tokens, known) for i, known in enumerate(matches)]
+            probability, token = max(guesses, key=lambda guess: guess[0])  # the text wins a tie
+            sure *= probability
+            if sure <= 0.0 or sure < ends:
+                break
+            expected += sure
+            drafted.append(token)
+            self.text.extend([token])
+            found = [_after(self.sources[i][0].tokens, known, token) for i, known in enumerate(matches)]
+        self.text.cut(start)
+        return drafted, expected
+
+    def _matches(self, i: int) -> Matches:
+        source, least = self.sources[i]
+        matches = source.matches(self.text.tokens)
+        return matches if matches.length >= least else Matches(matches.following[:0], 0)
+
+
+def _likeliest(tokens: np.ndarray, matches: Matches) -> tuple[float, int]:
+    """The estimated probability of the most frequent token after the matches, and the token; (0, 0) without any.
+
+    Among equally frequent ones, the one at the first place.
+    """
+    if not len(matches.following):
+        return 0.0, 0
+    token, times = Counter(tokens[matches.following].tolist()).most_common(1)[0]
+    return times / (len(matches.following) + 0.2) * matches.length / (matches.length + 1), token
+
+
+def _after(tokens: np.ndarray, matches: Matches, token: int) -> Matches | None:
+    """The matches that go on with the token; None: search again."""
+    if not matches.is_whole:
+        return None
+    following = matches.following[tokens[matches.following] == token] + 1
+    following = following[following < len(tokens)]
+    return Matches(following, matches.length + 1) if len(following) else None
 
 
 class LookupDrafter(Drafter):
-    """Drafts up to `num_speculations` tokens from the text, if every running row has a match.
+    """Drafts up to `num_speculations` tokens that are looked up for any row.
 
     The tokens that come out of a round tell how good its look-up was, whether it was the draft or not.
     """
 
-    def __init__(self, context: StepContext, num_speculations: int, ngram: int, texts: Sequence[Sequence[int]]) -> None:
-        self.context, self.num_speculations, self.ngram = context, num_speculations, ngram
-        self.indices = [TextIndex(ngram, text) for text in texts]
+    def __init__(
+        self,
+        context: StepContext,
+        num_speculations: int,
+        least: int | None,
+        answers: Answers | None,
+        texts: Sequence[Sequence[int]],
+    ) -> None:
+        self.context, self.num_speculations = context, num_speculations
+        self.least, self.answers = least, answers
+        self.rows = [Lookup(text, least, answers) for text in texts]
+        # On a CPU each drafted token costs time.
+        self.ends = LEAST_PROBABILITY if context.device.type == "cpu" and not context.backend.fixed_shapes else 0.0
         self.offered: RoundKind  # in this round
-        self.found: list[list[int]] = []  # its tokens, [b][n]
+        self.found: list[list[int]] = []  # its tokens, [b][up to n]
 
     def offer(self, now: RoundStart) -> RoundKind | None:
         num_to_draft = now.num_to_draft(self.context, self.num_speculations)
-        running = [index for index, done in zip(self.indices, now.finished, strict=True) if not done]
-        found = [index.find(num_to_draft) for index in running] if num_to_draft else []
-        if not found or not all(tokens for tokens, _ in found):
+        pairs = zip(self.rows, now.finished, strict=True)
+        found = [([], 0.0) if done else row.find(num_to_draft, self.ends) for row, done in pairs]
+        if not any(tokens for tokens, _ in found):
             return None
-        of_running = iter(tokens for tokens, _ in found)
-        self.found = [[0] * num_to_draft if done else next(of_running) for done in now.finished]
-        self.offered = RoundKind("lookup", min(match for _, match in found), untried=1.0)
+        self.found = [tokens for tokens, _ in found]
+        expected = sum(tokens for _, tokens in found) / now.finished.count(False)
+        self.offered = RoundKind("lookup", min(int(1 + expected).bit_length() - 1, 2), untried=1.0 + expected)
         return self.offered
 
     def propose(self, now: RoundStart) -> DraftedTokens:
-        found = on_device(self.found, self.context.device)
-        return DraftedTokens(self.offered, torch.cat([now.last[:, None], found], 1))
+        fixed = self.context.backend.fixed_shapes
+        count = self.num_speculations if fixed else max(map(len, self.found))
+        # Rows with shorter drafts get any tokens behind them.
+        tokens = on_device([[*found, *[0] * (count - len(found))] for found in self.found], self.context.device)
+        return DraftedTokens(self.offered, torch.cat([now.last[:, None], tokens], 1))
 
     def replace(self, row: int, text: Sequence[int]) -> None:
-        self.indices[row] = TextIndex(self.ngram, text)
+        self.rows[row] = Lookup(text, self.least, self.answers)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:
         given = [1 + common_length(found, new) for found, new in zip(self.found, tokens, strict=False) if new]
         self.found = []
-        for index, new in zip(self.indices, tokens, strict=True):
-            index.extend(new)
+        for row, new in zip(self.rows, tokens, strict=True):
+            row.text.extend(new)
         return sum(given) / len(given) if given else None

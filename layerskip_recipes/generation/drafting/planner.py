@@ -1,7 +1,7 @@
 """Where drafts are chosen: `DraftPlanner.plan` turns a section with `auto` keys into a `Speculation`."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -12,6 +12,7 @@ import torch
 
 from layerskip_recipes.acceptance.tokens_per_round import ASSUMED, MIN_CONFIDENCE
 from layerskip_recipes.acceptance.trained_exits import DESCRIPTION, TrainedExits, read_trained_exits
+from layerskip_recipes.checkpoint.answers import Answers, answers_beside, has_answers, read_answers
 from layerskip_recipes.checkpoint.checkpointers import described_folder
 from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft, read_description
 from layerskip_recipes.config.components import Component
@@ -34,7 +35,7 @@ from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_D
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import num_processes
 
-LOOKUP = 3  # tokens of prompt look-up
+LOOKUP = 1  # the least length of a match in the text
 
 
 @dataclass
@@ -52,7 +53,9 @@ class DraftPlanner:
     checkpointer: Any = None  # the class that reads the weights
     unusable_draft: str | None = None  # the reason why a draft beside the model cannot be used
     split: bool = False  # over several processes
+    make_tokenizer: Callable[[], Any] | None = None  # for answers; None: drafts are looked up in none
     descriptions: dict[str, DraftDescription] = field(default_factory=dict)  # by folder
+    read: dict[Hashable, Answers | None] = field(default_factory=dict)  # by the section's value and the draft's folder
 
     @classmethod
     def of_config(cls, cfg: RecipeConfig, quantizer: Component | None) -> "DraftPlanner":
@@ -66,6 +69,7 @@ class DraftPlanner:
             cfg.checkpointer.target,
             f"does not go with {SPLITS}" if parallel > 1 else None,
             split=num_processes() > 1,
+            make_tokenizer=None if cfg.tokenizer is None else cfg.tokenizer.build,
         )
 
     @cached_property
@@ -90,6 +94,25 @@ class DraftPlanner:
                 return self.descriptions[folder], None
             reason = "was trained for weights that another checkpointer reads"
         return None, f"the draft in {folder} {reason}"
+
+    def answers(
+        self, section: SelfSpeculation, draft: DraftDescription | None = None, key: str = KEY
+    ) -> Answers | None:
+        """The section's answers, or else those beside the model or the draft."""
+        if section.answers is None or self.make_tokenizer is None:
+            return None
+        source = (section.answers, draft and draft.folder)
+        if source not in self.read:
+            num_tokens = self.model.tok_embeddings.num_embeddings
+            if section.answers != AUTO:
+                self.read[source] = read_answers(section.answers, self.make_tokenizer(), num_tokens, f"{key}.answers")
+            else:
+                folders = [self.folder, None if draft is None else Path(draft.folder)]
+                folder = next((folder for folder in folders if folder is not None and has_answers(folder)), None)
+                self.read[source] = None
+                if folder is not None:
+                    self.read[source] = answers_beside(folder, self.make_tokenizer(), num_tokens)
+        return self.read[source]
 
     def costs(self, compiled: bool, batch_rows: int = 1) -> Costs:
         """Estimated seconds of the parts of a round."""
@@ -125,18 +148,21 @@ class DraftPlanner:
         given = section.given
         has_exit = given.get("exit_layer") is not None
         draft, unusable = self.trained_draft(section, key)
+        answers = self.answers(section, draft, key)
         if "exit_layer" in given and not has_exit:
-            return self._look_ups_alone(given), None
+            return self._look_ups_alone(given, answers, compiled, batch_rows), None
         exits = None if given.get("draft") else self.exits
         if draft is None and has_exit and not (exits and exits.measured):
-            return self._filled(Speculation(given["exit_layer"]), section, prompts, key), None
+            least = None if answers is None else LOOKUP
+            plan = Speculation(given["exit_layer"], prompt_lookup=least, answers=answers)
+            return self._filled(plan, section, prompts, key), None
         if draft is None:
             options = known_options(exits, self.model.num_layers, given.get("exit_layer"))
         else:
             trained = Speculation(draft.exit_layer, draft_vocabulary=draft.vocabulary, draft=draft)
             options = [(trained, (draft.measured and draft.measured.draft) or ASSUMED)]
         if not options:
-            return self._without_layers(given, unusable or self._untrained(key))
+            return self._without_layers(given, answers, unusable or self._untrained(key), compiled, batch_rows)
 
         # Rank the vocabularies, precisions, ends and lengths that the user left open.
         is_whole = not self.split and self.dtype != torch.int8  # neither split nor quantised: has rows of the head
@@ -160,12 +186,14 @@ class DraftPlanner:
         described = self._described(best, costs, assumed=any(rates is ASSUMED for _, rates in options))
         if best.speedup < LEAST_GAIN and not (asked or has_exit or given.get("draft")):
             which = "no exit should pay" if draft is None else "the trained draft should not pay"
-            return self._without_layers(given, f"{which}. The best would be {described}")
-        # Rows of a batch rarely have a match at the same time. If the whole model drafts, look-ups never pay beside it.
-        if batch_rows == 1 and best.model_layers < self.model.num_layers:
-            best = replace(best, prompt_lookup=LOOKUP)
+            why = f"{which}. The best would be {described}"
+            return self._without_layers(given, answers, why, compiled, batch_rows)
+        # Rows of a batch rarely have a match in their texts. If the whole model drafts, look-ups never pay beside it.
+        if best.model_layers < self.model.num_layers:
+            least = LOOKUP if batch_rows == 1 or answers is not None else None
+            best = replace(best, prompt_lookup=least, answers=answers)
         plan = self._filled(best, section, prompts, key)
-        also = "" if plan.prompt_lookup is None else f"; look-ups of the last {plan.prompt_lookup} tokens"
+        also = f"; {plan.lookups}" if plan.looks_up else ""
         can_choose = SPECULATION_DEFAULTS.keys() - {"draft"} | ({"exit_layer"} if draft is None else set())
         return plan, f"Drafts: {described}{also}" if can_choose - given.keys() else None
 
@@ -217,17 +245,23 @@ class DraftPlanner:
                 by_exit[plan.exit_layer] = wanted, rates
         return [*by_exit.values()]
 
-    def _without_layers(self, given: dict[str, Any], reason: str) -> tuple[Speculation | None, str]:
-        """Look-ups alone if the user asked for them, else no drafts; and the log line."""
-        if not given.get("prompt_lookup"):
+    def _without_layers(
+        self, given: dict[str, Any], answers: Answers | None, reason: str, compiled: bool, batch_rows: int
+    ) -> tuple[Speculation | None, str]:
+        """Look-ups alone if there are answers or the user asked for them, else no drafts; and the log line."""
+        if not given.get("prompt_lookup") and answers is None:
             return None, f"No drafts: {reason}"
-        plan = self._look_ups_alone(given)
+        plan = self._look_ups_alone(given, answers, compiled, batch_rows)
         return plan, f"Drafts: {plan} alone, because {reason}"
 
-    @staticmethod
-    def _look_ups_alone(given: dict[str, Any]) -> Speculation:
-        length = given.get("num_speculations", SPECULATION_DEFAULTS["num_speculations"])
-        return Speculation(None, length, prompt_lookup=given.get("prompt_lookup", LOOKUP))
+    def _look_ups_alone(
+        self, given: dict[str, Any], answers: Answers | None, compiled: bool, batch_rows: int
+    ) -> Speculation:
+        # Drafts from answers are often right as a whole. Others are mostly short.
+        usual = SPECULATION_DEFAULTS["num_speculations"]
+        usual = usual if answers is None else self.costs(compiled, batch_rows).longest
+        length = given.get("num_speculations", usual)
+        return Speculation(None, length, prompt_lookup=given.get("prompt_lookup", LOOKUP), answers=answers)
 
     def _untrained(self, key: str) -> str:
         if self.exits is None:

@@ -46,8 +46,13 @@ class SelfSpeculation(Section):
     in layerskip.json) or else in the prompts. auto: those of `draft`, or for an exit a measured number; null: all
     tokens."""
     prompt_lookup: Annotated[PromptLookup, Auto()] | None = AUTO
-    """N of prompt look-up: drafts what followed an earlier occurrence of the last N tokens, where that is faster. auto:
-    3 without an exit, and beside a measured exit or draft for one prompt at a time; null: no look-ups."""
+    """Prompt look-up: drafts what followed the longest earlier occurrence of the text's last tokens, if it has at least
+    this many, where that is faster. auto: 1 beside `answers` and without an exit, and beside a measured exit or draft
+    for one prompt at a time; null: none."""
+    answers: Annotated[Text, Auto(), Field(examples=["my_data/train.jsonl"])] | None = AUTO
+    """Answers in which drafts are looked up as in the text: a JSONL file with fields `input` and `output` (or an
+    `output_file` of layerskip_generate), or the `answers.npz` of a checkpoint. Nothing needs to be trained. auto: the
+    `answers.npz` beside the model or the draft, if there is one; null: none."""
     draft_int8: Annotated[Flag, Auto()] = AUTO
     """Draft with int8 copies of the layers and the head (for a trained draft, of its own layers); on a CPU with AVX-512
     VNNI, inputs are rounded to int8 too. Verification stays in full precision. auto: if that should be faster."""
@@ -61,10 +66,10 @@ class SelfSpeculation(Section):
         """
         given = self.given
         has_draft = given.get("draft") is not None
-        if self.exit_layer is None and self.prompt_lookup is None:
+        if self.exit_layer is None and self.prompt_lookup is None and self.answers is None:
             raise ConfigError(
-                f"{key}.exit_layer: null leaves only look-ups to draft, and prompt_lookup is null. Set "
-                f"{key}.prompt_lookup=3, or {key}=null to decode without drafts"
+                f"{key}.exit_layer: null leaves only look-ups to draft, and prompt_lookup and answers are null. Set "
+                f"{key}.prompt_lookup=1, or {key}=null to decode without drafts"
             )
         if has_draft and self.exit_layer != AUTO:
             raise ConfigError(
@@ -102,6 +107,7 @@ class SelfSpeculation(Section):
             min_confidence=plan.min_confidence,
             draft_vocabulary=ids if isinstance(ids, list) else plan.num_draft_tokens,
             prompt_lookup=plan.prompt_lookup,
+            answers=None if plan.answers is None else plan.answers.source,
             draft_int8=plan.draft_int8,
         )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from layerskip_recipes.checkpoint.answers import Answers
 from layerskip_recipes.checkpoint.drafts import DraftDescription
 from layerskip_recipes.config.schema import Fraction, check
 from layerskip_recipes.errors import ConfigError
@@ -29,7 +30,9 @@ class Speculation:
             are look-ups alone.
         num_speculations: the draft length, the most tokens drafted per round.
         draft_vocabulary: ids of the tokens that can be drafted; None: all.
-        prompt_lookup: n-gram length for prompt look-up, which runs where it is faster; None: no look-up.
+        prompt_lookup: drafts are looked up in the text where at least so many of its last tokens occurred before, and
+            where that is faster; None: not in the text.
+        answers: drafts are looked up in these answers too; None: not there.
         min_confidence: end a draft after a token at which the product of `sampling.confidence` is lower; 0: always
             `num_speculations` tokens. Applies in one process on a CPU without graphs, where the host sees each token.
         draft_int8: draft with int8 copies of the layers and the head.
@@ -44,6 +47,7 @@ class Speculation:
     min_confidence: float = 0.0
     draft_int8: bool = False
     draft: DraftDescription | None = None
+    answers: Answers | None = None
     tokens_per_round: float | None = field(default=None, compare=False)
     speedup: float | None = field(default=None, compare=False)
 
@@ -52,19 +56,30 @@ class Speculation:
         check("prompt_lookup", self.prompt_lookup, PromptLookup | None)
         check("min_confidence", self.min_confidence, Confidence)
         check("draft_int8", self.draft_int8, bool)
-        if self.exit_layer is None and self.prompt_lookup is None:
+        if self.exit_layer is None and not self.looks_up:
             raise ConfigError(
-                f"exit_layer: {self.exit_layer} without prompt_lookup leaves nothing to draft with. Allowed: an exit, "
-                "for example exit_layer=8, or look-ups, for example prompt_lookup=3"
+                f"exit_layer: {self.exit_layer} without prompt_lookup or answers leaves nothing to draft with. "
+                "Allowed: an exit, for example exit_layer=8, or look-ups, for example prompt_lookup=1"
             )
 
     def __str__(self) -> str:
         """The method, without its lengths."""
         if self.exit_layer is None:
-            return f"look-ups of the last {self.prompt_lookup} tokens"
+            return self.lookups
         tokens = "" if self.num_draft_tokens is None else f"{self.num_draft_tokens}-token vocabulary"
         where = "trained draft" if self.draft_layers else f"exit {self.exit_layer}"
         return ", ".join(part for part in (where, tokens, "int8" if self.draft_int8 else "") if part)
+
+    @property
+    def looks_up(self) -> bool:
+        return self.prompt_lookup is not None or self.answers is not None
+
+    @property
+    def lookups(self) -> str:
+        """Where drafts are looked up."""
+        texts = "" if self.prompt_lookup is None else "the text"
+        answers = "" if self.answers is None else f"{len(self.answers.tokens)} tokens of {self.answers.source}"
+        return f"look-ups in {' and '.join(filter(None, (texts, answers)))}"
 
     @property
     def num_draft_tokens(self) -> int | None:
@@ -81,7 +96,8 @@ class Speculation:
     def rule_key(self) -> tuple:
         """What the speed of a round depends on, by which rules are kept apart."""
         numbers = (self.exit_layer, self.num_speculations, self.num_draft_tokens)
-        return *numbers, self.prompt_lookup, self.min_confidence, self.draft_int8, self.draft and self.draft.folder
+        sources = (self.draft and self.draft.folder, self.answers and self.answers.source)
+        return *numbers, self.prompt_lookup, self.min_confidence, self.draft_int8, *sources
 
     @property
     def draft_layers(self) -> int:

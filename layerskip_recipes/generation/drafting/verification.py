@@ -4,8 +4,6 @@ After a chain it continues from the early hidden states that the draft has compu
 drafts it runs all layers. A round without a draft is a plain step.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -87,7 +85,7 @@ class Verifier:
         if not self.unread:
             return
         # A graph has one shape. Padding goes to the last token's slot, which is overwritten before it is read.
-        spare = MOST_BEHIND - len(self.unread) if self.context.graphs is not None else 0
+        spare = MOST_BEHIND - len(self.unread) if self.context.backend.fixed_shapes else 0
         unread = [*self.unread, *[(torch.full_like(self.unread[0][0], -1), self.unread[0][1])] * spare]
         at, inputs = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
         at = torch.where(at < 0, now.start[:, None], at)
@@ -100,18 +98,16 @@ class Verifier:
 
 def fill_draft_cache(context: StepContext, slots, inputs, at):
     """Run the draft's own layers over tokens [b, s] or an adapter's inputs [b, s, 2 d] in the slots `at` [b, s]."""
-    own = context.own_layers
-    tokens, hidden = (inputs, None) if inputs.dim() == 2 else (None, inputs)
-    part: Any = {"hidden": hidden, "start_layer": own.start, "exit_layer": own.stop}
-    return context.run(context.draft_decoder, tokens, at, slots, unembed=False, only_cache=True, **part)
+    return context.backend.run(context.draft_decoder, inputs, at, slots, context.own_layers, only_cache=True)
 
 
 def next_logits_and_states(context: StepContext, exit_layer: int, slots, last, start):
     """A step of the whole model: logits [b, v], and for an adapter x_E and the normed x_L, [b, 1, d]."""
     model, at = context.model, start[:, None]
-    x = context.run(model, last[:, None], at, slots, exit_layer=exit_layer, unembed=False)
-    final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False)
-    return context.unembed(final)[:, -1], x, model.norm(final)
+    backend = context.backend
+    x = backend.run(model, last[:, None], at, slots, range(exit_layer))
+    final = backend.run(model, x, at, slots, range(exit_layer, model.num_layers))
+    return backend.logits(model, final)[:, -1], x, model.norm(final)
 
 
 def draft_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, start, state):
@@ -120,23 +116,24 @@ def draft_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
     tokens [b, n + 1], first the last token of the text; hidden [b, n, d], x_E of all but the last, or None to run all
     layers; start [b]; state [b, 1, d] or None -> logits [b, n + 1, v], and for an adapter the normed x_L [b, n + 1, d].
     """
-    model, at = context.model, start[:, None] + context.cache.slots[: tokens.shape[1]]
+    backend, model, all_layers = context.backend, context.model, range(context.model.num_layers)
+    at = start[:, None] + context.cache.slots[: tokens.shape[1]]
     if not context.own_layers and (hidden is None or not context.shares_layers):
-        return context.run(model, tokens, at, slots), None
+        return backend.run(model, tokens, at, slots, all_layers, unembed=True), None
     unread = slice(0 if hidden is None else tokens.shape[1] - 1, None)
     # The model continues from the states of its own early layers. A copy only fills its cache here.
-    part: Any = {"exit_layer": exit_layer, "unembed": False, "only_cache": not context.shares_layers}
-    x = context.run(context.draft_decoder, tokens[:, unread], at[:, unread], slots, **part)
+    inputs = (tokens[:, unread], at[:, unread])
+    x = backend.run(context.draft_decoder, *inputs, slots, range(exit_layer), only_cache=not context.shares_layers)
     if not context.shares_layers:
-        return context.run(model, tokens, at, slots), None
+        return backend.run(model, tokens, at, slots, all_layers, unembed=True), None
     x = x if hidden is None else torch.cat([hidden, x], 1)
     if state is None:
-        return context.run(model, None, at, slots, hidden=x, start_layer=exit_layer), None
-    final = context.run(model, None, at, slots, hidden=x, start_layer=exit_layer, unembed=False)
+        return backend.run(model, x, at, slots, all_layers[exit_layer:], unembed=True), None
+    final = backend.run(model, x, at, slots, all_layers[exit_layer:])
     states = model.norm(final)
     # While drafting the adapter saw its own states. Now it reads the model's.
     context.read_by_draft(x, torch.cat([state, states[:, :-1]], 1), at, slots, only_cache=True)
-    return context.unembed(final), states
+    return backend.logits(model, final), states
 
 
 def accept_tokens(context: StepContext, slots, logits, tokens, start, keys, seen, states):
@@ -147,7 +144,7 @@ def accept_tokens(context: StepContext, slots, logits, tokens, start, keys, seen
     """
     seen = None if seen is None else context.seen_at(seen, tokens)
     positions = start[:, None] + 1 + context.cache.slots[: tokens.shape[1]]
-    chosen = context.choose_tokens(context.scores(logits, seen), keys, positions)
+    chosen = context.backend.choose_tokens(context.scores(logits, seen), keys, positions)
     num_accepted, following = accept(tokens[:, 1:], chosen)
     result = torch.cat([num_accepted[:, None], following[:, None], tokens[:, 1:]], 1)
     if states is None:

@@ -90,13 +90,13 @@ class CompiledSteps:
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
 
-    def __call__(self, step: Any, slots: torch.Tensor | None, *args: Any) -> Any:
+    def __call__(self, step: Any, step_key: Hashable, fits_flex: bool, slots: torch.Tensor | None, *args: Any) -> Any:
         """step.run(slots, *args) by its graph, which the first call makes; `seconds` adds up the first calls."""
         cuda = self.device.type == "cuda"
         # The graph's key, and the slots that it sees.
-        step_key, given, flex = step.key(*args), slots, False
+        given, flex = slots, False
         if slots is not None:
-            cache, flex = step.context.cache, step.context.fits_flex and step_key not in self.masked
+            cache, flex = step.context.cache, fits_flex and step_key not in self.masked
             # All slots for FlexAttention, else the attended length rounded up.
             given = cache.slots[: cache.max_len if flex else rounded_length(len(slots), self.device)]
         key = (step_key, len(given)) if cuda and given is not None else step_key
@@ -137,7 +137,7 @@ class CompiledSteps:
             # With several ranks the others may wait in a collective.
             if cuda and step.context.shared:
                 raise RuntimeError(f"{name}: its CUDA graph failed; run without graphs by compile=false") from e
-            return self(step, slots, *args)
+            return self(step, step_key, fits_flex, slots, *args)
         if known is None or captures:
             self.graphs[key] = graph
             self.seconds += time.perf_counter() - started

@@ -5,15 +5,19 @@ In a small model torch's overhead per product is as large as the product. The C+
 token or for seven, and do little else.
 """
 
+import atexit
 import hashlib
 import os
 import platform
+import shutil
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +26,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from torchao.quantization import PerRow
 from torchao.quantization.quant_primitives import MappingType
-from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
+from torchtune import utils
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
@@ -38,19 +42,18 @@ from torchtune.modules import (
 )
 
 from layerskip_recipes.families.attention import NormFirstAttention
-from layerskip_recipes.families.multipliers import DividedNorm, Scale, ScaledEmbedding
+from layerskip_recipes.families.multipliers import DividedNorm, Scale
 from layerskip_recipes.families.rope import RotaryPositions
-from layerskip_recipes.generation.drafting.draft_weights import DraftHead
-from layerskip_recipes.generation.kernels.huge_pages import use_huge_pages
 from layerskip_recipes.model.changes import weights_key
-from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import JoiningLayer
-from layerskip_recipes.model.head import head_of
-from layerskip_recipes.model.kv_cache import DecodingCache
 from layerskip_recipes.model.short_convolution import ShortConvolution
 
-SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]
+SOURCES = [
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("tiles", "four_bits", "few_rows", "attention", "sampling", "layers")
+]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
+log = utils.get_logger("INFO")
 
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
@@ -66,7 +69,7 @@ class UnknownPartError(Exception):
 
 @cache
 def load_library() -> None:
-    """Compile the C++ or load it from inductor's cache, as `torch.classes.layerskip.Layers` and `Head`."""
+    """Compile the C++ or load it from our folder, as `torch.classes.layerskip.Layers` and `Head`."""
     # Importing inductor takes a second.
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
@@ -84,32 +87,80 @@ def load_library() -> None:
                 raise OSError(f"{path} is cut off")
             return CppCodeCache._load_library_inner(path, key)
 
+    folder = _library_folder()
     # torch knows the processor's vector instructions. Inductor would compile and run a test program for each.
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    with config.patch({"cpp.vec_isa_ok": True} if known else {}):
+    with _inductor_in(folder), config.patch({"cpp.vec_isa_ok": True} if known else {}):
         pick_vec_isa()  # cached for the process
-    # Inductor's cache is keyed by source text. A comment makes it depend on torch, compiler and processor too: the code
-    # has all of the processor's instructions, and users share or move the cache.
+    # Inductor's files are named by the source text. A comment makes it depend on torch, compiler and processor too: the
+    # code has all of the processor's instructions, and users share or move the folder.
     compiler = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     versions = f"// torch {torch.__version__} {torch.version.git_version}, {compiler.splitlines()[0]}, {_processor()}\n"
     source = "".join([versions, *(source.read_text() for source in SOURCES)])
-    try:
-        Library.load(source)
-    except OSError:  # a cut library is gone now: compile it again
-        Library.load(source)
-    _compiled_mark().touch()
+    with _inductor_in(folder):
+        try:
+            Library.load(source)
+        except OSError:  # a cut library is gone now: compile it again
+            Library.load(source)
+    (folder / _compiled_mark()).touch()
 
 
 def is_library_compiled() -> bool:
     """Whether an earlier process compiled this C++ for this processor, so that it only needs to be loaded."""
-    return _compiled_mark().is_file()
+    folder = _cache_folder()
+    return _is_private(folder) and (folder / _compiled_mark()).is_file()
 
 
-def _compiled_mark() -> Path:
-    """An empty file in inductor's cache, or in the folder of its default; to ask inductor would take seconds."""
+def _compiled_mark() -> str:
+    """The name of an empty file beside the library; to ask inductor for the library takes seconds."""
     sources = [torch.__version__, _processor(), *(source.read_text() for source in SOURCES)]
-    name = f"layerskip_{os.getuid()}_{hashlib.sha256(''.join(sources).encode()).hexdigest()[:16]}"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(), name)
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+
+
+def _cache_folder() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "layerskip_recipes"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can have put code there."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+
+
+@cache
+def _library_folder() -> Path:
+    """The folder of the compiled C++. It is not inductor's, since anyone can make that folder in /tmp."""
+    folder = _cache_folder()
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _is_private(folder):
+        return folder
+    log.warning(
+        f"{folder} is no folder that only this user can open, so C++ is compiled anew by each process. To keep it, "
+        "remove the folder, or set XDG_CACHE_HOME to a folder of yours"
+    )
+    folder = Path(tempfile.mkdtemp(prefix="layerskip-"))  # private too
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _inductor_in(folder: Path) -> Iterator[None]:
+    """Let inductor write and look up its files in this folder."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _processor() -> str:
@@ -136,35 +187,60 @@ class Parts:
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.unpacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # int4 matrices as int8 [n, k], and scales
 
     def number(self, name: str, number: float) -> None:
         self.tensors[name] = torch.tensor(number, dtype=torch.float32)
 
     def linear(self, name: str, linear: Any) -> None:
-        """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row.
+        """The matrix of a linear layer or an embedding: fp32, bf16, torchao's int8 with a scale per row, or int4.
 
         With the sums of the int8 rows, the C++ rounds the layer's input to int8.
         """
-        _require(isinstance(linear, nn.Embedding) or type(linear) is nn.Linear, name)
+        require(isinstance(linear, nn.Embedding) or type(linear) is nn.Linear, name)
         weight, scale, zero, rounds = linear.weight, None, None, None
+        if type(weight).__name__ == "LinearActivationQuantizedTensor":
+            return self.int4_linear(name, linear)
         if type(weight).__name__ == "Int8Tensor":  # torchao's version 2
             rounds = weight.act_quant_kwargs
             if rounds is not None:
                 per_token = isinstance(rounds.granularity, PerRow) and rounds.mapping_type is MappingType.SYMMETRIC
-                _require(per_token, f"{name}: {rounds}")
+                require(per_token, f"{name}: {rounds}")
             weight, scale, zero = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
         elif type(weight).__name__ == "AffineQuantizedTensor":  # its version 1
             weight, scale, zero = weight.tensor_impl.get_plain()
         is_matrix = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous() and weight.dim() == 2
         dtypes = [torch.float32, torch.bfloat16] if scale is None else [torch.int8]
-        _require(is_matrix and weight.dtype in dtypes and (scale is None or scale.numel() == len(weight)), name)
-        _require(zero is None or not zero.any(), f"{name}: zero points")
-        _require(weight.shape[1] % VECTOR == 0, f"{name}: {weight.shape[1]} is no multiple of {VECTOR}")
+        require(is_matrix and weight.dtype in dtypes and (scale is None or scale.numel() == len(weight)), name)
+        require(zero is None or not zero.any(), f"{name}: zero points")
+        require(weight.shape[1] % VECTOR == 0, f"{name}: {weight.shape[1]} is no multiple of {VECTOR}")
         self.tensors[f"{name}.weight"] = weight.detach()
         sums = None if rounds is None else _computed(lambda: _fp32(weight.sum(1)), weight)
         for key, value in (("scale", scale), ("bias", getattr(linear, "bias", None)), ("sums", sums)):
             if value is not None:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
+
+    def int4_linear(self, name: str, linear: nn.Linear) -> None:
+        """torchao's int4 weights, whose inputs are rounded to int8 asymmetrically, as four_bits.cpp takes them."""
+        outer: Any = linear.weight
+        weight = outer.original_weight_tensor
+        rounds = getattr(outer.input_quant_func, "__name__", "")
+        require(rounds == "_int8_asymm_per_token_quant" and hasattr(weight, "tensor_impl"), f"{name}: {rounds}")
+        numbers, scale, zero = weight.tensor_impl.get_plain()
+        group = weight.block_size[-1]
+        is_int4 = (weight.quant_min, weight.quant_max) == (-8, 7) and (zero is None or not zero.any())
+        require(is_int4 and numbers.dtype == torch.int8 and scale.dtype in (torch.float32, torch.bfloat16), name)
+        require(group % VECTOR == 0, f"{name}: groups of {group} columns")
+
+        self.unpacked[name] = numbers, scale
+        if linear.bias is not None:
+            self.tensors[f"{name}.bias"] = _fp32(linear.bias)
+
+    def pack(self) -> None:
+        """Pack the int4 matrices, once for each."""
+        for name, (numbers, scale) in self.unpacked.items():
+            packed = _computed(lambda: torch.ops.layerskip.pack_int4(numbers, scale), numbers, scale)  # noqa: B023
+            self.tensors |= dict(zip((f"{name}.weight", f"{name}.scale", f"{name}.sums"), packed, strict=True))
 
     def norm(self, name: str, norm: Any) -> None:
         """A norm, or a number in its place."""
@@ -175,7 +251,7 @@ class Parts:
             return
         if type(norm) is Gemma2FinalNorm:
             norm = norm.rms_norm  # `head_parts` has its logit cap
-        _require(type(norm) in (RMSNorm, GemmaRMSNorm, DividedNorm) and norm.eps > 0, name)
+        require(type(norm) in (RMSNorm, GemmaRMSNorm, DividedNorm) and norm.eps > 0, name)
         scale = _fp32(norm.scale) / getattr(norm, "divisor", 1)
         self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
         self.number(f"{name}.epsilon", norm.eps)
@@ -185,7 +261,7 @@ class Parts:
         if rotation is None:
             return
         self.number("neighbours", type(rotation) in NEIGHBOURS)
-        _require(type(rotation) in (RotaryPositions, *NEIGHBOURS, *HALVES), "pos_embeddings")
+        require(type(rotation) in (RotaryPositions, *NEIGHBOURS, *HALVES), "pos_embeddings")
         tables: Any = (rotation.cos, rotation.sin) if type(rotation) is RotaryPositions else (rotation.cache,)
 
         def both() -> list[torch.Tensor]:
@@ -202,13 +278,13 @@ class Parts:
         if type(attn) is ShortConvolution:
             self.convolution(attn)
             return
-        _require(type(attn) in (MultiHeadAttention, NormFirstAttention, Gemma2Attention), "attn")
+        require(type(attn) in (MultiHeadAttention, NormFirstAttention, Gemma2Attention), "attn")
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
             self.linear(name, getattr(attn, name))
         self.norm("q_norm", attn.q_norm)
         self.norm("k_norm", attn.k_norm)
         self.positions(attn.pos_embeddings)
-        _require(attn.head_dim % VECTOR == 0, f"head_dim: {attn.head_dim} is no multiple of {VECTOR}")
+        require(attn.head_dim % VECTOR == 0, f"head_dim: {attn.head_dim} is no multiple of {VECTOR}")
         self.number("heads", attn.num_heads)
         # A class that differs from `MultiHeadAttention` in one of these has the attribute.
         self.number("scale", getattr(attn, "scaling", attn.head_dim**-0.5))
@@ -219,7 +295,7 @@ class Parts:
     def convolution(self, convolution: ShortConvolution) -> None:
         self.linear("in_proj", convolution.in_proj)
         self.linear("output_proj", convolution.out_proj)
-        _require(convolution.head_dim % VECTOR == 0, f"half a width of {convolution.head_dim}")
+        require(convolution.head_dim % VECTOR == 0, f"half a width of {convolution.head_dim}")
         self.tensors["taps"] = _fp32(convolution.conv.weight.squeeze(1).T)  # [kernel, d]
 
     def feed_forward(self, mlp: Any) -> None:
@@ -227,7 +303,7 @@ class Parts:
         kinds = {(nn.SiLU, None): 0, (nn.GELU, "none"): 1, (nn.GELU, "tanh"): 2}
         activation = getattr(mlp, "activation", None)
         kind: Any = kinds.get((type(activation), getattr(activation, "approximate", None)))
-        _require(type(mlp) is FeedForward and kind is not None and mlp.w3 is not None, "mlp")
+        require(type(mlp) is FeedForward and kind is not None and mlp.w3 is not None, "mlp")
         for name in ("w1", "w2", "w3"):
             self.linear(name, getattr(mlp, name))
         self.number("activation", kind)
@@ -240,13 +316,13 @@ def layer_parts(layer: Any) -> Parts:
         parts.linear("join", layer.join)
         parts.number("join_norm.epsilon", JoiningLayer.EPSILON)
         layer = layer.layer
-    _require(type(layer) is TransformerSelfAttentionLayer, type(layer).__name__)
+    require(type(layer) is TransformerSelfAttentionLayer, type(layer).__name__)
     parts.attention(layer.attn)
     parts.feed_forward(layer.mlp)
     for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"):
         parts.norm(name, getattr(layer, name))
     has_norms = {"sa_norm.scale", "mlp_norm.scale"} <= parts.tensors.keys()
-    _require(has_norms, "a layer without a norm before attention or MLP")
+    require(has_norms, "a layer without a norm before attention or MLP")
     return parts
 
 
@@ -257,99 +333,6 @@ def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
     parts.linear("output", output)
     parts.number("cap", cap or 0)
     return parts
-
-
-class CppDecoder:
-    """The layers and heads of a generation's target model and draft decoder in C++.
-
-    Raises an `UnknownPartError` if the C++ does not support a part of the target model. If it does not support a part
-    of the draft, `unknown` says which, and `models` or `heads` lack it. `draft` is `Layers::draft` of layers.cpp with
-    its model arguments filled in; None if the draft has an unsupported part.
-    """
-
-    def __init__(
-        self,
-        cache: DecodingCache,
-        model: LayerSkipDecoder,
-        draft_decoder: LayerSkipDecoder,
-        draft_head: DraftHead | None,
-    ) -> None:
-        dtype = model.tok_embeddings.weight.dtype  # the cache's too
-        _require(dtype in (torch.float32, torch.bfloat16), str(dtype))
-        self.models = {model: (cache.of(model), [layer_parts(layer) for layer in model.layers])}
-        self.heads: dict[nn.Module, Parts] = {model: head_parts(model.norm, head_of(model), model.logit_cap)}
-        self.model, self.draft_decoder, self.draft_head = model, draft_decoder, draft_head
-        self.unknown: UnknownPartError | None = None
-        try:
-            if draft_head is not None:
-                self.heads[draft_head] = head_parts(draft_head.norm, draft_head.output, draft_head.cap)
-            if draft_decoder is not model:
-                of_draft = [layer_parts(layer) for layer in draft_decoder.layers]
-                self.models[draft_decoder] = (cache.of(draft_decoder), of_draft)
-                head = head_of(draft_decoder)
-                self.heads[draft_decoder] = head_parts(draft_decoder.norm, head, draft_decoder.logit_cap)
-        except UnknownPartError as e:
-            self.unknown = e
-
-    def load(self) -> bool:
-        """Compile the C++, move the weights to huge pages (False if both had been done before), and pass them on."""
-        load_library()
-        modules = [part for _, layers in self.models.values() for part in layers] + [*self.heads.values()]
-        weights = (part.tensors[name] for part in modules for name in part.tensors if name.endswith(".weight"))
-        moved = use_huge_pages(weights)
-        kernels = torch.classes.layerskip
-        self.cpp_heads: dict[nn.Module, Any] = {h: kernels.Head(parts.tensors) for h, parts in self.heads.items()}
-        self.cpp_layers = {model: kernels.Layers() for model in self.models}
-        for model, (caches, layers) in self.models.items():
-            for kept, parts in zip(caches, layers, strict=True):
-                if kept.k is None:  # this generation does not use the layers from here on
-                    break
-                parts.tensors |= {"k_cache": kept.k, "v_cache": kept.v}
-                self.cpp_layers[model].append(parts.tensors)
-        self.draft = self._draft()
-        return moved
-
-    def _draft(self) -> Callable | None:
-        draft_head, embeddings = self.draft_head, self.draft_decoder.tok_embeddings
-        if self.unknown or type(embeddings) not in (nn.Embedding, GemmaNormEmbeddings, ScaledEmbedding):
-            return None
-        factor = torch.tensor(getattr(embeddings, "factor", 1.0), dtype=torch.float64)
-        if type(embeddings) is GemmaNormEmbeddings:  # the root of the width, rounded to the weights' dtype
-            factor = torch.tensor(embeddings.embedding_dim**0.5, dtype=embeddings.weight.dtype)
-        return partial(
-            self.cpp_layers[self.draft_decoder].draft,
-            self.cpp_heads[draft_head or self.draft_decoder],
-            embeddings.weight.detach(),
-            factor.item(),
-            draft_head and draft_head.vocabulary,
-        )
-
-    def run(
-        self,
-        model: LayerSkipDecoder,
-        x: torch.Tensor,
-        at: torch.Tensor,
-        end: int,
-        layers: range,
-        rows: Sequence[int] | None = None,
-        only_cache: bool = False,
-    ) -> torch.Tensor:
-        """`layers` of the model or the draft decoder: x [b, s, d], or for layer 0 token ids [b, s] -> fp32 [b, s, d].
-
-        The tokens are in the slots `at` [b or 1, s], below `end`, of the cache's `rows` [b] (None: all rows). With
-        `only_cache`, only their keys and values are computed, and the result has no meaning.
-        """
-        x = model.tok_embeddings(x) if x.dim() == 2 else x
-        cache_rows = [*range(len(x))] if rows is None else [*rows]
-        return self.cpp_layers[model].run(x, at, cache_rows, end, layers.start, layers.stop, only_cache)
-
-    def choose_tokens(self, *args: torch.Tensor | None) -> torch.Tensor:
-        """`sampling.choose_tokens` with keys."""
-        return torch.ops.layerskip.choose_tokens(*args)
-
-    def logits(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """fp32 logits of a model's head or the draft head: x [b, s, d] -> [b, s, v]."""
-        return self.cpp_heads[head].logits(x)
 
 
 def _computed(compute: Callable[[], Any], *tensors: torch.Tensor) -> Any:
@@ -364,6 +347,7 @@ def _fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().float().contiguous()
 
 
-def _require(supported: bool, part: str) -> None:
+def require(supported: bool, part: str) -> None:
+    """Raise an `UnknownPartError` for a part that is not supported."""
     if not supported:
         raise UnknownPartError(part)

@@ -272,7 +272,7 @@ struct Head : torch::CustomClassHolder {
   // x [b, s, d] -> [b, s, v].
   at::Tensor logits(const at::Tensor& x) const {
     const int64_t m = x.size(0) * x.size(1), d = x.size(2);
-    TORCH_CHECK(d == output.weight.size(1), "a state of ", output.weight.size(1), " numbers, not ", d);
+    TORCH_CHECK(d == output.width(), "a state of ", output.width(), " numbers, not ", d);
     const at::Tensor states = x.to(at::kFloat).contiguous(), normed = room(m * d);
     const at::Tensor out = at::empty({x.size(0), x.size(1), output.columns()}, at::kFloat);
     if (norm) norm(m, d, floats(states), normed.mutable_data_ptr<float>());
@@ -348,6 +348,7 @@ struct Layers : torch::CustomClassHolder {
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
   library.def("choose_tokens", &choose_tokens);
+  library.def("pack_int4", &pack_int4);
   library.class_<Head>("Head").def(torch::init<Tensors>()).def("logits", &Head::logits);
   library.class_<Layers>("Layers")
       .def(torch::init<>())

@@ -97,10 +97,10 @@ def _read_prompt_file(name: str) -> list[Example]:
     content = content.removeprefix("\ufeff")  # a byte order mark
     if not lines:
         return [_example(content, "prompt_file")]
-    found = parse_json_lines(content)
-    if not found:
+    by_number = parse_json_lines(content)
+    if not by_number:
         raise ConfigError(f"prompt_file: {name!r} holds no prompt")
-    return [_example(line, f"prompt_file line {at}", at) for at, line in found.items()]
+    return [_example(line, f"prompt_file line {number}", number) for number, line in by_number.items()]
 
 
 def _example(item: Any, key: str, line: int | None = None) -> Example:
@@ -124,9 +124,13 @@ def _mistake(fields: Mapping[str, Any]) -> str | None:
     """What is wrong with the prompt and the response of an example."""
     if "prompt" not in fields:
         return f'{str(fields)[:60]} has no field prompt; for example {{"prompt": "text"}}'
-    prompt, response = fields["prompt"], fields.get("response")
-    if not isinstance(response, str | None):
+    if not isinstance(response := fields.get("response"), str | None):
         return f'response {response!r} is no text; for example {{"prompt": "a", "response": "b"}}'
+    return prompt_mistake(fields["prompt"])
+
+
+def prompt_mistake(prompt: Any) -> str | None:
+    """What is wrong with a prompt: raw text, or the user's part of a chat and maybe the system's."""
     is_chat = isinstance(prompt, Mapping)
     chat = prompt if is_chat else {"user": prompt}
     texts = all(isinstance(text, str | None) for text in chat.values())
