@@ -5,8 +5,10 @@ from collections import Counter
 import pytest
 import torch
 from helpers.compiled import LONG, LONGER, OTHER_WAYS, SHORT, WAYS, make_small, run
-from helpers.speculation import plain
+from helpers.decoding import model_of
+from helpers.speculation import PROMPTS, plain
 
+from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.state import ModelState
@@ -38,14 +40,15 @@ def gpu_steps(no_cuda, monkeypatch):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("queries", [1, 4, 50])
-def test_attention_by_blocks_is_a_softmax_over_the_visible_slots(group, queries):
+@pytest.mark.parametrize("window", [None, 30])
+def test_attention_by_blocks_is_a_softmax_over_the_visible_slots(window, group, queries):
     """Against a softmax over the visible slots alone, within the first block of a cache, across its end, and behind."""
     torch.manual_seed(81)
     starts, slots, dim = [3, BLOCK - 2, 2 * BLOCK + 9], 3 * BLOCK, 16
     q = torch.randn(3, 2 * group, queries, dim)
     k, v = torch.randn(2, 3, 2, slots, dim)
     at = torch.tensor(starts)[:, None] + torch.arange(queries)
-    attention = BlockAttention(at, slots)
+    attention = BlockAttention(at, slots, window)
     out = attention(q.reshape(3, 2, group * queries, dim), k, v).reshape(q.shape)
     # Without a GPU torch looks at no blocks. Those that the kernel reads are one row of a table for all queries.
     read = torch.arange(3) * BLOCK <= at[:, -1:]
@@ -53,7 +56,9 @@ def test_attention_by_blocks_is_a_softmax_over_the_visible_slots(group, queries)
     for row, start in enumerate(starts):
         for query in range(queries):
             for head in range(2 * group):
-                keys, values = (cached[row, head // group, : start + query + 1] for cached in (k, v))
+                end = start + query + 1
+                seen = slice(0 if window is None else max(end - window, 0), end)
+                keys, values = (cached[row, head // group, seen] for cached in (k, v))
                 expected = (keys @ q[row, head, query] / dim**0.5).softmax(0) @ values
                 torch.testing.assert_close(out[row, head, query], expected)
 
@@ -71,6 +76,15 @@ def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
             graphs = graphs or dict(gpu_steps.graphs)
             assert gpu_steps.graphs == graphs
     assert generation.stats.accepted > 0 or way == "plain"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "lfm2"])
+def test_graphs_of_a_gpu_run_windows_and_convolutions(family, gpu_steps):
+    model = model_of(family)
+    generation = run(model, PROMPTS, 18, rows=2, speculation=Speculation(2, 4))
+    assert generation.generated == [plain(model, prompt, 18) for prompt in PROMPTS]
+    assert gpu_steps.graphs and not gpu_steps.masked and not gpu_steps.refused
 
 
 @pytest.mark.slow
