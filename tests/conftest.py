@@ -1,4 +1,7 @@
-"""Shared by the tests: tiny models of every family, a tiny tokenizer folder, and the real `tune run`."""
+"""Shared by the tests: a tiny model, a tiny tokenizer folder and checkpoint, configs, and `layerskip`.
+
+The fixtures import torch and what needs it, since xdist's main process loads this file too before it starts workers.
+"""
 
 import atexit
 import functools
@@ -11,19 +14,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
-from helpers.configs import finetune_config, generate_config, make_checkpoint
-from helpers.tiny import FAMILIES, make_tiny
-from torchtune.training import FullModelHFCheckpointer
 
-from layerskip_recipes.generation.stats import memory_bandwidth
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # A shell that starts a program in the background may have it ignore Ctrl-C, and so all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny models are faster on one thread: on a busy machine four times, where threads wait for each other. Results must
 # not depend on the number, which OMP_NUM_THREADS sets.
-torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Test files that are started as programs find tests/helpers too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 # One folder for a test run and all of its processes: xdist's workers inherit its name. It holds what inductor compiles,
@@ -33,8 +32,7 @@ if "LAYERSKIP_TEST_RUN" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["LAYERSKIP_TEST_RUN"], ignore_errors=True)
 SHARED = Path(os.environ["LAYERSKIP_TEST_RUN"])
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SHARED / "inductor"))
-# Each report measures the memory's speed: here by 8 MB instead of 256, which take a quarter of a second.
-memory_bandwidth.__wrapped__.__defaults__ = (8, 3)
+os.environ["XDG_CACHE_HOME"] = str(SHARED / "cache")  # no test writes to the user's home
 
 # With --dist loadfile --no-loadscope-reorder these files start first: what takes minutes must not come last.
 LONG = ("test_readme", "test_distributed_finetune", "test_real", "test_cpp_decoder", "test_kills", "test_gpu_report")
@@ -53,27 +51,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def tiny():
     """A tiny llama3_2 model in eval mode: 6 layers, vocabulary 97, 128 positions."""
+    from helpers.tiny import make_tiny
+
     return make_tiny()
 
 
-@pytest.fixture(params=FAMILIES)
-def any_family(request):
-    """A tiny model of each family."""
-    return make_tiny(request.param)
-
-
 @pytest.fixture
-def float64(monkeypatch):
+def float64():
     """New models compute in float64 throughout, also where torchtune asks for fp32 (norms, rotations, logits).
 
     For tests that two computations are the same mathematics: their tolerance does not depend on a processor's kernels.
     """
-    to_float32 = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float32(x))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    from helpers.precision import in_float64
+
+    with in_float64():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,6 +79,8 @@ def little_garbage():
 @pytest.fixture(scope="module", autouse=True)
 def no_settings_of_other_files():
     """Recipes set torch's switches for the whole process, of which torch's cache of compiled code takes notice."""
+    import torch
+
     torch.set_float32_matmul_precision("highest")
     torch.set_deterministic_debug_mode("default")
 
@@ -104,24 +98,31 @@ def tokenizer_folder() -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
     """The folder of `make_checkpoint`; tests only read it."""
+    from helpers.configs import make_checkpoint
+
     return make_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint", tokenizer_folder)
 
 
 @pytest.fixture
 def finetune(tmp_path, tokenizer_folder):
     """`finetune_config` in the test's own folder: a function of the keys that differ."""
+    from helpers.configs import finetune_config
+
     return functools.partial(finetune_config, tmp_path, tokenizer_folder)
 
 
 @pytest.fixture
 def path(tmp_path, checkpoint) -> Path:
     """A generation of 24 tokens from it."""
+    from helpers.configs import generate_config
+
     return generate_config(tmp_path, checkpoint, max_new_tokens=24)
 
 
 @pytest.fixture
 def no_weights(monkeypatch):
     """Weights must not be read before a mistake is found."""
+    from torchtune.training import FullModelHFCheckpointer
 
     def load(self, *args, **kwargs):
         raise AssertionError("the weights are loaded before the mistake is found")
@@ -132,6 +133,8 @@ def no_weights(monkeypatch):
 @pytest.fixture
 def traced(monkeypatch):
     """Graphs of torch's own operations, made in a second each. test_compile.py has inductor's of greedy chains."""
+    import torch
+
     compile = torch.compile
 
     def without_inductor(function, *, options, **arguments):

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.acceptance.tokens_per_round import ALL_TOKENS, FirstAndLater, expected_rounds
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
+from layerskip_recipes.model.decoder import LayerSkipDecoder, move_batch, on_device
 from layerskip_recipes.model.draft import Draft
-from layerskip_recipes.model.head import Head, chunk_tokens, compute_dtype
+from layerskip_recipes.model.head import Head, compute_dtype
 from layerskip_recipes.model.limits import check_batch
+
+MOST_CHUNK_TOKENS = 512  # five tensors [tokens, vocabulary] in fp32 are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def exit_quality(
     draft: Draft | None = None,
     vocabulary: Sequence[int] = (),
     sizes: Sequence[int] = (),
+    chunk_tokens: int = MOST_CHUNK_TOKENS,
     generated: Callable[[torch.Tensor], torch.Tensor] = lambda labels: torch.ones_like(labels, dtype=torch.bool),
 ) -> dict[int, ExitQuality]:
     """Quality of each exit over the counted labels, summed over processes by `add_up`.
@@ -64,7 +66,7 @@ def exit_quality(
     A batch is a dict with tokens [b, s], unshifted labels [b, s] and other inputs of the decoder. `exits` includes the
     last layer. Each exit is measured as a draft model of n = `num_speculations` tokens, over all tokens and, for each
     size in `sizes`, over the first tokens of `vocabulary`. A trained `draft` is exit 0, with its own vocabulary; then
-    the only other exit is the last one. `key` is the data's config key in messages. `generated` tells which labels
+    the only other exit is the last one. `chunk_tokens`, at most 512: how many tokens have logits at a time. `key` is the data's config key in messages. `generated` tells which labels
     [b, s] decoding generates, as `ReplyFormat.generated`.
     """
     exits, last = sorted(exits), model.num_layers
@@ -76,9 +78,9 @@ def exit_quality(
         # Labels that count, each at the position that predicts it.
         check_batch(batch["tokens"], model, key)
         written = generated(batch["labels"])
-        utils.batch_to_device(batch, device)
+        move_batch(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
-        at_labels = _Batch(labels, F.pad(written[:, 1:], (0, 1)).to(device), vocabularies, num_speculations)
+        at_labels = _Batch(labels, F.pad(written[:, 1:], (0, 1)).to(device), vocabularies, num_speculations, chunk_tokens)
         # Hidden states of all exits stay until the last layer; compare() then computes logits chunk by chunk.
         if draft is None:
 
@@ -140,8 +142,10 @@ class _Batch:
         generated: torch.Tensor,
         vocabularies: Mapping[str, torch.Tensor | slice],
         num_speculations: int,
+        chunk_tokens: int,
     ) -> None:
         self.vocabularies, self.num_speculations = vocabularies, num_speculations
+        self.chunk_tokens = min(chunk_tokens, MOST_CHUNK_TOKENS)
         self.counts = labels != CROSS_ENTROPY_IGNORE_IDX
         self.generated = generated & self.counts
         self.rows = self.counts.flatten().nonzero()[:, 0]  # computed once, because it synchronises a GPU
@@ -166,7 +170,7 @@ class _Batch:
         loss = torch.zeros(exits, dtype=widest, device=device)
         right = torch.empty(exits, num_labels, dtype=torch.bool, device=device)
         drafted = torch.zeros(2, exits, len(self.vocabularies), 3, num_labels, device=device)
-        size, computing = chunk_tokens(device.type), compute_dtype(final_states)
+        size, computing = self.chunk_tokens, compute_dtype(final_states)
         # Cast the head once; autocast would cast it for each chunk and exit.
         with head.using([parameter.to(computing) for parameter in head.parameters]):
             for start in range(0, num_labels, size):

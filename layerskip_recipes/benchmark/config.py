@@ -22,34 +22,32 @@ from layerskip_recipes.generation.sampling import Temperature
 from layerskip_recipes.model.decoder import layerskip_decoder
 
 BASELINE = "baseline"
-EXAMPLE = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
-
-
+VARIANT_EXAMPLE = "for example variants.chain.exit_layer=3 variants.chain.num_speculations=5"
 NEW_TOKENS = 128
 
 
 def _parse_variants(value: Any) -> dict[str, SelfSpeculation]:
     """Parse the sections by name. null drops a variant of the extended config."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f": {value!r} is not allowed. Allowed: named sections; {EXAMPLE}")
+        raise ConfigError(f": {value!r} is not allowed. Allowed: named sections; {VARIANT_EXAMPLE}")
     variants: dict[str, SelfSpeculation] = {}
     for name, section in value.items():
         if section is None:
             continue
         key = f"variants.{name}"
         if name == BASELINE:
-            raise ConfigError(f"{key}: the name is taken. Allowed: any except {BASELINE}; {EXAMPLE}")
+            raise ConfigError(f"{key}: the name is taken. Allowed: any except {BASELINE}; {VARIANT_EXAMPLE}")
         variants[name] = SelfSpeculation.parse(_with_defaults({} if section == AUTO else section), key)
     return variants
 
 
 def _with_defaults(section: Any) -> Any:
     """With an exit or a draft, missing keys are not `auto`."""
-    given = dict(section) if isinstance(section, Mapping) else {}
-    has_draft = given.get("draft", AUTO) not in (None, AUTO)
-    if not has_draft and given.get("exit_layer", AUTO) == AUTO:
+    keys = dict(section) if isinstance(section, Mapping) else {}
+    has_draft = keys.get("draft", AUTO) not in (None, AUTO)
+    if not has_draft and keys.get("exit_layer", AUTO) == AUTO:
         return section
-    return SPECULATION_DEFAULTS | ({"draft_vocabulary": AUTO} if has_draft else {}) | given
+    return SPECULATION_DEFAULTS | ({"draft_vocabulary": AUTO} if has_draft else {}) | keys
 
 
 class BenchmarkConfig(DecodingConfig, PromptConfig):
@@ -114,8 +112,8 @@ class BenchmarkConfig(DecodingConfig, PromptConfig):
 
     @property
     def all_temperatures(self) -> list[float]:
-        given = self.temperatures or ([0.0, 0.8] if self.temperature is None else [self.temperature])
-        return list(dict.fromkeys(given))
+        temperatures = self.temperatures or ([0.0, 0.8] if self.temperature is None else [self.temperature])
+        return list(dict.fromkeys(temperatures))
 
     @property
     def tuned_path(self) -> Path | None:
@@ -156,7 +154,7 @@ class BenchmarkConfig(DecodingConfig, PromptConfig):
 
     def _check_methods(self) -> Iterator[str]:
         if not (self.variants or self.self_speculation or self.tune):
-            yield f"variants: {self.variants or None} has nothing to compare. Allowed: sections; {EXAMPLE}"
+            yield f"variants: {self.variants or None} has nothing to compare. Allowed: sections; {VARIANT_EXAMPLE}"
         if self.variants and self.self_speculation is not None and not self.tune:
             yield (
                 f"self_speculation: {self.self_speculation!r} has no effect beside variants. Set self_speculation=null"

@@ -14,7 +14,7 @@ from layerskip_recipes.generation.stats import GenerationStats, is_looping
 from layerskip_recipes.generation.text.text_stream import follow
 
 TokenLists = Sequence[Sequence[int]]
-Method = Speculation | None  # self-speculation, autoregressive
+Method = Speculation | None  # None: plain decoding, without drafts
 
 
 @dataclass
@@ -102,6 +102,7 @@ class Turns:
     ) -> dict[str, Run]:
         runs = {}
         for name, method in methods.items():
-            runs[name] = Run(repeat, *self.decode(method, temperature, batch, seed, always_draft))
-            self.compile_s[temperature, name] += runs[name].stats.compile_s
+            outputs, stats = self.decode(method, temperature, batch, seed, always_draft)
+            runs[name] = Run(repeat, outputs, stats)
+            self.compile_s[temperature, name] += stats.compile_s
         return runs

@@ -1,5 +1,4 @@
-"""`tune run layerskip_benchmark` compares autoregressive decoding and self-speculation, in one process and on the same
-prompts."""
+"""`tune run layerskip_benchmark` compares self-speculation with plain decoding, in one process on the same prompts."""
 
 import importlib.metadata
 import json
@@ -23,7 +22,7 @@ from layerskip_recipes.benchmark.config import BASELINE, BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Method, Run, Turns, longest_prompt
 from layerskip_recipes.benchmark.report import device_name, figures, markdown, plot, speedup_by_acceptance
 from layerskip_recipes.benchmark.text_metrics import check_references, text_metrics
-from layerskip_recipes.benchmark.tuner import Candidate, Tuner, check_config_path, write_choice
+from layerskip_recipes.benchmark.tuner import Tuner, check_config_path, write_choice
 from layerskip_recipes.checkpoint.answers import Answers
 from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
@@ -53,7 +52,13 @@ def _plan_of_random_weights(section: SelfSpeculation, model: LayerSkipDecoder) -
     keys = SPECULATION_DEFAULTS | {"exit_layer": default_exit(model.num_layers)} | section.given
     ids = keys["draft_vocabulary"]
     ids = range(min(ids, model.tok_embeddings.num_embeddings)) if isinstance(ids, int) else ids
-    return Speculation(**keys | {"prompt_lookup": None, "answers": None, "draft_vocabulary": ids})
+    return Speculation(
+        keys["exit_layer"],
+        keys["num_speculations"],
+        ids,
+        min_confidence=keys["min_confidence"],
+        draft_int8=keys["draft_int8"],
+    )
 
 
 class LayerSkipBenchmark:
@@ -77,7 +82,7 @@ class LayerSkipBenchmark:
         self.seed = training.set_seed(seed=cfg.seed)
         # How to draft.
         model = layerskip_decoder(cfg.meta_model)
-        self.candidates: dict[str, Candidate] = {}
+        self.tuned_sections: dict[str, SelfSpeculation] = {}  # by the names of the variants that `tune` measures
         self.frequent: Sequence[int] | None = None  # the checkpoint's tokens, for `tune`
         self.tuned_draft: DraftDescription | None = None  # whose length and precision `tune` chooses
         self.answers: Answers | None = None  # for the look-ups of `tune`
@@ -167,8 +172,10 @@ class LayerSkipBenchmark:
             self.llm = LLM.of_config(cfg, self.device, self.tokenizer, plans)
         self.turns = Turns(cfg, self.llm, self.batches, self.limit, self.reserve, self.seed, self.spare_tokens)
         if cfg.tune:
-            self.candidates = Tuner(cfg, self.turns, self.frequent, self.tuned_draft, self.answers).candidates()
-            self.methods |= {name: candidate.plan for name, candidate in self.candidates.items()}
+            tuner = Tuner(cfg, self.turns, self.frequent, self.tuned_draft, self.answers)
+            candidates = tuner.candidates()
+            self.methods |= candidates
+            self.tuned_sections = {name: tuner.section(plan) for name, plan in candidates.items()}
 
     def benchmark(self) -> dict[str, Any]:
         """Measure and write the report; after Ctrl-C or an error it has the runs so far."""
@@ -188,7 +195,7 @@ class LayerSkipBenchmark:
             if report["results"]:  # otherwise keep the last report
                 self._write(report)
         if cfg.tuned_path is not None and not interrupted:
-            write_choice(cfg, cfg.tuned_path, report, self.candidates)
+            write_choice(cfg, cfg.tuned_path, report, self.tuned_sections)
         return report
 
     def _report(self, interrupted: bool) -> dict[str, Any]:
@@ -200,14 +207,12 @@ class LayerSkipBenchmark:
             row = {
                 "temperature": temperature,
                 "name": name,
-                "kind": "baseline" if name == BASELINE else "variant",
                 "compile_s": self.turns.compile_s[temperature, name],
                 "predicted_speedup": None,
             }
-            candidate = self.candidates.get(name)
-            predicted = candidate is not None and not candidate.plan.looks_up
-            if predicted and temperature == self.cfg.all_temperatures[0]:
-                row["predicted_speedup"] = candidate.plan.speedup
+            plan = self.methods[name]
+            if self.cfg.tune and plan is not None and temperature == self.cfg.all_temperatures[0]:
+                row["predicted_speedup"] = plan.speedup
             row |= figures(runs, self.runs[temperature, BASELINE], self.bandwidth)
             row |= self._quality(runs)
             results.append(row)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from layerskip_recipes.benchmark.config import BASELINE
 from layerskip_recipes.benchmark.measuring import Run
 from layerskip_recipes.generation.report import draft_figures, ratio, safe_divide
 from layerskip_recipes.generation.stats import GenerationStats
@@ -30,29 +31,32 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
 
 
-def figures(runs: Sequence[Run], baseline: Sequence[Run], bandwidth: float) -> dict[str, Any]:
+def figures(runs: Sequence[Run], plain_runs: Sequence[Run], bandwidth: float) -> dict[str, Any]:
     """The figures of a method at one temperature: times in seconds; rates as median, min and max over the repeats.
 
-    `baseline` has the autoregressive runs on the same prompts, whose outputs should be equal.
+    `plain_runs` are those without drafts on the same prompts, whose outputs should be equal.
     """
     stats, repeats = total(runs), by_repeat(runs)
     rate = spread([s.tokens_per_second for s in repeats])
-    by_turn = [*zip(repeats, by_repeat(baseline), strict=False)]
-    speedup = spread([ratio(*turn) for turn in by_turn])
+    plain_repeats = by_repeat(plain_runs)
+    speedup = spread([*map(ratio, repeats, plain_repeats)])
     # Compare both methods on the batches where neither loops.
-    pairs = [pair for pair in zip(runs, baseline, strict=True) if not any(run.loops for run in pair)]
-    both = [by_repeat([pair[side] for pair in pairs]) for side in (0, 1)]
+    pairs = [pair for pair in zip(runs, plain_runs, strict=True) if not any(run.loops for run in pair)]
+    not_looping = by_repeat([run for run, _ in pairs])
+    plain_not_looping = by_repeat([plain_run for _, plain_run in pairs])
     per_token, drafts = stats.bytes_per_token or None, stats.drafted > 0
     return {
         "tokens_per_second": rate,
         "speedup": speedup,
-        "speedup_not_looping": spread([*map(ratio, *both)]),
+        "speedup_not_looping": spread([*map(ratio, not_looping, plain_not_looping)]),
         "answer_tokens_per_second": spread([s.answer_tokens_per_second for s in repeats]),
-        "answer_speedup": spread([ratio(*turn, "answer_tokens_per_second") for turn in by_turn]),
+        "answer_speedup": spread(
+            [ratio(a, b, "answer_tokens_per_second") for a, b in zip(repeats, plain_repeats, strict=False)]
+        ),
         "outputs": sum(len(run.outputs) for run in runs),
         "looping_outputs": sum(run.loops for run in runs),
-        "identical": [r.outputs for r in runs] == [r.outputs for r in baseline] if runs else None,
-        **draft_figures(stats, total(baseline), speedup["median"] if isinstance(speedup, dict) else None),
+        "identical": [r.outputs for r in runs] == [r.outputs for r in plain_runs] if runs else None,
+        **draft_figures(stats, total(plain_runs), speedup["median"] if isinstance(speedup, dict) else None),
         "rounds": stats.rounds,
         "rounds_by_kind": dict(stats.rounds_by_kind),
         "round_s": safe_divide(stats.decode_s, stats.rounds),
@@ -165,11 +169,11 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     count = len(temperatures)
     figure = Figure(figsize=(5 * count + 2, 1.5 + 0.4 * len(results) / count), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False, sharey=True)[0]
-    colours = {"baseline": "tab:gray", "variant": "tab:blue"}
     for temperature, panel in zip(temperatures, panels, strict=True):
         panel.set_title(f"temperature {temperature}")
         rows = [r for r in results if r["temperature"] == temperature and r["tokens_per_second"]]
-        names, colour = [row["name"] for row in rows], [colours[row["kind"]] for row in rows]
+        names = [row["name"] for row in rows]
+        colour = ["tab:gray" if name == BASELINE else "tab:blue" for name in names]
         answers = [row["answer_tokens_per_second"] for row in rows]
         medians = [rate["median"] for rate in answers]
         reach = [[r["median"] - r["min"] for r in answers], [r["max"] - r["median"] for r in answers]]

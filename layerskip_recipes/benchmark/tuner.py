@@ -1,6 +1,6 @@
 """`layerskip_benchmark tune=true` finds the fastest drafting method on this machine.
 
-1. Decode the prompts autoregressively.
+1. Decode the prompts without drafts.
 2. Run one teacher-forced pass over the texts: it gives the tokens per round of every exit and draft vocabulary, or of
    the trained draft, with drafts of a fixed length and with drafts that end at low confidence.
 3. Time a few short probes: they give the cost of the parts of a round.
@@ -10,7 +10,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,15 @@ PROBE_TOKENS = 48  # new tokens per prompt in a probe
 FIRST_LINE = "# Written by layerskip_benchmark: "  # marks a tuned config
 # Settings that affect the choice, besides the temperature.
 MEASURED_WITH = (
-    *("device", "dtype", "float32_matmul_precision", "compile"),
-    *("batch_size", "top_k", "top_p", "min_p", "repetition_penalty"),
+    "device",
+    "dtype",
+    "float32_matmul_precision",
+    "compile",
+    "batch_size",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
 )
 NOTHING_TO_DRAFT = (
     "max_new_tokens: the outputs ended with their first tokens, or the limit leaves no room for a draft. Give other "
@@ -53,21 +60,13 @@ NOTHING_TO_DRAFT = (
 )
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A plan to measure, with the predicted speed-up."""
-
-    plan: Speculation
-    written: SelfSpeculation  # for tuned.yaml: its draft vocabulary may be a number of the checkpoint's tokens
-
-    @property
-    def name(self) -> str:
-        plan = self.plan
-        parts = ["draft" if plan.draft_layers else f"exit{plan.model_layers}", f"{plan.num_speculations}"]
-        if plan.num_draft_tokens is not None and not plan.draft_layers:
-            parts.append(f"vocabulary{plan.num_draft_tokens}")
-        flags = {"int8": plan.draft_int8, "confident": plan.ends_early, "lookup": plan.looks_up}
-        return "_".join([*parts, *(name for name, on in flags.items() if on)])
+def variant_name(plan: Speculation) -> str:
+    """The plan's name in the report."""
+    parts = ["draft" if plan.draft_layers else f"exit{plan.model_layers}", f"{plan.num_speculations}"]
+    if plan.num_draft_tokens is not None and not plan.draft_layers:
+        parts.append(f"vocabulary{plan.num_draft_tokens}")
+    flags = {"int8": plan.draft_int8, "confident": plan.ends_early, "lookup": plan.looks_up}
+    return "_".join([*parts, *(name for name, on in flags.items() if on)])
 
 
 def measured_rates(
@@ -125,11 +124,12 @@ def fitted_costs(
     features = torch.tensor([factors(plan) for plan, _ in timed]).double()
     seconds = torch.tensor([[s.draft_s / s.draft_steps] for _, s in timed]).double()
     fit = torch.linalg.lstsq(features, seconds, driver="gelsd").solution[:, 0].tolist()
+    step, layer, head_row, int8_step, int8_layer, int8_head_row = fit
     further = []
     for plan, s in timed:
         verified = s.draft_steps / s.rounds * batch_rows * (1 - plan.shared_layers / num_layers)
         further.append((s.verify_s / s.rounds / plain_s - 1) / verified)
-    draft = {False: StepCost(*fit[:3]), True: StepCost(*fit[3:])}
+    draft = {False: StepCost(step, layer, head_row), True: StepCost(int8_step, int8_layer, int8_head_row)}
     rest = statistics.median(s.accept_s / s.rounds for _, s in timed)
     return Costs(num_layers, vocabulary, plain_s, draft, max(statistics.median(further), 0.0), rest, batch_rows)
 
@@ -173,13 +173,13 @@ class Tuner:
         self.trained = None if draft is None else read_draft(draft, self.model, f"{KEY}.draft")
         turns.llm.state.trained_draft = self.trained
 
-    def candidates(self) -> dict[str, Candidate]:
-        """The candidates by name; prints the predictions."""
-        baseline = self._decode_all(None)
-        plain = sum((stats for _, stats in baseline), GenerationStats())
+    def candidates(self) -> dict[str, Speculation]:
+        """The plans to measure, by name, with their predicted speed-ups; prints the predictions."""
+        plain_runs = self._decode_all(None)
+        plain = sum((stats for _, stats in plain_runs), GenerationStats())
         if plain.tokens == plain.first_tokens:
             raise ConfigError(NOTHING_TO_DRAFT)
-        texts = zip(self.prompts, [row for rows, _ in baseline for row in rows], strict=True)
+        texts = zip(self.prompts, [output for outputs, _ in plain_runs for output in outputs], strict=True)
         on_cpu = self.model.tok_embeddings.weight.device.type == "cpu"
         min_confidences = [0.0, MIN_CONFIDENCE] if on_cpu and self.batch_rows == 1 else [0.0]
         precisions = [False, True] if self.cfg.compile and on_cpu else [False]
@@ -200,22 +200,23 @@ class Tuner:
         costs = fitted_costs(timed, plain.decode_s / plain.rounds, self.model.num_layers, size, self.batch_rows)
         chosen = pick(ranked(variants(measured, self.temperature, min_confidences, precisions), costs))
         print(f"{'predicted':<36}{'tokens / round':>15}{'ms / round':>12}{'speed-up':>10}")
-        candidates = [self._candidate(plan) for plan in chosen]
-        for candidate in candidates:
-            tokens, speedup = candidate.plan.tokens_per_round or 0.0, candidate.plan.speedup or 1.0
+        for plan in chosen:
+            tokens, speedup = plan.tokens_per_round or 0.0, plan.speedup or 1.0
             round_ms = 1000 * tokens * costs.plain_step_s / speedup
-            print(f"{candidate.name:<36}{tokens:>15.2f}{round_ms:>12.2f}{speedup:>9.2f}x")
-        candidates.append(self._candidate(replace(chosen[0], prompt_lookup=LOOKUP, answers=self.answers)))
-        return {candidate.name: candidate for candidate in candidates}
+            print(f"{variant_name(plan):<36}{tokens:>15.2f}{round_ms:>12.2f}{speedup:>9.2f}x")
+        best = replace(chosen[0], tokens_per_round=None, speedup=None)  # which are not predicted with look-ups
+        with_look_ups = replace(best, prompt_lookup=LOOKUP, answers=self.answers)
+        return {variant_name(plan): plan for plan in (*chosen, with_look_ups)}
 
-    def _candidate(self, plan: Speculation) -> Candidate:
-        written = SelfSpeculation().resolved(plan)
-        assert written is not None
+    def section(self, plan: Speculation) -> SelfSpeculation:
+        """A plan as the section of the tuned config."""
+        section = SelfSpeculation().resolved(plan)
+        assert section is not None
         if self.draft is not None:
-            written = written.model_copy(update={"draft_vocabulary": AUTO})  # the draft's own
-        elif not self.stored:  # generation would count a number of tokens in its own prompts
-            written = written.model_copy(update={"draft_vocabulary": plan.draft_vocabulary})
-        return Candidate(plan, written)
+            return section.model_copy(update={"draft_vocabulary": AUTO})  # that of the draft
+        if not self.stored:  # generation would count a number of tokens in its own prompts
+            return section.model_copy(update={"draft_vocabulary": plan.draft_vocabulary})
+        return section
 
     def _probes(self, small: int) -> list[Speculation]:
         """Probes that differ in layers, head rows and draft length, so that `fitted_costs` can separate the costs."""
@@ -284,12 +285,12 @@ def write_config(path: Path, cfg: BenchmarkConfig, best: SelfSpeculation | None,
 
 
 def write_choice(
-    cfg: BenchmarkConfig, path: Path, report: Mapping[str, Any], candidates: Mapping[str, Candidate]
+    cfg: BenchmarkConfig, path: Path, report: Mapping[str, Any], sections: Mapping[str, SelfSpeculation]
 ) -> None:
-    """Print predicted and measured speed-ups, and write the config of the fastest candidate."""
+    """Print predicted and measured speed-ups of variants, and write the config of the fastest one."""
     temperature = cfg.all_temperatures[0]
     rows = {row["name"]: row for row in report["results"] if row["temperature"] == temperature and row["speedup"]}
-    measured = {name: rows[name]["speedup"]["median"] for name in candidates if name in rows}
+    measured = {name: rows[name]["speedup"]["median"] for name in sections if name in rows}
     print(f"{'variant':<36}{'predicted':>10}{'measured':>10}")
     for name, speedup in measured.items():
         predicted = rows[name]["predicted_speedup"]
@@ -300,5 +301,5 @@ def write_choice(
     faster = measured[best] > 1
     chosen = f"{best} at {measured[best]:.2f}x" if faster else f"no drafts, since {best} had {measured[best]:.2f}x"
     why = f"{chosen}, temperature {temperature}, {report['device']}"
-    write_config(path, cfg, candidates[best].written if faster else None, why)
-    print(f"fastest: {best if faster else 'autoregressive'}; written to {path}")
+    write_config(path, cfg, sections[best] if faster else None, why)
+    print(f"fastest: {best if faster else 'no drafts'}; written to {path}")

@@ -33,8 +33,8 @@ from layerskip_recipes.config.schema import check
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError, first_line
 from layerskip_recipes.families.hf_decoder import build_decoder
-from layerskip_recipes.families.hf_names import from_files
-from layerskip_recipes.families.reading import parse_hf_config
+from layerskip_recipes.families.hf_names import from_files, of_text_model
+from layerskip_recipes.families.reading import FAMILIES, parse_hf_config, text_config
 from layerskip_recipes.folders.model_folder import holds_adapters, model_folder, named_folder, without_code
 from layerskip_recipes.folders.run_folder import flush
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -87,8 +87,15 @@ def export(
             adapted.save_checkpoint(adapted.load_checkpoint())
             return export(str(Path(scratch) / "epoch_0"), out, exit_layer, draft, vocabulary, own)
     # Check the arguments and the checkpoint.
-    config = read_json(source / "config.json", "export")
+    config = text_config(read_json(source / "config.json", "export"))
     config.pop("auto_map", None)
+    family = FAMILIES.get(next(iter(config.get("architectures") or [""])))
+    in_loop = family is None or family.IN_TRANSFORMERS_LOOP
+    if exit_layer is not None and not in_loop:
+        raise ConfigError(
+            f"--exit-layer: {exit_layer} is for the decoding loop of transformers, which does not run "
+            f"{config['architectures'][0]}. Leave it out, or write a draft model with --draft"
+        )
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise ConfigError(f"export: {str(source / 'config.json')!r} has no num_hidden_layers. Allowed: a text model")
@@ -119,7 +126,7 @@ def export(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict(tensors, folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
-        if own and exit_layer is None and draft is None:
+        if own and exit_layer is None and draft is None and in_loop:
             _write_own_draft(own, folder / DRAFT)
         if exit_layer is not None or (folder / DRAFT).exists():  # the decoding loop needs a draft
             (folder / "custom_generate").mkdir()
@@ -289,6 +296,6 @@ def _copy_files(source: Path, target: Path) -> None:
 
 def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:
     """The tensors of the first `layers` layers and all tensors outside of layers, as views of the mapped files."""
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    tensors = {name: tensor for file in files for name, tensor in of_text_model(load_file(file)).items()}
     number = {name: int(found[1]) for name in tensors if (found := LAYER.search(name))}
     return {name: tensor for name, tensor in tensors.items() if number.get(name, 0) < layers}

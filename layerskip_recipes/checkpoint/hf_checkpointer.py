@@ -25,8 +25,8 @@ from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_config import HFConfig
 from layerskip_recipes.families.hf_decoder import build_decoder
-from layerskip_recipes.families.hf_names import from_files, hf_name, place_in_files, to_files
-from layerskip_recipes.families.reading import parse_hf_config
+from layerskip_recipes.families.hf_names import from_files, hf_name, of_text_model, place_in_files, to_files
+from layerskip_recipes.families.reading import parse_hf_config, text_config
 from layerskip_recipes.folders.model_folder import base_folder, model_folder, without_code
 from layerskip_recipes.model.adapters import ADAPTER_FILE, BIASES, check_tensors
 
@@ -54,7 +54,7 @@ class HFCheckpointer:
     ) -> None:
         self._checkpoint_dir = model_folder(path, weights=True)  # torchtune's name
         self._base_dir = base_folder(self._checkpoint_dir, weights=True)
-        self._raw_config = read_json(self._base_dir / "config.json", "checkpointer.path")
+        self._raw_config = text_config(read_json(self._base_dir / "config.json", "checkpointer.path"))
         self.config: HFConfig = parse_hf_config(self._raw_config, str(self._base_dir / "config.json"))
         self._merged = (
             PeftAdapters(self._checkpoint_dir, self.config) if self._base_dir != self._checkpoint_dir else None
@@ -82,7 +82,7 @@ class HFCheckpointer:
         """The weights with torchtune's names, in the files' dtype, as views of the mapped files."""
         tensors: dict[str, torch.Tensor] = {}
         for file in weight_files(self._base_dir):
-            tensors |= load_file(file)
+            tensors |= of_text_model(load_file(file))
         with torch.device("meta"):
             parameters = build_decoder(self.config, max_seq_len=1).state_dict()
         head = self.config.OUTER_NAMES["output.weight"]

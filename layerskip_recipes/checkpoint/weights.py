@@ -52,7 +52,7 @@ def initialise(model: LayerSkipDecoder, seed: int, std: float = 0.02) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
-            into_residual = name.endswith(("attn.output_proj.weight", "mlp.w2.weight"))
+            into_residual = name.endswith(("attn.output_proj.weight", "attn.out_proj.weight", "mlp.w2.weight"))
             scale = std / math.sqrt(2 * model.num_layers) if into_residual else std
             drawn = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
             parameter.copy_(scale * drawn)

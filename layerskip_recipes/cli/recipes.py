@@ -36,7 +36,7 @@ def finetune() -> None:
 
 @run_from_command_line
 def generate() -> None:
-    """Generate text with a torchtune model: autoregressive, early exit, or self-speculative (arXiv 2404.16710).
+    """Generate text with a torchtune model: plainly, from an early exit, or by self-speculation (arXiv 2404.16710).
 
     tune run layerskip_generate --config quickstart/generate
     tune run layerskip_generate --config my.yaml prompt="def fibonacci(n):" self_speculation.exit_layer=4
@@ -77,7 +77,7 @@ def evaluate() -> None:
 
 @run_from_command_line
 def benchmark() -> None:
-    """Compare the speed of autoregressive decoding and self-speculation on one checkpoint.
+    """Compare the speed of plain decoding and self-speculation on one checkpoint.
 
     tune run layerskip_benchmark --config quickstart/benchmark
     tune run layerskip_benchmark --config quickstart/benchmark compile=false repeats=1 report_dir=quickstart/uncompiled

@@ -32,7 +32,19 @@ from transformers.generation import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import cached_file
 
-MODEL_TYPES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+MODEL_TYPES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "granitemoehybrid",
+    "llama",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 DRAFT_FILES = ("draft.json", "model.safetensors")  # in the folder `draft`
 MODES = ("greedy_search", "sample")
 # Logits processors that keep a state between calls. This loop calls processors for drafts and again to verify them.
@@ -77,8 +89,8 @@ def generate(
     Returns:
         The result of `model.generate`. For several prompts the returned dictionary has no cache.
     """
-    kind, supported = model.config.model_type, ", ".join(MODEL_TYPES)
-    require(kind in MODEL_TYPES, f"LayerSkip: cannot run {kind} in part. Allowed: {supported}")
+    model_type, supported = model.config.model_type, ", ".join(MODEL_TYPES)
+    require(model_type in MODEL_TYPES, f"LayerSkip: cannot run {model_type} in part. Allowed: {supported}")
     # `model.generate` must not see the exit, the stop strings and token healing. A shallow copy of the model shares the
     # weights, but has its own settings.
     original, model, generation_config = model, copy.copy(model), copy.deepcopy(generation_config)
@@ -138,14 +150,19 @@ class Part:
     def run(self, hidden: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [b, s, d] after the layers, at positions [b, s]; padding [b, columns] ends at the last one."""
         masks = create_masks_for_generate(self.config, hidden, padding, self.sizes, positions)
-        settings = {"position_ids": positions, "position_embeddings": self.rotary(hidden, positions)}
+        # Masks, and in some models positions, depend on the kind of layer.
+        by_kind = isinstance(self.config.rope_parameters.get("full_attention"), dict)
+        tables = {
+            kind: self.rotary(hidden, positions, *[kind] * by_kind) for kind in ({*self.kinds} if by_kind else [""])
+        }
         for number, layer in enumerate(self.layers, self.first):
             mask = masks[self.kinds[number]] if isinstance(masks, dict) else masks
+            settings = {"position_ids": positions, "position_embeddings": tables[self.kinds[number] if by_kind else ""]}
             hidden = layer(hidden, attention_mask=mask, cache=self.cache, use_cache=True, **settings)
         return hidden
 
 
-class Draft:
+class DraftLayers:
     """Layers that draft token by token, and the layers of the model that verify the drafts in one pass.
 
     `shared`: the layers are the model's first ones. Then the other layers go on from their hidden states, in the same
@@ -158,14 +175,16 @@ class Draft:
 
     def __init__(self, model: Any, layers: Any, norm: Any, shared: bool) -> None:
         self.model, self.layers, self.norm, self.shared = model, layers, norm, shared
-        self.embed, self.head = model.model.embed_tokens, model.lm_head
+        self.head = model.lm_head
 
     def cost(self) -> float:
         """Weights read for a drafted token divided by weights read for a token of the whole model."""
-        own, all_layers = (sum(w.numel() for w in part.parameters()) for part in (self.layers, self.model.model.layers))
+        drafting, all_layers = (
+            sum(w.numel() for w in part.parameters()) for part in (self.layers, self.model.model.layers)
+        )
         head = self.head.weight.numel()
         share = 1 if self.vocabulary is None else len(self.vocabulary) / self.model.config.vocab_size
-        return (own + share * head) / (all_layers + head)
+        return (drafting + share * head) / (all_layers + head)
 
     def rows_cost(self, batch: int) -> float:
         """Extra cost of a step with several tokens, divided by the cost of a step with one token.
@@ -176,23 +195,23 @@ class Draft:
 
     def begin(self, cache: DynamicCache, unknown: int) -> None:
         """Begin texts with the model's cache; the draft cannot read the tokens of its first `unknown` columns."""
-        first, own, self.unknown = len(self.layers), cache, 0
+        first, draft_cache, self.unknown = len(self.layers), cache, 0
         if not self.shared:
-            first, own, self.unknown = 0, DynamicCache(config=self.model.config), unknown
-            own.layers = own.layers[: len(self.layers)]
-            own.activate_past_recording()
-        self.own = Part(self.model, self.layers, 0, own)
-        self.rest = Part(self.model, self.model.model.layers[first:], first, cache)
+            first, draft_cache, self.unknown = 0, DynamicCache(config=self.model.config), unknown
+            draft_cache.layers = draft_cache.layers[: len(self.layers)]
+            draft_cache.activate_past_recording()
+        self.drafting = Part(self.model, self.layers, 0, draft_cache)
+        self.verifying = Part(self.model, self.model.model.layers[first:], first, cache)
         self.states: list[torch.Tensor] = []  # of this round's drafts
         self.rows: Any = None if self.vocabulary is None else self.head.weight[self.vocabulary]  # of the head
 
     def unread(self, columns: int) -> int:
         """How many of the first `columns` tokens the layers have not read."""
-        return columns - self.unknown - self.own.cache.get_seq_length()
+        return columns - self.unknown - self.drafting.cache.get_seq_length()
 
     def next_logits(self, tokens: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Read tokens [b, s], and return the next token's logits [b, 1, v]."""
-        self.states.append(self.own.run(self.embed(tokens), padding[:, self.unknown :], positions)[:, -1:])
+        self.states.append(self.drafting.run(self.embed(tokens), padding[:, self.unknown :], positions)[:, -1:])
         hidden = self.norm(self.states[-1])
         if self.vocabulary is None:
             return self.capped(self.head(hidden))
@@ -203,34 +222,38 @@ class Draft:
     def verify(self, tokens: torch.Tensor, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The model's logits [b, n + 1, v] at the last token of the text and n drafts."""
         if self.shared:
-            last = self.own.run(self.embed(tokens[:, -1:]), padding, positions[:, -1:])
+            last = self.drafting.run(self.embed(tokens[:, -1:]), padding, positions[:, -1:])
             hidden = torch.cat([*self.states, last], 1)
         else:
             hidden = self.embed(tokens)
         self.states = []
-        return self.capped(self.head(self.model.model.norm(self.rest.run(hidden, padding, positions))))
+        return self.capped(self.head(self.model.model.norm(self.verifying.run(hidden, padding, positions))))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.model.embed_tokens(tokens) * getattr(self.model.config, "embedding_multiplier", 1)
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits / getattr(self.model.config, "logits_scaling", 1)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return (logits if cap is None else cap * torch.tanh(logits / cap)).float()
 
     def keep(self, shifts: torch.Tensor, columns: int) -> None:
         """Move each row to the right by `shifts` [b], and keep the first `columns` of the caches."""
-        keep_columns(self.rest.cache, shifts, columns)
+        keep_columns(self.verifying.cache, shifts, columns)
         if not self.shared:
-            keep_columns(self.own.cache, shifts, columns - self.unknown)
+            keep_columns(self.drafting.cache, shifts, columns - self.unknown)
 
 
-def exit_draft(model: Any, exit_layer: int) -> Draft:
+def exit_draft(model: Any, exit_layer: int) -> DraftLayers:
     exits = range(1, model.config.num_hidden_layers)
     require(exit_layer in exits, f"exit_layer: {exit_layer} is not one of 1 to {exits.stop - 1}")
-    return Draft(model, model.model.layers[:exit_layer], model.model.norm, shared=True)
+    return DraftLayers(model, model.model.layers[:exit_layer], model.model.norm, shared=True)
 
 
 COPIES: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()  # what `read_copy` returned, by model
 
 
-def copy_draft(model: Any, where: Mapping[str, Any]) -> Draft:
+def copy_draft(model: Any, where: Mapping[str, Any]) -> DraftLayers:
     """Drafts with a trained copy of the first layers, which the folder `draft` beside the model's files holds.
 
     It is read once per model. `where` has the arguments of `cached_file`.
@@ -239,7 +262,7 @@ def copy_draft(model: Any, where: Mapping[str, Any]) -> Draft:
         COPIES[model] = read_copy(model, where)
     described, part = COPIES[model]
     part.to(model.lm_head.weight.device, model.lm_head.weight.dtype)
-    draft = Draft(model, part.layers, part.norm, shared=False)
+    draft = DraftLayers(model, part.layers, part.norm, shared=False)
     draft.num_speculations, draft.min_confidence = described["num_speculations"], described["min_confidence"]
     if described["vocabulary"] is not None:
         draft.vocabulary = torch.tensor(described["vocabulary"], device=draft.head.weight.device)
@@ -278,7 +301,7 @@ def read_copy(model: Any, where: Mapping[str, Any]) -> tuple[Any, Any]:
     return described, part.requires_grad_(False).eval()
 
 
-class Rows:
+class BatchTexts:
     """The texts of a batch, which may differ in length.
 
     Logits processors, stopping criteria and streamers expect texts of one length, so they run once for each length.
@@ -430,7 +453,7 @@ def shift_right(columns: torch.Tensor, shifts: torch.Tensor, dim: int) -> torch.
 def decode(
     model: Any,
     input_ids: torch.Tensor,
-    draft: Draft,
+    draft: DraftLayers,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
@@ -452,11 +475,11 @@ def decode(
     longest, pad_id = stopping_criteria.max_length, generation_config._pad_token_tensor
     pad_id, width = 0 if pad_id is None else int(pad_id), longest + draft.num_speculations + 1
     rope = getattr(model.config, "rope_parameters", None) or {}
-    kind, switch = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    rope_type, switch = rope.get("rope_type"), rope.get("original_max_position_embeddings")
     switch = switch or model.config.max_position_embeddings
-    changes = switch < longest and (kind == "dynamic" or (kind == "longrope" and prompt_length <= switch))
-    require(not changes, f"LayerSkip: {kind} positions change after {switch} tokens. Allowed: max_length={switch}")
-    rows = Rows(input_ids, width, pad_id, logits_processor, stopping_criteria, streamer)
+    changes = switch < longest and (rope_type == "dynamic" or (rope_type == "longrope" and prompt_length <= switch))
+    require(not changes, f"LayerSkip: {rope_type} positions change after {switch} tokens. Allowed: max_length={switch}")
+    rows = BatchTexts(input_ids, width, pad_id, logits_processor, stopping_criteria, streamer)
     length = DraftLength(draft.num_speculations, draft.cost(), draft.rows_cost(batch))
 
     # 1. Run the whole model over the prompts and choose the first token.

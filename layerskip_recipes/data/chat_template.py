@@ -79,11 +79,12 @@ class _Contents:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and the tokens that it may write."""
+    """A template, the tokens that it may write, and the functions that it offers to the model."""
 
     source: str
     named_tokens: Mapping[str, str]  # such as {"eos_token": "</s>"}
     special_tokens: Sequence[str]  # all special tokens of the tokenizer
+    tools: Sequence[Any] | None = None  # as JSON schemas
 
     def __post_init__(self) -> None:
         try:
@@ -94,7 +95,7 @@ class ChatTemplate:
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False, thinking: bool = False) -> str:
         """The template's own text; `add_generation_prompt` adds the header of the assistant's reply."""
         # transformers passes tools and documents too, so templates may read them.
-        variables = dict(self.named_tokens, tools=None, documents=None, enable_thinking=thinking)
+        variables = dict(self.named_tokens, tools=self.tools, documents=None, enable_thinking=thinking)
         return _compile(self.source).render(variables, messages=turns, add_generation_prompt=add_generation_prompt)
 
     def prompt(self, turns: Sequence[Turn], thinking: bool = False) -> Rendered:
@@ -132,7 +133,10 @@ class ChatTemplate:
         if reasons([turns[i]]):  # the template may drop the reasoning
             wanted = _without_opening(turns[i]["content"], prompt)
             whole = text[len(prompt) : end] if text.startswith(prompt) else ""
-            written = whole if wanted.strip() in whole else wanted
+            if wanted.strip() in whole:
+                written = whole
+            elif "tool_calls" not in turns[i]:
+                written = wanted
         footer = self.special_pattern.search(text[end:])
         first = len(asked.text)
         last = first + len(written)
@@ -193,6 +197,16 @@ class ChatTemplate:
             return None
         found = self.special_pattern.match(after.lstrip())
         return found[0] if found else None
+
+    @cached_property
+    def writes_calls(self) -> bool:
+        """Whether a reply's tool_calls become text; some templates know only contents."""
+        call = {"id": "123456789", "type": "function", "function": {"name": MARK, "arguments": {"x": "1"}}}
+        try:
+            reply = {"role": "assistant", "content": None, "tool_calls": [call]}
+            return MARK in self.render([{"role": "user", "content": "?"}, reply])
+        except (TemplateError, TypeError):  # of a template that adds the content to a text
+            return False
 
     def _message_ends(
         self, turns: Sequence[Turn], text: str, contents: "_Contents", thinking: bool

@@ -1,5 +1,6 @@
 """The sections `dataset` and `collate_fn`: one or several torchtune datasets, packed or padded."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_packed, validate_messages
 from torchtune.datasets import ConcatDataset
@@ -16,12 +17,14 @@ from torchtune.modules.attention_utils import create_block_causal_mask
 
 from layerskip_recipes.config.components import Component, Takes, parameter_names
 from layerskip_recipes.config.schema import Text, check
-from layerskip_recipes.data.chat_template import ChatTemplate
+from layerskip_recipes.data.conversations import ChatDataset
+from layerskip_recipes.data.tokenizer import HFTokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import is_plain_attention
-from layerskip_recipes.processes import is_rank_zero
+from layerskip_recipes.processes import is_rank_zero, num_local_processes
 
 PADDED = "torchtune.data.padded_collate_sft"
+MOST_WORKERS = 4  # that read ahead for each GPU
 
 # ---- the settings ----
 
@@ -80,8 +83,11 @@ def load_data(
         )
     parts = []
     for section in sections:
+        builder = section
+        if section.path == "torchtune.datasets.chat_dataset":
+            builder = section.replace(_component_="layerskip_recipes.data.conversations.chat_dataset")
         with _explained_errors(section, "its data"):  # a packed dataset reads all of its samples when it is built
-            parts.append(section.build(tokenizer))
+            parts.append(builder.build(tokenizer))
         if is_rank_zero():
             _check_messages(section, parts[-1], tokenizer)
     dataset = parts[0] if len(parts) == 1 else ConcatDataset(datasets=parts)
@@ -89,7 +95,11 @@ def load_data(
     indexed = IndexedErrorDataset(dataset, next((s for s in sections if _is_users(s)), sections[0]), packed)
     # Choose the collate function, and try it with the first samples.
     if packed:
-        flex = device.type == "cuda" and all(is_plain_attention(x) and not x.attn.attn_dropout for x in model.layers)
+        fits_layers = all(
+            is_plain_attention(x) and not x.attn.attn_dropout and getattr(x.attn, "window", None) is None
+            for x in model.layers
+        )
+        flex = device.type == "cuda" and fits_layers
         return indexed, partial(collate_packed, flex=flex)
     path = collate_fn or PADDED
     collate = partial(_get_component_from_path(path), padding_idx=tokenizer.pad_id, ignore_idx=CROSS_ENTROPY_IGNORE_IDX)
@@ -111,17 +121,64 @@ def load_data(
     return indexed, collate
 
 
+class Batches:
+    """The batches of these samples, in this order. For a GPU, other processes read and tokenize samples ahead.
+
+    Samples are collated here, since torchtune puts masks of packed samples on the GPU.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        samples: Sequence[int],
+        batch_size: int,
+        collate: Callable,
+        device: torch.device,
+        drop_last: bool = False,
+    ) -> None:
+        self.dataset, self.samples, self.batch_size, self.collate = dataset, samples, batch_size, collate
+        # One processor is left to the process that trains. Training on a CPU needs all of them.
+        processors = (os.cpu_count() or 1) // num_local_processes()
+        self.num_workers = 0 if device.type == "cpu" else max(min(MOST_WORKERS, processors - 1), 0)
+        self.loader = DataLoader(
+            dataset,
+            batch_size,
+            sampler=samples,
+            collate_fn=list,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            multiprocessing_context="fork" if self.num_workers else None,  # open files cannot be pickled
+            generator=torch.Generator(),  # draw nothing from the global generator, which the model uses
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batches = iter(self.loader)
+        for first in range(0, len(self) * self.batch_size, self.batch_size):
+            try:
+                samples = next(batches)
+            except Exception:
+                if self.num_workers:  # a worker changes the error's text, so meet it here
+                    _ = [self.dataset[i] for i in self.samples[first : first + self.batch_size]]
+                raise
+            yield self.collate(samples)
+
+
 def _check_messages(section: Component, dataset: Any, tokenizer: Any) -> None:
     """Refuse a bad conversation before the training, not in the middle: render all of them, without tokenizing."""
-    transform, template = getattr(dataset, "_message_transform", None), getattr(tokenizer, "template", None)
+    transform = getattr(dataset, "_message_transform", None)
     if transform is None:
         return
     for i, row in enumerate(dataset._data):
         with _explained_errors(section, f"sample {i}, counted from 0", dataset):
-            messages = transform(row).get("messages", [])
-            validate_messages(messages)
-            turns = [{"role": message.role, "content": message.text_content} for message in messages]
-            if isinstance(template, ChatTemplate):
+            sample = transform(row)
+            messages = sample.get("messages", [])
+            if not isinstance(dataset, ChatDataset):
+                validate_messages(messages)
+            if isinstance(tokenizer, HFTokenizer):
+                template, turns = tokenizer.conversation(messages, sample.get("tools"))
                 template.render(turns)
 
 
@@ -159,7 +216,7 @@ def _explained_errors(section: Component, what: str, dataset: Dataset | None = N
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
         setting = next((name for name in parameter_names(section.path) or () if "column" in name), None)
         there = ""
-        if columns and setting:
+        if columns and setting and isinstance(cause, KeyError):
             works = f"{{input: {columns[0]}, output: {columns[-1]}}}" if setting == "column_map" else columns[0]
             there = f'. Its columns: {", ".join(columns)}; for example "{section.key}.{setting}={works}"'
         raise ConfigError(f"{section.key}: {section.path} cannot read {what}: {cause!r}{there}") from e

@@ -21,13 +21,13 @@ ANSWER_FIRST = (
     ". To let a model answer first: tune run layerskip_generate --config qa/answers model_dir=MODEL data_dir={folder}, "
     "and then dataset.path={folder}/answers.jsonl dataset_val=null"
 )
-Example = dict[str, Any]  # {"prompt": text or {"user": text}, "response": text}
+PromptAndReply = dict[str, Any]  # {"prompt": text or {"user": text}, "response": text}
 
 
 class ReplyDataset(Dataset):
     """Examples of a `prompts` component in the tokenizer's chat template; the loss counts the replies."""
 
-    def __init__(self, tokenizer: Any, examples: Sequence[Example]) -> None:
+    def __init__(self, tokenizer: Any, examples: Sequence[PromptAndReply]) -> None:
         self.tokenizer, self.examples = tokenizer, examples
 
     def __len__(self) -> int:
@@ -70,15 +70,15 @@ def qa_prompts(
     question: Annotated[Text, Field(examples=["input"])] = "input",
     answer: Annotated[Text, Field(examples=["output"])] | None = "output",
     count: Annotated[PositiveInt, Field(examples=[24])] | None = None,
-) -> list[Example]:
+) -> list[PromptAndReply]:
     """The questions of `qa_dataset`'s files as prompts, with the answers as references; `answer` None: without."""
     return [*_read_pairs(path, question, answer, count)]
 
 
-def _read_pairs(path: str, question: str, answer: str | None, count: int | None) -> Sequence[Example]:
+def _read_pairs(path: str, question: str, answer: str | None, count: int | None) -> Sequence[PromptAndReply]:
     answer_field = answer or "output"
 
-    def example(number: int, line: dict[str, Any]) -> Example:
+    def example(number: int, line: dict[str, Any]) -> PromptAndReply:
         if {"prompt", "text"} <= line.keys() and not {question, answer} & line.keys():  # an output_file
             line = {question: line["prompt"], answer_field: line["text"]}
         asked = line.get(question)

@@ -6,7 +6,8 @@ prompt that asks for it, and torchtune's loss mask.
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,7 +19,7 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
-from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Rendered, default_template, reasons
+from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Rendered, Turn, default_template, reasons
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.folders.model_folder import base_folder, model_folder
 
@@ -139,15 +140,21 @@ class HFTokenizer(ModelTokenizer, Transform):
         return self.tokenize_messages([Message(role="user", content=text)], add_end_tokens=False)[0]
 
     def tokenize_messages(
-        self, messages: Sequence[Message], *, add_end_tokens: bool = True, enable_thinking: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        add_end_tokens: bool = True,
+        enable_thinking: bool = False,
+        tools: Sequence[Any] | None = None,
     ) -> tuple[list[int], list[bool]]:
         """Tokenize a conversation.
 
         Args:
-            messages: text messages.
+            messages: text messages; of a `ChatMessage` the template reads the other keys too.
             add_end_tokens: True renders the whole conversation. False renders a prompt: up to the start of the
                 assistant's reply or, if the last message is an unfinished reply, up to the end of its content.
             enable_thinking: let a reasoning model think when it answers a prompt. A conversation's replies decide.
+            tools: the functions that the template offers to the model, as JSON schemas.
 
         Returns:
             Token ids, and a mask of the same length that is True where there is no loss: in `masked` messages, in
@@ -160,16 +167,16 @@ class HFTokenizer(ModelTokenizer, Transform):
         if any(message.contains_media for message in messages):
             raise ConfigError("messages: this tokenizer takes text only, and one of them has an image")
         self._warn_of_template()
-        turns = [{"role": message.role, "content": self._guarded(message)} for message in messages]
+        template, turns = self.conversation(messages, tools)
         if not add_end_tokens:
-            rendered = self.template.prompt(turns, enable_thinking or self.enable_thinking)
+            rendered = template.prompt(turns, enable_thinking or self.enable_thinking)
             tokens, _ = self._encode(rendered)
             return self._truncate(tokens, [True] * len(tokens), None)
 
         if not (self._told or self.enable_thinking) and reasons(turns) and "enable_thinking" in self.template.source:
             self._told = True
             log.info("tokenizer: replies have reasoning, so ask the trained model with tokenizer.enable_thinking=true")
-        rendered = self.template.conversation(turns)
+        rendered = template.conversation(turns)
         tokens, last_chars = self._encode(rendered)
         ends, indices = zip(*rendered.message_ends, strict=True)
         replies = sorted(rendered.replies.items(), key=lambda reply: reply[1].start)
@@ -184,9 +191,24 @@ class HFTokenizer(ModelTokenizer, Transform):
 
         return self._truncate(tokens, [is_masked(char) for char in last_chars], self.eos_id)
 
-    def _guarded(self, message: Message) -> str:
-        """A message's text, with a guard inside the special tokens of all texts that the model does not write."""
-        return message.text_content if message.role == "assistant" else self.guarded(message.text_content)
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[ChatTemplate, list[Turn]]:
+        """The template with its tools, and what it reads of each message.
+
+        All texts that the model does not write have a guard inside their special tokens.
+        """
+        turns: list[Turn] = []
+        for message in messages:
+            turn = {"role": message.role, "content": message.text_content, **getattr(message, "others", {})}
+            turns.append(turn if message.role == "assistant" else _with_texts(turn, self.guarded))
+        lacks_tools = bool(tools) and "tools" not in self.template.source
+        if lacks_tools or (any("tool_calls" in turn for turn in turns) and not self.template.writes_calls):
+            raise ConfigError(
+                f"tokenizer.chat_template: leaves out {'tools' if lacks_tools else 'tool_calls'} of a conversation. "
+                "Give one that writes them, or write them into the contents"
+            )
+        if tools is None:
+            return self.template, turns
+        return replace(self.template, tools=_with_texts(tools, self.guarded)), turns
 
     def guarded(self, text: str) -> str:
         """A text whose special tokens are only text in a chat template, like those of users."""
@@ -254,14 +276,14 @@ class HFTokenizer(ModelTokenizer, Transform):
             )
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
-        """Replace "messages" in a sample by "tokens" and "mask".
+        """Replace "messages" and "tools" in a sample by "tokens" and "mask".
 
         `inference` renders a prompt; a true "enable_thinking" in the sample then lets a reasoning model think.
         """
-        rest = {key: sample[key] for key in sample if key not in ("messages", "enable_thinking")}
+        rest = {key: sample[key] for key in sample if key not in ("messages", "tools", "enable_thinking")}
         thinking = sample.get("enable_thinking", False)
         tokens, mask = self.tokenize_messages(
-            sample["messages"], add_end_tokens=not inference, enable_thinking=thinking
+            sample["messages"], add_end_tokens=not inference, enable_thinking=thinking, tools=sample.get("tools")
         )
         return {**rest, "tokens": tokens, "mask": mask}
 
@@ -272,6 +294,15 @@ class HFTokenizer(ModelTokenizer, Transform):
         if self.truncation_type == "left":  # keeps the end tokens of the text
             return tokens[-limit:], mask[-limit:]
         return truncate(tokens, limit, eos_id), truncate(mask, limit, None if eos_id is None else True)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with each text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _with_texts(item, change) for key, item in value.items()}
+    return [_with_texts(item, change) for item in value] if isinstance(value, list) else value
 
 
 hf_tokenizer = HFTokenizer  # its name in configs

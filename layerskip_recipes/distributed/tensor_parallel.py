@@ -29,7 +29,8 @@ def ranks_per_matrix(dim: int | None, plan: Component | None) -> int:
 def check_processes(model: TransformerDecoder, dim: int | None, plan: Component | None) -> int:
     """`ranks_per_matrix`; raises a ConfigError if the model cannot be split over that many."""
     processes, dim = num_processes(), ranks_per_matrix(dim, plan)
-    attn = model.layers[0].attn
+    kinds = [layer.attn for layer in model.layers]
+    attn = next((attn for attn in kinds if not isinstance(attn, MultiHeadAttention)), kinds[0])
     divided = {"processes": processes, "model.num_heads": attn.num_heads, "model.num_kv_heads": attn.num_kv_heads}
     if not isinstance(attn, MultiHeadAttention):
         divided[f"the parts that a {type(attn).__name__} can be split into"] = 1

@@ -57,21 +57,22 @@ class EvalConfig(RecipeConfig):
 
     def checkpoints(self) -> dict[str, Self]:
         """The config for its own checkpoint and for each checkpoint in `compare`, by name."""
-        own = Path(str(self.given_folder)).name
+        name_of_self = Path(str(self.given_folder)).name
         compare = self.compare or {}
-        if own in compare:
+        if name_of_self in compare:
             raise ConfigError(
-                f"compare.{own}: the name is that of the config's own checkpoint. Give another; for example "
+                f"compare.{name_of_self}: the name is that of the config's own checkpoint. Give another; for example "
                 '"compare={before: ...}"'
             )
-        return {own: self} | {name: self._with_checkpointer(f"compare.{name}", part) for name, part in compare.items()}
+        others = {name: self._with_checkpointer(f"compare.{name}", part) for name, part in compare.items()}
+        return {name_of_self: self} | others
 
     def _with_checkpointer(self, key: str, changes: Mapping[str, Any]) -> Self:
         section = dict(self.checkpointer.section)
         for name, value in changes.items():
             # checkpoint_files can be a list in one section and a mapping in the other.
-            both = isinstance(section.get(name), Mapping) and isinstance(value, Mapping)
-            section[name] = {**section[name], **value} if both else value
+            are_mappings = isinstance(section.get(name), Mapping) and isinstance(value, Mapping)
+            section[name] = {**section[name], **value} if are_mappings else value
         checkpointer = self.checkpointer.replace(**section)
         checkpointer.key = key
         return self.model_copy(update={"checkpointer": checkpointer})

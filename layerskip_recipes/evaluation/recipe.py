@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
 from torchtune import training, utils
 from tqdm import tqdm
 
@@ -16,7 +15,7 @@ from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.checkpoint.weights import load_decoder
 from layerskip_recipes.config.layer_strings import select_exits
 from layerskip_recipes.config.paths import check_file
-from layerskip_recipes.data.datasets import limit_samples, load_data
+from layerskip_recipes.data.datasets import Batches, limit_samples, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.evaluation.config import EvalConfig
 from layerskip_recipes.generation.report import report_path
@@ -50,7 +49,7 @@ class LayerSkipEval:
         check_vocabulary(self.tokenizer, model)
         limit_samples(cfg.dataset, self.tokenizer, model)
         dataset, collate = load_data(cfg.dataset, cfg.collate_fn, self.tokenizer, model, self.device)
-        self.batches = DataLoader(dataset, batch_size=cfg.batch_size, collate_fn=collate)
+        self.batches = Batches(dataset, range(len(dataset)), cfg.batch_size, collate, self.device)
         self.total = min(len(self.batches), cfg.max_batches or len(self.batches))
         self.model = load_decoder(cfg, self.device, cfg.quantizer)
 

@@ -66,6 +66,8 @@ class HFConfig(Section):
         *("quantization_config", "use_bidirectional_attention", "resid_pdrop", "embd_pdrop"),
     )
     """Keys that may only have the values null, false and 0."""
+    IN_TRANSFORMERS_LOOP: ClassVar[bool] = True
+    """Whether the decoding loop for transformers, custom_generate, runs the family."""
     ROTATES_IN_PART: ClassVar[bool] = False
     """Whether the family honours a partial_rotary_factor below 1."""
 

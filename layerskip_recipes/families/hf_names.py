@@ -7,6 +7,8 @@ import torch
 
 from layerskip_recipes.families.hf_config import HFConfig
 
+IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
 
 def hf_name(name: str, config: HFConfig) -> str:
     """Translate torchtune's name of a parameter or module to Hugging Face's, ignoring joined matrices."""
@@ -31,6 +33,12 @@ def place_in_files(name: str, config: HFConfig) -> tuple[str, slice]:
                 return name.replace(part, joined), slice(start, end)
             start = end
     return name, slice(None)
+
+
+def of_text_model(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a folder's text model by their usual names, without those of images."""
+    names = {name: re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name) for name in tensors}
+    return {names[name]: value for name, value in tensors.items() if not IMAGES.match(names[name])}
 
 
 def to_files(state: Mapping[str, torch.Tensor], config: HFConfig) -> dict[str, torch.Tensor]:

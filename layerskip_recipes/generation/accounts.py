@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, RoundStart
+from layerskip_recipes.generation.kernels.cpp_decoder import int4_of
 from layerskip_recipes.generation.rows import Rows
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import StepContext
@@ -78,8 +79,9 @@ class Accounts:
         """Note the bytes of a layer, a head and a cache slot, which the prefill has allocated."""
         model, draft_decoder, draft_head = self.context.model, self.context.draft_decoder, self.context.draft_head
         head = head_of(draft_decoder) if draft_head is None else draft_head.output
-        self.of_model = (_weight_bytes(model.layers[0]), _weight_bytes(head_of(model)))
-        self.of_draft = (_weight_bytes(draft_decoder.layers[0]), _weight_bytes(head))
+        packs_int4 = self.context.backend.packs_int4
+        self.of_model = (_weight_bytes(model.layers[0], packs_int4), _weight_bytes(head_of(model), packs_int4))
+        self.of_draft = (_weight_bytes(draft_decoder.layers[0], packs_int4), _weight_bytes(head, packs_int4))
         keys = self.context.cache.layers[0].k
         self.slot = 2 * keys[:, :, 0].numel() * keys.element_size()
 
@@ -91,39 +93,40 @@ class Accounts:
     def count(
         self,
         draft: DraftedTokens,
-        now: RoundStart,
+        round_start: RoundStart,
         room: Sequence[int],
         num_accepted: Sequence[int],
-        kept: Sequence[list],
+        kept_tokens: Sequence[list],
     ) -> None:
         """Count a round: the room of each row before it, its number of accepted tokens, and the tokens kept."""
-        running = [row for row, done in enumerate(now.finished) if not done]
+        running = [row for row, done in enumerate(round_start.finished) if not done]
         self.stats.row_rounds += len(running)
         self.last = {}
         for row in running if draft.round_kind != PLAIN else ():
             # The last token of a round is the full model's own; tokens after a stop token are not counted.
-            used = len(kept[row]) - 1
+            used = len(kept_tokens[row]) - 1
             num_drafted = used if used < num_accepted[row] else min(draft.num_drafted, room[row] - 1)
             self.stats.count_round(num_drafted, used)
             self.last[self.rows.in_row[row]] = num_drafted, used
-        slots, own = len(now.slots(self.context, draft.num_drafted)), self.context.own_layers
+        slots = len(round_start.slots(self.context, draft.num_drafted))
+        trained_layers = self.context.own_layers  # of a trained draft
         if self.drafts_from is not None:
             self.stats.rounds_by_kind[draft.round_kind.name] += 1
         # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last
         # one. A trained draft's own layers also run once, except in rounds without a draft.
-        self._read(self.of_model, self.context.depth + (len(own) if draft.num_drafted else 0), slots)
+        self._read(self.of_model, self.context.depth + (len(trained_layers) if draft.num_drafted else 0), slots)
         if draft.hidden is not None:
             self.stats.draft_steps += draft.num_drafted
-            self._read(self.of_draft, own.stop or self.drafts_from or 0, slots, times=draft.num_drafted)
+            self._read(self.of_draft, trained_layers.stop or self.drafts_from or 0, slots, times=draft.num_drafted)
 
     def uncount(self, prompt: int, dropped: int) -> None:
         """The last `dropped` tokens of a prompt's output do not count, as after a stop token."""
         self.stats.tokens -= dropped
         if dropped and prompt in self.last:
             num_drafted, num_accepted = self.last.pop(prompt)
-            kept = max(num_accepted - dropped, 0)
+            num_kept = max(num_accepted - dropped, 0)
             self.stats.count_round(num_drafted, num_accepted, times=-1)
-            self.stats.count_round(kept, kept)
+            self.stats.count_round(num_kept, num_kept)
 
     def close(self) -> None:
         """Complete `stats` at the end, or at an interruption."""
@@ -139,9 +142,13 @@ class Accounts:
         self.stats.decode_s = scale * self.stats.decode_s if self.timed else self.untimed_s
 
 
-def _weight_bytes(module: object) -> int:
+def _weight_bytes(module: object, packs_int4: bool) -> int:
     """Bytes of a module's weights once they are gathered from other ranks; 0 for a function."""
-    return sum(tensor_bytes(p) * _num_shards(p) for p in module.parameters()) if isinstance(module, nn.Module) else 0
+    if not isinstance(module, nn.Module):
+        return 0
+    parameters = list(module.parameters())
+    packed = sum(p.numel() for p in parameters if int4_of(p) is not None) if packs_int4 else 0
+    return sum(tensor_bytes(p) * _num_shards(p) for p in parameters) - packed // 2
 
 
 def _num_shards(weight: torch.Tensor) -> int:

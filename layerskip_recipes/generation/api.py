@@ -50,7 +50,7 @@ def generate(
     min_confidence: float = 0.0,
     draft_int8: bool = False,
 ) -> GenerationOutput:
-    """Generate tokens autoregressively, from an early exit, or by self-speculation, which does not change the output.
+    """Generate tokens without drafts, from an early exit, or by self-speculation, which does not change the output.
 
     Args:
         model: a `LayerSkipDecoder`, or a plain torchtune decoder.

@@ -16,6 +16,7 @@ from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
 from torchtune.utils import get_logger
 from torchtune.utils._logging import log_once
 
+from layerskip_recipes.families.multipliers import ScaledEmbedding
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.kernels.cpp_decoder import (
@@ -72,9 +73,8 @@ class TorchBackend:
     """Runs the model's own modules, operation by operation."""
 
     fixed_shapes = False  # whether each round must draft equally many tokens
-    exact_splits = (
-        False  # whether a text's keys and values do not depend on its batch, nor on the passes of its prefill
-    )
+    exact_splits = False  # whether a text's keys and values depend neither on its batch nor on its prefill's passes
+    packs_int4 = False  # whether it reads half a byte for each int4 weight, and not the byte that torchao keeps
 
     def __init__(
         self,
@@ -259,7 +259,7 @@ class CppBackend(TorchBackend):
     part, `unknown`, runs in torch. Call `load` before anything else.
     """
 
-    exact_splits = True
+    exact_splits = packs_int4 = True
 
     def __init__(
         self,
@@ -291,6 +291,8 @@ class CppBackend(TorchBackend):
         """Compile the C++, move the weights to huge pages (False if both had been done before), and pass them on."""
         load_library()
         modules = [part for layers in self.layer_parts.values() for part in layers] + [*self.head_parts.values()]
+        for part in modules:
+            part.pack()
         weights = (part.tensors[name] for part in modules for name in part.tensors if name.endswith(".weight"))
         moved = use_huge_pages(weights)
         kernels = torch.classes.layerskip
@@ -383,11 +385,11 @@ class CppBackend(TorchBackend):
     def _cpp_draft(self) -> Callable | None:
         """`Layers::draft` of layers.cpp with its first arguments, which are the model's; None if it cannot draft."""
         embeddings = self.draft_decoder.tok_embeddings
-        is_gemma = type(embeddings) is GemmaNormEmbeddings
-        if self.unknown or not (is_gemma or type(embeddings) is nn.Embedding):
+        if self.unknown or type(embeddings) not in (nn.Embedding, GemmaNormEmbeddings, ScaledEmbedding):
             return None
-        # Gemma multiplies by the root of the width, rounded to the weights' dtype.
-        factor = torch.tensor(embeddings.embedding_dim**0.5 if is_gemma else 1, dtype=embeddings.weight.dtype)
+        factor = torch.tensor(getattr(embeddings, "factor", 1.0), dtype=torch.float64)
+        if type(embeddings) is GemmaNormEmbeddings:  # the root of the width, rounded to the weights' dtype
+            factor = torch.tensor(embeddings.embedding_dim**0.5, dtype=embeddings.weight.dtype)
         return partial(
             self.cpp_layers[self.draft_decoder].draft,
             self.cpp_heads[self.draft_head or self.draft_decoder],

@@ -49,7 +49,7 @@ class DecodingConfig(RecipeConfig):
     """A text ends before the first of these strings."""
     compile: Annotated[Flag, Auto()] = AUTO
     """Compile the decoding steps: to C++ on a CPU (needs a C++ compiler), to CUDA graphs on a GPU. The first run takes
-    half a minute longer, on a GPU some minutes; later runs load the code from torch's cache. auto: if
+    half a minute longer, on a GPU some minutes; later runs load the code from a cache. auto: if
     that should save more time than it takes."""
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model: a torchtune quantizer, or a torchao config such as
@@ -202,10 +202,10 @@ class GenerateConfig(AnswerConfig, PromptConfig):
                 f"compile: True needs one process (there are {num_processes()}), or tensor parallelism over all of "
                 f"them. Set compile=false, or tensor_parallel_dim=null tensor_parallel_plan={EXAMPLE_PLAN}"
             )
+        asks_int8 = self.self_speculation is not None and self.self_speculation.draft_int8 is True
         single_process_keys = {
             "quantizer": self.quantizer,
-            "self_speculation.draft_int8": (self.self_speculation and self.self_speculation.given.get("draft_int8"))
-            or None,
+            "self_speculation.draft_int8": True if asks_int8 else None,
             "prompt": INTERACTIVE if self.is_conversation else None,
             "prompt_file": "-" if self.prompt_file == "-" else None,
         }

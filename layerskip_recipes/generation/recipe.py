@@ -22,7 +22,7 @@ from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.report import Totals, make_report, print_report
-from layerskip_recipes.generation.sampling import Sampler, copies_before
+from layerskip_recipes.generation.sampling import copies_before
 from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, to_tokens, try_examples
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -117,8 +117,9 @@ class LayerSkipGenerate:
             config.log_config(recipe_name=type(self).__name__, cfg=self.cfg.source)
             log.setLevel(self.cfg.log_level)  # which torchtune has set to DEBUG
         if num_processes() > 1:
-            arguments = (self.device, self.tokenizer, self.plan, self.kept_layers, self.parallel)
-            self.llm = LLM.of_sharded_config(self.cfg, *arguments)
+            self.llm = LLM.of_sharded_config(
+                self.cfg, self.device, self.tokenizer, self.plan, self.kept_layers, self.parallel
+            )
         else:
             self.llm = LLM.of_config(self.cfg, self.device, self.tokenizer, {KEY: self.plan})
 
@@ -127,12 +128,12 @@ class LayerSkipGenerate:
 
         After Ctrl-C the report covers what is done, including the text in progress unless there is a comparison.
         """
-        ours, baseline = Totals(), Totals()
+        ours, plain = Totals(), Totals()
         try:
             if self.interactive:
                 self._chat(ours)
             else:
-                self._all_prompts(ours, baseline)
+                self._all_prompts(ours, plain)
         except KeyboardInterrupt:
             self.interrupted = True
             what = f"{len(ours.outputs)} of {len(self.prompts)} prompts"
@@ -146,19 +147,19 @@ class LayerSkipGenerate:
             "batch_size": self.batch_size,
             "prompts": len(ours.outputs),
             "skipped": len(self.examples) - len(self.good),
-            **make_report(ours, baseline if self.compare else None, self.device),
+            **make_report(ours, plain if self.compare else None, self.device),
         }
         if (steps := self.llm.state.compiled) is not None:
             report["compile_s"] = steps.seconds  # including the warm-up
         if self.shows:
             has_chain = self.plan is not None and self.plan.exit_layer is not None
-            if (plain := ours.stats.plain_share or 0.0) > 0.5 and has_chain:
-                log.info(f"drafts did not pay everywhere: {plain:.0%} of the rounds went without one")
+            if (share := ours.stats.plain_share or 0.0) > 0.5 and has_chain:
+                log.info(f"drafts did not pay everywhere: {share:.0%} of the rounds went without one")
             print_report(report)
             print(json.dumps(report), flush=True)
         return report
 
-    def _all_prompts(self, ours: Totals, baseline: Totals) -> None:
+    def _all_prompts(self, ours: Totals, plain: Totals) -> None:
         order = self.good
         if self.batch_size > 1:
             order = sorted(order, key=lambda i: len(self.prompt_tokens[i]))
@@ -167,21 +168,21 @@ class LayerSkipGenerate:
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         if self.compare:
             # Warm-up: the first steps of a process allocate, tune and compile.
-            for plain in (True, False):
-                self._run(batches[0], min(8, self.max_new_tokens), plain=plain)
+            for drafts in (False, True):
+                self._run(batches[0], min(8, self.max_new_tokens), drafts=drafts)
             self.llm.state.rules.clear()  # rules measure warm rounds only
             if self.interrupted:
                 raise KeyboardInterrupt
         path = self.cfg.output_file if self.shows else None
         with AnswersInOrder(path, self.examples, self._show) as answers:
             for batch in batches:
-                undrafted = self._run(batch, self.max_new_tokens, plain=True) if self.compare else None
-                drafted = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1, answers=answers)
-                if undrafted is None:
-                    ours.add(batch, drafted)
+                plain_run = self._run(batch, self.max_new_tokens, drafts=False) if self.compare else None
+                our_run = self._run(batch, self.max_new_tokens, stream=self.batch_size == 1, answers=answers)
+                if plain_run is None:
+                    ours.add(batch, our_run)
                 elif not self.interrupted:  # after Ctrl-C, neither side of a comparison counts
-                    baseline.add(batch, undrafted)
-                    ours.add(batch, drafted)
+                    plain.add(batch, plain_run)
+                    ours.add(batch, our_run)
                 if self.interrupted:
                     raise KeyboardInterrupt
 
@@ -189,7 +190,7 @@ class LayerSkipGenerate:
         self,
         batch: Sequence[int],
         limit: int,
-        plain: bool = False,
+        drafts: bool = True,
         stream: bool = False,
         answers: AnswersInOrder | None = None,
     ) -> Generation:
@@ -199,9 +200,16 @@ class LayerSkipGenerate:
         shown = texts[0] if stream and self.shows else None
         if shown is not None:
             self._print_head(batch[0])
-        numbers, rows = [self.numbers[i] for i in batch], self.batch_size
-        settings: dict[str, Any] = {"reserve": self.reserve, "rows": rows, "numbers": numbers, "reuse": self.common}
-        generation = self._generation(prompts, limit, plain, shown, **settings)
+        generation = self._generation(
+            prompts,
+            limit,
+            drafts,
+            shown,
+            reserve=self.reserve,
+            rows=self.batch_size,
+            numbers=[self.numbers[i] for i in batch],
+            reuse=self.common,
+        )
         answered = set()
 
         def add(prompt: int) -> None:  # index within the batch
@@ -213,7 +221,7 @@ class LayerSkipGenerate:
         try:
             follow(generation, texts, shown if self.cfg.stream else None, add, counts_text=not self.compare)
         except KeyboardInterrupt:
-            if plain or not any(generation.generated):
+            if not drafts or not any(generation.generated):
                 raise
             self.interrupted = True
             for prompt in sorted(set(range(len(batch))) - answered):
@@ -227,22 +235,22 @@ class LayerSkipGenerate:
         self,
         prompts: Sequence[Sequence[int]],
         limit: int,
-        plain: bool = False,
+        drafts: bool = True,
         shown: TextStream | None = None,
-        sampler: Sampler | None = None,
-        **kwargs: Any,
+        **arguments: Any,
     ) -> Generation:
+        """A generation with the config's settings; without `drafts`, a plain one of the whole model."""
         dim_drafts = shown is not None and self.cfg.stream == "draft" and sys.stdout.isatty()
         return self.llm.start(
             prompts,
             limit,
-            None if plain else self.plan,
-            exit_layer=None if plain else self.exit_layer,
-            sampler=sampler or self.cfg.sampler(self.cfg.temperature, self.seed),
+            self.plan if drafts else None,
+            exit_layer=self.exit_layer if drafts else None,
+            sampler=self.cfg.sampler(self.cfg.temperature, self.seed),
             compile=self.compile,
             usual_new_tokens=self.max_new_tokens,
             on_draft=shown.show_draft if dim_drafts else None,
-            **kwargs,
+            **arguments,
         )
 
     def text_of(self, i: int) -> TextStream:

@@ -18,9 +18,23 @@ log = utils.get_logger("INFO")
 
 # Statistics that a report has under their own names.
 REPORTED = (
-    *("tokens", "prefill_s", "prefill_tokens", "reused_tokens", "decode_s", "draft_s", "verify_s", "compile_s"),
-    *("tokens_per_second", "answer_tokens_per_second", "drafted", "accepted", "acceptance_rate", "rounds"),
-    *("accepted_histogram", "acceptance_by_position", "bytes_per_token"),
+    "tokens",
+    "prefill_s",
+    "prefill_tokens",
+    "reused_tokens",
+    "decode_s",
+    "draft_s",
+    "verify_s",
+    "compile_s",
+    "tokens_per_second",
+    "answer_tokens_per_second",
+    "drafted",
+    "accepted",
+    "acceptance_rate",
+    "rounds",
+    "accepted_histogram",
+    "acceptance_by_position",
+    "bytes_per_token",
 )
 
 
@@ -46,8 +60,8 @@ class Totals:
         self.outputs |= {i: output for i, output in zip(prompts, generation.generated, strict=True) if output}
 
 
-def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> dict[str, Any]:
-    """The figures of a run; `baseline` is the autoregressive run on the same prompts."""
+def make_report(ours: Totals, plain: Totals | None, device: torch.device) -> dict[str, Any]:
+    """The figures of a run; `plain` is the run without drafts on the same prompts, the baseline."""
     stats = ours.stats
     peak = peak_memory_bytes(device)  # before the bandwidth is measured, which takes memory too
     bandwidth = memory_bandwidth(device)
@@ -62,28 +76,28 @@ def make_report(ours: Totals, baseline: Totals | None, device: torch.device) -> 
         "share_of_memory_bandwidth": moved / bandwidth if moved and bandwidth else None,
         "peak_memory_bytes": peak,
     }
-    if baseline is None:
+    if plain is None:
         return report
-    speedup = ratio(stats, baseline.stats)
+    speedup = ratio(stats, plain.stats)
     of_baseline = ("tokens_per_second", "prefill_s", "decode_s", "tokens")
     return report | {
-        **{f"baseline_{name}": getattr(baseline.stats, name) for name in of_baseline},
+        **{f"baseline_{name}": getattr(plain.stats, name) for name in of_baseline},
         "speedup": speedup,
-        "answer_speedup": ratio(stats, baseline.stats, "answer_tokens_per_second"),
-        **draft_figures(stats, baseline.stats, speedup),
-        "identical": ours.outputs == baseline.outputs if ours.outputs else None,
+        "answer_speedup": ratio(stats, plain.stats, "answer_tokens_per_second"),
+        **draft_figures(stats, plain.stats, speedup),
+        "identical": ours.outputs == plain.outputs if ours.outputs else None,
     }
 
 
-def draft_figures(stats: GenerationStats, baseline: GenerationStats, speedup: float | None) -> dict[str, Any]:
+def draft_figures(stats: GenerationStats, plain: GenerationStats, speedup: float | None) -> dict[str, Any]:
     """Acceptance and cost of drafting, the ideal speed-up, and the share of it that was measured (engine efficiency).
 
     The ideal is (rho n + 1) / (s c + 1), with n drafted tokens and s draft steps per round (fewer with look-ups), and c
-    the time of a draft step divided by that of an autoregressive step.
+    the time of a draft step divided by that of a plain step.
     """
     rounds = stats.row_rounds
     num_drafted, steps = safe_divide(stats.drafted, rounds), safe_divide(stats.draft_steps, stats.rounds)
-    plain_s, draft_s = safe_divide(baseline.decode_s, baseline.rounds), safe_divide(stats.draft_s, stats.draft_steps)
+    plain_s, draft_s = safe_divide(plain.decode_s, plain.rounds), safe_divide(stats.draft_s, stats.draft_steps)
     cost = draft_s / plain_s if num_drafted and draft_s and plain_s else None
     ideal = None
     if num_drafted and steps is not None and plain_s and stats.acceptance_rate is not None:
@@ -140,7 +154,7 @@ def print_report(report: dict[str, Any]) -> None:
         "looping outputs": f"{report['looping_outputs']} of {report['prompts']}",
         "memory": f"peak {show('peak_memory_bytes', '.0f', 1e-6)} MB; {show('bytes_per_token', '.1f', 1e-6)} MB read "
         f"per token, {show('share_of_memory_bandwidth', '.0%')} of the bandwidth",
-        "autoregressive": f"{show('baseline_tokens_per_second', '.1f')} tokens/s",
+        "plain decoding": f"{show('baseline_tokens_per_second', '.1f')} tokens/s",
         "speed-up": f"{show('speedup')}x",
         "ideal": f"{show('ideal_speedup')}x at a draft cost of {show('draft_cost', '.3f')}; "
         f"engine efficiency {show('engine_efficiency')}",
@@ -150,7 +164,7 @@ def print_report(report: dict[str, Any]) -> None:
     left_out = [] if report["drafted"] else ["phases", "by position"]
     left_out += [] if len(report["rounds_by_kind"]) > 1 else ["rounds"]
     left_out += [] if report.get("ideal_speedup") else ["ideal"]
-    left_out += [] if "speedup" in report else ["autoregressive", "speed-up", "identical output"]
+    left_out += [] if "speedup" in report else ["plain decoding", "speed-up", "identical output"]
     print(f"\n--- {report['prompts']} prompts, temperature {report['temperature']}")
     for name, text in lines.items():
         if name not in left_out:

@@ -104,4 +104,5 @@ class Rows:
         pairs = [(row, token) for row, of_row in enumerate(tokens) for token in of_row]
         if pairs:
             rows, ids = on_device(pairs, self.seen.device).unbind(1)
-            self.seen[rows, ids] = True
+            # A value on the device: torch would copy a number of the host there, and wait for that.
+            self.seen.index_put_((rows, ids), torch.ones((), dtype=torch.bool, device=self.seen.device))

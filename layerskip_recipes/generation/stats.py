@@ -46,8 +46,8 @@ class GenerationStats:
     @property
     def plain_share(self) -> float | None:
         """Share of rounds without a draft; None without speculation."""
-        kinds = self.rounds_by_kind
-        return kinds["plain"] / kinds.total() if kinds.total() else None
+        num_rounds = self.rounds_by_kind.total()
+        return self.rounds_by_kind["plain"] / num_rounds if num_rounds else None
 
     @property
     def accepted_histogram(self) -> list[int]:
@@ -58,9 +58,14 @@ class GenerationStats:
     def acceptance_by_position(self) -> list[float]:
         """[i]: of the drafts that have a token number i + 1, the share in which it was accepted."""
         longest = max(+self.rounds_drafting, default=0)
-        kinds = (self.rounds_accepting, self.rounds_drafting)
-        reach = [[sum(n for k, n in rounds.items() if k >= i) for rounds in kinds] for i in range(1, longest + 1)]
-        return [accepted / drafted for accepted, drafted in reach]
+
+        def num_reaching(rounds: Counter, position: int) -> int:
+            return sum(number for length, number in rounds.items() if length >= position)
+
+        return [
+            num_reaching(self.rounds_accepting, position) / num_reaching(self.rounds_drafting, position)
+            for position in range(1, longest + 1)
+        ]
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -25,6 +25,7 @@ from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.head import capped, norm_and_cap
 from layerskip_recipes.model.layer_dropout import KeptRows, LayerDropout
+from layerskip_recipes.model.short_convolution import ShortConvolution
 
 OnExit = Callable[[int, torch.Tensor], None]
 
@@ -236,9 +237,19 @@ def on_device(numbers: Sequence, device: torch.device) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.long, pin_memory=cuda).to(device, non_blocking=cuda)
 
 
+def move_batch(batch: dict[str, Any], device: torch.device) -> None:
+    """Move a batch's tensors and masks to a device in place, without a device synchronisation."""
+    cuda = device.type == "cuda"
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            batch[name] = (value.pin_memory() if cuda else value).to(device, non_blocking=cuda)
+        else:
+            batch[name] = value.to(device)
+
+
 def is_plain_attention(layer: nn.Module) -> bool:
-    """Whether a layer has torchtune's own attention, which is causal without a mask."""
-    return isinstance(layer.attn, MultiHeadAttention)
+    """Whether a layer is causal without a mask: torchtune's own attention, or a convolution."""
+    return isinstance(layer.attn, MultiHeadAttention | ShortConvolution)
 
 
 def layerskip_decoder(

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torchtune.modules import MultiHeadAttention
 
 from layerskip_recipes.model.changes import weights_key
-from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
+from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.processes import from_every_rank
 
 BLOCK = 128  # slots that FlexAttention reads or skips together
@@ -36,6 +37,11 @@ class LayerCache:
         self.max_len, self.cursor = max_len, cursor
         self.k: Any = None  # [b, heads, slots, head_dim] once allocated, like v
         self.v: Any = None
+
+    @property
+    def cache_pos(self) -> torch.Tensor:
+        """The slots of the next tokens [b or 1, s], under torchtune's name for them."""
+        return self.cursor[0]
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k, v [b, heads, s, head_dim] at the slots of `DecodingCache.seek`; return those below its `end`."""
@@ -115,6 +121,11 @@ class DecodingCache:
         same = kept is None or (kept.dtype, kept.device) == (weight.dtype, weight.device)
         return same and (self.num_rows, self.draft_layers) == (num_rows, draft_layers) and self.max_len >= slots
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers that are allocated."""
+        return sum(2 * layer.k.nbytes for layer in self.layers if layer.k is not None)
+
     def keep_first(self, count: int) -> None:
         """Forget all but the first `count` tokens of each row."""
         self.tokens = [row[:count] for row in self.tokens]
@@ -141,7 +152,8 @@ class DecodingCache:
         """Allocate the buffers of a decoder's first layers before their first call; for an unsharded decoder."""
         for layer, cache in zip(decoder.layers[:depth], self.of(decoder), strict=False):
             attn = layer.attn
-            heads = attn.k_proj.out_features // attn.head_dim if is_plain_attention(layer) else attn.num_heads
+            expands = not isinstance(attn, MultiHeadAttention)  # before the cache, in torchtune's Gemma 2
+            heads = attn.num_heads if expands else attn.k_proj.out_features // attn.head_dim
             if cache.k is None:
                 cache.allocate(self.num_rows, heads, attn.head_dim, decoder.tok_embeddings.weight)
 
@@ -172,10 +184,11 @@ class BlockAttention:
 
     The kernel finds the last visible block on the device and reads none behind it, so one graph serves all text
     lengths. For fewer than 128 queries it splits a row's slots over the GPU's processors. BLOCK divides `max_len`.
+    With a `window` a query sees no more slots than that.
     """
 
-    def __init__(self, at: torch.Tensor, max_len: int) -> None:
-        self.at, self.max_len = at, max_len
+    def __init__(self, at: torch.Tensor, max_len: int, window: int | None = None) -> None:
+        self.at, self.max_len, self.window = at, max_len, window
         # Computed once for all layers. Both must be contiguous; in a graph, a vector with added dimensions is not.
         blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=at.device)
         self.counts = (at.amax(1)[:, None, None] // BLOCK + 1).to(torch.int32)
@@ -183,17 +196,42 @@ class BlockAttention:
 
     def block_mask(self, grouped: int) -> BlockMask:
         """The mask for one block of `grouped` = n s queries per row, which sees the row's first blocks."""
+        window = self.max_len if self.window is None else self.window
+
+        def sees(row: Any, _: Any, query: Any, slot: Any) -> Any:
+            at = self.at[row, query % self.at.shape[1]]
+            return (slot <= at) & (slot > at - window)
+
         return BlockMask.from_kv_blocks(
             self.counts,
             self.blocks,
             BLOCK_SIZE=(-(-grouped // BLOCK) * BLOCK, BLOCK),
-            mask_mod=lambda row, _, query, slot: slot <= self.at[row, query % self.at.shape[1]],
+            mask_mod=sees,
             seq_lengths=(grouped, self.max_len),
         )
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [b, key heads, n s, head_dim] for n heads per key head; k, v [b, key heads, max_len, head_dim]."""
         return flex_attention(q, k, v, block_mask=self.block_mask(q.shape[2]))
+
+
+def last_visible(mask: Any, window: int, q: torch.Tensor) -> Any:
+    """A mask with which each query sees only the last `window` of the slots that it sees with `mask`.
+
+    `mask`: True or 0 for visible slots [b or 1, s, end], which lie side by side; a `BlockAttention`; or None, causal
+    attention of q [b, heads, s, head_dim], which stays None if no window hides a token.
+    """
+    if isinstance(mask, BlockAttention):
+        return BlockAttention(mask.at, mask.max_len, window)
+    if mask is None:
+        s = q.shape[2]
+        ones = torch.ones(1, s, s, dtype=torch.bool, device=q.device)
+        return ones.tril().triu(1 - window) if s > window else None
+    if not isinstance(mask, torch.Tensor):
+        raise NotImplementedError("windows of attention need a mask as a tensor")
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    seen = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= window)
+    return seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
 def cached_attention(
@@ -252,7 +290,7 @@ def _patch_attention(layer: nn.Module, cache: LayerCache) -> dict[str, object]:
     # torchtune's KVCache is a submodule, and a submodule's name accepts no plain object.
     attn._modules.pop("kv_cache", None)
     attn.kv_cache, attn.cache_enabled = cache, True
-    if is_plain_attention(layer):
+    if isinstance(attn, MultiHeadAttention):
         before |= {"num_kv_heads": attn.num_kv_heads, "_attention_call": attn._attention_call}
         # torchtune expands the cache unless num_kv_heads equals num_heads. The projections keep the real number.
         attn.num_kv_heads, attn._attention_call = attn.num_heads, cached_attention

@@ -142,9 +142,11 @@ def row_bytes(
 ) -> int:
     """Bytes of a batch row: a KV cache of `length` slots, activations of a prompt of `prompt` tokens, and logits of a
     verification of `verified` tokens. Each matrix is shared by `parallel` processes, but not the logits."""
-    attn = model.layers[0].attn
-    heads = attn.num_kv_heads if is_plain_attention(model.layers[0]) else attn.num_heads
-    values = 2 * (len(model.layers) + draft_layers) * heads * attn.head_dim * length
+    of_layers = [
+        2 * (layer.attn.num_kv_heads if is_plain_attention(layer) else layer.attn.num_heads) * layer.attn.head_dim
+        for layer in model.layers
+    ]
+    values = (sum(of_layers) + sum(of_layers[:draft_layers])) * length
     # Prefill of one layer: three tensors of the feed-forward network's width, and about six of the model's width.
     values += prompt * (3 * mlp_width(model) + 6 * model.tok_embeddings.embedding_dim)
     # Three fp32 values per token and vocabulary entry: the logits, the sampler's probabilities, and noise.

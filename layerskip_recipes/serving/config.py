@@ -21,6 +21,7 @@ class ServeConfig(AnswerConfig):
 
     # Requests bring the prompts, clients take the answers, and a server is one process.
     DROPPED: ClassVar = [key for key in GenerateConfig.model_fields if key not in AnswerConfig.model_fields]
+    IGNORED: ClassVar = {**AnswerConfig.IGNORED, **dict.fromkeys(DROPPED, object)}  # of any type
 
     host: Text = "127.0.0.1"
     """The address to listen at. `0.0.0.0` lets other machines in; then set LAYERSKIP_API_KEY, too."""
@@ -36,7 +37,7 @@ class ServeConfig(AnswerConfig):
         """Check a merged config, which may be a generation config."""
         source = copy.deepcopy(source)
         for key in cls.DROPPED:
-            source.pop(key, None)
+            source.pop(key, None)  # may be missing (???), as the prompts of a template
         if OmegaConf.is_missing(source, "data_dir"):
             source["data_dir"] = None  # the configs qa/* need it for their prompts only
         return super().load(source, stored)

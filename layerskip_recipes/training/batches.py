@@ -1,21 +1,24 @@
 """TrainingData: the samples of each optimizer step on each rank."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from tqdm import tqdm
 
 from layerskip_recipes.config.auto import Choices
-from layerskip_recipes.data.datasets import load_data
+from layerskip_recipes.data.datasets import Batches, load_data
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.limits import check_length
+from layerskip_recipes.processes import from_rank_zero, is_rank_zero
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import Mesh
 
+MOST_HASHED, MOST_COUNTED = 512, 2048  # samples that a summary reads
 log = utils.get_logger("INFO")
 
 
@@ -45,7 +48,7 @@ class TrainingData:
     def __init__(self, cfg: FinetuneConfig, tokenizer: Any, device: torch.device, mesh: Mesh, seed: int) -> None:
         self.dataset, self._collate = load_data(cfg.dataset, cfg.collate_fn, tokenizer, cfg.meta_model, device)
         self.cut_at = None if self.dataset.packed else getattr(tokenizer, "max_seq_len", None)
-        self._warned_of_cuts = False
+        self.device, self._warned_of_cuts = device, False
         self.num_samples = len(self.dataset)
         self.cfg = cfg = _with_fitting_batch(cfg, self.num_samples // mesh.data_size)
         self.batch_size, self.shuffle, self.seed, self.mesh = cfg.batch_size, cfg.shuffle, seed, mesh
@@ -71,12 +74,28 @@ class TrainingData:
             "not learned"
         )
 
-    def frequent_tokens(self, count: int, most_samples: int = 2048) -> list[int]:
-        """The `count` most frequent labels in at most `most_samples` evenly spread samples, in ascending order."""
-        samples = range(0, self.num_samples, -(-self.num_samples // most_samples))
-        counts = Counter(label for i in samples for label in torch.as_tensor(self.dataset[i]["labels"]).tolist())
-        counts.pop(CROSS_ENTROPY_IGNORE_IDX, None)
-        return sorted(token for token, _ in counts.most_common(count))
+    def summary(self, labels_only: bool, num_frequent: int = 0) -> tuple[str, list[int]]:
+        """A hash of evenly spread samples, and the most frequent labels of more of them, in ascending order.
+
+        Collective: rank 0 reads each of these samples once. With `labels_only` the hash leaves out tokens without a
+        loss: some chat templates write today's date into the prompt.
+        """
+        return from_rank_zero(self._summary(labels_only, num_frequent) if is_rank_zero() else None)
+
+    def _summary(self, labels_only: bool, num_frequent: int) -> tuple[str, list[int]]:
+        hashed = {*range(0, self.num_samples, -(-self.num_samples // MOST_HASHED))}
+        counted = {*range(0, self.num_samples, -(-self.num_samples // MOST_COUNTED))} if num_frequent else set()
+        digest, counts = hashlib.sha256(), Counter[int]()
+        for i in tqdm(sorted(hashed | counted), desc="reading samples", leave=False, delay=2):
+            sample = self.dataset[i]
+            labels = torch.as_tensor(sample.get("labels", [])).tolist()
+            learned = [label for label in labels if label != CROSS_ENTROPY_IGNORE_IDX]
+            if i in hashed:
+                tokens = torch.as_tensor(sample["tokens"]).tolist()
+                digest.update((f"labels {learned} " if labels_only else f"tokens {tokens} labels {labels} ").encode())
+            if i in counted:
+                counts.update(learned)
+        return digest.hexdigest()[:16], sorted(token for token, _ in counts.most_common(num_frequent))
 
     def order(self, epoch: int) -> list[int]:
         """The sample numbers of an epoch in training order, over all ranks."""
@@ -88,16 +107,7 @@ class TrainingData:
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
         """This rank's batches of an epoch, beginning with batch `start`."""
         mine = self.order(epoch)[self.mesh.data_rank :: self.mesh.data_size][start * self.batch_size :]
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_size=self.batch_size,
-                sampler=mine,
-                collate_fn=self._collate,
-                drop_last=True,
-                generator=torch.Generator(),  # draw nothing from the global generator, which the model uses
-            )
-        )
+        return iter(Batches(self.dataset, mine, self.batch_size, self._collate, self.device, drop_last=True))
 
     def samples(self, step: int) -> list[int]:
         """The sample numbers of optimizer step `step` (from 0), over all ranks."""

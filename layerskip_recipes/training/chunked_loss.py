@@ -9,15 +9,10 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch._dynamo.exc import TorchDynamoException
-from torchtune.utils import get_logger
 
 from layerskip_recipes.config.schema import AUTO, Auto
-from layerskip_recipes.errors import first_line
 from layerskip_recipes.model.head import Head, at_least_fp32, compute_dtype
 from layerskip_recipes.model.head import chunk_tokens as fast_chunk
-
-log = get_logger("INFO")
 
 # (logits [n, v], target as in `token_loss_`, scale) -> summed loss. The gradient of scale * loss replaces the logits.
 ChunkLoss = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
@@ -81,23 +76,6 @@ def token_loss_(
     if target.dim() == 2:
         return kl_divergence_(logits, target, scale)
     return cross_entropy_(logits, target, scale, label_smoothing)
-
-
-def compiled(chunk_loss: ChunkLoss) -> ChunkLoss:
-    """The compiled loss. If torch cannot compile it, warns and runs the eager one."""
-    fast: ChunkLoss | None = torch.compile(chunk_loss, dynamic=True)
-
-    def loss(logits: torch.Tensor, target: Any, scale: torch.Tensor) -> torch.Tensor:
-        nonlocal fast
-        if fast is not None:
-            try:
-                return fast(logits, target, scale)
-            except TorchDynamoException as e:  # for example no C compiler; nothing has run yet
-                fast = None
-                log.warning("the loss could not be compiled and will be slower (%s)", first_line(e)[:200])
-        return chunk_loss(logits, target, scale)
-
-    return loss
 
 
 def exit_losses(

@@ -5,15 +5,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torchtune.utils import get_logger
+
 from layerskip_recipes.acceptance.measuring import measured_acceptance
-from layerskip_recipes.acceptance.trained_exits import MOST_TOKENS
+from layerskip_recipes.acceptance.trained_exits import DESCRIPTION, MOST_TOKENS
 from layerskip_recipes.checkpoint.drafts import DRAFT, describe
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
+from layerskip_recipes.processes import num_processes
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.label_counts import LabelCounts
 from layerskip_recipes.training.validation import Validation
+
+log = get_logger("INFO")
 
 
 class Description:
@@ -70,14 +76,23 @@ class Description:
         vocabulary: Sequence[int] = (),
         draft: Draft | None = None,
     ) -> dict[str, Any] | None:
-        """`measured_acceptance` of trained exits or a draft. Collective."""
+        """`measured_acceptance` of trained exits or a draft; None if the memory does not suffice. Collective."""
         on_validation = self.validation.on
-        return measured_acceptance(
-            self.validation.quality,
-            "dataset_val" if on_validation else "training",
-            self.validation.batches if on_validation else self.data.batches(0),
-            model,
-            exits,
-            vocabulary,
-            draft,
+        try:
+            return measured_acceptance(
+                self.validation.quality,
+                "dataset_val" if on_validation else "training",
+                self.validation.batches if on_validation else self.data.batches(0),
+                model,
+                exits,
+                vocabulary,
+                draft,
+            )
+        except torch.OutOfMemoryError:
+            if num_processes() > 1:  # the other ranks wait for this one
+                raise
+        log.warning(
+            f"{DESCRIPTION}: too little memory to measure the exits or the draft, so the checkpoint is saved without "
+            "that, and generation cannot choose by it. Smaller batches of the dataset need less; for example batch_size=1"
         )
+        return None

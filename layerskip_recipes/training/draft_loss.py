@@ -17,7 +17,8 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, compiled, exit_losses, token_loss_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
+from layerskip_recipes.training.compiled import compiled
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 
@@ -64,7 +65,7 @@ class DraftLoss:
         self.chunk_loss: ChunkLoss = token_loss_
 
     def compile(self) -> None:
-        self.chunk_loss = compiled(self.chunk_loss)
+        self.chunk_loss = compiled(self.chunk_loss, "the loss", num_dynamic=2)
         if self.model_loss is not None:
             self.model_loss.compile()
 

@@ -16,7 +16,8 @@ from layerskip_recipes.config.schema import AUTO, Auto, Exits, PositiveInt, Sect
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder, OnExit
 from layerskip_recipes.model.head import Head
-from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, compiled, exit_losses, token_loss_
+from layerskip_recipes.training.chunked_loss import ChunkLoss, ChunkTokens, exit_losses, token_loss_
+from layerskip_recipes.training.compiled import compiled
 
 ScaleFn = Literal["layerskip", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"]
 Curriculum = Literal["rotational", "gradual"] | None
@@ -151,7 +152,7 @@ class EarlyExitLoss:
         self.chunk_loss: ChunkLoss = chunk_loss
 
     def compile(self) -> None:
-        self.chunk_loss = compiled(self.chunk_loss)
+        self.chunk_loss = compiled(self.chunk_loss, "the loss", num_dynamic=2)
 
     def enabled(self, num_layers: int, step: int, total_steps: int) -> list[bool]:
         return enabled_exits(self.curriculum, step, total_steps, num_layers, self.interval, self.exits)

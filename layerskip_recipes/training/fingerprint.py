@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torchtune import utils
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_decoder import is_hf_decoder
@@ -15,7 +14,7 @@ from layerskip_recipes.families.reading import read_hf_config
 from layerskip_recipes.folders.model_folder import base_folder, model_folder
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import weights_hash
-from layerskip_recipes.processes import from_rank_zero, is_rank_zero
+from layerskip_recipes.processes import from_rank_zero
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
 
@@ -28,11 +27,16 @@ SAME_KEYS = {
 }
 FREE_SETTINGS = ("chunk_tokens", "num_output_chunks")
 STEPS = "steps of the run"
-MOST_SAMPLES = 512  # whose tokens are hashed
 
 
-def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> dict[str, Any]:
-    """The settings, sizes and content of the data that a resumed run must share. Collective.
+def template_of(cfg: FinetuneConfig, tokenizer: Any) -> str:
+    """The text of the tokenizer's chat template."""
+    source = getattr(getattr(tokenizer, "template", None), "source", None)
+    return source or str(cfg.tokenizer.get("prompt_template"))
+
+
+def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any, samples_hash: str) -> dict[str, Any]:
+    """The settings, sizes and content of the data that a resumed run must share.
 
     A folder may move, or lie elsewhere on another machine, so the fingerprint has what is in it instead of its path.
     """
@@ -44,17 +48,14 @@ def run_fingerprint(cfg: FinetuneConfig, data: TrainingData, tokenizer: Any) -> 
         fingerprint["model"] = _without_path(cfg.model.section)
         fingerprint["config.json"] = config.model_dump()
     fingerprint["optimizer._component_"] = cfg.optimizer.path  # another optimizer cannot use its state
-    template = getattr(getattr(tokenizer, "template", None), "source", None) or str(
-        cfg.tokenizer.get("prompt_template")
-    )
+    template = template_of(cfg, tokenizer)
     fingerprint["the hash of the chat template"] = hashlib.sha256(template.encode()).hexdigest()[:16]
     fingerprint["tokenizer.max_seq_len"] = getattr(tokenizer, "max_seq_len", None)
     fingerprint["samples in the dataset"] = data.num_samples
     fingerprint["batch_size x gradient_accumulation_steps x data-parallel ranks"] = data.samples_per_step
     fingerprint["steps in an epoch"] = data.steps_per_epoch
     fingerprint[STEPS] = data.total_steps
-    hashed = _samples_hash(data, labels_only="strftime_now" in template) if is_rank_zero() else None
-    fingerprint["the hash of the samples' tokens and labels"] = from_rank_zero(hashed)
+    fingerprint["the hash of the samples' tokens and labels"] = samples_hash
     return fingerprint
 
 
@@ -63,22 +64,6 @@ def base_fingerprint(cfg: FinetuneConfig, weights: Mapping[str, torch.Tensor] | 
     if not (adapter_names(cfg.meta_model) or cfg.freezes_model):
         return {}
     return {"the hash of the model's weights": from_rank_zero(weights_hash(weights) if weights else None)}
-
-
-def _samples_hash(data: TrainingData, labels_only: bool) -> str:
-    """A hash of at most MOST_SAMPLES evenly spread samples.
-
-    With `labels_only` it leaves out tokens without a loss: some chat templates write today's date into the prompt.
-    """
-    digest = hashlib.sha256()
-    for i in range(0, data.num_samples, -(-data.num_samples // MOST_SAMPLES)):
-        sample = data.dataset[i]
-        for name in ("labels",) if labels_only else ("tokens", "labels"):
-            values = torch.as_tensor(sample.get(name, [])).tolist()
-            if labels_only:
-                values = [value for value in values if value != CROSS_ENTROPY_IGNORE_IDX]
-            digest.update(f"{name} {values} ".encode())
-    return digest.hexdigest()[:16]
 
 
 def _without_path(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from layerskip_recipes.checkpoint.drafts import DRAFT
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.decoder import move_batch
 from layerskip_recipes.model.limits import check_batch, check_vocabulary
 from layerskip_recipes.processes import (
     from_every_rank,
@@ -42,7 +43,7 @@ from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.description import Description
 from layerskip_recipes.training.draft_loss import DraftLoss
 from layerskip_recipes.training.early_exit import EarlyExitLoss
-from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint
+from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint, template_of
 from layerskip_recipes.training.label_counts import LabelCounts
 from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
 from layerskip_recipes.training.optimizers import Optimizers
@@ -114,7 +115,10 @@ class LayerSkipFinetune:
         # The state of a stopped run, which must have had the same settings.
         self.checkpoints = Checkpoints(cfg, self.resumed_from)
         state = self.checkpoints.load_state()
-        self.fingerprint = run_fingerprint(cfg, self.data, tokenizer)
+        num_frequent = cfg.draft.vocabulary or 0 if cfg.draft is not None else 0
+        has_dates = "strftime_now" in template_of(cfg, tokenizer)
+        samples_hash, self.frequent_tokens = self.data.summary(has_dates, num_frequent)
+        self.fingerprint = run_fingerprint(cfg, self.data, tokenizer, samples_hash)
         if state is not None:
             check_resumable(state["run"], self.fingerprint)
             self.seed = self.data.seed = state[training.SEED_KEY]
@@ -169,7 +173,7 @@ class LayerSkipFinetune:
                 model_loss = cfg.exit_loss
                 self.learner = nn.ModuleDict({"model": self.model, "draft": self.draft})
             if cfg.draft.vocabulary is not None:
-                self.draft.vocabulary = self.data.frequent_tokens(cfg.draft.vocabulary)
+                self.draft.vocabulary = self.frequent_tokens
             self.loss = DraftLoss(cfg.draft, self.draft, model_loss)
         self.model.layer_dropout = dropout = cfg.build_layer_dropout() or self.model.layer_dropout
         if dropout is not None:
@@ -225,7 +229,7 @@ class LayerSkipFinetune:
         if dropout is not None:
             dropout.set_step(self.step, self.total_steps)
         tokens, losses = self._backward(batches)
-        sums = self.mesh.sum(torch.stack([torch.tensor(float(tokens), device=self.device), *losses.values()]))
+        sums = self.mesh.sum(torch.stack([self._scalar(tokens), *losses.values()]))
         count = sums[0].clamp(min=1)
 
         # Scale to the mean over all micro-batches and ranks, then clip. An optimizer in backward has already stepped.
@@ -268,7 +272,7 @@ class LayerSkipFinetune:
             # times the number of ranks: FSDP averages gradients over ranks.
             weight: Any = count
             if self.optimizers.in_backward:
-                of_all = self.mesh.sum(torch.tensor(float(count), device=self.device)).clamp(min=1)
+                of_all = self.mesh.sum(self._scalar(count)).clamp(min=1)
                 weight = self.mesh.data_size * count / of_all
             if loss.requires_grad:
                 (loss * weight).backward()
@@ -298,12 +302,16 @@ class LayerSkipFinetune:
         # On the CPU, to avoid a device synchronisation.
         counted = (labels != CROSS_ENTROPY_IGNORE_IDX).flatten().nonzero()[:, 0]
         batch |= {"labels": labels, "counted": counted}
-        utils.batch_to_device(batch, self.device)
+        move_batch(batch, self.device)
         tokens, labels = batch.pop("tokens"), batch.pop("labels")
         self.labels.see(labels.flatten()[batch["counted"]])
         with self.offloading, self._computing():
             loss, exits = self.loss(self.model, tokens, labels, **settings, **batch)
         return len(counted), loss, exits
+
+    def _scalar(self, number: float) -> torch.Tensor:
+        """The number [] on the device; filled there, as a copy would wait for it."""
+        return torch.full((), float(number), device=self.device)
 
     def _computing(self) -> torch.autocast:
         """Matrix products in `compute_dtype`. No weight is used twice, so autocast need not cache its casts."""

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
-from layerskip_recipes.acceptance.exit_quality import ExitQuality, exit_quality
-from layerskip_recipes.data.datasets import IndexedErrorDataset, load_data
+from layerskip_recipes.acceptance.exit_quality import MOST_CHUNK_TOKENS, ExitQuality, exit_quality
+from layerskip_recipes.config.schema import AUTO
+from layerskip_recipes.data.datasets import Batches, IndexedErrorDataset, load_data
 from layerskip_recipes.data.replies import ReplyFormat
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -52,6 +53,9 @@ class Validation:
         self.on = cfg.dataset_val is not None
         self.every, self.mesh, self.device = cfg.run_val_every_n_steps, mesh, device
         self.replies = ReplyFormat.of(tokenizer)
+        section = cfg.early_exit_loss or cfg.draft
+        chosen = AUTO if section is None else section.chunk_tokens
+        self.chunk_tokens = MOST_CHUNK_TOKENS if chosen == AUTO else chosen
         self.loss_at_start: float | None = None
         if cfg.dataset_val is None:
             return
@@ -64,13 +68,8 @@ class Validation:
             raise ConfigError("dataset_val: it has no sample. Allowed: at least one, or dataset_val=null")
         check_length(len(indexed[0]["tokens"]), cfg.meta_model, key="dataset_val")
         dataset = PadToRanks(indexed, mesh.data_size)
-        self.batches = DataLoader(
-            dataset,
-            batch_size=cfg.batch_size,
-            sampler=range(mesh.data_rank, len(dataset), mesh.data_size),
-            collate_fn=collate,
-            generator=torch.Generator(),  # draw nothing from the global generator, which training uses
-        )
+        samples = range(mesh.data_rank, len(dataset), mesh.data_size)
+        self.batches = Batches(dataset, samples, cfg.batch_size, collate, device)
 
     def due(self, step: int) -> bool:
         """Whether to measure after optimizer step `step` (from 1)."""
@@ -89,7 +88,7 @@ class Validation:
         trained = [part for part in parts if part.training]
         for part in trained:
             part.eval()
-        options |= {"add_up": self.mesh.sum, "generated": self.replies.generated}
+        options |= {"add_up": self.mesh.sum, "generated": self.replies.generated, "chunk_tokens": self.chunk_tokens}
         try:
             return exit_quality(model, batches, exits, self.device, draft=draft, **options)
         finally:

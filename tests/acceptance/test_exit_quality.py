@@ -1,9 +1,11 @@
 """exit_quality against plain PyTorch: acceptance by draft vocabulary, of exits and of trained drafts."""
 
+import math
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.acceptance import followed_rounds, tokens_per_round
 from helpers.tiny import VOCAB, make_tiny, unembedded
 
 from layerskip_recipes.acceptance.exit_quality import exit_quality
@@ -43,12 +45,53 @@ def acceptance(final, logits, ids):
     return F.pad(torch.stack([agrees.to(overlap), overlap, q.max(-1).values]), (0, 20 - final.shape[1]))
 
 
+def followed_rounds(
+    first: torch.Tensor,
+    later: torch.Tensor,
+    counts: torch.Tensor,
+    drafts: Sequence[int],
+    sure: tuple[torch.Tensor, torch.Tensor] | None = None,
+    least: float = 0.0,
+) -> list[tuple[float, float]]:
+    """Tokens and drafted tokens per round for each draft length, found by following the rounds of each text from its
+    first token on.
+
+    first, later [b, s]: the probability that a token is accepted as the first drafted one, or as a later one. counts
+    [b, s]: True for the tokens of texts. A text's first token comes from its prefill. With `sure`, the largest
+    probability of the first drafted token and of later ones, a draft ends where their product is below `least`.
+    """
+    rates = []
+    for d in drafts:
+        rounds = drafted = written = 0.0
+        for row, there in enumerate(counts.tolist()):
+            starts = [i for i in range(len(there)) if there[i] and (i == 0 or not there[i - 1])]
+            for start in starts:
+                end = next((i for i in range(start, len(there)) if not there[i]), len(there))
+                a, b, *c = [x[row, start + 1 : end].tolist() for x in (first, later, *(sure or ()))]
+                begins = [1.0] + [0.0] * (len(a) + d + 1)  # the probability that a round begins at a token
+                for i in range(len(a)):
+                    length = d
+                    if sure is not None:
+                        known = [*c[0][i : i + 1], *c[1][i + 1 :], 0.0]
+                        length = next((k for k in range(1, d) if math.prod(known[:k]) < least), d)
+                    drafted += begins[i] * length
+                    reached = begins[i]
+                    for k, p in enumerate([*a[i : i + 1], *b[i + 1 : i + length]]):
+                        begins[i + k + 1] += reached * (1 - p)
+                        reached *= p
+                    begins[min(i + length + 1, len(a))] += reached
+                rounds += sum(begins[: len(a)])
+                written += len(a)
+        rates.append((written / rounds, drafted / rounds))
+    return rates
+
+
 def check_rates(found, first, later, counts):
     """Tokens per round of 1 to 8 drafted tokens, greedily and sampled; and of drafts that end at a confidence of .4."""
     *first, sure = first
     *later, sure_later = later
     for kind, a, b in zip(("greedy", "sampled"), first, later, strict=True):
-        assert found[kind] == pytest.approx(tokens_per_round(a, b, counts, range(1, 9)), abs=1e-5), kind
+        assert found[kind] == pytest.approx([n for n, _ in followed_rounds(a, b, counts, range(1, 9))], abs=1e-5), kind
         ended = followed_rounds(a, b, counts, range(1, 9), (sure, sure_later), 0.4)
         torch.testing.assert_close(torch.tensor(found["ended"][kind]), torch.tensor(ended), atol=1e-5, rtol=0)
         assert 1 <= ended[-1][1] < 8
@@ -56,7 +99,7 @@ def check_rates(found, first, later, counts):
 
 @pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
 @pytest.mark.parametrize("some", [False, True], ids=["all", "generated"])
-def test_acceptance_by_draft_vocabulary(family, some, float64):
+def test_acceptance_by_draft_vocabulary_is_that_of_followed_rounds(family, some, float64):
     """Over all tokens and over the first few of a vocabulary, with q renormalised over them. Labels that decoding never
     generates count in the loss only."""
     model = layerskip_decoder(make_tiny(family))
@@ -101,7 +144,7 @@ def test_acceptance_by_draft_vocabulary(family, some, float64):
 
 @pytest.mark.parametrize("vocabulary", [None, FREQUENT], ids=["all", "some"])
 @pytest.mark.parametrize("kind", ["copy", "adapter"])
-def test_acceptance_of_a_trained_draft(kind, vocabulary):
+def test_acceptance_of_a_trained_draft_is_that_of_followed_rounds(kind, vocabulary):
     """An adapter's later tokens in a row are those that it drafts from its own states."""
     model = layerskip_decoder(make_tiny())
     torch.manual_seed(1)

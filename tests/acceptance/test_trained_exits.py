@@ -110,5 +110,5 @@ def test_the_trained_exit_nearest_to_a_seventh_of_the_depth_drafts(trained, laye
         ([25, 26, 27, 28, 29, 30], [25]),
     ],
 )
-def test_the_exits_that_are_measured(trained, expected):
+def test_exits_are_measured_up_to_half_of_the_depth_or_all_of_a_few(trained, expected):
     assert exits_to_measure(trained, 30) == expected

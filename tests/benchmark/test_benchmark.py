@@ -54,7 +54,7 @@ def rows(report: dict, temperature: float) -> dict[str, dict]:
     return {row["name"]: row for row in report["results"] if row["temperature"] == temperature}
 
 
-def test_the_files_and_what_is_printed(report):
+def test_the_printed_table_is_the_file_and_has_each_method(report):
     folder = report["folder"] / "report"
     files = {"json": "benchmark.json", "markdown": "benchmark.md", "picture": "benchmark.png"}
     assert {p.name for p in folder.iterdir()} == {*files.values()}
@@ -68,7 +68,7 @@ def test_the_files_and_what_is_printed(report):
         assert len(re.findall(rf"^\| {name}[ ,]", table, flags=re.M)) == 2, name
 
 
-def test_where_and_how_it_was_measured(report):
+def test_the_report_names_command_versions_and_machine(report):
     assert report["command"].startswith("tune run layerskip_benchmark --config ") and "seed=3" in report["command"]
     assert torch.__version__.startswith(report["versions"]["torch"])
     assert {"python", "torchtune", "torchao"} <= {*report["versions"]}
@@ -84,8 +84,7 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
     table = rows(report, temperature)
     assert list(table) == METHODS
     base = table["baseline"]
-    for name, row in table.items():
-        assert row["kind"] == ("baseline" if name == "baseline" else "variant")
+    for row in table.values():
         assert row["outputs"] == 4 and len(row["per_repeat"]) == 2
         rates = [r["decoded_tokens"] / r["decode_s"] for r in row["per_repeat"]]
         base_rates = [r["decoded_tokens"] / r["decode_s"] for r in base["per_repeat"]]
@@ -130,11 +129,11 @@ def test_a_variant_drafts_where_generation_does(cost, path, tmp_path, checkpoint
     assert (generated["rounds_by_kind"]["plain"] > 10) is (cost > 1) and generated["drafted"] > 0
 
 
-def test_outputs_are_the_same_by_all_methods(report):
+def test_all_methods_give_the_same_outputs(report):
     assert all(row["identical"] is True for row in report["results"])
 
 
-def test_every_key_of_generation_is_known():
+def test_every_generation_key_is_honoured_or_refused():
     """Honoured or refused by name: a benchmark config extends a generation config."""
     known = {*BenchmarkConfig.model_fields, *BenchmarkConfig.REFUSED, *BenchmarkConfig.IGNORED}
     assert {*GenerateConfig.model_fields} <= known
@@ -163,7 +162,7 @@ def test_outputs_are_compared_with_references_and_batches_are_measured(path, cap
     others = [replace(run, outputs=[[0], [1]]) for run in runs]
     assert figures(others, runs, bandwidth=1.0)["identical"] is False
     assert "| exact_match | rouge1 |" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"^metrics: rouge1 needs references, and prompt 1 of 2 has none"):
+    with pytest.raises(ValueError, match=r"^metrics: rouge1 .*prompt 1 of 2"):
         LayerSkipBenchmark(load_config(str(path), ["metrics=[rouge1]"]))
 
 
@@ -289,7 +288,7 @@ def test_drafts_that_are_looked_up_cost_no_step():
     assert row["engine_efficiency"] == pytest.approx(2.0 / (3 / 1.2))
 
 
-def test_rounds_without_drafts_are_rounds():
+def test_rounds_without_drafts_count_as_rounds():
     """15 plain rounds, and 5 whose 4 drafted tokens all stood: 40 tokens in 20 rounds."""
     ours = stats(40, 1.0, rounds=20, row_rounds=20, drafted=20, accepted=20)
     ours.rounds_accepting[4] = 5

@@ -25,7 +25,7 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_it_needs_no_weights(monkeypatch, capsys):
+def test_random_weights_need_no_checkpoint_and_no_tokenizer(monkeypatch, capsys):
     """A generation config will do: neither checkpoint nor tokenizer is there, and no file is written."""
     generations, new = [], llm.Generation
 
@@ -58,7 +58,8 @@ def test_it_needs_no_weights(monkeypatch, capsys):
         assert generation.stats.drafted == (3 * generation.stats.rounds if i % 2 else 0)
 
 
-def test_whatever_a_config_says_of_drafts():
+@pytest.mark.slow
+def test_random_weights_draft_as_the_config_says():
     """Batches, sampling, draft vocabulary, int8; look-ups only choose between such rounds. Files go to report_dir."""
     drafts = ("draft_vocabulary=64", "draft_int8=true", "num_speculations=2")
     settings = [f"self_speculation.{draft}" for draft in drafts]

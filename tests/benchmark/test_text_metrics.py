@@ -16,6 +16,7 @@ def examples(references: list[str]) -> list[Example]:
     return [Example("p", reference) for reference in references]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "by_hand"),
     [
@@ -52,7 +53,7 @@ def test_exact_match_is_without_the_opening_of_a_think_block():
 
 
 def test_metrics_need_references():
-    with pytest.raises(ValueError, match="metrics: bleu, rouge1 needs references, and prompt 2 of 3 has none"):
+    with pytest.raises(ValueError, match=r"metrics: bleu, rouge1 .*prompt 2 of 3"):
         check_references(["bleu", "rouge1"], [Example("p", response) for response in ["a", None, None]])
     check_references(get_args(Metric), [Example("p", ""), Example("q", "r")])
     check_references([], [Example("p")])

@@ -8,18 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.acceptance import tokens_per_round
 from helpers.configs import benchmark_config, generate_config, make_checkpoint
 from helpers.recipes import ready, run_benchmark
 from helpers.tiny import VOCAB, make_tiny
 
 from layerskip_recipes import generate, layerskip_decoder
+from layerskip_recipes.acceptance.exit_quality import exit_quality
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.benchmark.tuner import (
     FIRST_LINE,
-    Candidate,
     fitted_costs,
     measured_rates,
     write_choice,
@@ -47,8 +46,8 @@ def small_layers(model):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_tokens_per_round_of_exits_and_vocabularies(temperature):
-    """By hand: sum min(p, q) at each position, and the rounds that follow from it."""
+def test_exits_and_vocabularies_are_measured_on_the_outputs_of_texts(temperature):
+    """As exit_quality does, which test_exit_quality.py compares with plain PyTorch, where only outputs have labels."""
     model, longest = small_layers(make_tiny()), 4
     prompts = [[1, 2, 3], [5, 6, 7, 8]]
     outputs = [generate(model, p, 12, temperature=temperature, seed=0).tokens[0, len(p) :].tolist() for p in prompts]
@@ -60,28 +59,12 @@ def test_tokens_per_round_of_exits_and_vocabularies(temperature):
     sizes = [(plan.exit_layer, plan.num_draft_tokens) for plan, _ in fixed]
     assert sorted(sizes, key=str) == sorted(((e, n) for e in range(1, L) for n in (None, len(some))), key=str)
 
-    def distribution(logits, allowed):
-        masked = torch.full_like(logits, -torch.inf)
-        masked[allowed] = logits[allowed]
-        if temperature == 0:
-            return torch.nn.functional.one_hot(masked.argmax(), len(logits)).float()
-        return masked.softmax(-1)
-
+    batches = [{"tokens": torch.tensor([p + o]), "labels": torch.tensor([[-100] * len(p) + o])} for p, o in texts]
+    settings = {"num_speculations": longest, "vocabulary": some, "sizes": [len(some)]}
+    quality = exit_quality(model, batches, range(1, L + 1), torch.device("cpu"), **settings)
     for plan, rates in fixed:
-        allowed = plan.draft_vocabulary or list(range(VOCAB))
-        accepted, counts = torch.zeros(2, 12), torch.zeros(2, 12, dtype=torch.bool)
-        for row, (prompt, output) in enumerate(texts):
-            counts[row, : len(output)] = True
-            with torch.no_grad():
-                tokens = torch.tensor([prompt + output])
-                p, q = model(tokens)[0], model(tokens, exit_layer=plan.exit_layer)[0]
-            rows = range(len(prompt), tokens.shape[1] - 1)
-            everything = list(range(VOCAB))
-            for i, r in enumerate(rows):
-                overlap = torch.minimum(distribution(p[r], everything), distribution(q[r], allowed)).sum()
-                accepted[row, i + 1] = overlap
-        expected = tokens_per_round(accepted, accepted, counts, range(1, longest + 1))
-        assert [n for n, _ in rates] == pytest.approx(expected, abs=1e-5)
+        by_kind = quality[plan.exit_layer].tokens_per_round[str(plan.num_draft_tokens or "all")]
+        assert [n for n, _ in rates] == pytest.approx(by_kind["greedy" if temperature == 0 else "sampled"])
         assert [d for _, d in rates] == [1, 2, 3, 4]
     rates = dict(zip(sizes, (rounds for _, rounds in fixed), strict=True))
     assert rates[5, None][0] > rates[1, None][0]  # the later exit knows more
@@ -209,9 +192,9 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
         (folder / "layerskip.json").write_text(json.dumps({"exits": [1, 4], "vocabulary": [*range(40)]}))
     path = config(max_new_tokens=24, temperatures=[0.0, 0.8] if stored else [0.0])
     recipe, report = run_benchmark(path, f"checkpointer.checkpoint_dir={folder}")
-    variants = [row for row in report["results"] if row["kind"] == "variant"]
+    variants = [row for row in report["results"] if row["name"] != "baseline"]
     rows = {row["name"]: row["speedup"]["median"] for row in variants if row["temperature"] == 0}
-    assert set(rows) == set(recipe.candidates) and sum("lookup" in name for name in rows) == 1
+    assert set(rows) == set(recipe.tuned_sections) and sum("lookup" in name for name in rows) == 1
     assert all(row["identical"] for row in variants if row["temperature"] == 0)
     # Predicted is what the choice is for.
     predicted = {(row["temperature"], row["name"]) for row in variants if row["predicted_speedup"]}
@@ -219,11 +202,12 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
     fastest = max(rows, key=rows.get)
     cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
     assert cfg.compile is False  # as it was measured
-    assert cfg.self_speculation == (recipe.candidates[fastest].written if rows[fastest] > 1 else None)
-    some = [c for c in recipe.candidates.values() if c.plan.draft_vocabulary]
-    assert not stored or all(c.plan.draft_vocabulary == [*range(40)] for c in some)
-    # Where no tokens are stored, generation would count those of its own prompts.
-    assert all(c.written.draft_vocabulary == (40 if stored else c.plan.draft_vocabulary) for c in some)
+    assert cfg.self_speculation == (recipe.tuned_sections[fastest] if rows[fastest] > 1 else None)
+    vocabularies = {name: plan.draft_vocabulary for name, plan in recipe.methods.items() if plan}
+    for name, ids in vocabularies.items():
+        assert not (stored and ids) or ids == [*range(40)]
+        # Where no tokens are stored, generation would count those of its own prompts.
+        assert recipe.tuned_sections[name].draft_vocabulary == (40 if stored and ids else ids)
     out = capsys.readouterr().out
     assert "predicted" in out and "measured" in out and "fastest: " in out
     # Beside the report of the same config without tune.
@@ -247,11 +231,10 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
 
 
 def test_the_first_line_says_so_if_no_draft_pays(config, tmp_path):
-    candidate = Candidate(Speculation(2), EXIT)
     row = {"name": "draft_6", "temperature": 0.0, "speedup": {"median": 0.7}, "predicted_speedup": None}
     report = {"results": [row], "device": "cpu"}
     written = tmp_path / "tuned.yaml"
-    write_choice(loaded(config()), written, report, {"draft_6": candidate})
+    write_choice(loaded(config()), written, report, {"draft_6": EXIT})
     assert written.read_text().startswith(f"{FIRST_LINE}no drafts, since draft_6 had 0.70x, temperature 0.0, cpu\n")
     assert load_config(str(written)).self_speculation is None
 
@@ -266,6 +249,6 @@ def test_a_file_of_somebody_elses_is_not_overwritten(config, tmp_path):
     LayerSkipBenchmark(load_config(str(config(tune=False, tune_extends=None))))
 
 
-def test_outputs_too_short_for_a_draft(config):
-    with pytest.raises(ValueError, match=r"^max_new_tokens: the outputs ended with .*max_new_tokens=128"):
+def test_outputs_too_short_for_a_draft_are_refused(config):
+    with pytest.raises(ValueError, match=r"^max_new_tokens: .*max_new_tokens=128"):
         ready(LayerSkipBenchmark, config(max_new_tokens=2))

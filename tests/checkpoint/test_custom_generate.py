@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.hf_folders import DENSE_GRANITE4, MULTIPLIERS
 from helpers.sampling import filtered, p_value
 
 transformers = pytest.importorskip("transformers")
@@ -15,6 +16,9 @@ SYNTH_ID = transformers.SynthIDTextWatermarkingConfig(keys=[654, 400, 836, 123],
 FAMILIES = {
     "gemma": {},
     "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 3},
+    "granite": MULTIPLIERS,
+    "granitemoehybrid": DENSE_GRANITE4 | {"position_embedding_type": "rope"},
     "llama": {},
     "mistral": {"sliding_window": 8},
     "phi3": {"sliding_window": None},
@@ -92,7 +96,10 @@ def both(model, inputs, exit_layer=2, num_speculations=4, min_confidence=None, *
     return plain, loop.generate(model=model, **inputs, **exits, **settings)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("gemma2", "llama") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 def test_greedy_tokens_are_those_of_plain_decoding(family, fixed_length):
     assert tuple(FAMILIES) == loop.MODEL_TYPES
     for rows, exit_layer, num_speculations in ((1, 1, 5), (1, 3, 1), (3, 2, 1), (3, 3, 5), (1, None, 5), (3, None, 5)):
@@ -102,6 +109,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(family, fixed_length):
     assert 0.1 * drafted < accepted < drafted
 
 
+@pytest.mark.slow
 @EXITS
 @pytest.mark.parametrize("min_confidence", [0, 0.3, 0.9])
 def test_the_draft_length_changes_no_token(exit_layer, min_confidence):
@@ -116,6 +124,7 @@ def test_a_draft_ends_where_it_is_not_confident(fixed_length):
     assert {1} < {*lengths} and sum(a[0] for a, _ in fixed_length) > 0.6 * sum(lengths)
 
 
+@pytest.mark.slow
 @EXITS
 @pytest.mark.parametrize("rows", [1, 3])
 def test_it_stops_where_plain_decoding_stops(rows, exit_layer, fixed_length):
@@ -135,7 +144,7 @@ class Even(transformers.StoppingCriteria):
         return (input_ids[:, 7:] % 2 == 0).sum(1) >= 3
 
 
-def test_stop_strings(tokenizer_folder, fixed_length):
+def test_it_stops_at_stop_strings(tokenizer_folder, fixed_length):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     model, inputs = tiny(vocab_size=300), prompts(1, vocab_size=300)
     plain, _ = both(model, inputs)
@@ -146,7 +155,7 @@ def test_stop_strings(tokenizer_folder, fixed_length):
 
 
 @EXITS
-def test_token_healing(exit_layer, tokenizer_folder, monkeypatch):
+def test_token_healing_decodes_the_prompts_last_token_again(exit_layer, tokenizer_folder, monkeypatch):
     """The last token of the prompt is decoded again, by the model's own `generate`."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, pad_token="!", bos_token="~")
     model = copy.copy(tiny(vocab_size=300))
@@ -163,6 +172,7 @@ def test_token_healing(exit_layer, tokenizer_folder, monkeypatch):
     assert torch.equal(model.generate(**prompt, **settings, token_healing=True), plain) and len(calls) == 1
 
 
+@pytest.mark.slow
 @EXITS
 @pytest.mark.parametrize(
     "settings",
@@ -187,6 +197,7 @@ def test_processors_and_criteria_see_the_tokens_before_each_position(settings, e
     assert ours.shape != without.shape or not torch.equal(ours, without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_streamer_gets_each_token_once(rows, fixed_length):
     for end in (None, int(both(tiny(), prompts(rows))[0][0, 14])):
@@ -198,6 +209,7 @@ def test_a_streamer_gets_each_token_once(rows, fixed_length):
         assert all(torch.equal(a, b) for a, b in zip(ours.columns, plain.columns, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [None, 14])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
 @EXITS
@@ -214,8 +226,9 @@ def test_the_cache_in_a_dictionary_goes_on(exit_layer, family, end, fixed_length
     assert torch.equal(loop.generate(model=model, **further, exit_layer=exit_layer, cache=ours.cache), expected)
 
 
+@pytest.mark.slow
 @EXITS
-def test_prompts_without_their_tokens(exit_layer, fixed_length):
+def test_embedded_prompts_give_the_tokens_of_plain_decoding(exit_layer, fixed_length):
     model, inputs = tiny(), prompts()
     embedded = {"inputs_embeds": model.model.embed_tokens(inputs["input_ids"])} | {
         "attention_mask": inputs["attention_mask"]
@@ -232,6 +245,7 @@ def test_prompts_without_their_tokens(exit_layer, fixed_length):
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8}])
 @EXITS
 def test_sampling_has_the_distribution_of_plain_sampling(exit_layer, filters, fixed_length):
@@ -307,12 +321,12 @@ def test_few_rounds_of_bad_drafts_end_them(draft_cost):
         ({"watermarking_config": SYNTH_ID, "do_sample": True}, "a SynthID watermark is not supported"),
     ],
 )
-def test_a_mistake(settings, message):
+def test_unsupported_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         loop.generate(model=tiny(), **prompts(), **{"exit_layer": 2, "max_new_tokens": 2} | settings)
 
 
-def test_positions_that_change_with_the_length():
+def test_texts_do_not_reach_the_length_at_which_positions_change():
     config = copy.deepcopy(tiny("phi3").config)
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0} | factors
@@ -323,7 +337,8 @@ def test_positions_that_change_with_the_length():
     loop.generate(model=model, **prompts(), exit_layer=2, max_new_tokens=3)
 
 
-def test_dynamic_positions_at_the_limit(fixed_length):
+@pytest.mark.slow
+def test_drafts_never_reach_the_limit_of_dynamic_positions(fixed_length):
     """One position beyond the limit would change the frequencies of all rows: neither drafts of the longer rows that
     are cut nor rows that have stopped reach it."""
     model = copy.deepcopy(tiny(max_position_embeddings=20))
@@ -336,7 +351,7 @@ def test_dynamic_positions_at_the_limit(fixed_length):
         assert torch.equal(ours, plain)
 
 
-def test_a_model_that_cannot_run_in_part():
+def test_a_model_that_cannot_run_in_part_is_refused():
     config = transformers.AutoConfig.for_model("gpt2", n_layer=2, n_embd=8, n_head=1, vocab_size=16)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=r"cannot run gpt2 in part. Allowed: gemma"):

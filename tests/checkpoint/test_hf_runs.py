@@ -30,6 +30,7 @@ def base(tmp_path_factory, tokenizer_folder):
     return model_with_tokenizer("qwen3", tmp_path_factory.mktemp("base") / "Qwen3", tokenizer_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [{}, {"lora": LORA}], ids=["full", "LoRA"])
 def test_a_run_resumes_and_its_checkpoint_opens_in_transformers(base, lora, finetune):
     from transformers import AutoModelForCausalLM
@@ -52,6 +53,7 @@ def test_a_run_resumes_and_its_checkpoint_opens_in_transformers(base, lora, fine
         torch.testing.assert_close(theirs(tokens).logits, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"draft": {"kind": "copy", "exit_layer": 1}, **NO_EXITS}], ids=["LoRA", "draft"]
 )
@@ -73,6 +75,7 @@ def test_a_run_resumes_with_its_base_elsewhere(changes, base, tmp_path, finetune
         set_up(path, *again)
 
 
+@pytest.mark.slow
 def test_generation_adds_adapters_to_their_base(base, tmp_path, finetune):
     optimizer = {"_component_": "torch.optim.AdamW", "lr": 0.05}  # so large that tokens change
     train(finetune(**sections(base, lora=LORA), optimizer=optimizer))
@@ -116,7 +119,7 @@ def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune):
         ("model.path=nowhere", "path: 'nowhere' is no folder. Allowed: a folder with config.json"),
     ],
 )
-def test_a_mistake_is_said_before_the_run(override, message, base, finetune):
+def test_a_mistake_is_refused_before_the_run(override, message, base, finetune):
     with pytest.raises(ConfigError, match=message) as e:
         set_up(finetune(**sections(base)), override.replace("BASE", str(base)))
     assert "\n" not in str(e.value) and not (base / "out").exists()

@@ -17,8 +17,6 @@ from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_decoder import hf_decoder
 
-peft = pytest.importorskip("peft")
-
 TOKENS = 3 + torch.arange(40).view(2, 20) * 7 % 90
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # A base model, and the settings of its adapters.
@@ -41,6 +39,8 @@ ADAPTED = {
 
 def make_adapters(folder, kind, settings, base_name=None, **changes):
     """Random adapters in `folder`/adapters of a model in `folder`/base. Returns transformers' merged model."""
+    import peft  # takes two seconds
+
     model = make_hf_folder(kind, folder / "base", **changes)
     config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings)
     with pytest.MonkeyPatch.context() as patch:  # PEFT wants a newer torchao than torchtune
@@ -88,7 +88,7 @@ def test_a_base_on_the_hub_is_read_in_the_adapters_revision(tmp_path, monkeypatc
     torch.testing.assert_close(logits(tmp_path / "adapters"), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
-def test_whose_tokenizer(tmp_path, tokenizer_folder):
+def test_the_adapters_tokenizer_comes_before_the_bases(tmp_path, tokenizer_folder):
     """The adapters', with the base's stop tokens, or else the base's. A checkpoint gets the same files."""
     make_adapters(tmp_path, *ADAPTED["q_and_v"], vocab_size=300)
     adapters, base = tmp_path / "adapters", tmp_path / "base"
@@ -147,7 +147,7 @@ def rename(before, after):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "cannot be read "),
     ],
 )
-def test_what_cannot_be_merged_is_one_line(edit, message, tmp_path, tiny_adapters):
+def test_adapters_that_cannot_be_merged_are_refused_in_one_line(edit, message, tmp_path, tiny_adapters):
     folder = shutil.copytree(tiny_adapters / "adapters", tmp_path / "adapters")
     edit(folder)
     with pytest.raises(ConfigError, match=rf"^(checkpointer\.)?path: .*{re.escape(message)}") as e:

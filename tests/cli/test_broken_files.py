@@ -24,7 +24,7 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
         (["checkpointer.checkpoint_files=[config.json]"], "config.json"),
     ],
 )
-def test_the_checkpoint_of_another_model(overrides, message, paths, monkeypatch):
+def test_the_checkpoint_of_another_model_is_refused(overrides, message, paths, monkeypatch):
     """Only this mistake is found after loading: it says what does not fit."""
     monkeypatch.undo()
     monkeypatch.chdir(paths["generate"].parent)
@@ -40,12 +40,12 @@ def test_the_checkpoint_of_another_model(overrides, message, paths, monkeypatch)
         (["checkpointer.hf_config.tie_word_embeddings=false"], "tie_word_embeddings: False does not fit .* has True$"),
     ],
 )
-def test_from_scratch(changes, message, tmp_path, tokenizer_folder):
+def test_mistakes_of_a_training_from_scratch_are_found_at_the_start(changes, message, tmp_path, tokenizer_folder):
     """Found at the start, not when the first checkpoint is written after hours of training."""
     assert re.search(message, refusal("finetune", finetune_config(tmp_path, tokenizer_folder), *changes))
 
 
-def test_two_processes_on_a_recipe_for_one(paths, monkeypatch):
+def test_two_processes_are_refused_by_a_recipe_for_one(paths, monkeypatch):
     for key, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(key, value)
     assert "nproc_per_node" in refusal("eval", paths["eval"])

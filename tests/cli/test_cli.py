@@ -232,7 +232,7 @@ def test_a_config_of_another_recipe_is_recognised(monkeypatch, capsys):
 
 @pytest.mark.parametrize("start", [finetune_main, generate_main, evaluate_main])
 @pytest.mark.parametrize("flag", ["--batch_size=3", "--batch_size"])
-def test_an_option_instead_of_an_override(start, flag, monkeypatch, capsys):
+def test_an_option_instead_of_an_override_is_refused(start, flag, monkeypatch, capsys):
     """What other trainers want; here it is refused before the config is even looked for."""
     monkeypatch.setattr(sys, "argv", ["recipe", "--config", "nothere.yaml", flag])
     with pytest.raises(SystemExit, match="1"):
@@ -248,7 +248,7 @@ def folder(tmp_path, tokenizer_folder):
     return tmp_path
 
 
-def test_a_users_mistake(folder):
+def test_a_users_mistake_is_the_last_line_of_tune_run(folder):
     """From inside of torch: the last line on stderr says it; status 1, no traceback, and nothing is written."""
     before = sorted(folder.iterdir())
     done = run_tune("run", "layerskip_finetune", "--config", "finetune.yaml", "optimizer.betas=[2,2]", cwd=folder)
@@ -259,7 +259,7 @@ def test_a_users_mistake(folder):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_users_mistake_under_torchrun(folder):
+def test_a_users_mistake_is_one_line_under_torchrun(folder):
     """The same line; torchrun then adds its own report of the failed process, which nobody can keep it from."""
     args = ["--nnodes", "1", "--nproc_per_node", "1", "layerskip_finetune", "--config", "finetune.yaml", "epochs=0"]
     done = run_tune("run", *args, cwd=folder)
@@ -270,7 +270,7 @@ def test_a_users_mistake_under_torchrun(folder):
     assert not (folder / "out").exists()
 
 
-def test_help(folder):
+def test_help_shows_how_to_start_the_recipe(folder):
     """`--help` after a config (torchtune insists on one) shows what the recipe is, and how to start it."""
     done = run_tune("run", "layerskip_generate", "--config", "generate.yaml", "--help", cwd=folder)
     assert done.returncode == 0

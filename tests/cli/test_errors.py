@@ -8,6 +8,8 @@ import pytest
 from helpers.configs import MODEL
 from helpers.refusals import RECIPES, check
 
+pytestmark = pytest.mark.slow
+
 # Overrides, the key at the message's start (or the section that it is in), the value given, what is allowed.
 ANY = [
     ("device=xpu", "device", "'xpu'", "Allowed here: cpu"),

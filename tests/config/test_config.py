@@ -54,7 +54,7 @@ def test_a_path_is_found_from_any_folder(name, base, tmp_path, monkeypatch):
     ],
     ids=lambda value: value[:30],
 )
-def test_an_unknown_name(name, message):
+def test_an_unknown_config_name_is_refused(name, message):
     with pytest.raises(ValueError, match=f"^config: {message}"):
         load_config(name)
 
@@ -119,13 +119,13 @@ def test_a_cycle_is_an_error_that_shows_it(tmp_path):
         (b"a: 1\n---\nb: 1\n", r"config: .*mine\.yaml"),
     ],
 )
-def test_a_file_with_a_mistake(content, message, tmp_path):
+def test_a_file_with_a_mistake_is_refused(content, message, tmp_path):
     (tmp_path / "mine.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=f"^{message}"):
         load_config(str(tmp_path / "mine.yaml"))
 
 
-def test_yaml_as_people_write_it(base):
+def test_byte_order_marks_windows_line_ends_and_slices_are_read(base):
     """A byte-order mark, Windows line ends, and a slice, which YAML 1.1 reads as 65: minutes and seconds."""
     path = base.parent / "windows.yaml"
     path.write_bytes(b"\xef\xbb\xbfextends: finetune.yaml\r\nbatch_size: 7\r\nearly_exit_loss:\r\n  exits: 2:5\r\n")
@@ -166,7 +166,7 @@ def test_yaml_as_people_write_it(base):
         ("prompt", "[a, b]", ["a", "b"]),
     ],
 )
-def test_the_value_of_an_override(key, text, value, base):
+def test_an_override_has_the_type_that_it_is_written_in(key, text, value, base):
     got = OmegaConf.select(load_config(str(base), [f"{key}={text}"]), key)
     got = OmegaConf.to_container(got) if OmegaConf.is_config(got) else got
     assert (got, type(got)) == (value, type(value))
@@ -187,7 +187,7 @@ def test_a_tilde_removes_a_key_and_overrides_count_in_their_order(key, overrides
     assert OmegaConf.select(config, key) == expected and "lr" in config.optimizer
 
 
-def test_the_home_folder_in_a_path(base, monkeypatch):
+def test_a_tilde_before_a_path_is_the_home_folder(base, monkeypatch):
     """In a file, where no shell expands it; what is no path stays as it is."""
     monkeypatch.setenv("HOME", "/home/me")
     path = extend(base, output_dir="~/runs", compare={"old": {"checkpoint_files": ["~/a"]}})
@@ -200,7 +200,7 @@ def test_the_home_folder_in_a_path(base, monkeypatch):
 
 
 @pytest.mark.parametrize("override", ["batch_size", "=3", "~nothere", "~optimizer.nothere", "~", ""])
-def test_an_override_of_another_form(override, base):
+def test_an_override_that_is_not_key_value_is_refused(override, base):
     with pytest.raises(ValueError, match=f"^override: '?{override}"):
         load_config(str(base), [override])
 

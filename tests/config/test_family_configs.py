@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.configs import HF_CONFIG
 from omegaconf import DictConfig, OmegaConf
+from torch.overrides import TorchFunctionMode
 from torchtune._recipe_registry import get_all_recipes
 
 from layerskip_recipes.cli.configs import validate
@@ -71,12 +71,17 @@ def resolved(name: str) -> dict[str, Any]:
     return OmegaConf.to_container(merged(name), resolve=True)
 
 
+class NoInitialisation(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__module__ == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_initialisation():
     """It takes half of the time, and no weight here has memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
-        patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **options: tensor)
+    with NoInitialisation():
         yield
 
 
@@ -86,7 +91,7 @@ FINETUNE = [name for name in our_configs() if re.search("^#   tune run .*layersk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", our_configs())
-def test_it_validates_and_its_header_starts_that_recipe(name):
+def test_a_config_validates_and_its_header_starts_its_recipe(name):
     recipe = validate(merged(name))
     commands = re.findall(r"^#   tune run (.*)$", header(name), flags=re.M)
     assert commands
@@ -102,7 +107,7 @@ def test_it_validates_and_its_header_starts_that_recipe(name):
 
 
 @pytest.mark.parametrize("name", [name for name in our_configs() if "tune download" in header(name)])
-def test_its_download_goes_where_the_config_looks(name):
+def test_the_download_in_a_header_goes_where_the_config_looks(name):
     """`tune download` writes to --output-dir, else to a folder in /tmp with the repository's name."""
     words = shlex.split(re.search(r"^#   tune download (.*)$", header(name), flags=re.M)[1])
     folder = words[words.index("--output-dir") + 1] if "--output-dir" in words else f"/tmp/{Path(words[0]).name}"
@@ -143,7 +148,7 @@ def test_torchtunes_training_configs_get_layerskips_sections(name, caplog):
     assert all(f"{key}={{" in line for key in {"layer_dropout", "early_exit_loss", *replaced})
 
 
-def test_a_file_of_ones_own_stays_what_it_says(tmp_path):
+def test_a_users_config_keeps_its_own_values(tmp_path):
     """Also one that extends torchtune's. An override of a section that was added changes it, or replaces it."""
     path = tmp_path / "my.yaml"
     path.write_text("extends: llama3_2/1B_full\n")
@@ -155,7 +160,7 @@ def test_a_file_of_ones_own_stays_what_it_says(tmp_path):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_values(name):
+def test_paper_configs_have_the_values_of_the_papers_table(name):
     prob, schedule, scale, curriculum, interval, lr, batch_size, steps = PAPER[name]
     config = merged(f"paper/{name}")
     dropout, loss = config.layer_dropout, config.early_exit_loss
@@ -171,18 +176,18 @@ def test_the_papers_values(name):
     assert resolved(f"paper/{name}")["tokenizer"]["max_seq_len"] == 4096
 
 
-def test_the_table_is_complete():
+def test_every_paper_config_is_in_the_table():
     assert {f"paper/{name}" for name in PAPER} == {name for name in our_configs() if name.startswith("paper/")}
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llama2_1_5B_scratch", 1.5), ("llama2_7B_scratch", 6.74)])
-def test_the_size_of_a_model_from_scratch(name, billions):
+def test_models_from_scratch_have_the_papers_sizes(name, billions):
     model = FinetuneConfig.load(merged(f"paper/{name}")).meta_model
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert weights / 1e9 == pytest.approx(billions, rel=0.02)
 
 
-def test_related_methods():
+def test_configs_of_related_methods_have_their_weights_and_rates():
     """LITE weighs its exits alike; LayerDrop drops all layers alike; PLD's rate grows linearly to a half, and that of
     Don't Drop Dropout to 0.6, both with divided outputs."""
     lite = merged("related/lite_llama2_7B").early_exit_loss

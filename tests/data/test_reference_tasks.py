@@ -48,14 +48,14 @@ def test_shots_are_the_first_lines_in_order_and_are_not_measured():
     ]
 
 
-def test_a_chat_and_the_default_templates():
+def test_default_templates_take_prompt_and_response_as_they_are():
     path = write_lines("p.jsonl", [{"prompt": "a {b}", "response": "c", "id": 3}])
     assert tasks.jsonl(path) == [{"prompt": "a {b}", "response": "c"}]  # braces of the data are text
     assert tasks.jsonl(path, chat=True)[0]["prompt"] == {"user": "a {b}"}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "csv", "tsv", "folder"])
-def test_a_source_of_any_kind(kind):
+def test_files_of_all_kinds_give_the_same_rows(kind):
     rows = pandas.DataFrame(ARTICLES)
     source = "data" if kind == "folder" else f"cnn.{kind}"
     if kind == "folder":
@@ -83,7 +83,7 @@ def test_language_modelling_cuts_articles_by_words():
     assert made == [{"prompt": "  One two,\n\nthree", "response": " four. Five"}]
 
 
-def test_xsum_files():
+def test_xsum_files_give_documents_and_summaries():
     rows = [{"document": "Rain fell.", "summary": "It rained.", "id": "1"}] * 2
     made = tasks.xsum_summarization(source=write_lines("x.jsonl", rows), n_shot=1, count=1)
     assert made[0]["prompt"].count("Rain fell.") == 2 and made[0]["prompt"].count("It rained.") == 1

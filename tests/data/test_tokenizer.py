@@ -415,7 +415,7 @@ def test_a_model_that_cannot_learn_conversations_is_warned_of_once(make_folder, 
     ("name", "ends", "expected"),
     [(None, None, [2]), ("strict", 2, [2]), ("chatml", None, [2, 5]), ("chatml", [2, 4], [2, 4, 5])],
 )
-def test_stop_tokens(make_folder, name, ends, expected):
+def test_stop_tokens_come_from_the_template_and_generation_config(make_folder, name, ends, expected):
     generation_config = ends and {"eos_token_id": ends}
     folder = make_folder(template=TEMPLATES.get(name), generation_config=generation_config)
     assert hf_tokenizer(folder).stop_tokens == expected
@@ -450,7 +450,7 @@ def test_without_a_template_contents_are_joined(make_folder):
     assert prompt_of(tokenizer, QUESTION[:1]) == tokenizer.encode(QUESTION[0][1], add_eos=False)
 
 
-def test_choice_of_template(make_folder, tmp_path):
+def test_a_template_may_be_chosen_by_name_or_file(make_folder, tmp_path):
     named = [{"name": "default", "template": "A{{ messages[0].content }}"}, {"name": "tool_use", "template": "B"}]
     folder = make_folder(chat_template=named)
 
@@ -464,7 +464,7 @@ def test_choice_of_template(make_folder, tmp_path):
     assert render() == "D"
 
 
-def test_truncation(make_folder):
+def test_truncated_messages_end_with_the_end_token(make_folder):
     folder = make_folder(template=CHATML)
     messages = messages_of(*QUESTION)
     tokens, mask = hf_tokenizer(folder).tokenize_messages(messages)
@@ -487,7 +487,7 @@ def test_truncation(make_folder):
         ({"pad_token": None, "eos_token": None}, 0),
     ],
 )
-def test_padding(make_folder, names, pad_id):
+def test_the_pad_token_is_the_tokenizers_or_the_end_token(make_folder, names, pad_id):
     tokenizer = hf_tokenizer(make_folder(template=CHATML, **names))
     assert tokenizer.pad_id == pad_id
     assert tokenizer({"messages": messages_of(*QUESTION), "id": 7}).keys() == {"tokens", "mask", "id"}
@@ -519,7 +519,7 @@ IMAGE = [Message(role="user", content=[{"type": "image", "content": None}])]
         (MIXED_UP, messages_of(*QUESTION, *QUESTION), ValueError, r"message 0 \(user\)"),
     ],
 )
-def test_messages_that_are_refused(template, messages, error, message, make_folder):
+def test_messages_that_a_template_cannot_render_are_refused(template, messages, error, message, make_folder):
     with pytest.raises(error, match=message):
         hf_tokenizer(make_folder(template=template)).tokenize_messages(messages)
 

@@ -28,7 +28,7 @@ def check_processes(keys, model):
         (4, SPLIT | {"tensor_parallel_dim": 2}, 2),
     ],
 )
-def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
+def test_matrices_are_shared_among_all_processes_or_the_number_that_is_set(processes, keys, dim, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert check_processes(keys, make_tiny("llama3")) == dim
 
@@ -43,7 +43,7 @@ def test_tensor_parallel_dim(processes, keys, dim, monkeypatch):
         (2, "gemma2", SPLIT, "tensor_parallel_dim: 2 does not divide the parts that a Gemma2Attention can be split "),
     ],
 )
-def test_refused(processes, family, keys, message, monkeypatch):
+def test_models_and_numbers_that_cannot_be_shared_are_refused(processes, family, keys, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(ValueError) as error:
         check_processes(keys, make_tiny(family))

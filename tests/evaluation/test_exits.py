@@ -20,6 +20,8 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.evaluation.recipe import LayerSkipEval
 from layerskip_recipes.model.decoder import layerskip_decoder
 
+pytestmark = pytest.mark.slow
+
 
 def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
     """Loss, accuracy and agreement by plain PyTorch over the same samples; the picture is a PNG."""
@@ -40,7 +42,7 @@ def test_eval_measures_every_exit(tmp_path, checkpoint, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["batches"] == 2
 
 
-def test_exact_match_by_exit(tmp_path, checkpoint):
+def test_a_sample_matches_exactly_where_every_label_is_the_exits_choice(tmp_path, checkpoint):
     """A sample whose every label is the exit's choice is exact; a label that does not count cannot make it wrong."""
     recipe = ready(LayerSkipEval, eval_config(tmp_path, checkpoint))
     tokens = torch.stack([torch.tensor(sample["tokens"]) for sample in list(recipe.batches.dataset)[:4]])
@@ -53,7 +55,7 @@ def test_exact_match_by_exit(tmp_path, checkpoint):
     assert quality[2].exact_match == pytest.approx(2 / 3)
 
 
-def test_the_exits_of_a_quantised_model(tmp_path, checkpoint):
+def test_exits_of_a_quantised_model_use_its_quantised_head(tmp_path, checkpoint):
     """Its head, here a quantised copy of the tied one, is called as it is."""
     quantizer = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
     recipe, report = run_eval(eval_config(tmp_path, checkpoint, quantizer=quantizer))
@@ -81,7 +83,6 @@ def test_eval_compares_checkpoints(tmp_path, checkpoint, tokenizer_folder):
     assert json.loads(report.read_text()) == json.loads(json.dumps(both))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("the second checkpoint is broken")])
 def test_eval_loses_nothing_that_it_measured(tmp_path, checkpoint, monkeypatch, capsys, error):
     """The report says so; it goes beside a complete one of before, and so does the picture."""

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.commands import run_command
 from helpers.configs import MODEL
-from helpers.plain_decoding import plain_score
+from helpers.tiny import walk
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 from torchtune.training import FullModelHFCheckpointer
@@ -44,6 +45,14 @@ def task(tmp_path) -> Path:
     return folder
 
 
+def log_likelihood(model, context: list[int], answer: list[int], exit_layer: int | None) -> float:
+    """log p(answer | context), by the layers one after the other."""
+    tokens = torch.tensor([context + answer])
+    with torch.no_grad():
+        logits = walk(model, tokens, range(exit_layer or len(model.layers)))[0, len(context) - 1 : -1]
+    return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum().item()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("exit_layer", [None, 2])
 def test_lm_eval_scores_a_checkpoint_and_an_exit(exit_layer, tmp_path, checkpoint, task):
@@ -68,7 +77,7 @@ def test_lm_eval_scores_a_checkpoint_and_an_exit(exit_layer, tmp_path, checkpoin
     for number, doc in enumerate(QUESTIONS):
         context = tokenizer(doc["question"])["input_ids"]
         answers = [tokenizer(f"{doc['question']} {choice}")["input_ids"][len(context) :] for choice in doc["choices"]]
-        scores = [plain_score(model, context, answer, exit_layer)[0] for answer in answers]
+        scores = [log_likelihood(model, context, answer, exit_layer) for answer in answers]
         assert [float(score) for ((score, _),) in found[number]["resps"]] == pytest.approx(scores, abs=1e-3)
         right += scores.index(max(scores)) == doc["answer"]
     (results,) = (tmp_path / "scores").rglob("results_*.json")

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.hf_folders import LONGROPE, MODELS, VOCAB, make_hf_folder
+from helpers.hf_folders import LONGROPE, MODELS, SIZE, VOCAB, make_hf_folder
 from helpers.json_lines import change_json
 from safetensors.torch import load_file, save_file
 from torchtune import training
 from torchtune.generation import generate as torchtune_generate
+from torchtune.modules.attention_utils import create_block_causal_mask
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
 
-from layerskip_recipes import generate, hf_checkpointer, hf_decoder, layerskip_decoder
+from layerskip_recipes import EarlyExitLoss, generate, hf_checkpointer, hf_decoder, layerskip_decoder
 from layerskip_recipes.checkpoint.hf_checkpointer import INDEX
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_names import place_in_files
@@ -64,7 +65,7 @@ def test_logits_are_those_of_transformers(pair):
     ],
 )
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
-def test_which_activation_gemma_means(kind, activation, tmp_path):
+def test_gemmas_activation_is_the_one_of_transformers(kind, activation, tmp_path):
     """Of its two names; the first releases wrote gelu, and meant the one by tanh."""
     transformers = pytest.importorskip("transformers")
     make_hf_folder(kind, tmp_path)
@@ -74,6 +75,83 @@ def test_which_activation_gemma_means(kind, activation, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         assert close(decoder_of(tmp_path)(TOKENS), theirs(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_local_base_freq": 5_000.0, "rope_theta": 3e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"sliding_window_pattern": 2},
+        {"final_logit_softcapping": 1.5},
+    ],
+)
+def test_gemma_3_is_read_from_older_files(changes, tmp_path):
+    """Without layer_types, and with the positions of both kinds of layers under their older names."""
+    transformers = pytest.importorskip("transformers")
+    make_hf_folder("gemma3", tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for key in ("rope_parameters", "layer_types"):
+        del content[key]
+    (tmp_path / "config.json").write_text(json.dumps(content | changes))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert close(decoder_of(tmp_path)(TOKENS), theirs(TOKENS).logits)
+
+
+@pytest.mark.parametrize("older_names", [False, True])
+def test_the_text_part_of_a_gemma_3_that_reads_images(older_names, tmp_path):
+    """Its folder is read, and what is written is a text model."""
+    transformers = pytest.importorskip("transformers")
+    image_size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=SIZE | MODELS["gemma3"][1], vision_config=image_size | {"image_size": 28, "patch_size": 14}
+    )
+    torch.manual_seed(0)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    folder, file = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    theirs.save_pretrained(folder)
+    if older_names:
+        tensors = {
+            name.replace("model.language_model.", "language_model.model.").replace("model.vision", "vision"): value
+            for name, value in load_file(file).items()
+        }
+        save_file(tensors, file, {"format": "pt"})
+    ours = decoder_of(folder)
+    with torch.no_grad():
+        assert close(ours(TOKENS), theirs(TOKENS).logits)
+    hf_checkpointer(str(folder), str(tmp_path)).save_checkpoint({MODEL_KEY: ours.state_dict()})
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_0", dtype="auto").eval()
+    assert type(again).__name__ == "Gemma3ForCausalLM"
+    with torch.no_grad():
+        assert close(ours(TOKENS), again(TOKENS).logits)
+
+
+def test_lfm2_is_read_from_older_files(tmp_path):
+    """Which list its layers with attention, and have other names of two keys."""
+    transformers = pytest.importorskip("transformers")
+    make_hf_folder("lfm2", tmp_path, intermediate_size=96)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for key in ("layer_types", "tie_word_embeddings", "intermediate_size"):
+        del content[key]
+    content |= {"full_attn_idxs": [1], "tie_embedding": True, "block_ff_dim": 96, "block_multiple_of": 32}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert close(decoder_of(tmp_path)(TOKENS), theirs(TOKENS).logits)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "lfm2"])
+def test_a_packed_text_is_what_it_is_alone(kind, tmp_path):
+    """Neither a window nor a convolution sees the text before it."""
+    make_hf_folder(kind, tmp_path)
+    model = decoder_of(tmp_path)
+    lengths = [20, 3, 1]
+    mask = create_block_causal_mask([torch.tensor(lengths)])
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        packed = model(TOKENS[:1], mask=mask, input_pos=positions)[0].split(lengths)
+        for text, logits in zip(TOKENS[0].split(lengths), packed, strict=True):
+            torch.testing.assert_close(logits, model(text[None])[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_single_file_counts_before_the_index_of_an_earlier_save(tmp_path):
@@ -101,6 +179,20 @@ def test_loss_and_gradients_are_those_of_transformers(pair):
         assert close(parameter.grad, theirs[file_name].grad[rows]), name
 
 
+def test_a_training_step_learns_from_the_logits_of_each_exit(pair):
+    total, losses = EarlyExitLoss(scale=0.5, exits="2", curriculum=None)(
+        pair.ours, TOKENS[:, :-1], TOKENS[:, 1:], step=0, total_steps=1
+    )
+    assert losses.keys() == {2, pair.ours.num_layers}
+    for exit_layer, loss in losses.items():
+        logits = pair.ours(TOKENS[:, :-1], exit_layer=exit_layer)
+        assert close(loss, F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten()))
+    pair.ours.zero_grad()
+    total.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in pair.ours.parameters())
+
+
+@pytest.mark.slow
 def test_self_speculation_gives_the_tokens_of_transformers_generate(pair):
     prompt = TOKENS[:1, :10]
     expected = pair.theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)
@@ -112,6 +204,7 @@ def test_self_speculation_gives_the_tokens_of_transformers_generate(pair):
         assert out.tokens[0].tolist() == expected[0, : 10 + limit].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 def test_torchtunes_generate_decodes_prompts_of_several_lengths(pair, cached):
     """torchtune passes the positions of a step as [b]. Each row gets the tokens that it gets alone."""
@@ -156,6 +249,7 @@ def test_the_frequencies_of_a_model_in_bf16_are_exact():
 # ---- adapters ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [["q_proj", "k_proj", "v_proj"], ["k_proj"], ["q_proj", "v_proj", "output_proj"]])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "phi3"])
@@ -202,6 +296,12 @@ def test_a_window_limits_the_length(tmp_path):
     ("kind", "changes", "message"),
     [
         ("llama", {"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported. .*LlamaForCausalLM"),
+        ("llama", {"architectures": ["Qwen3_5ForCausalLM"]}, "Qwen3_5ForCausalLM is not supported: .*recurrent state"),
+        ("llama", {"architectures": ["FalconH1ForCausalLM"]}, "FalconH1ForCausalLM is not supported: .*recurrent"),
+        ("llama", {"architectures": ["Gemma4ForCausalLM"]}, "Gemma4ForCausalLM is not supported: .*embeddings"),
+        ("granite4", {"layer_types": ["mamba"] * 4}, "layer_types: .*Mamba.*rejected"),
+        ("granite4", {"num_local_experts": 4}, "num_local_experts: 4 .*Allowed: 0"),
+        ("lfm2", {"conv_bias": True}, "conv_bias: True is not supported"),
         ("llama", {"hidden_act": "relu"}, "hidden_act: 'relu' is not allowed. Allowed: silu, gelu"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' .*Allowed: default, l"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor: missing"),

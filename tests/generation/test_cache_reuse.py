@@ -10,7 +10,7 @@ from helpers.speculation import PROMPTS, drafting, noisy, run
 from helpers.tiny import make_tiny
 from torch.nn.utils import parameters_to_vector
 
-from layerskip_recipes.generation import prefill
+from layerskip_recipes.generation import backends
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -19,10 +19,10 @@ from layerskip_recipes.model.draft import Draft
 
 @pytest.mark.parametrize("chunk", [512, 3])
 @pytest.mark.parametrize("variant", [None, "chain", "perturbed", "look-up"])
-@pytest.mark.parametrize("family", ["llama3_2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama3_2", "gemma2", "gemma3", "lfm2"])
 def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypatch):
     """The next prompt is the text so far and more: only what is new runs, and the tokens are those from scratch."""
-    monkeypatch.setattr(prefill, "CHUNK", chunk)
+    monkeypatch.setattr(backends, "CHUNK", chunk)
     model = make_model(family)
     calls, cache, prompt, reused = count_calls(model), None, PROMPT, 0
     for more in [(30, 31, 7), (9,), (60, 2, 41, 7, 7)]:

@@ -1,11 +1,11 @@
 """Compiled steps give what eager ones give; what is compiled serves later calls; without a compiler eager ones run."""
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import forks
 from helpers.compiled import END, LONG, MAX_LEN, SHORT, WAYS, compiled_steps, compiles, make_small, run
 from helpers.speculation import plain
 
@@ -25,7 +25,7 @@ def small():
 
 @compiles
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_tokens_and_nothing_compiled_twice(way, small, request):
+def test_tokens_are_those_of_eager_steps_and_nothing_is_compiled_twice(way, small, request):
     """Greedy, by inductor for chains, against decoding from scratch; other prompts, limits and stop tokens use the same
     graphs. Where the first text begins at the end of its cache, that length is not taken for the only one. Up to the
     model's last position, which a compiled draft passes, as it is whole.
@@ -60,7 +60,7 @@ def test_the_same_tokens_and_nothing_compiled_twice(way, small, request):
 
 
 @compiles
-def test_sampled_and_penalised_steps(small, traced):
+def test_sampling_settings_need_no_graphs_of_their_own(small, traced):
     """The tokens of eager steps. Another draft vocabulary of the same size needs no graph of its own, nor do other
     settings."""
     count, d, graphs, accepted = 24, 2, None, []
@@ -131,8 +131,8 @@ def test_a_second_run_finds_the_compiled_code(tmp_path):
     folder = Path(torch._inductor.runtime.cache_dir_utils.cache_dir())
     before = {*folder.rglob("*.so")}
     assert before
-    (tmp_path / "second_run.py").write_text(SECOND_RUN.format(tests=str(Path(__file__).parent)))
-    (done,) = forks.run([str(tmp_path / "second_run.py")], tmp_path, [os.environ])
+    code = SECOND_RUN.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(tokens) and {*folder.rglob("*.so")} == before
 
@@ -193,7 +193,8 @@ def test_without_a_compiler_steps_run_as_they_are(width, error, monkeypatch, cap
     assert "no compiler" in warning or "AssertionError" in warning
 
 
-def test_what_was_compiled_in_a_round_teaches_nothing(traced):
+@pytest.mark.slow
+def test_rounds_that_compile_teach_the_rule_nothing(traced):
     """The seconds of rounds that compiled are unknown; rounds that the limit cuts are left out."""
     rule, learnt, speculation = DraftRule(), [], Speculation(1, 2, prompt_lookup=1)
     learn, rule.learn = rule.learn, lambda *args: (learnt.append(args), learn(*args))

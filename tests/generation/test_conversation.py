@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from helpers.plain_decoding import Letters
 from helpers.recipes import run_generate as run
 from torchtune.data import Message
 
@@ -157,6 +156,13 @@ def test_drafts_are_shown_dim_and_replaced(path, capsys, monkeypatch):
     shown = capsys.readouterr().out.split(">>> ")[1].split("\n\n---")[0]
     assert "\x1b[2m" in shown
     assert re.sub(r" \x08\x1b7.*?\x1b8\x1b\[J", "", shown) == plain
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
 
 
 @pytest.mark.parametrize(("draft", "seen"), [("cdefgh", "cdefgh"), ("c\rd", "c"), ("c\nd", "c"), ("", "")])

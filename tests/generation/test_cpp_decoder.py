@@ -3,6 +3,7 @@ precision, the same bits for any number of rows, and the same tokens in every wa
 
 import copy
 import itertools
+import os
 import platform
 import re
 import subprocess
@@ -14,11 +15,12 @@ import pytest
 import torch
 from helpers.compiled import compiled_steps, has_compiler, run
 from helpers.speculation import PROMPTS, VARIANTS, AlwaysLookUp, drafting
-from helpers.tiny import QWEN3, SIZE
+from helpers.tiny import GEMMA3, GRANITE, LFM2, QWEN3, SIZE
 from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.cpp_extension import include_paths
 from torchao.quantization import (
+    Int8DynamicActivationInt4WeightConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
@@ -56,7 +58,8 @@ pytestmark = [pytest.mark.slow, has_compiler]  # slow: the C++ is compiled first
 
 L = 3
 WIDE = SIZE | {"num_layers": L, "num_heads": 2, "num_kv_heads": 1}  # heads of 16 numbers, the width of a vector
-HF = QWEN3 | {"num_hidden_layers": L, "num_attention_heads": 2, "num_key_value_heads": 1}
+FEW = {"num_hidden_layers": L, "num_attention_heads": 2, "num_key_value_heads": 1}
+HF = QWEN3 | FEW
 PHI3 = {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5}
 FAMILIES = {
     "llama3": partial(llama3, **WIDE),
@@ -66,6 +69,11 @@ FAMILIES = {
     "gemma2": partial(gemma2, **WIDE | {"num_heads": 4, "num_kv_heads": 2}, head_dim=16, sliding_window_size=128),
     "phi3": partial(phi3, **WIDE),
     "qwen3": lambda: build_decoder(parse_hf_config(HF, "qwen3"), 128),
+    "gemma3": lambda: build_decoder(parse_hf_config(GEMMA3 | FEW | {"query_pre_attn_scalar": 256}, "gemma3"), 128),
+    "granite": lambda: build_decoder(parse_hf_config(GRANITE | FEW, "granite"), 128),
+    "lfm2": lambda: build_decoder(
+        parse_hf_config(LFM2 | FEW | {"layer_types": ["conv", "full_attention", "conv"]}, "lfm2"), 128
+    ),
     "a part of each head turns": lambda: build_decoder(parse_hf_config(HF | PHI3, "phi3"), 128),
 }
 
@@ -73,8 +81,7 @@ FAMILIES = {
 CPU = torch.device("cpu")
 
 
-@cache
-def make(family, precision="fp32"):
+def make_model(family, precision="fp32"):
     torch.manual_seed(3)
     model = FAMILIES[family]()
     for parameter in model.parameters():
@@ -82,7 +89,12 @@ def make(family, precision="fp32"):
     model = layerskip_decoder(model).eval()
     if precision.startswith("int8"):
         quantize_(model, Int8WeightOnlyConfig(version=int(precision[-1])))
+    if precision == "int4":
+        quantize_(model, Int8DynamicActivationInt4WeightConfig(group_size=16))
     return model.to(torch.bfloat16) if precision == "bf16" else model
+
+
+make = cache(make_model)  # for tests that leave the model as it is
 
 
 def exact(model):
@@ -119,7 +131,7 @@ def texts_of(rows, length):
     ("family", "precision"),
     [*itertools.product(FAMILIES, ("fp32", "bf16", "int8 of version 2")), ("llama3", "int8 of version 1")],
 )
-def test_the_numbers_of_torchs_modules(family, precision):
+def test_logits_are_those_of_the_model_in_fp64(family, precision):
     """Two rows, behind a text and from its first token on, against the whole text in fp64 without a cache."""
     model = make(family, precision)
     near = 3e-2 if precision == "bf16" else 1e-4  # of the largest logit; the cache is in bf16 too
@@ -202,40 +214,83 @@ def test_a_long_prompt_can_be_left_between_two_chunks(monkeypatch):
     assert run(model, prompts, 5).generated == expected
 
 
-def test_compiled_code_is_of_one_torch_compiler_and_processor(monkeypatch):
+@pytest.fixture
+def load_again():
+    """Loads the library as a new process does."""
+
+    def load():
+        load_library.cache_clear()
+        load_library()
+
+    yield load
+    load_library.cache_clear()
+
+
+def test_compiled_code_is_of_one_torch_compiler_and_processor(load_again, monkeypatch):
     """An upgrade must not load the library of the version before, nor another machine that shares the cache."""
     from torch._inductor.codecache import CppCodeCache
 
     sources = []
     monkeypatch.setattr(CppCodeCache, "load", classmethod(lambda cls, source: sources.append(source)))
-    load_library.__wrapped__()
+    load_again()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "exists", lambda self: False)
         patched.setattr(platform, "processor", lambda: "another")
-        load_library.__wrapped__()
+        load_again()
     for owner, name in ((torch, "__version__"), (torch.version, "git_version")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, "another")
-            load_library.__wrapped__()
+            load_again()
     version = subprocess.CompletedProcess([], 0, "another compiler 1.0\nand more")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: version)
-    load_library.__wrapped__()
+    load_again()
     assert len(set(sources)) == 5 and len({source.partition("\n")[2] for source in sources}) == 1
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="knows the end of Linux's libraries only")
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
-def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, tmp_path, monkeypatch):
+def test_a_library_that_a_killed_compiler_left_behind_is_compiled_again(kept, load_again, tmp_path, monkeypatch):
     (tmp_path / "small.cpp").write_text("int small() { return 1; }\n")
     monkeypatch.setattr(cpp_decoder, "SOURCES", [tmp_path / "small.cpp"])
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    load_library.__wrapped__()
+    monkeypatch.setattr(cpp_decoder, "_library_folder", lambda: tmp_path / "cache")
+    load_again()
     (library,) = tmp_path.glob("cache/**/*.so")
     whole = library.read_bytes()
     library.unlink()  # this process has it in use
     library.write_bytes(whole[: int(len(whole) * kept)])
-    load_library.__wrapped__()
+    load_again()
     assert library.stat().st_size == len(whole)
+
+
+@pytest.mark.parametrize("case", ["of another user", "open to others", "not to be made"])
+def test_code_is_loaded_from_a_folder_of_this_user_alone(case, load_again, tmp_path, monkeypatch, caplog):
+    """Nothing in another folder is loaded or believed, and C++ still runs. The folder of inductor does not matter."""
+    from torch._inductor.codecache import CppCodeCache
+
+    folders = []
+    monkeypatch.setattr(
+        CppCodeCache, "load", classmethod(lambda cls, source: folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    )
+    monkeypatch.setattr(cpp_decoder, "_library_folder", cpp_decoder._library_folder.__wrapped__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    mine = tmp_path / "cache" / "layerskip_recipes"
+    assert not cpp_decoder.is_library_compiled() and not mine.exists()
+    load_again()
+    assert cpp_decoder.is_library_compiled() and folders == [str(mine)]
+    assert mine.stat().st_mode & 0o777 == 0o700 and not caplog.records
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    if case == "of another user":
+        monkeypatch.setattr(os, "geteuid", lambda: mine.stat().st_uid + 1)
+    elif case == "open to others":
+        mine.chmod(0o770)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert not cpp_decoder.is_library_compiled()
+    load_again()
+    assert folders[1] != str(mine) and Path(folders[1]).stat().st_mode & 0o777 == 0o700
+    assert "XDG_CACHE_HOME" in caplog.text
 
 
 @pytest.fixture
@@ -247,7 +302,7 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8 of version 2", "int4"])
 def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
     model, (text, *others) = make("llama3", precision), texts_of(5, 150)
     torch.set_num_threads(1)
@@ -267,7 +322,7 @@ def test_the_same_bits_for_any_number_of_rows_and_threads(precision):
         ("AVX512", ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]),
     ],
 )
-def test_the_code_fits_other_processors(capability, flags, tmp_path):
+def test_the_code_compiles_for_other_processors(capability, flags, tmp_path):
     """Without the instructions that this one may have, such as those for bf16."""
     (tmp_path / "all.cpp").write_text("".join(source.read_text() for source in SOURCES))
     known = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
@@ -280,7 +335,7 @@ def test_the_code_fits_other_processors(capability, flags, tmp_path):
 @pytest.mark.parametrize("k", [16, 576, 2064, 9232])  # the last two by fewer rows at a time
 @pytest.mark.parametrize("n", [1, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, "both int8"], ids=str)
-def test_products_of_few_rows(n, k, dtype, two_threads):
+def test_a_product_of_few_rows_has_the_bits_of_each_row_alone(n, k, dtype, two_threads):
     """scale (x W^T) + bias, and each row of it to the last bit what it is alone. bf16 instructions take x in bf16.
 
     With the sums of W's rows, x is taken as torchao's symmetric int8 per row: whole numbers times max |x| / 127.5.
@@ -310,6 +365,35 @@ def test_products_of_few_rows(n, k, dtype, two_threads):
         head.logits(x[:, :, 1:])
 
 
+@pytest.mark.parametrize(("n", "k", "group"), [(1, 32, 32), (130, 576, 64), (48, 2048, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_four_bits(n, k, group, dtype, two_threads):
+    """torchao's product of int4 weights and rounded inputs, and each row of it to the last bit what it is alone."""
+    load_library()
+    torch.manual_seed(n * k)
+    linear = torch.nn.Sequential(torch.nn.Linear(k, n, dtype=dtype))
+    quantize_(linear, Int8DynamicActivationInt4WeightConfig(group_size=group))
+    parts = cpp_decoder.Parts()
+    parts.linear("output", linear[0])
+    parts.pack()
+    head = torch.classes.layerskip.Head(parts.tensors)
+    x = torch.randn(1, 23, k).to(dtype).float()
+    alone = torch.cat([head.logits(x[:, row : row + 1]) for row in range(23)], 1)
+    unit = (x.amax(-1, True).clamp(min=0) - x.amin(-1, True).clamp(max=0)) / 255
+    zero = -128 - (x.amin(-1, True).clamp(max=0) / unit).round()
+    rounded = ((x * (1 / unit)).round() + zero).clamp(-128, 127).double() - zero
+    weight = linear[0].weight.original_weight_tensor
+    numbers, scale, _ = weight.tensor_impl.get_plain()
+    exact = numbers.double() * scale.double().view(n, -1).repeat_interleave(group, 1)
+    expected = unit.double() * (rounded @ exact.T) + linear[0].bias.double()
+    torch.testing.assert_close(alone.double(), expected, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        of_torch = linear(x.to(dtype)).float()
+    torch.testing.assert_close(alone, of_torch, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-4)
+    for rows in (2, 5, 9, 10, 11, 23):
+        assert torch.equal(head.logits(x[:, :rows]), alone[:, :rows])
+
+
 @cache
 def talking(precision="fp32"):
     """A model whose greedy outputs vary, and whose exits now and then say what all of it says."""
@@ -322,11 +406,13 @@ def talking(precision="fp32"):
     if "int8" in precision:
         of_x_too = precision == "both int8"
         quantize_(model, (Int8DynamicActivationInt8WeightConfig if of_x_too else Int8WeightOnlyConfig)(version=2))
+    if precision == "int4":
+        quantize_(model, Int8DynamicActivationInt4WeightConfig(group_size=16))
     return model.to(torch.bfloat16) if precision == "bf16" else model
 
 
 # No head of fewer rows is cut from a quantised one.
-LOW = [("bf16", "vocabulary"), *itertools.product(("bf16", "int8", "both int8"), ("chain", "look-up"))]
+LOW = [("bf16", "vocabulary"), *itertools.product(("bf16", "int8", "both int8", "int4"), ("chain", "look-up"))]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -400,7 +486,7 @@ class Doubled(torch.nn.Embedding):
 
 
 def test_an_embedding_of_another_kind_drafts_token_by_token():
-    model = make.__wrapped__("llama3")
+    model = make_model("llama3")
     model = model.with_modules(tok_embeddings=Doubled(SIZE["vocab_size"], SIZE["embed_dim"]))
     expected = run(model, PROMPTS, 9, compile=False).generated
     generation = run(model, PROMPTS, 9, **drafting("chain", model))
@@ -469,7 +555,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
 
 @pytest.mark.parametrize("part", [*UNKNOWN, *OTHER_MODELS])
 def test_other_parts_are_not_run_in_cpp(part):
-    model = layerskip_decoder(OTHER_MODELS[part]()) if part in OTHER_MODELS else make.__wrapped__("llama3")
+    model = layerskip_decoder(OTHER_MODELS[part]()) if part in OTHER_MODELS else make_model("llama3")
     if part in UNKNOWN:
         UNKNOWN[part](model)
     context = StepContext(model, DecodingCache(model, 1, 160), Sampler(), CompiledSteps(CPU))
@@ -477,7 +563,7 @@ def test_other_parts_are_not_run_in_cpp(part):
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([3, 7, 900, 20_000, 49_151])])
-def test_choices_are_those_of_torch(ids):
+def test_chosen_tokens_are_those_that_torch_chooses(ids):
     """Flat and peaked scores, of which C++ looks at few; 17 is a width that fills no vector."""
     load_library()
     torch.manual_seed(0)

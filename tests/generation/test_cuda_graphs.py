@@ -24,7 +24,7 @@ WIDTHS = {"masks": 16, "FlexAttention": 32}  # heads of 8 numbers are too small 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("way", WAYS)
-def test_cuda_graphs(way, width):
+def test_tokens_by_cuda_graphs_are_those_of_the_cpu(way, width):
     """Greedy in fp32, a batch of two, each call's rounds on the same graphs; the reference runs on the CPU."""
     model, reference = make_small(width=width).cuda(), make_small(width=width)
     graphs = None
@@ -42,7 +42,7 @@ def test_cuda_graphs(way, width):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("way", OTHER_WAYS)
-def test_cuda_graphs_of_one_row_and_other_lengths(way, width, dtype):
+def test_tokens_of_one_row_by_longer_cuda_graphs_are_those_of_the_cpu(way, width, dtype):
     """One row, whose products and writes are other kernels, and a text that needs longer graphs with masks on the way;
     in fp32 the tokens of the CPU."""
     model, reference = make_small(width=width).to("cuda", dtype), make_small(width=width)
@@ -72,7 +72,7 @@ def test_attention_by_blocks_is_masked_attention(group, queries):
     torch.testing.assert_close(out.cpu(), attention(*inputs))
 
 
-def test_cuda_graphs_of_a_quantised_draft():
+def test_a_quantised_draft_runs_as_cuda_graphs():
     model, reference = make_small().cuda(), make_small()
     for prompts in (SHORT[:1], SHORT, LONGER):
         generation = run(model, prompts, 30, speculation=Speculation(1, 2, draft_int8=True))

@@ -105,7 +105,7 @@ def test_look_ups_are_what_a_search_finds(exit_layer, ngram):
 
 def test_other_layers_draft_as_a_whole_beside_look_ups():
     model = small_model()
-    draft_weights, speculation = (perturbed.__wrapped__(model, 0.3), None), Speculation(3, 4, prompt_lookup=2)
+    draft_weights, speculation = (perturbed(model, 0.3), None), Speculation(3, 4, prompt_lookup=2)
     generation = run(model, [(1, 3, 0)], 24, speculation=speculation, draft_weights=draft_weights, rule=AlwaysLookUp())
     assert generation.generated == [plain(model, (1, 3, 0), 24)] and generation.stats.rounds_by_kind["chain"] > 0
 
@@ -166,10 +166,11 @@ def bad_draft(model, kind):
     """A speculation and a draft model whose drafts the model never says."""
     if kind in KINDS:
         return Speculation(2, 4), (noisy(Draft(model, *KINDS[kind]), 10.0).decoder(model), None)
-    decoder = perturbed.__wrapped__(model, 40.0, 2)
+    decoder = perturbed(model, 40.0, 2)
     return Speculation(2, 4, prompt_lookup=1 if kind == "look-up" else None), (decoder, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rows"), [("exit", 3), ("look-up", 1), ("copy", 3), ("adapter", 3)])
 def test_bad_drafts_cost_a_twentieth_at_most(kind, rows, clock):
     model, prompts = make_model(), PROMPTS[:rows]

@@ -45,7 +45,7 @@ def test_weights_caches_and_drafts_must_fit_the_memory(path, with_memory, compil
     message = rf"^max_new_tokens: .* Allowed here: up to {slots - 1} positions"
     with pytest.raises(ValueError, match=message):
         load(weights + row - 1)
-    with pytest.raises(ValueError, match=r"^model: its weights take .* for example dtype=bf16"):
+    with pytest.raises(ValueError, match=r"^model: .*dtype=bf16"):
         load(weights)
 
 
@@ -63,9 +63,9 @@ def test_quantised_weights_must_fit_the_memory(path, with_memory):
         LayerSkipGenerate(load_config(str(path), ["prompt=[a, b]", "batch_size=2", "max_new_tokens=100", quantizer]))
 
     load(weights + 2 * row)
-    with pytest.raises(ValueError, match=r"^batch_size: .* weights take .* up to 1; for example batch_size=1$"):
+    with pytest.raises(ValueError, match=r"^batch_size: .*batch_size=1$"):
         load(weights + 2 * row - 1)
-    with pytest.raises(ValueError, match=r"^model: its weights take .* until they are quantised, .* dtype=bf16"):
+    with pytest.raises(ValueError, match=r"^model: .*quantised.*dtype=bf16"):
         load(4 * (4 * LAYER + REST) - 1)
 
 
@@ -77,7 +77,7 @@ def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, with_memory):
     with_memory(need)
     LayerSkipBenchmark(load_config(str(path)))
     with_memory(need - 1)
-    with pytest.raises(ValueError, match=r"^batch_size: .* up to 1; for example batch_size=1$"):
+    with pytest.raises(ValueError, match=r"^batch_size: .*batch_size=1$"):
         LayerSkipBenchmark(load_config(str(path)))
 
 
@@ -88,7 +88,7 @@ def test_a_benchmark_must_fit_the_memory(tmp_path, checkpoint, with_memory):
     (0, 4, 1, 2 * (REST + LAYER)),
     (2, 2, 2, 2 * (2 * LAYER + REST + LAYER) // 2),
 ])  # fmt: skip
-def test_the_weights_of_each_process(kept, shards, parallel, bytes_):
+def test_a_process_holds_its_shards_and_the_whole_draft(kept, shards, parallel, bytes_):
     """In bf16: layers below the exit whole, the others sharded; matrices split by tensor parallelism."""
     with torch.device("meta"):
         model = tune_config.instantiate(OmegaConf.create(MODEL))
@@ -109,7 +109,7 @@ def test_ranks_that_share_heads_share_their_caches(with_memory, monkeypatch):
         check_memory(cfg, torch.device("cpu"), [], rows=2, prompt=0, new_tokens=99, parallel=2)
 
     check(memory)
-    with pytest.raises(ValueError, match=r"^batch_size: caches, prompts and steps of 2 rows .*up to 1;"):
+    with pytest.raises(ValueError, match=r"^batch_size: .* 2 rows .*up to 1"):
         check(memory - 1)
 
 
@@ -148,7 +148,7 @@ CACHED = f"anon 5\ninactive_file {GIB // 2}\nactive_file {GIB // 2}\n"
         ({"proc/self/cgroup": "1:memory:/\n0::/s", "unified/s/memory.max": 2 * GIB}, 2, 2),
     ],
 )  # fmt: skip
-def test_limits_of_containers_and_jobs(files, limit, free, tmp_path, with_memory):
+def test_limits_of_containers_and_jobs_count_as_the_machines_memory(files, limit, free, tmp_path, with_memory):
     """In GiB, on a machine of 64; files without a folder are those of the control group at the mount."""
     with_memory(64 * GIB)
     for name, content in files.items():
@@ -159,5 +159,5 @@ def test_limits_of_containers_and_jobs(files, limit, free, tmp_path, with_memory
     assert free_memory(torch.device("cpu"), tmp_path) == free * GIB
 
 
-def test_memory_of_this_machine():
+def test_this_machine_has_free_memory():
     assert 0 < free_memory(torch.device("cpu")) <= machine_memory()

@@ -22,6 +22,8 @@ from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.text import text_stream
 from layerskip_recipes.generation.text.text_stream import TextStream
 
+pytestmark = pytest.mark.slow
+
 INT4 = "torchtune.training.quantization.Int8DynActInt4WeightQuantizer"
 
 
@@ -132,7 +134,6 @@ def test_stop_tokens_are_the_tokenizers_and_the_configs(path):
     assert stopped["identical"] is True
 
 
-@pytest.mark.slow
 def test_batches_give_what_each_prompt_gives_alone_in_input_order(path, tmp_path, capsys):
     """Prompts of very different lengths, so that batches mix and reorder them; answers come back in their order."""
     texts = ["x = 1\n" * 6, "def f(", "import os\nimport sys\n" * 3, "class A:", "a", "for i in range(9):\n    print(i"]
@@ -150,7 +151,6 @@ def test_batches_give_what_each_prompt_gives_alone_in_input_order(path, tmp_path
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -169,7 +169,6 @@ def test_every_variant_leaves_the_output_as_it_is(path, overrides):
     assert report["engine_efficiency"] == pytest.approx(report["speedup"] / report["ideal_speedup"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 @pytest.mark.filterwarnings("error:.*version 1 of Int8WeightOnlyConfig")
 def test_quantised_weights_are_what_decodes(path, quantizer):
@@ -266,7 +265,6 @@ def test_tune_run_prints_only_text_and_report_on_stdout(path, tmp_path):
 # ---- several processes ----
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_the_output_of_one(path, tmp_path, capsys):
     """Sharded over two gloo processes, with drafts and without: the same text, printed once, as what is logged."""

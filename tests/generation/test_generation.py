@@ -10,6 +10,7 @@ import torchtune.generation
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of, until
 from helpers.speculation import VARIANTS, perturbed, run
 from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
+from torch.overrides import TorchFunctionMode
 
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.rule import DraftRule
@@ -31,9 +32,9 @@ def new_tokens(out, prompt=PROMPT):
 # ---- greedy: the tokens of the full model ----
 
 
-@pytest.mark.parametrize("exit_layer", [1, 3, L])
+@pytest.mark.parametrize("exit_layer", [3, *(pytest.param(e, marks=pytest.mark.slow) for e in (1, L))])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family, exit_layer):
+def test_self_speculation_gives_the_models_tokens_in_every_family(family, exit_layer):
     """Self-speculation, accepting some drafts only, gives the full model's tokens; the exit alone gives its own."""
     model, prompt = model_of(family), torch.tensor(PROMPT)
     generation = run(model, [PROMPT], 16, speculation=Speculation(exit_layer, 4))
@@ -48,8 +49,9 @@ def test_every_family(family, exit_layer):
     assert new_tokens(generate(model, prompt, 16, exit_layer=exit_layer)) == greedy(family, PROMPT, 16, exit_layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_autoregressive_is_torchtunes_generate(family):
+def test_plain_decoding_is_torchtunes_generate(family):
     """Also from a plain decoder, which `generate` wraps itself."""
     base = make_tiny(family)
     prompt = torch.tensor([PROMPT, PROMPT[::-1]])
@@ -58,6 +60,7 @@ def test_autoregressive_is_torchtunes_generate(family):
     assert torch.equal(generate(base, prompt, 20, exit_layer=3, num_speculations=4).tokens, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"exit_layer": 3}, DRAFTS, LOOK_UPS], ids=str)
 def test_stop_tokens_wherever_they_fall(arguments):
     """Each token of the output as the stop token: first, in the middle of a draft, as the bonus token, never."""
@@ -71,7 +74,7 @@ def test_stop_tokens_wherever_they_fall(arguments):
 
 @pytest.mark.parametrize("arguments", [{}, {"exit_layer": 2, "num_speculations": 12}, LOOK_UPS], ids=str)
 @pytest.mark.parametrize(("family", "limit"), [("llama3_2", 128), ("gemma2", 64)])
-def test_as_long_as_the_model_allows(family, limit, arguments):
+def test_a_text_may_be_as_long_as_the_model_allows(family, limit, arguments):
     """Up to max_seq_len, or gemma2's sliding window, exactly; one token more is refused with what fits."""
     prompt = tuple(position % VOCAB for position in range(limit - 7))
     out = generate(model_of(family), torch.tensor(prompt), 7, **arguments)
@@ -125,7 +128,7 @@ def test_a_row_is_stopped_on_request(arguments):
     assert list(again)[-1] and again.generated == [greedy("llama3_2", prompt, 4) for prompt in prompts]
 
 
-def test_prompts_of_numpy_and_lists_of_tensors():
+def test_numpy_arrays_and_lists_of_tensors_are_prompts():
     expected = generate(model_of("llama3_2"), torch.tensor(PROMPT), 8).tokens
     lists = [*np.array(PROMPT)], [*torch.tensor(PROMPT)], [np.array(PROMPT)], [torch.tensor(PROMPT)]
     for prompt in (np.array(PROMPT), np.array([PROMPT]), *lists):
@@ -171,28 +174,33 @@ def test_the_model_is_left_as_it_was(training, caches, end):
 WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
+class CountedWaits(TorchFunctionMode):
+    """Counts the calls by which the host reads a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in WAITS:
+            self.calls.update([func.__name__])
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("sampler", [None, {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.2}])
 @pytest.mark.parametrize("speculation", [None, {}, {"prompt_lookup": 2}], ids=["plain", "chain", "lookup"])
-def test_the_host_waits_once_in_a_round(speculation, sampler, monkeypatch):
+def test_the_host_waits_once_in_a_round(speculation, sampler):
     """What was accepted is the only thing that it reads from the device, however many tokens are drafted."""
-    calls = Counter()
-
-    def counted(name):
-        method = getattr(torch.Tensor, name)
-        return lambda *args, **kwargs: (calls.update([name]), method(*args, **kwargs))[1]
-
     if speculation is not None:
         speculation = Speculation(**{"exit_layer": 1, "num_speculations": 3} | speculation)
     sampler = sampler and Sampler(**sampler, seed=0)
     prompts = [PROMPT * 2, PROMPT[::-1]]
     generation = Generation(model_of("llama3_2"), prompts, 20, speculation=speculation, sampler=sampler)
-    with monkeypatch.context() as patch:
-        for name in WAITS:
-            patch.setattr(torch.Tensor, name, counted(name))
+    with CountedWaits() as waits:
         for _ in generation:
             pass
     assert generation.stats.rounds > 5
-    assert calls == {"tolist": 1 + generation.stats.rounds}  # the first is the prefill's
+    assert waits.calls == {"tolist": 1 + generation.stats.rounds}  # the first is the prefill's
 
 
 # ---- refused ----

@@ -34,10 +34,11 @@ def gpu_steps(no_cuda, monkeypatch):
 # ---- FlexAttention ----
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("queries", [1, 4, 50])
-def test_attention_by_blocks(group, queries):
+def test_attention_by_blocks_is_a_softmax_over_the_visible_slots(group, queries):
     """Against a softmax over the visible slots alone, within the first block of a cache, across its end, and behind."""
     torch.manual_seed(81)
     starts, slots, dim = [3, BLOCK - 2, 2 * BLOCK + 9], 3 * BLOCK, 16
@@ -57,6 +58,7 @@ def test_attention_by_blocks(group, queries):
                 torch.testing.assert_close(out[row, head, query], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [*WAYS, "looked up"])
 def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
     """Texts of some 10 to 260 tokens, which need three blocks; greedy, against decoding from scratch."""
@@ -71,6 +73,7 @@ def test_one_graph_of_a_gpu_serves_all_lengths(way, gpu_steps):
     assert generation.stats.accepted > 0 or way == "plain"
 
 
+@pytest.mark.slow
 def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monkeypatch):
     model, warnings = make_small(width=32), []
 
@@ -89,7 +92,8 @@ def test_where_flex_attention_is_not_possible_graphs_have_masks(gpu_steps, monke
     assert lengths == {256, 512}
 
 
-def test_what_flex_attention_cannot_do(gpu_steps):
+@pytest.mark.slow
+def test_narrow_heads_and_odd_cache_lengths_do_not_fit_flex_attention(gpu_steps):
     """Its kernel needs heads of 16 numbers; an uncompiled generation may have made a cache of any length."""
     assert not run(make_small(width=16), SHORT, 3).context.backend.fits_flex
     gpu_steps._caches.clear()
@@ -103,6 +107,7 @@ def test_what_flex_attention_cannot_do(gpu_steps):
 # ---- graphs that fail, and what is captured ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("nth", [1, 4])
 def test_a_graph_that_fails_half_way_changes_no_token(way, nth, gpu_steps, monkeypatch):

@@ -3,13 +3,19 @@
 import functools
 import json
 import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from helpers import forks, recipes
+from helpers import recipes
+from helpers.commands import run_forks
 from helpers.json_lines import write_lines
 from torchtune.utils import get_logger
 
+from layerskip_recipes.cli.recipes import generate
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
@@ -94,27 +100,21 @@ def test_ctrl_c_within_rows(path, tmp_path, monkeypatch):
     assert all(whole[line["index"]]["text"].startswith(line["text"]) for line in lines)
 
 
-INTERRUPTED = """
-import os, signal, sys, threading, time
-from pathlib import Path
-from layerskip_recipes.cli.recipes import generate
-
-def interrupt(answers):
-    while not answers.exists() or answers.read_text().count("\\n") < 3:
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGINT)
-
-threading.Thread(target=interrupt, args=[Path("out.jsonl.partial")], daemon=True).start()
-generate()
-"""
-
-
 def test_ctrl_c_ends_the_command_with_the_report_and_status_130(path, tmp_path):
     (tmp_path / "many.jsonl").write_text('{"prompt": "def main("}\n' * 20_000)
-    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     settings = ["prompt_file=many.jsonl", "output_file=out.jsonl", "max_new_tokens=64"]
-    command = [str(tmp_path / "interrupted.py"), "--config", str(path), *settings]
-    (done,) = forks.run(command, tmp_path, [os.environ])
+
+    def interrupt(answers=Path("out.jsonl.partial")):
+        while not answers.exists() or answers.read_text().count("\n") < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def command():
+        threading.Thread(target=interrupt, daemon=True).start()
+        sys.argv = ["layerskip_generate", "--config", str(path), *settings]
+        generate()
+
+    (done,) = run_forks(command, tmp_path, [os.environ])
     assert done.returncode == 130, done.stderr[-2000:]
     assert 2 <= json.loads(done.stdout.splitlines()[-1])["prompts"] < 20_000
     assert done.stderr.count("interrupted") == 1 and "Traceback" not in done.stderr

@@ -42,7 +42,7 @@ def draft(checkpoint, tmp_path_factory, tokenizer_folder):
 PROMPT = "def read(path):"
 
 
-def test_five_lines(run):
+def test_text_with_drafts_is_that_of_plain_decoding(run):
     """The text is that of plain decoding, at every temperature, at once or as a stream."""
     llm = LLM.load(str(run))
     for temperature in (0.0, 0.9):
@@ -126,7 +126,7 @@ def test_two_objects_of_one_folder_share_nothing(run):
     assert not {*map(id, one.state.rules.values())} & {*map(id, other.state.rules.values())}
 
 
-def test_which_exit_drafts(run, checkpoint):
+def test_a_given_exit_drafts_before_the_chosen_one(run, checkpoint):
     """The one that the recipe chooses; an exit that is given counts first."""
     llm = LLM.load(str(run / "epoch_0"))
     first = llm.generate(PROMPT, 24, num_speculations=4, exit_layer=1)
@@ -208,7 +208,7 @@ def stop():
     raise StopIteration
 
 
-def test_a_trained_draft(checkpoint, draft):
+def test_a_trained_draft_drafts_beside_its_model_or_by_its_folder(checkpoint, draft):
     """Beside its model, or by its own folder, which names the model. A named one drafts even if it is slow."""
     plain = LLM.load(str(checkpoint)).generate(PROMPT, 24).text
     for paths, settings in (({"path": checkpoint, "draft": draft}, {}), ({"path": draft}, {"num_speculations": 3})):
@@ -221,7 +221,7 @@ def test_a_trained_draft(checkpoint, draft):
         assert built.decoder.own_layers.start == 1 and len(built.head.vocabulary) <= 60
 
 
-def test_device_and_dtype(checkpoint):
+def test_device_and_dtype_are_those_asked_for_or_refused(checkpoint):
     model = LLM.load(str(checkpoint), device="cpu", dtype="bf16").model
     assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
     whole = LLM.load(str(checkpoint), device="cpu").model

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.configs import generate_config, make_checkpoint
-from helpers.smollm2 import MODEL
-from torchtune.models.llama3_2._component_builders import llama3_2
+from torchtune.config import instantiate
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.acceptance.tokens_per_round import Round
@@ -41,7 +40,7 @@ TASK = {
 
 def smollm2():
     with torch.device("meta"):
-        return layerskip_decoder(llama3_2(**{name: value for name, value in MODEL.items() if name != "_component_"}))
+        return layerskip_decoder(instantiate(load_config("smollm2/135M_generate_layerskip").model))
 
 
 def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):
@@ -190,7 +189,7 @@ def test_a_vocabulary_smaller_than_all_measured_ones_has_their_worst_rates(tmp_p
     assert choose(described(tmp_path, exits), given={"draft_vocabulary": 100}).section is None
 
 
-def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
+def test_no_exit_drafts_where_none_pays_unless_the_user_asks(tmp_path):
     bad = described(tmp_path / "bad", {6: {"all": ([1.05] * 8, [1.1] * 8)}})
     found = choose(bad)
     assert found.plan is None
@@ -203,7 +202,7 @@ def test_an_exit_that_does_not_pay_and_models_without_one(tmp_path):
     assert choose(bad, given={"exit_layer": 6}).section.exit_layer == 6
 
 
-def test_look_ups(tmp_path):
+def test_look_ups_draft_beside_an_exit_of_single_rows_or_on_request(tmp_path):
     """Beside a draft of single rows; alone where no exit pays, if the user asks for them."""
     good, bad = described(tmp_path / "good", {6: TASK}), described(tmp_path / "bad", {6: {"all": ([1.05], [1.1])}})
     assert choose(good).section.prompt_lookup == 1
@@ -265,7 +264,7 @@ def test_no_exit_means_look_ups_alone(tmp_path):
     assert found.section.draft_int8 and found.section.prompt_lookup is None
 
 
-def test_a_trained_exit_that_nobody_measured(tmp_path):
+def test_an_unmeasured_exit_near_a_seventh_of_the_depth_drafts(tmp_path):
     """Exit 5 is the nearest to a seventh of 30 layers, and exit 8 the nearest to a quarter."""
     found = choose(described(tmp_path, {}, trained=(2, 5, 8, 30)))
     assert found.section.exit_layer == 5 and "acceptance assumed" in found.why
@@ -293,13 +292,13 @@ def test_keys_that_are_given_stay(tmp_path, given):
         assert getattr(found, key) == value
 
 
-def test_a_head_that_cannot_be_cut(tmp_path):
+def test_a_quantised_head_has_no_draft_vocabulary(tmp_path):
     found = choose(described(tmp_path, {6: TASK}), dtype=torch.int8).section
     assert found.draft_vocabulary is None and not found.draft_int8
 
 
 @pytest.mark.parametrize(("kind", "exit_layer", "layers"), [("copy", 3, 3), ("adapter", 6, 1)])
-def test_length_and_precision_of_a_trained_draft(tmp_path, kind, exit_layer, layers):
+def test_a_trained_draft_has_the_length_and_precision_that_pay_most(tmp_path, kind, exit_layer, layers):
     greedy, sampled = TASK["2048"]
     keys = {"format": 3, "base": {"folder": "model", "hash": "0"}, "kind": kind, "exit_layer": exit_layer}
     keys |= {"num_layers": layers, "vocabulary": [*range(1024)]}

@@ -93,7 +93,7 @@ def test_bytes_that_are_no_utf8_break_their_line_only(path, tmp_path):
     assert recipe.prompts == ["", "é"] and "prompt_file line 1: " in recipe.examples[0].error
 
 
-def test_prompt_files_and_standard_input(path, tmp_path, monkeypatch):
+def test_a_text_is_one_prompt_and_each_json_line_is_one(path, tmp_path, monkeypatch):
     """A byte order mark is no part of a prompt, and a text is one prompt, whatever it looks like."""
     lines = (
         json.dumps({"prompt": "import sys\n"}) + "\n\n" + json.dumps({"prompt": {"user": "hi", "system": "be brief"}})
@@ -106,7 +106,7 @@ def test_prompt_files_and_standard_input(path, tmp_path, monkeypatch):
     for name in ("two.jsonl", "three.ndjson"):
         assert ready(path, f"prompt_file={name}").prompts == ["import sys\n", {"user": "hi", "system": "be brief"}]
     (tmp_path / "four.json").write_text(f"[{lines}]")
-    with pytest.raises(ValueError, match=r"^prompt_file: 'four\.json' is neither .*prompt_file=four\.jsonl$"):
+    with pytest.raises(ValueError, match=r"^prompt_file: 'four\.json' .*prompt_file=four\.jsonl$"):
         ready(path, "prompt_file=four.json")
 
 
@@ -145,7 +145,7 @@ def test_the_output_file_is_none_that_the_run_reads(path, tmp_path):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_an_output_file_that_cannot_be_written(path, tmp_path, monkeypatch, there):
+def test_an_output_file_that_cannot_be_written_is_refused(path, tmp_path, monkeypatch, there):
     """A folder or a file without permission, which root, who may run this, would have."""
     protected = tmp_path / "folder"
     protected.mkdir()
@@ -183,7 +183,7 @@ def read_examples(*args, **kwargs):
     return examples
 
 
-def test_examples_of_a_config():
+def test_prompts_of_a_task_and_of_json_lines_have_their_responses():
     write_lines("qa.jsonl", [{"q": "question 1?", "a": "answer 1"}, {"q": "question 2?", "a": "answer 2"}])
     templates = {"prompt": "Q: {q}\nA:", "response": " {a}"}
     prompts = task_component("jsonl", path="qa.jsonl", **templates, count=1, chat=True)
@@ -200,7 +200,7 @@ def test_examples_of_a_config():
     assert read_examples(["a", {"user": "b"}]) == [Example("a"), Example({"user": "b"})]
 
 
-def test_items_of_a_component(monkeypatch):
+def test_items_of_a_users_component_are_prompts_or_refused(monkeypatch):
     items = ["a", {"user": "b"}, {"prompt": "c", "response": "d"}]
     monkeypatch.setattr("layerskip_recipes.tasks.human_eval", lambda: items)
     expected = [Example("a"), Example({"user": "b"}), Example("c", "d")]
@@ -232,7 +232,7 @@ def test_items_of_a_component(monkeypatch):
         ("p.txt", b"\xff\xfe\x00", "prompt_file: .*cannot be read"),
     ],
 )
-def test_a_broken_prompt_file(name, content, message):
+def test_a_broken_prompt_file_is_refused(name, content, message):
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="^" + message):
         read_examples(prompt_file=name)

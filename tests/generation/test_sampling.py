@@ -41,7 +41,7 @@ def hashed(x):
     return x ^ x >> 15
 
 
-def test_the_noise():
+def test_the_noise_is_gumbels_of_hashed_numbers():
     """Against Python's integers and logarithms, and its bounds, at the ends of the range of bits too."""
     numbers = [0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1]
     assert mixed(torch.tensor(numbers)).tolist() == [hashed(x) for x in numbers]
@@ -79,7 +79,7 @@ def test_keys_depend_on_seed_prompt_and_number():
 
 @pytest.mark.parametrize("top_p", [None, 0.01, 0.37, 0.9, 1.0])
 @pytest.mark.parametrize("top_k", [None, 1, 3, 11, 12, 50])
-def test_filters(top_k, top_p):
+def test_filtered_probabilities_are_those_by_python_lists(top_k, top_p):
     logits = 2 * torch.randn(2, 3, 11, generator=rng(1))
     for temperature, min_p in itertools.product((0.3, 1.0, 2.0), (None, 0.0, 0.1, 0.6, 1.0)):
         min_p = None if min_p is None else torch.tensor(min_p)
@@ -104,7 +104,7 @@ UNEVEN = (0.125, 0.5, 0.0625, 0.25, 0.0625)
         ((0.4, 0.3, 0.2, 0.1), {"min_p": 0.7, "top_p": 0.55}, [0]),
     ],
 )
-def test_which_tokens_filters_keep(probs, filters, kept):
+def test_filters_keep_the_expected_tokens_at_ties_and_exact_sums(probs, filters, kept):
     """Ties and exact sums, which random numbers do not have."""
     expected = torch.tensor([p if token in kept else 0.0 for token, p in enumerate(probs)])
     filters = filters | {"min_p": torch.tensor(filters["min_p"])} if "min_p" in filters else filters

@@ -16,7 +16,7 @@ from layerskip_recipes.generation.stats import GenerationStats, is_looping
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("exit_layer", "d"), [(1, 1), (2, 4), (5, 3), (6, 2)])
-def test_cost_of_a_round(exit_layer, d, rows):
+def test_a_round_runs_no_layer_twice_for_a_position(exit_layer, d, rows):
     """d early passes with head, one without, one late pass over d+1 positions; no layer twice for a position."""
     model, prompts = make_model(), [PROMPT[: 2 + row] for row in range(rows)]
     steps = iter(Generation(model, prompts, 50, speculation=Speculation(exit_layer, d)))
@@ -32,7 +32,7 @@ def test_cost_of_a_round(exit_layer, d, rows):
 
 
 @pytest.mark.parametrize("exit_layer", [None, 1, 4])
-def test_cost_of_a_step(exit_layer):
+def test_an_exit_never_runs_the_layers_above_it(exit_layer):
     """Prefill and decoding of an exit never touch the layers above it; the head sees one position."""
     model, depth = make_model(), exit_layer or L
     calls = count_calls(model)
@@ -56,10 +56,11 @@ def rounds_of(prompt, count, exit_layer, d):
     return rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exit_layer", "d", "count"), [(1, 2, 18), (2, 4, 18), (4, 3, 18), (4, 12, 30), (5, 3, 3), (L, 5, 25)]
 )
-def test_rounds_and_acceptance(exit_layer, d, count):
+def test_the_counts_are_those_of_rounds_followed_by_hand(exit_layer, d, count):
     model, total, rounds = model_of("llama3_2"), GenerationStats(), []
     for prompt in PROMPTS:
         total += run(model, [prompt], count, speculation=Speculation(exit_layer, d)).stats
@@ -102,7 +103,7 @@ SLOT = 4 * 2 * 2 * 8  # keys and values of 2 heads of width 8
 
 @pytest.mark.parametrize("exit_layer", [None, 2])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_bytes_of_plain_steps(exit_layer, rows):
+def test_a_plain_step_reads_its_layers_the_head_and_the_cache(exit_layer, rows):
     """The prompt's pass counts not; step i looks at the prompt and i tokens more."""
     stats = run(model_of("llama3_2"), [PROMPT] * rows, 6, exit_layer=exit_layer).stats
     depth = exit_layer or L
@@ -122,13 +123,13 @@ def test_bytes_of_plain_steps(exit_layer, rows):
         ([], False),
     ],
 )
-def test_is_looping(tokens, looping):
+def test_an_end_that_repeats_three_times_is_a_loop(tokens, looping):
     assert is_looping(tokens) is looping
 
 
 @pytest.mark.parametrize("perturbs", [False, True])
 @pytest.mark.parametrize(("exit_layer", "d"), [(1, 2), (4, 3)])
-def test_bytes_of_drafts(exit_layer, d, perturbs):
+def test_a_drafted_round_reads_the_early_layers_for_each_draft(exit_layer, d, perturbs):
     """n early passes and heads, one early pass more, a late one with the head: with other weights a whole one."""
     model = model_of("llama3_2")
     draft_weights = (perturbed(model, 0.0), None) if perturbs else None

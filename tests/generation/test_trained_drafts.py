@@ -65,6 +65,7 @@ def with_draft(exit_layer, num_speculations, draft, model):
     return {"speculation": Speculation(exit_layer, num_speculations), "draft_weights": draft_weights}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [AlwaysLookUp, PlainBetween])
 @pytest.mark.parametrize("variant", ["chain", "look-up"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,7 +159,7 @@ INT8 = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
     ],
     ids=["copy", "copy, int8", "adapter, int8 draft", "adapter, bf16", "adapter, int8 model", "adapter, int8"],
 )
-def test_a_folder_drafts(kind, dtype, of_draft, of_model, folders, tmp_path):
+def test_the_text_with_a_trained_draft_is_the_one_without(kind, dtype, of_draft, of_model, folders, tmp_path):
     """The text is the one without drafts; the report has the draft's exit."""
     section = {"draft": str(folders / kind), "num_speculations": 3, "draft_int8": of_draft}
     changes = {"self_speculation": section, "quantizer": of_model, "dtype": dtype, "benchmark": {"compare": True}}
@@ -168,7 +169,7 @@ def test_a_folder_drafts(kind, dtype, of_draft, of_model, folders, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_memory_that_a_draft_takes(kind, folders, tmp_path):
+def test_a_draft_takes_the_memory_of_its_own_weights(kind, folders, tmp_path):
     """In fp32 its layers; quantised, beside them a byte for each weight of copies, and of the head if that drafts."""
     cfg = GenerateConfig.load(load_config(str(generate_config(tmp_path, folders / "base"))))
     model = load_decoder(cfg, torch.device("cpu"))
@@ -185,6 +186,7 @@ def test_the_memory_that_a_draft_takes(kind, folders, tmp_path):
         assert speculation.own_bytes(model, torch.float32) == expected
 
 
+@pytest.mark.slow
 def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch):
     """It writes the draft with the fastest length, here by times that favour the longest, and without look-ups, which
     are no faster. The draft's folder is relative to where the command was given."""
@@ -196,12 +198,11 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
         tune_extends=str(user), max_new_tokens=12,
     )  # fmt: skip
     recipe = ready(LayerSkipBenchmark, path)
-    tried = [candidate.plan for candidate in recipe.candidates.values()]
+    tried = [plan for plan in recipe.methods.values() if plan]
     longest = max(tried, key=lambda speculation: speculation.num_speculations)
     assert len({one.num_speculations for one in tried}) >= 2 and all(one.draft.folder == "adapter" for one in tried)
     # Its rounds also run the model's layers below it, and verification goes on above them.
-    methods = [candidate.plan for candidate in recipe.candidates.values()]
-    assert all((method.model_layers, method.draft_layers) == (2, 1) for method in methods)
+    assert all((plan.model_layers, plan.draft_layers) == (2, 1) for plan in tried)
 
     def timed(method, *args, decode=recipe.turns.decode):
         rows, stats = decode(method, *args)
@@ -215,7 +216,7 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
     assert cfg.self_speculation == SelfSpeculation(**expected, draft_int8=False, min_confidence=longest.min_confidence)
 
 
-def test_mistakes(folders, tmp_path, tokenizer_folder):
+def test_a_missing_damaged_or_foreign_draft_is_refused(folders, tmp_path, tokenizer_folder):
     """A folder without a draft, another model's draft, what does not go together: one line each."""
     other = make_checkpoint(tmp_path / "other", tokenizer_folder, seed=1)
     section = {"draft": str(folders / "copy"), "num_speculations": 3}
@@ -230,18 +231,18 @@ def test_mistakes(folders, tmp_path, tokenizer_folder):
             run_generate(path, *overrides)
     shutil.copytree(copy, tmp_path / "damaged")
     (tmp_path / "damaged" / "layerskip.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"^draft: '.*damaged' holds no readable layerskip.json"):
+    with pytest.raises(ConfigError, match=r"^draft: '.*damaged' .*layerskip\.json"):
         read_description(str(tmp_path / "damaged"), "draft")
     shutil.copy(copy / "layerskip.json", tmp_path / "damaged")
     (tmp_path / "damaged" / "draft.safetensors").write_bytes((copy / "draft.safetensors").read_bytes()[:-8])
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: '.*damaged/draft\.safetensors' cannot be read"):
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: '.*damaged/draft\.safetensors' "):
         run_generate(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "damaged")}))
     described = json.loads((copy / "layerskip.json").read_text())
     write_draft(tmp_path / "new", {"norm.scale": torch.ones(2)}, described | {"format": 1})
     with pytest.raises(ConfigError, match=r"format: 1 is not allowed\. Allowed: 3"):
         read_description(str(tmp_path / "new"), "draft")
     write_draft(tmp_path / "deep", {"norm.scale": torch.ones(2)}, described | {"exit_layer": 99})
-    with pytest.raises(ConfigError, match=r"draft\.safetensors in '.*deep' does not fit its layerskip.json, a copy at"):
+    with pytest.raises(ConfigError, match=r"draft\.safetensors in '.*deep' .*layerskip\.json"):
         run_generate(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "deep")}))
 
 
@@ -255,13 +256,13 @@ def test_a_draft_of_some_tokens_keeps_its_rows_of_a_head_that_is_quantised(kind)
     generation = run(model, PROMPTS, 16, speculation=speculation, draft_weights=draft_weights)
     assert generation.generated == run(model, PROMPTS, 16).generated and generation.stats.drafted > 0
     SelfSpeculation(draft="any", draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_vocabulary: needs rows of the head, "):
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_vocabulary: "):
         SelfSpeculation(exit_layer=1, draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
 
 
-def test_what_does_not_go_with_a_draft():
+def test_tensor_parallelism_and_a_quantised_model_refuse_settings_of_drafts():
     model = model_of("llama3_2")
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: does not go with tensor parallelism, "):
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft: .*tensor parallelism"):
         SelfSpeculation(draft="any").check_against(model, parallel=2)
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_int8: True has no effect with quantizer"):
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_int8: True .*quantizer"):
         SelfSpeculation(exit_layer=1, draft_int8=True).check_against(model, quantizer=Component(INT8))

@@ -35,6 +35,19 @@ LONGROPE = {
     "long_factor": [2.0] * 6,
     "original_max_position_embeddings": 64,
 }
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 2.5,
+}
+DENSE_GRANITE4 = MULTIPLIERS | {
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 64,
+    "layer_types": ["full_attention"] * 4,
+    "mamba_n_heads": 2,
+}
 # A name for each kind of model: the config class of transformers, and the values that differ from SIZE.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 6}),
@@ -60,6 +73,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                            "original_max_position_embeddings": 64}),
     "gemma": ("Gemma", {"head_dim": 16}),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 20}),
+    "gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 20,
+                              "sliding_window_pattern": 3, "num_key_value_heads": 1}),
+    "granite": ("Granite", MULTIPLIERS | {"tie_word_embeddings": True}),
+    "granite4": ("GraniteMoeHybrid", DENSE_GRANITE4 | {"position_embedding_type": "rope"}),
+    "granite4_without_positions": ("GraniteMoeHybrid", DENSE_GRANITE4),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 32}),
 }  # fmt: skip
 
 

@@ -39,19 +39,22 @@ def commands(pages: Iterable[str] = PAGES) -> dict[str, list[str]]:
 def commands_and_short_runs(pages: Iterable[str] = PAGES) -> dict[str, tuple[list[str], list[str]]]:
     """`commands`, each with the words that a test appends to shorten its run: {line: (words, short)}.
 
-    A comment before a block has these words for each of its commands: `<!-- short: dataset.count=8 -->`.
+    A comment before a block has these words, for all of its commands or for those of one recipe:
+    `<!-- short: output_dir=here -->` and `<!-- short finetune: epochs=1 -->`.
     """
     found: dict[str, tuple[list[str], list[str]]] = {}
     for page in pages:
         text = PAGES[page].read_text(encoding="utf-8")
-        fenced = re.findall(r"^(?:<!-- short: (.*) -->\n)?```bash\n(.*?)^```$", text, flags=re.S | re.M)
+        fenced = re.findall(r"^((?:<!-- short.* -->\n)*)```bash\n((?s:.*?))^```$", text, flags=re.M)
         indented = [("", line) for line in re.findall(r"^    (tune run .*)$", text, flags=re.M)]
-        for short, block in [*fenced, *indented]:
+        for comments, block in [*fenced, *indented]:
+            short_runs = re.findall(r"<!-- short ?(\w*): (.*) -->", comments)
             for line in block.replace("\\\n", " ").splitlines():
                 for part in line.split("&&"):
                     command = re.sub(r"^(\s*[A-Z_]+=\S+)+ ", "", part).strip()
                     if command and not command.startswith("#"):
-                        found.setdefault(command, (shlex.split(command, comments=True), shlex.split(short)))
+                        short = [text for recipe, text in short_runs if f"layerskip_{recipe}" in command or not recipe]
+                        found.setdefault(command, (shlex.split(command, comments=True), shlex.split(" ".join(short))))
     return found
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from helpers.hf_folders import MULTIPLIERS
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.gemma._component_builders import gemma
@@ -39,6 +40,17 @@ QWEN3 = {
     "hidden_size": SIZE["embed_dim"],
     "intermediate_size": SIZE["intermediate_dim"],
 }
+GEMMA3 = (
+    QWEN3
+    | {"architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 1, "sliding_window": 8}
+    | {"query_pre_attn_scalar": 20, "sliding_window_pattern": 3}
+)
+GRANITE = QWEN3 | MULTIPLIERS | {"architectures": ["GraniteForCausalLM"], "tie_word_embeddings": True}
+LFM2 = QWEN3 | {
+    "architectures": ["Lfm2ForCausalLM"],
+    "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "full_attention"],
+    "block_auto_adjust_ff_dim": False,
+}
 
 # code_llama2, 3.3, qwen2_5 and phi4 are the same builders with other numbers.
 FAMILIES = {
@@ -52,7 +64,10 @@ FAMILIES = {
     "gemma": lambda: gemma(**SIZE, head_dim=8),
     "gemma2": lambda: gemma2(**SIZE, head_dim=8, sliding_window_size=64),
     "phi3": lambda: phi3(**SIZE),
-    "qwen3": lambda: build_decoder(parse_hf_config(QWEN3, "qwen3"), SIZE["max_seq_len"]),
+    **{
+        name: lambda raw=raw, name=name: build_decoder(parse_hf_config(raw, name), SIZE["max_seq_len"])
+        for name, raw in {"qwen3": QWEN3, "gemma3": GEMMA3, "granite": GRANITE, "lfm2": LFM2}.items()
+    },
 }
 
 

@@ -71,7 +71,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "overrides", "key", "given", "allowed"), BAD)
-def test_bad_input(name, overrides, key, given, allowed, adapter_paths, no_weights, tmp_path, monkeypatch):
+def test_a_mistake_is_refused_before_weights_are_loaded(
+    name, overrides, key, given, allowed, adapter_paths, no_weights, tmp_path, monkeypatch
+):
     """One ValueError with the key, the value and what works, before weights are loaded or anything is written."""
     monkeypatch.chdir(tmp_path)
     recipe = "generate" if name.startswith("generate") else "finetune"

@@ -109,6 +109,7 @@ def papers_loss(logits: list[torch.Tensor], tokens: torch.Tensor, step: int) -> 
     return sum(weight * loss for weight, loss in zip(paper_weights(on, 0.5), by_exit, strict=True))
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_plain_pytorch(trained):
     """Four steps of AdamW on A, B and the magnitudes alone, on the weights that NF4 gives back."""
     leaves = {name: trained.first[name].clone().requires_grad_() for name in trained.adapters}
@@ -186,7 +187,7 @@ def test_peft_opens_the_adapters(read, monkeypatch):
 
 
 @pytest.mark.slow
-def test_adapters_only(read, tmp_path):
+def test_a_checkpoint_of_adapters_only_has_no_model(read, tmp_path):
     train(read.path, "save_adapter_weights_only=true", f"output_dir={tmp_path}/out")
     folder, whole = tmp_path / "out" / "epoch_0", read.checkpoint / "adapter"
     files = {path.name for path in folder.iterdir()}
@@ -216,6 +217,7 @@ def test_adapters_on_nf4_in_bf16(tmp_path, tokenizer_folder):
 # ---- generation ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", ["llama2 output", "qwen2 dora", *NF4], indirect=True)
 def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(read, tmp_path):
     """From a folder and from the file; self-speculative, autoregressive, from an exit. Also those of plain PyTorch."""

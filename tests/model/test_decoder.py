@@ -58,7 +58,7 @@ def test_wrapping_twice_is_wrapping_once(tiny):
 
 
 @pytest.mark.parametrize("exit_layer", [0, L + 1, -1, True, 1.5, "2"])
-def test_no_exit_of_the_model_is_refused(tiny, tokens, exit_layer):
+def test_an_exit_that_the_model_does_not_have_is_refused(tiny, tokens, exit_layer):
     model = layerskip_decoder(tiny)
     with pytest.raises(ValueError, match=r"exit_layer: .*Allowed: 1\.\.6"):
         model(tokens, exit_layer=exit_layer)
@@ -80,6 +80,7 @@ def test_only_plain_decoders_are_wrapped(build):
         layerskip_decoder(build())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caches", [False, True])
 def test_torchtunes_generate_runs_on_it(any_family, tokens, caches):
     """The host's own generation gives the same tokens with the wrapped model, with and without its KV caches."""

@@ -69,7 +69,7 @@ def rows_seen(model):
         ([1, 5, -1], [1, 5, 19]),
     ],
 )
-def test_select_layers(layers, expected):
+def test_layers_are_selected_by_numbers_slices_and_lists(layers, expected):
     assert select_layers(layers, 20) == [layer in expected for layer in range(20)]
 
 
@@ -123,7 +123,7 @@ def test_exp_rates_are_the_papers(num_layers):
         ("step", [0, 0, 0, 0, 1]),
     ],
 )
-def test_other_scales(scale, d):
+def test_rates_of_other_scales_follow_their_formula(scale, d):
     assert dropout_rates(5, 0.3, scale) == pytest.approx([0.3 * x for x in d], rel=1e-12)
     if scale != "sigmoid":  # the only layer of a model is its last
         assert dropout_rates(1, 0.3, scale) == pytest.approx([0.3])
@@ -136,7 +136,7 @@ def test_chosen_layers_keep_the_rates_they_have_in_the_whole_model():
     ]
 
 
-def test_schedule_scale():
+def test_schedules_follow_their_formulas():
     assert [schedule_scale(t, 11, "constant") for t in (0, 5, 10)] == [1, 1, 1]
     assert schedule_scale(0, 11, "exp") == 0
     assert schedule_scale(10, 11, "exp") == pytest.approx(1)
@@ -296,9 +296,10 @@ def test_layers_that_keep_nobody_train_with_and_without_checkpointing(layers_sca
             torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("per_sample", [True, False])
-def test_rows_of_a_block_mask(per_sample):
+def test_kept_samples_attend_by_their_rows_of_a_block_mask(per_sample):
     """flex_attention of the kept samples with their rows of the mask is the kept rows of the whole attention."""
     batch, length = 5, 64
     documents = torch.randint(0, 4, (batch, length), generator=torch.Generator().manual_seed(0)).sort(-1).values

@@ -20,6 +20,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [shape for shapes in SHAPES.values() for shape in shapes], ids=str)
 def test_real_shapes_are_packed_and_sharded(shape):
     """Over 1 to 8 processes, each shard's values being those of the whole; errors are NF4's, a tenth of the values."""
@@ -46,6 +47,7 @@ def smollm2(lora: Lora | None) -> nn.Module:
     return build_decoder(config, 64, lora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_decoder_of_smollm2s_shape_is_packed(dora):
     """Matrices with adapters and without; plain weights are packed when they are loaded."""

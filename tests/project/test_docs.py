@@ -65,7 +65,7 @@ def test_cited_names_are_in_the_code(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and "elsewhere" not in page])
-def test_python_example(page, tokenizer_folder, tmp_path, monkeypatch):
+def test_python_examples_of_pages_run(page, tokenizer_folder, tmp_path, monkeypatch):
     """For TRL's see test_finetuned_elsewhere.py."""
     folder = make_checkpoint(tmp_path / "quickstart", tokenizer_folder)  # the README's first commands make it
     (folder / "layerskip.json").write_text('{"exits": [2]}')
@@ -76,7 +76,7 @@ def test_python_example(page, tokenizer_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("module", [api, decoder], ids=lambda module: module.__name__)
-def test_examples_of_docstrings(module):
+def test_examples_in_docstrings_are_right(module):
     result = doctest.testmod(module)
     assert result.attempted >= 2 and result.failed == 0
 
@@ -117,7 +117,7 @@ def test_the_readme_is_one_page():
     assert len(PAGES["README.md"].read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_each_room_is_in_the_page_about_development():
+def test_each_folder_is_in_the_page_about_development():
     text = PAGES["docs/development.md"].read_text(encoding="utf-8")
     (tree,) = re.findall(r"## Layout.*?```\n(.*?)```", text, flags=re.S)
     named = set(re.findall(r"^ {2,4}(\w+)/ ", tree, flags=re.M))

@@ -37,7 +37,7 @@ def tiny_model(tmp_path_factory, tokenizer_folder) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("examples") / "model", tokenizer_folder))
 
 
-def test_finetune(start, tmp_path, tokenizer_folder):
+def test_the_finetune_example_trains(start, tmp_path, tokenizer_folder):
     shutil.copytree(tokenizer_folder, tmp_path / "here" / "tokenizer")  # training one takes half a minute
     size = {"vocab_size": 300, "num_layers": 8, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 32, "max_seq_len": 64}
     out = start("finetune.py", "--steps", "2", "--out", "here", SIZE=size)
@@ -45,17 +45,17 @@ def test_finetune(start, tmp_path, tokenizer_folder):
     assert (tmp_path / "here" / "model.pt").is_file()
 
 
-def test_generate(start, tiny_model):
+def test_the_generate_example_gives_the_same_tokens(start, tiny_model):
     out = start("generate.py", tiny_model, NEW_TOKENS=12)
     assert "same tokens: True" in out and re.search(r"\d+ rounds for 12 tokens", out)
 
 
-def test_measure_exits(start, tiny_model):
+def test_the_example_that_measures_exits_has_a_row_for_each(start, tiny_model):
     rows = start("measure_exits.py", "--samples", "2", tiny_model).splitlines()[-4:]
     assert [row.split()[0] for row in rows] == ["1", "2", "3", "4"] and rows[-1].endswith("1.00")
 
 
-def test_text_to_sql(start, tmp_path):
+def test_text_to_sql_questions_have_the_values_of_their_query(start, tmp_path):
     """The sentence's values come before the query's examples, and no name is cut by a shorter one."""
     variables = [{"name": name, "example": "EECS"} for name in ("dept1", "dept10")]
     sentence = {"text": "any dept10 or dept1 ?", "question-split": "train", "variables": {"dept1": "MATH"}}
@@ -67,7 +67,7 @@ def test_text_to_sql(start, tmp_path):
     assert (tmp_path / "sql" / "test.jsonl").read_text() == ""
 
 
-def test_several_nodes(tmp_path):
+def test_the_slurm_script_starts_torchrun_and_resumes(tmp_path):
     """The Slurm script starts torchrun as it should, and resumes when a job is started again after a checkpoint."""
     stand_ins = {
         "scontrol": "echo node1; echo node2",

@@ -18,7 +18,7 @@ TEMPLATE = """{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token 
 ON_THIS_MACHINE = '"my_model", max_steps=2, use_cpu=True'
 
 
-def test_the_page_is_short():
+def test_the_page_about_models_finetuned_elsewhere_is_short():
     assert len(PAGES[PAGE].read_text(encoding="utf-8").splitlines()) <= 60
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import forks
+from helpers.commands import run_forks, script
 from helpers.tools import ROOT, load
 
 STEPS = load("gpu_report").STEPS
@@ -65,6 +65,7 @@ def test_a_step_that_fails_or_hangs_does_not_end_the_report(report):
     assert page.count("Not run yet.") == len(STEPS) - 4 and f"- python: {sys.version.split()[0]}" in page
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on(report):
     """It runs what has no result or timed out; steps that failed only on demand."""
     report("--only", "environment")
@@ -97,12 +98,12 @@ EXPECTED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", EXPECTED)
-def test_step(step, tmp_path, tokenizer_folder):
+def test_each_step_of_the_gpu_report_runs_on_a_cpu(step, tmp_path, tokenizer_folder):
     """It runs on a CPU, and measures what it should. What finetune does, test_readme.py runs from the pages."""
     shutil.copytree(tokenizer_folder, tmp_path / "work" / "small" / "tokenizer")  # training one takes half a minute
     rows, options = tmp_path / "rows", ["--device", "cpu", "--tiny", "--work", str(tmp_path / "work")]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    (done,) = forks.run([str(ROOT / "tools" / "gpu_steps.py"), step, str(rows), *options], tmp_path, [environment])
+    (done,) = run_forks(script(ROOT / "tools" / "gpu_steps.py", step, rows, *options), tmp_path, [environment])
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert not [row for row in found if "failed" in row]

@@ -42,7 +42,7 @@ def test_the_wheel_has_entry_modules_and_all_configs(installed):
     assert not any(name.startswith(("recipes/", "tests/", "tools/", "examples/")) for name in names)
 
 
-def test_metadata_of_the_wheel(installed):
+def test_the_wheel_names_its_license_and_torchtune(installed):
     (metadata,) = installed.glob("layerskip_recipes-*.dist-info/METADATA")
     head = metadata.read_text(encoding="utf-8").partition("\n\n")[0]
     assert "License-Expression: BSD-3-Clause" in head and "Requires-Dist: torchtune==0.6.1" in head
@@ -50,13 +50,13 @@ def test_metadata_of_the_wheel(installed):
     assert "[torch." not in (metadata.parent / "entry_points.txt").read_text()  # torch runs none of our code
 
 
-def test_tune_run_from_the_wheel(installed, tmp_path, tokenizer_folder):
+def test_the_wheel_trains_by_tune_run(installed, tmp_path, tokenizer_folder):
     env = {"PYTHONPATH": str(installed)}
     where = "from importlib.util import find_spec; print(find_spec('layerskip_recipes').origin)"
     shown = subprocess.run([sys.executable, "-c", where], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert Path(shown.stdout.strip()) == installed / "layerskip_recipes" / "__init__.py"
     changes = {"extends": "quickstart/finetune", "lr_scheduler": None, "early_exit_loss": {"exits": ":"}}
     path = finetune_config(tmp_path, tokenizer_folder, **changes)
-    run = run_tune("run", "layerskip_finetune", "--config", str(path), env=env, cwd=tmp_path, cold=True)
+    run = run_tune("run", "layerskip_finetune", "--config", str(path), env=env, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path / "out" / "epoch_0" / "config.json").is_file()

@@ -69,6 +69,7 @@ MADE = ("qa", "trial", "out_chat", "out_8b", "out_8b_trial", "out_llama", "out_c
 BUILT = [f"{key}={{_component_: layerskip_recipes.hf_{component}, path: my_model}}" for key, component in
          (("model", "decoder"), ("checkpointer", "checkpointer"), ("tokenizer", "tokenizer"))]  # fmt: skip
 BUILT += ["device=cpu", "dtype=fp32"]
+ADAMW = ["optimizer._component_=torch.optim.AdamW"]
 
 
 def header_commands() -> dict[str, tuple[list[str], list[str]]]:
@@ -80,7 +81,9 @@ def header_commands() -> dict[str, tuple[list[str], list[str]]]:
     here = re.compile(r"quickstart/|llama3_2/1B_full_single_device_|llama3_2/1B_gen")
     headers = [path.read_text(encoding="utf-8") for path in our_configs().values()]
     lines = [line for header in headers for line in re.findall(r"^#   (tune run .*)$", header, flags=re.M)]
-    return {line: (shlex.split(line), []) for line in lines if here.search(line) and line not in TO_BE_RUN}
+    found = {line: shlex.split(line) for line in lines if here.search(line) and line not in TO_BE_RUN}
+    shorts = {tuple(words[:5]): short for words, short in TO_BE_RUN.values()}  # by recipe and config
+    return {line: (words, shorts.get(tuple(words[:5]), [])) for line, words in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +156,7 @@ def run(workplace):
             place = words.index("--config")
             cfg = load_config(words[place + 1], words[place + 2 :])
             if "model_dir" not in cfg and "quickstart/" not in line:
-                short = [*BUILT, *short]
+                short = [*BUILT, *(ADAMW if "optimizer" in cfg else []), *short]
             short = [*SHORT[words[place - 1]], *short]
         if "--nproc_per_node" in words:
             place = words.index("--nproc_per_node")

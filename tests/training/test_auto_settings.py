@@ -20,6 +20,8 @@ from layerskip_recipes.training.auto_settings import full_learning_rate
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import checkpoint_layers
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": 1000,
@@ -64,7 +66,7 @@ def chosen(tmp_path, monkeypatch):
     return choose
 
 
-def test_what_a_training_keeps_in_bf16_and_nf4(tmp_path):
+def test_a_training_needs_the_bytes_of_its_weights_in_bf16_and_nf4(tmp_path):
     model = FinetuneConfig.load(load_config("hf/full", [f"model_dir={folder_of(tmp_path)}", "device=cpu"])).meta_model
     assert training_bytes(model, 2, WEIGHTS, False) == 8 * WEIGHTS
     assert training_bytes(model, 2, 0, True) == 2 * OTHERS + MATRICES * 17 // 32
@@ -81,7 +83,7 @@ def test_the_exit_that_will_draft_is_trained(layers, trained, chosen):
 
 
 @pytest.mark.parametrize(("width", "lr"), [(4096, 3e-5), (5120, 2.4e-5), (2048, 6e-5), (1024, 1.2e-4), (64, 1e-3)])
-def test_the_learning_rate_of_all_weights(width, lr):
+def test_the_learning_rate_falls_with_the_models_width(width, lr):
     assert full_learning_rate(width) == lr
 
 
@@ -158,7 +160,7 @@ def test_a_gpu_trains_all_weights_in_fp32_where_they_fit(weights_fit, expected, 
 
 
 @pytest.mark.parametrize(("name", "lr"), [("full", 1e-3), ("lora", 3e-4), ("qlora", 3e-4)])
-def test_the_learning_rate_and_the_exit(name, lr, chosen):
+def test_configs_choose_their_learning_rate_and_exit(name, lr, chosen):
     sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 64}
     assert chosen(name=name, **sizes).items() >= {"optimizer.lr": lr, "early_exit_loss.exits": "2"}.items()
 
@@ -189,7 +191,7 @@ def test_what_is_trained_counts_with_its_gradients_and_averages(name, kept, laye
     assert chosen("device=cpu", name=name, memory=needed - 2)["batch_size"] == 1
 
 
-def test_what_a_draft_leaves_to_the_user(chosen):
+def test_a_draft_training_chooses_no_learning_rate_and_no_exit(chosen):
     made = chosen("device=cpu", name="draft")
     assert "optimizer.lr" not in made and "early_exit_loss.exits" not in made
     given = ["dtype=fp32", "batch_size=1", "enable_activation_checkpointing=true", "tokenizer.max_seq_len=64"]
@@ -270,7 +272,7 @@ def test_activations_of_a_sample_are_what_the_plan_says(recompute, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "qlora", "generate", "eval", "benchmark"])
-def test_each_needs_a_model(name, layerskip):
+def test_each_config_needs_a_model(name, layerskip):
     status, _, err = layerskip("validate", f"hf/{name}")
     assert status == 1 and err.splitlines()[-1].startswith("ValueError: model_dir: missing. ")
 
@@ -294,7 +296,7 @@ def adapters_only(folder):
         (adapters_only, "adapter_config.json', '/models/base', is neither a folder nor a model that can be downloaded"),
     ],
 )
-def test_a_wrong_model_is_one_line(prepare, message, tmp_path, layerskip):
+def test_a_folder_that_is_no_model_is_refused_in_one_line(prepare, message, tmp_path, layerskip):
     folder = tmp_path / "model"
     folder.mkdir()
     prepare(folder)

@@ -37,7 +37,7 @@ SHARDS = {"save_every_n_steps": 1, "enable_async_checkpointing": True}
         (1, False, ["epoch_1"]),
     ],
 )
-def test_which_checkpoints_are_there(keep, names, asynchronous, tmp_path, finetune):
+def test_checkpoints_are_named_by_step_and_epoch_and_the_oldest_go(keep, names, asynchronous, tmp_path, finetune):
     """step_N after N steps of the whole run, epoch_N (from 0) at an epoch's end and not twice; the oldest go."""
     path = finetune(
         dataset=VALIDATION | {"seq_len": 16, "max_samples": 10}, epochs=2, max_steps_per_epoch=None,
@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, name, two_epochs, tmp_path,
     said = [message for message in caplog.messages if f"{out / 'epoch_1'} is damaged and not used: {name}" in message]
     assert damage is Path.unlink or (len(said) == 1 and "\n" not in said[0])
     damage(out / "epoch_0" / name)
-    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: no intact checkpoint"):
+    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: "):
         resuming.find_checkpoint(out)
 
 
@@ -153,7 +153,7 @@ def test_a_copied_run_goes_on_from_its_last_checkpoint(tmp_path, finetune):
     assert train(path, f"output_dir={copy}", "resume_from_checkpoint=true").checkpoints.resumed_from.name == "epoch_2"
 
 
-def test_a_clock_that_goes_back(tmp_path, finetune, monkeypatch):
+def test_the_last_checkpoint_is_the_newest_though_the_clock_goes_back(tmp_path, finetune, monkeypatch):
     """As from one machine to another: the last checkpoint stays the newest, and is what is kept."""
     clock = itertools.count(1e9, -100.0)
     monkeypatch.setattr(run_checkpoints.time, "time", lambda: next(clock))
@@ -181,7 +181,7 @@ def test_shards_do_not_push_the_last_model_out(tmp_path, finetune):
     assert sorted(checkpoints(tmp_path / "out")) == ["epoch_0", "step_4", "step_5"]
 
 
-def test_shards_are_of_their_step(finetune, monkeypatch):
+def test_shards_are_copies_that_later_steps_do_not_change(finetune, monkeypatch):
     given, write = [], dcp.async_save
     monkeypatch.setattr(dcp, "async_save", lambda shards, **kwargs: (given.append(shards), write(shards, **kwargs))[1])
     recipe = set_up(finetune(**SHARDS))
@@ -198,27 +198,25 @@ def test_shards_that_cannot_be_written_end_the_run(finetune, monkeypatch):
         place(self, name)
 
     monkeypatch.setattr(Checkpoints, "_place", full)
-    with pytest.raises(ConfigError, match=r"step_1 cannot be written to .* \(No space left on device\).*no checkpoint"):
+    with pytest.raises(ConfigError, match=r"step_1 .*No space left on device"):
         train(finetune(**SHARDS))
 
 
-def test_room_for_a_third_checkpoint_beside_two(finetune, monkeypatch):
+def test_a_run_needs_room_for_one_checkpoint_more_than_it_keeps(finetune, monkeypatch):
     """Also when resuming, before a model is loaded."""
     path = finetune(save_every_n_steps=1, keep_last_n_checkpoints=2, epochs=2)
     size = FinetuneConfig.load(load_config(str(path))).checkpoint_bytes
     usage = SimpleNamespace(free=3 * size - 1)
     monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", lambda place: usage)
     words = run_checkpoints.in_words
-    message = (
-        rf"^output_dir: .* has {words(usage.free)} left, and this run needs {words(3 * size)} for 3 more of its ch"
-    )
-    with pytest.raises(ConfigError, match=f"{message}.*; for example keep_last_n_checkpoints=1$"):
+    message = rf"^output_dir: .* {words(usage.free)} .* {words(3 * size)} .*keep_last_n_checkpoints=1$"
+    with pytest.raises(ConfigError, match=message):
         set_up(path)
     usage.free = 3 * size
     train(path, "epochs=1")
     usage.free = size - 1
     monkeypatch.delattr(Checkpoints, "load_weights")
-    with pytest.raises(ConfigError, match=r"for 1 more of its checkpoints .* with more room$"):
+    with pytest.raises(ConfigError, match=r"^output_dir: .* 1 more "):
         set_up(path, "resume_from_checkpoint=true")
 
 

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
 
-from layerskip_recipes.training import chunked_loss
-from layerskip_recipes.training.chunked_loss import add_product_, compiled, cross_entropy_, token_loss_
+from layerskip_recipes.training import compiled as compiling
+from layerskip_recipes.training.chunked_loss import add_product_, cross_entropy_, token_loss_
+from layerskip_recipes.training.compiled import compiled
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -54,6 +55,25 @@ def test_a_loss_of_a_teacher_puts_its_gradient_into_the_logits(compiled):
     torch.testing.assert_close(logits, gradient)
 
 
+def test_only_the_number_of_tokens_is_unknown_to_a_compiled_loss(monkeypatch):
+    """With an unknown vocabulary size a GPU would read logits one by one. All numbers of tokens share a graph."""
+    compile, shapes = torch.compile, []
+
+    def backend(graph, inputs):
+        shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=backend))
+    loss, buffer = compiled(token_loss_, "the loss", num_dynamic=2), torch.randn(8, 5)
+    for count in (8, 6, 3):
+        expected = token_loss_(buffer[:count].clone(), torch.arange(count) % 5, torch.tensor(0.5))
+        found = loss(buffer.clone()[:count], torch.arange(count) % 5, torch.tensor(0.5))
+        torch.testing.assert_close(found, expected)
+    (graph,) = shapes
+    logits, labels = graph[:2]
+    assert isinstance(logits[0], torch.SymInt) and isinstance(labels[0], torch.SymInt) and type(logits[1]) is int
+
+
 def test_a_loss_that_cannot_be_compiled_is_taken_as_it_is(monkeypatch):
     warnings = []
 
@@ -61,8 +81,8 @@ def test_a_loss_that_cannot_be_compiled_is_taken_as_it_is(monkeypatch):
         raise TorchDynamoException("no C compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
-    monkeypatch.setattr(chunked_loss.log, "warning", lambda message, *args: warnings.append(message % args))
-    loss, labels = compiled(token_loss_), torch.tensor([1, 2])
+    monkeypatch.setattr(compiling.log, "warning", lambda message, *args: warnings.append(message % args))
+    loss, labels = compiled(token_loss_, "the loss", num_dynamic=2), torch.tensor([1, 2])
     for _ in range(2):
         logits, exact = torch.eye(2, 5), torch.eye(2, 5, requires_grad=True)
         expected = F.cross_entropy(exact, labels, reduction="sum")

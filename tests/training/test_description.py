@@ -29,6 +29,7 @@ def in_order(vocabulary, counts) -> bool:
     return vocabulary == sorted(counts, key=lambda token: (-counts[token], token))
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_measures_its_first_batches(tmp_path, tokenizer_folder, monkeypatch):
     """As test_exit_quality.py checks it, of single samples; the losses are those of a run that measures nothing."""
     monkeypatch.setattr(measuring, "DRAFT_VOCABULARIES", (4, 64, 512))

@@ -1,9 +1,8 @@
 """A user's mistake on two ranks: one line from rank 0, and no traceback from the rank that waits for it."""
 
 import pytest
-from helpers import training_ranks
 from helpers.configs import start_section
-from helpers.ranks import run_on_ranks
+from helpers.ranks import run_tune_on_ranks
 from helpers.training import texts
 
 pytestmark = pytest.mark.distributed
@@ -22,7 +21,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_setting_is_one_line(name, checkpoint, tmp_path, finetune):
+def test_a_wrong_setting_is_one_line_of_rank_zero(name, checkpoint, tmp_path, finetune):
     """Exit status 1, before weights are read (which fails with words of its own) or anything is written."""
     start = tmp_path / "start"
     start.mkdir()
@@ -31,8 +30,8 @@ def test_a_wrong_setting_is_one_line(name, checkpoint, tmp_path, finetune):
     start = checkpoint if name == "other model" else start
     path = finetune(dataset=texts(tmp_path), checkpointer=start_section(start))
     overrides, begins, then = WRONG[name]
-    arguments = ("train", tmp_path, "--config", path, *overrides)
-    zero, one = run_on_ranks(training_ranks.__file__, *arguments, cwd=tmp_path)
+    words = ("run", "layerskip_finetune", "--config", str(path), *overrides)
+    zero, one = run_tune_on_ranks(*words, cwd=tmp_path)
     *before, last = zero.stderr.splitlines()
     assert last.startswith("ValueError: " + begins) and then in last
     assert not any("Error" in line or "Traceback" in line for line in before)

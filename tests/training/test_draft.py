@@ -106,6 +106,7 @@ def draft_config(finetune, checkpoint):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
     recipe = train(draft_config(kind, epochs=6, shuffle=False, dataset_val=VALIDATION), "optimizer.lr=1e-2")
@@ -139,7 +140,7 @@ def test_validation_measures_a_draft_without_its_dropout(draft_config):
     assert one == two and recipe.draft.training and not recipe.model.training
 
 
-def test_a_draft_of_frequent_tokens(tmp_path, draft_config):
+def test_a_draft_vocabulary_is_the_most_frequent_tokens(tmp_path, draft_config):
     recipe = train(draft_config(draft=SECTIONS["adapter"] | {"vocabulary": 40}))
     folder, drafts = tmp_path / "out" / "epoch_0", []
     counts = Counter(token for sample in recipe.data.dataset for token in sample["tokens"])
@@ -154,16 +155,14 @@ def test_a_draft_of_frequent_tokens(tmp_path, draft_config):
     assert {token for (row,) in drafts for token in row} <= set(described)
 
 
-def test_resume_goes_on_with_the_same_model(checkpoint, tmp_path, draft_config):
+def test_resume_with_other_weights_of_the_model_is_refused(checkpoint, tmp_path, draft_config):
     base = shutil.copytree(checkpoint, tmp_path / "base")
     path = draft_config(checkpointer=start_section(base), epochs=2)
     train(path)
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ConfigError, match=r"^resume_from_checkpoint: the hash of the model's weights was '.*' and is '.*' now"
-    ):
+    with pytest.raises(ConfigError, match=r"^resume_from_checkpoint: .*model's weights"):
         resumed(path, "epoch_0")
 
 
@@ -187,7 +186,7 @@ def test_an_adapter_is_the_next_layer_at_first():
     torch.testing.assert_close(draft(torch.cat([x, y], -1)), expected)
 
 
-def test_a_draft_for_a_model_of_another_reader(checkpoint, tmp_path, draft_config):
+def test_a_draft_whose_model_another_checkpointer_reads_is_refused(checkpoint, tmp_path, draft_config):
     """Its folder does not lead to a model for hf_decoder."""
     train(draft_config(checkpointer=start_section(checkpoint)))
     message = rf"^model_dir: '{tmp_path}/out/epoch_0' is a draft for a model that FullModelHFCheckpointer reads. "

@@ -48,7 +48,7 @@ def beside_config(finetune, checkpoint):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["gemma2", "qwen2_tied"])
-def test_both_learn_what_they_learn_alone(family, kind, float64):
+def test_model_and_draft_have_the_gradients_they_have_alone(family, kind, float64):
     """The sum of the losses; the gradients of the model are its own, and so are those of the draft."""
     model = layerskip_decoder(make_tiny(family))
     section = DraftSection.parse(BESIDE[kind])
@@ -78,6 +78,7 @@ def test_both_learn_what_they_learn_alone(family, kind, float64):
     assert by_exit == {model.num_layers: pytest.approx(ordinary.item())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, beside_config):
     """To the bit, also with a clipped gradient. The draft learns faster, and moves with the folder."""
@@ -107,6 +108,7 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
     assert json.loads((moved / "layerskip.json").read_text())["exits"] == [4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_second_run_trains_the_draft_further(beside, checkpoint, tmp_path, beside_config):
     """A draft of another form starts afresh, and so does one whose model was replaced, or that cannot be read."""
@@ -130,6 +132,7 @@ def test_without_a_learning_rate_the_draft_learns_faster_too(beside_config):
     assert [group["lr"] for group in recipe.optimizers.all[0].param_groups] == [default, DRAFT_RATE * default]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["optimizer_in_bwd=true", "dtype=bf16", "enable_activation_checkpointing=true"])
 def test_the_model_is_that_of_ordinary_finetuning_however_it_steps(override, tmp_path, beside_config):
     """The draft is trained in fp32 beside a model in bf16."""
@@ -168,6 +171,7 @@ def note(folder, change):
     path.write_text(json.dumps(noted))
 
 
+@pytest.mark.slow
 def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     """It drafts if that should pay. A draft that does not fit the weights of another reader is left alone."""
     folder, path = promising("copy")
@@ -230,10 +234,11 @@ def test_a_function_that_builds_a_checkpointer_is_refused(checkpoint, beside_con
     """Before the training: the checkpoint could not say how to read the model."""
     build = training.FullModelHFCheckpointer
     monkeypatch.setattr("helpers.configs.reader", lambda **arguments: build(**arguments), raising=False)
-    with pytest.raises(ConfigError, match=r"^checkpointer\._component_: helpers\.configs\.reader is a function, "):
+    with pytest.raises(ConfigError, match=r"^checkpointer\._component_: helpers\.configs\.reader "):
         train(beside_config(checkpointer=start_section(checkpoint) | {"_component_": "helpers.configs.reader"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     """Length, vocabulary, precision, where drafts end and look-ups, with the draft named to both."""

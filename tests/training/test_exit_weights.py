@@ -49,7 +49,7 @@ def test_alone_or_with_scale_0_the_last_exit_has_all_the_weight(scale_fn, num_la
         ("inverse_sqrt", [1, 1 / math.sqrt(2), 1 / math.sqrt(3), 1 / 2]),
     ],
 )
-def test_other_scale_functions(scale_fn, f):
+def test_weights_of_other_scale_functions_follow_their_formula(scale_fn, f):
     """scale * f(l) for the exits before the last, f(L-1) for the last, normalised over those that are on."""
     expected = torch.tensor([0.3 * f[0], 0, 0.3 * f[2], f[3]])
     torch.testing.assert_close(exit_weights(4, [True, False, True, True], 0.3, scale_fn), expected / expected.sum())
@@ -64,7 +64,7 @@ def test_without_an_exit_that_weighs_there_is_no_loss():
 
 
 @pytest.mark.parametrize(("num_layers", "interval"), [(32, 8), (24, 23), (6, 4), (6, 1), (5, 5), (4, 7)])
-def test_rotational(num_layers, interval):
+def test_a_rotational_curriculum_enables_each_layer_once_in_r_steps(num_layers, interval):
     """Each layer once in R steps, ceil(L/R) of them or fewer at once; the set moves by one; the last is always on."""
     steps = [enabled_exits("rotational", t, 1000, num_layers, interval=interval) for t in range(2 * interval)]
     for t, on in enumerate(steps):
@@ -80,7 +80,7 @@ def test_rotational(num_layers, interval):
 
 
 @pytest.mark.parametrize(("num_layers", "total_steps"), [(6, 120), (24, 5800), (8, 37), (32, 10)])
-def test_gradual(num_layers, total_steps):
+def test_a_gradual_curriculum_adds_layers_from_the_last_one_down(num_layers, total_steps):
     """From the last layer down, one more every T/(2L) steps, all at T/2 and after."""
     for t in range(total_steps):
         on = enabled_exits("gradual", t, total_steps, num_layers)

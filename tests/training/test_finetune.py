@@ -34,7 +34,7 @@ def test_first_step_is_the_papers_loss(tmp_path, finetune):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_offloading_and_bf16_on_a_gpu(tmp_path, finetune):
+def test_offloading_on_a_gpu_changes_no_loss(tmp_path, finetune):
     """Several exits and chunks under the offloading hooks; the losses are those without."""
     exits = {"scale": 0.5, "curriculum": None, "chunk_tokens": 50}
     path = finetune(early_exit_loss=exits, device="cuda", dtype="bf16")
@@ -58,6 +58,7 @@ def test_gradient_accumulation_changes_nothing(tmp_path, finetune):
         assert one[step] == pytest.approx(two[step], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override", ["enable_activation_checkpointing=true", "loss=torch.nn.CrossEntropyLoss", "optimizer_in_bwd=true"]
 )
@@ -96,6 +97,7 @@ def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, f
     assert losses(tmp_path / "model") == losses(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "scales"),
     [("exp", [math.exp(t * math.log(2) / 5) - 1 for t in range(6)]), ("linear_decay", [1 - t / 5 for t in range(6)])],

@@ -1,14 +1,67 @@
 """Checkpoints are whole after a kill at any moment, and the run goes on as if it had never stopped."""
 
+import itertools
 import os
+import shutil
 import signal
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import dying_run, forks
+import torchtune.training.checkpointing._checkpointer as torchtune_checkpointer
+from helpers.commands import run_forks
 from helpers.resuming import FILES, MOVING, checkpoints, final_weights, same_tensors
 from helpers.training import log_lines, losses, texts, train
+from torch.distributed.checkpoint import FileSystemWriter
+
+from layerskip_recipes.cli.recipes import finetune as finetune_command
+
+WRITING = (
+    (os, "rename"), (shutil, "rmtree"), (torch, "save"), (torchtune_checkpointer, "save_file"),
+    (FileSystemWriter, "write_data"), (FileSystemWriter, "finish"),
+)  # fmt: skip
+
+
+def die_at(call: int) -> None:
+    """Wrap the functions that write checkpoints, so that the process ends by SIGKILL at their `call`-th call.
+
+    The file that is written is left half. The name of the function is all that the process prints.
+    """
+    calls, stdout = itertools.count(1), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def wrap(owner, name: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            within_shards = name == "save" and not isinstance(args[1], str | Path)
+            if within_shards or next(calls) != call:
+                return function(*args, **kwargs)
+            if name in ("save", "save_file"):
+                function(*args, **kwargs)
+                os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            if name == "rmtree" and Path(args[0]).exists():
+                for file in [file for file in Path(args[0]).rglob("*") if file.is_file()][::2]:
+                    file.unlink()
+            if name == "write_data":
+                function(*args, **kwargs).wait()
+            os.write(stdout, name.encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, wrapped)
+
+    for owner, name in WRITING:
+        wrap(owner, name)
+
+
+def signal_after(checkpoint: Path, number: int) -> None:
+    while not checkpoint.exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), number)
 
 
 def whole_checkpoints(out: Path) -> list[str]:
@@ -35,7 +88,12 @@ def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, fi
     out.mkdir()
     for call in range(1, 11):  # there are six to eight calls for each checkpoint
         resume = f"resume_from_checkpoint={'true' if whole_checkpoints(out) else 'false'}"
-        (died,) = forks.run([dying_run.__file__, str(call), str(path), resume], tmp_path, [os.environ])
+
+        def dying_run(call=call, resume=resume):
+            die_at(call)
+            train(path, resume)
+
+        (died,) = run_forks(dying_run, tmp_path, [os.environ])
         assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
         interrupted.append(died.stdout)
         assert len(whole_checkpoints(out)) <= 3  # a third one just before the oldest goes
@@ -52,13 +110,20 @@ def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, fi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_ctrl_c_and_sigterm(kind, status, tmp_path, finetune):
-    """The last line says where to go on, and no temporary files stay."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_say_where_to_go_on(number, status, tmp_path, finetune):
+    """No temporary files stay."""
     path, out = finetune(epochs=10000), tmp_path / "out"
     (tmp_path / "temporary").mkdir()
     environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
-    (done,) = forks.run([dying_run.__file__, kind, str(path)], tmp_path, [environment])
+
+    def interrupted_run():
+        tempfile.tempdir = None  # read it from the environment again
+        threading.Thread(target=signal_after, args=(out / "epoch_0", number), daemon=True).start()
+        sys.argv = ["layerskip_finetune", "--config", str(path)]
+        finetune_command()
+
+    (done,) = run_forks(interrupted_run, tmp_path, [environment])
     newest = checkpoints(out)[-1]
     assert done.returncode == status, done.stderr[-3000:]
     assert f"The last whole checkpoint is {out / newest}; go on from it with resume_from_checkpoint=true" in done.stderr

@@ -54,7 +54,7 @@ def test_packed_weights_of_a_folders_model_are_not_replicated(tmp_path, tokenize
     monkeypatch.setenv("WORLD_SIZE", "2")
     folder = model_with_tokenizer("qwen3", tmp_path / "Qwen3", tokenizer_folder)
     keys = [f"model_dir={folder}", f"output_dir={tmp_path}/out", "device=cpu", "data_parallel_replicate_dim=2"]
-    with pytest.raises(ValueError, match=r"^data_parallel_replicate_dim: 2 does not go with QLoRA"):
+    with pytest.raises(ValueError, match=r"^data_parallel_replicate_dim: 2 .*QLoRA"):
         mesh_sizes(FinetuneConfig.load(load_config("hf/qlora", keys)))
 
 
@@ -66,7 +66,7 @@ def test_packed_weights_of_a_folders_model_are_not_replicated(tmp_path, tokenize
         (4, {"data_parallel_replicate_dim": 2}, (2, 2, 1)),
     ],
 )
-def test_a_plan_and_how_many_ranks_share_a_matrix(processes, keys, sizes, sizes_of):
+def test_processes_are_split_into_replicas_shards_and_tensor_parallel_ranks(processes, keys, sizes, sizes_of):
     assert sizes_of(keys, processes) == sizes
 
 
@@ -89,5 +89,5 @@ def test_processes_do_not_share_one_device(finetune, monkeypatch):
     monkeypatch.setattr("layerskip_recipes.config.recipe_config.devices_here", lambda: ["cuda", "cpu"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cfg = FinetuneConfig.load(load_config(str(finetune()), ["device=cuda:0", "dtype=fp32"]))
-    with pytest.raises(ValueError, match=r"^device: 'cuda:0' is one device for 2 processes\. Set device=cuda$"):
+    with pytest.raises(ValueError, match=r"^device: 'cuda:0' .*device=cuda$"):
         cfg.find_device()

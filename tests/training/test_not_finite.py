@@ -45,7 +45,7 @@ def test_a_passing_fault_is_forgotten_on_resume(in_backward, checkpoint, tmp_pat
 
 
 @pytest.mark.parametrize("part", ["norm.scale", "layers.2.mlp.w3.weight", None])
-def test_a_start_or_a_learning_rate_that_is_not_sound(part, checkpoint, tmp_path, finetune):
+def test_a_loss_that_is_not_finite_names_a_smaller_learning_rate(part, checkpoint, tmp_path, finetune):
     """The next step says it. The rate to try is half of the config's, not of the schedule's, which is 0 at first."""
     settings = {"checkpointer": start_section(checkpoint), "shuffle": False, "layer_dropout": None}
     path = finetune(**settings, lr_scheduler=COSINE if part else None)
@@ -70,7 +70,7 @@ def test_a_start_or_a_learning_rate_that_is_not_sound(part, checkpoint, tmp_path
         ("optimizer_in_bwd=true", "weights: not finite at step 2. Try a smaller learning rate"),
     ],
 )
-def test_a_gradient_that_is_not_finite(settings, what, checkpoint, tmp_path, finetune, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_refused(settings, what, checkpoint, tmp_path, finetune, monkeypatch):
     """Named with its own step, before a checkpoint has it; the run goes on from there. With an optimizer in backward,
     the weights may have it."""
     path = finetune(

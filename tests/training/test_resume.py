@@ -68,7 +68,7 @@ def test_resume_is_the_run_that_never_stopped(name, tmp_path, finetune, eager):
         assert same_tensors(end, final_weights(again / "epoch_2"))
 
 
-def test_more_epochs_go_on(tmp_path, finetune):
+def test_a_run_resumed_with_more_epochs_is_the_longer_run(tmp_path, finetune):
     """A finished run of one epoch, resumed with three, is the run of three: nothing here depends on T."""
     path = finetune(layer_dropout={"prob": 0.5}, shuffle=True)
     train(path, f"output_dir={tmp_path}/whole", "epochs=3")
@@ -100,7 +100,7 @@ def test_a_finished_run_has_nothing_to_do(tmp_path, finetune, caplog):
     ],
     ids=["constant", "cosine", "shards of an 8-bit optimizer"],
 )
-def test_another_learning_rate_counts(changes, checkpoint, tmp_path, finetune, eager):
+def test_a_resumed_run_takes_another_learning_rate(changes, checkpoint, tmp_path, finetune, eager):
     """It may change, and is what the recipe itself suggests after a loss that is not finite."""
     path = finetune(epochs=2, **changes)
     train(path, "optimizer.lr=1e-3")

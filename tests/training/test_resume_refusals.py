@@ -18,8 +18,10 @@ from layerskip_recipes.training.fingerprint import check_resumable
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 from layerskip_recipes.training.resuming import stored_choices
 
+pytestmark = pytest.mark.slow
 
-def test_another_end_is_said(finetune, caplog):
+
+def test_a_resumed_run_with_another_end_warns_once(finetune, caplog):
     """What follows t/T, as a gradual curriculum, goes another way then: allowed, and told once."""
     path = finetune(early_exit_loss={"curriculum": "gradual"})
     train(path)
@@ -90,7 +92,7 @@ def test_changed_data_of_equal_length_is_refused(tmp_path, finetune):
     text_data(tmp_path / "moved" / "texts.json", texts)
     set_up(path, *again, f"dataset.data_files={tmp_path}/moved/texts.json")
     text_data(tmp_path / "data" / "texts.json", [text.replace("x17 = 17", "x17 = 71") for text in texts])
-    message = "^resume_from_checkpoint: the hash of the samples' tokens and labels was '.*' and is '.*' now"
+    message = "^resume_from_checkpoint: .*tokens and labels"
     with pytest.raises(ValueError, match=message):
         set_up(path, *again)
 
@@ -106,7 +108,7 @@ def test_a_changed_chat_template_is_refused(date, tmp_path, finetune, monkeypatc
     monkeypatch.setattr(chat_template, "datetime", SimpleNamespace(now=lambda: datetime(2020, 2, 2)))
     set_up(path, *again, f"tokenizer.chat_template={json.dumps(template)}")
     changed = template.replace("[", "<")
-    with pytest.raises(ValueError, match="resume_from_checkpoint: the hash of the chat template was"):
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*chat template"):
         set_up(path, *again, f"tokenizer.chat_template={json.dumps(changed)}")
 
 
@@ -137,7 +139,7 @@ def test_what_is_auto_is_that_of_the_stopped_run(stopped, monkeypatch):
 
 def test_an_exit_may_be_given_as_the_log_prints_it():
     check_resumable({"early_exit_loss": {"exits": "3"}}, {"early_exit_loss": {"exits": 3}})
-    with pytest.raises(ValueError, match=r"early_exit_loss\.exits was '3' and is 4 now"):
+    with pytest.raises(ValueError, match=r"early_exit_loss\.exits .*'3'.* 4 "):
         check_resumable({"early_exit_loss": {"exits": "3"}}, {"early_exit_loss": {"exits": 4}})
 
 
@@ -146,12 +148,12 @@ def test_a_run_resumes_whose_checkpoint_notes_keys_of_other_families():
     noted = {"architecture": "LlamaForCausalLM", "vocab_size": 97, "no_rope_layer_interval": 4}
     now = {"architecture": "LlamaForCausalLM", "vocab_size": 97}
     check_resumable({"config.json": noted}, {"config.json": now})
-    with pytest.raises(ValueError, match=r"config\.json\.vocab_size was 97 and is 98 now"):
+    with pytest.raises(ValueError, match=r"config\.json\.vocab_size .*97.* 98 "):
         check_resumable({"config.json": noted}, {"config.json": now | {"vocab_size": 98}})
 
 
 def test_a_new_run_throws_away_no_earlier_runs_checkpoints(stopped):
-    message = r"^keep_last_n_checkpoints: 1 would throw away .* epoch_0\. Allowed: another "
+    message = r"^keep_last_n_checkpoints: 1 .*Allowed: "
     with pytest.raises(ValueError, match=message):
         LayerSkipFinetune(load_config(str(stopped), ["keep_last_n_checkpoints=1"]))
 
@@ -164,7 +166,7 @@ def test_a_run_does_not_begin_where_it_writes(stopped):
     before = written(stopped.parent)
     for own in (out, out / "epoch_0", out / "epoch_0" / "new"):  # what is suggested lies outside of the run
         overrides = [f"checkpointer={{{section}, {files}}}", f"output_dir={own}"]
-        with pytest.raises(ValueError, match=rf"^output_dir: '.*' lies in .*checkpoint_dir, or.*output_dir={out}_2$"):
+        with pytest.raises(ValueError, match=rf"^output_dir: .*output_dir={out}_2$"):
             LayerSkipFinetune(load_config(str(stopped), overrides))
     assert written(stopped.parent) == before
 

@@ -98,7 +98,7 @@ def test_one_of_many_has_the_lock(tmp_path):
     assert not wrong.is_set() and not any(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks(tmp_path, finetune, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_warned_of(tmp_path, finetune, monkeypatch, caplog):
     def refuse(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 

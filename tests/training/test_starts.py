@@ -38,7 +38,7 @@ def test_resume_from_numbered_files_after_a_kill_between_two_renames(tmp_path, t
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_the_weights_from_scratch(ours, checkpoint, finetune):
+def test_weights_from_scratch_are_drawn_as_gpt_2s(ours, checkpoint, finetune):
     """As GPT-2: normal(0, .02), what writes into the residual stream of L layers divided by sqrt(2 L). torchtune's
     checkpointer without files gives the architecture."""
     recipe = set_up(finetune(**{} if ours else {"checkpointer": start_section(checkpoint) | {"checkpoint_files": []}}))

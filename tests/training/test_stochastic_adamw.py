@@ -11,7 +11,7 @@ from helpers.training import losses, set_up, texts, train
 from torchtune.utils import get_logger
 
 from layerskip_recipes.training import stochastic_adamw
-from layerskip_recipes.training.stochastic_adamw import StochasticAdamW, round_into
+from layerskip_recipes.training.stochastic_adamw import StochasticAdamW, mixed, rounded, update_
 
 OURS = {"_component_": "layerskip_recipes.training.stochastic_adamw.StochasticAdamW", "lr": 1e-3}
 
@@ -51,11 +51,53 @@ def test_weights_of_fp32_get_plain_adamw(monkeypatch):
 def test_rounding_has_no_bias():
     """Of values of both signs; numbers of bf16 stay as they are."""
     values = torch.tensor([0.02001, -0.02003, 1.001, -3e-5, 0.0, 1.5]).repeat(40_000, 1)
-    target = torch.empty_like(values, dtype=torch.bfloat16)
-    round_into(target, values.clone(), torch.Generator().manual_seed(1))
+    target = rounded(values, mixed(torch.arange(values.numel())).view_as(values) & 0xFFFF)
     torch.testing.assert_close(target.float().mean(0), values[0], rtol=1e-4, atol=0)
     assert (target[:, 4] == 0).all() and (target[:, 5] == 1.5).all()
     assert len(target[:, 0].unique()) == 2
+
+
+def test_each_average_has_noise_of_its_own():
+    """The three numbers of a weight are rounded by different bits, and so are neighbours and other steps."""
+    drawn = []
+
+    def keep(value, noise):
+        drawn.append(noise)
+        return rounded(value, noise)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stochastic_adamw, "rounded", keep)
+        for step in (1, 2):
+            tensors = [torch.ones(50_000, dtype=torch.bfloat16) for _ in range(4)]
+            update_(*tensors, torch.ones(6, dtype=torch.float64), torch.tensor([step, 3]), 7)
+    noise = torch.stack(drawn).double()
+    assert noise.min() >= 0 and noise.max() < 2**16
+    torch.testing.assert_close(noise.mean(1), torch.full((6,), 2**15 - 0.5, dtype=torch.float64), rtol=0.02, atol=0)
+    correlation = torch.corrcoef(torch.cat([noise[:, 1:], noise[:1, :-1]])) - torch.eye(7)
+    assert correlation.abs().max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_compiled_step_is_the_step(dtype):
+    """One graph for weights of all sizes, and the same for a slice as for the whole."""
+    torch.manual_seed(2)
+    compiled = torch.compile(update_, backend="aot_eager", dynamic=True)
+    keys, factors = torch.tensor([5, 3]), torch.tensor([0.1, 0.05, 0.3, 1e-8, 0.99, 1e-3], dtype=torch.float64)
+    for size in (30, 1000):
+        tensors = [torch.rand(size).to(dtype) for _ in range(4)]
+        whole, sliced, fast = ([tensor.clone() for tensor in tensors] for _ in range(3))
+        update_(*whole, factors, keys, 0)
+        for part in (slice(0, 17), slice(17, size)):
+            update_(*(tensor[part] for tensor in sliced), factors, keys, part.start)
+        compiled(*fast, factors, keys, 0)
+        for found in (sliced, fast):
+            assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    weight, mean, square, grad = (tensor.double() for tensor in tensors)
+    m, v = mean + 0.1 * (grad - mean), square + 0.05 * (grad**2 - square)
+    expected = weight * 0.99 - 1e-3 * m / ((v / 0.3).sqrt() + 1e-8)
+    tolerance = {"rtol": 2**-7, "atol": 0} if dtype is torch.bfloat16 else {}
+    for found, value in zip(whole, (expected, m, v), strict=False):
+        torch.testing.assert_close(found.double(), value, **(tolerance or {"rtol": 1e-6, "atol": 1e-7}))
 
 
 @pytest.fixture
@@ -91,7 +133,7 @@ def test_steps_that_rounding_would_lose_are_told(configured, caplog):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes(tmp_path, configured):
+def test_two_processes_train_as_one_and_resume(tmp_path, configured):
     """Sharded, clipped and resumed from shards; the noise is another one, and losses differ by less than a percent."""
     shards = {"save_every_n_steps": 2, "enable_async_checkpointing": True}
     path = configured(optimizer=OURS, dtype="bf16", max_steps_per_epoch=4, **shards)

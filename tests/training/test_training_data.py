@@ -1,6 +1,8 @@
 """Data of a training: packed, several datasets, samples that are cut, broken, or of another form."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +14,13 @@ from torchtune.data import padded_collate_packed
 
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
-from layerskip_recipes.data.datasets import collate_packed, load_data
+from layerskip_recipes.data.datasets import Batches, collate_packed, load_data
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.config import FinetuneConfig
+
+pytestmark = pytest.mark.slow
 
 
 def instructions(folder: Path, rows: list[dict]) -> dict:
@@ -100,7 +104,7 @@ def test_a_training_in_which_no_label_counts_fails(tmp_path, finetune):
     """And writes no checkpoint: the model is what it was."""
     long = {"input": "if x: " * 200, "output": "else:"}
     path = finetune(dataset=instructions(tmp_path, [long] * 8), lr_scheduler=None, save_every_n_steps=2)
-    with pytest.raises(ConfigError, match=r"^dataset: nothing was learned in 2 steps, because no label counts.*=128"):
+    with pytest.raises(ConfigError, match=r"^dataset: .*no label counts"):
         train(path)
     assert not [*(tmp_path / "out").glob("*/model*")]
 
@@ -122,12 +126,82 @@ def test_a_chosen_batch_fits_few_samples(tmp_path, finetune, samples, chosen, ba
     cfg._chosen = dict.fromkeys(chosen.split())
     mesh = SimpleNamespace(data_size=1, data_rank=0)
     if batch is None:
-        with pytest.raises(ConfigError, match=r"^dataset: 5 samples make no step of batch_size 4 x"):
+        with pytest.raises(ConfigError, match=r"^dataset: 5 samples "):
             TrainingData(cfg, cfg.tokenizer.build(), torch.device("cpu"), mesh, seed=0)
     else:
         data = TrainingData(cfg, cfg.tokenizer.build(), torch.device("cpu"), mesh, seed=0)
         assert (data.cfg.batch_size, data.cfg.gradient_accumulation_steps) == batch
         assert data.samples_per_step <= samples
+
+
+class Numbered:
+    """Samples with their number and the process that reads them; the last one is broken."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, i: int) -> dict:
+        if i == 10:
+            raise ConfigError("dataset: sample 10 is broken")
+        return {"tokens": [i] * (1 + i % 3), "pid": os.getpid()}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_for_a_gpu_other_processes_read_ahead(device, monkeypatch):
+    """In the same order, with the same last batch and the same errors. The batch is made in this process."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    makers = []
+
+    def collate(samples: list[dict]) -> list:
+        makers.append(os.getpid())
+        return samples
+
+    def read(samples: list[int], drop_last: bool = False) -> tuple[list, set]:
+        batches = [*Batches(Numbered(), samples, 3, collate, torch.device(device), drop_last)]
+        return [[s["tokens"][0] for s in batch] for batch in batches], {s["pid"] for batch in batches for s in batch}
+
+    order = [7, 1, 8, 2, 0, 9, 3, 4]
+    assert read(order)[0] == [[7, 1, 8], [2, 0, 9], [3, 4]]
+    numbers, readers = read(order, drop_last=True)
+    assert numbers == [[7, 1, 8], [2, 0, 9]]
+    assert {*makers} == {os.getpid()} and (os.getpid() in readers) == (device == "cpu")
+    assert len(readers) == (1 if device == "cpu" else 2)
+    with pytest.raises(ConfigError, match=r"^dataset: sample 10 is broken$"):
+        read([1, 2, 3, 4, 10, 5])
+
+
+def test_samples_are_read_once_at_the_start(tmp_path, finetune, monkeypatch):
+    """For the hash of 4 samples and the vocabulary of 8 labels together, by the first rank alone."""
+    from layerskip_recipes.training import batches
+
+    monkeypatch.setattr(batches, "MOST_HASHED", 4)
+    monkeypatch.setattr(batches, "MOST_COUNTED", 8)
+    rows = [{"input": "if", "output": f"f{i}"} for i in range(20)]
+    cfg = FinetuneConfig.load(load_config(str(finetune(dataset=instructions(tmp_path, rows)))))
+    mesh = SimpleNamespace(data_size=1, data_rank=0)
+    data = TrainingData(cfg, cfg.tokenizer.build(), torch.device("cpu"), mesh, seed=0)
+    read, samples = [], [data.dataset[i] for i in range(20)]
+
+    class Counted:
+        def __getitem__(self, i: int) -> dict:
+            read.append(i)
+            return samples[i]
+
+    data.dataset = Counted()
+    found, frequent = data.summary(labels_only=False, num_frequent=3)
+    assert sorted(read) == [0, 3, 5, 6, 9, 10, 12, 15, 18]
+    digest = hashlib.sha256()
+    for i in (0, 5, 10, 15):
+        digest.update(
+            f"tokens {[*map(int, samples[i]['tokens'])]} labels {[*map(int, samples[i]['labels'])]} ".encode()
+        )
+    assert found == digest.hexdigest()[:16] and len(frequent) == 3 and frequent == sorted(frequent)
+    read.clear()
+    data.summary(labels_only=True)
+    assert read == [0, 5, 10, 15]
+    monkeypatch.setattr(batches, "is_rank_zero", lambda: False)
+    data.summary(labels_only=False, num_frequent=3)
+    assert read == [0, 5, 10, 15]
 
 
 # ---- mistakes ----
@@ -182,7 +256,7 @@ FORM = r"\S* makes no tokens and labels of samples of test_training_data.made"
         (lambda at: of_a_user("others"), rf"{FORM} \(a\)\. Allowed: "),
     ],
 )
-def test_a_dataset_that_cannot_be_used(dataset, message, tmp_path, finetune):
+def test_a_dataset_that_makes_no_samples_is_refused(dataset, message, tmp_path, finetune):
     with pytest.raises(ConfigError, match=f"^(dataset|collate_fn): {message}"):
         train(finetune(dataset=dataset(tmp_path), shuffle=False), "tokenizer.max_seq_len=32")
 

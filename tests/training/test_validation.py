@@ -138,7 +138,7 @@ def test_bad_validation_data_are_told_by_their_key(batch, message, finetune):
 
 def test_validation_data_without_a_sample_are_refused(finetune, monkeypatch):
     monkeypatch.setattr("layerskip_recipes.training.validation.load_data", lambda *args: ([], None))
-    with pytest.raises(ValueError, match=r"^dataset_val: it has no sample\."):
+    with pytest.raises(ValueError, match=r"^dataset_val: "):
         set_up(finetune(dataset_val=VALIDATION))
 
 

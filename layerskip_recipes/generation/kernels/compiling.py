@@ -7,8 +7,10 @@ it they have masks, and one graph per power of two of the length.
 """
 
 import itertools
+import threading
 import time
 import types
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -20,6 +22,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import BLOCK, DecodingCache
 
 log = utils.get_logger("INFO")
+KEPT_BYTES = 2**30  # of the caches that are kept beside the one in use
 _numbers = itertools.count()  # dynamo remembers shapes by function name, for the whole process
 
 
@@ -61,14 +64,16 @@ class CompiledSteps:
     ) -> DecodingCache:
         """The cache of the last generation with as many rows if it has the `needed` slots, or a new one of max_len.
 
-        The two used last are kept, for full batches and a smaller last one. On a GPU it is eight, because CUDA graphs
-        hold their addresses.
+        Those used last are kept up to KEPT_BYTES, for batches of other sizes: a CUDA graph holds its cache's address,
+        and with another cache it is captured again.
         """
         kept = self._caches.pop((num_rows, draft_layers), None)
         if kept is None or kept.max_len < needed:
             kept = DecodingCache(model, num_rows, max_len, draft_layers)
-        others = [*self._caches.items()]
-        self._caches = dict(others[-7 if self.device.type == "cuda" else -1 :]) | {(num_rows, draft_layers): kept}
+        others, kept_others, room = [*self._caches.items()], list[Any](), KEPT_BYTES
+        while others and (room := room - others[-1][1].num_bytes) >= 0:
+            kept_others.insert(0, others.pop())
+        self._caches = dict(kept_others) | {(num_rows, draft_layers): kept}
         return kept
 
     def prepare(self, load: Callable[[], bool]) -> bool:
@@ -88,6 +93,7 @@ class CompiledSteps:
         """Let CUDA graphs reuse the memory of the last round's results."""
         self.path, self.warming = (), False
         if self.device.type == "cuda":
+            allow_cuda_graphs_in_thread()
             torch.compiler.cudagraph_mark_step_begin()
 
     def __call__(self, step: Any, step_key: Hashable, fits_flex: bool, slots: torch.Tensor | None, *args: Any) -> Any:
@@ -146,6 +152,20 @@ class CompiledSteps:
     def _is_quantised(self, step: Any) -> bool:
         models = (step.context.model, step.context.draft_decoder)
         return any(type(weight) is not torch.nn.Parameter for model in models for weight in model.parameters())
+
+
+def allow_cuda_graphs_in_thread() -> None:
+    """Make this thread's table of CUDA graphs, which torch 2.6 to 2.12 makes only in its own threads.
+
+    In any other thread, such as a server's, these versions fail with an empty AssertionError.
+    """
+    from torch._inductor import cudagraph_trees  # not at import: it starts threads
+
+    tables, local = "tree_manager_containers", cudagraph_trees.local
+    if not hasattr(local, tables) and not torch._C._is_key_in_tls(tables):
+        local.tree_manager_containers, local.tree_manager_locks = {}, defaultdict(threading.Lock)
+        for name in (tables, "tree_manager_locks"):
+            torch._C._stash_obj_in_tls(name, getattr(local, name))
 
 
 def _warn(where: str, error: Exception) -> None:

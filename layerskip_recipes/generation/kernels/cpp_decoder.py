@@ -5,14 +5,18 @@ In a small model torch's overhead per product is as large as the product. The C+
 token or for seven, and do little else.
 """
 
+import atexit
 import hashlib
 import os
 import platform
+import shutil
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +26,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from torchao.quantization import PerRow
 from torchao.quantization.quant_primitives import MappingType
+from torchtune import utils
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
@@ -37,12 +42,18 @@ from torchtune.modules import (
 )
 
 from layerskip_recipes.families.attention import NormFirstAttention
+from layerskip_recipes.families.multipliers import DividedNorm, Scale
 from layerskip_recipes.families.rope import RotaryPositions
 from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.draft import JoiningLayer
+from layerskip_recipes.model.short_convolution import ShortConvolution
 
-SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("tiles", "few_rows", "attention", "sampling", "layers")]
+SOURCES = [
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("tiles", "four_bits", "few_rows", "attention", "sampling", "layers")
+]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
+log = utils.get_logger("INFO")
 
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
 NEIGHBOURS = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
@@ -58,7 +69,7 @@ class UnknownPartError(Exception):
 
 @cache
 def load_library() -> None:
-    """Compile the C++ or load it from inductor's cache, as `torch.classes.layerskip.Layers` and `Head`."""
+    """Compile the C++ or load it from our folder, as `torch.classes.layerskip.Layers` and `Head`."""
     # Importing inductor takes a second.
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
@@ -76,32 +87,80 @@ def load_library() -> None:
                 raise OSError(f"{path} is cut off")
             return CppCodeCache._load_library_inner(path, key)
 
+    folder = _library_folder()
     # torch knows the processor's vector instructions. Inductor would compile and run a test program for each.
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    with config.patch({"cpp.vec_isa_ok": True} if known else {}):
+    with _inductor_in(folder), config.patch({"cpp.vec_isa_ok": True} if known else {}):
         pick_vec_isa()  # cached for the process
-    # Inductor's cache is keyed by source text. A comment makes it depend on torch, compiler and processor too: the code
-    # has all of the processor's instructions, and users share or move the cache.
+    # Inductor's files are named by the source text. A comment makes it depend on torch, compiler and processor too: the
+    # code has all of the processor's instructions, and users share or move the folder.
     compiler = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     versions = f"// torch {torch.__version__} {torch.version.git_version}, {compiler.splitlines()[0]}, {_processor()}\n"
     source = "".join([versions, *(source.read_text() for source in SOURCES)])
-    try:
-        Library.load(source)
-    except OSError:  # a cut library is gone now: compile it again
-        Library.load(source)
-    _compiled_mark().touch()
+    with _inductor_in(folder):
+        try:
+            Library.load(source)
+        except OSError:  # a cut library is gone now: compile it again
+            Library.load(source)
+    (folder / _compiled_mark()).touch()
 
 
 def is_library_compiled() -> bool:
     """Whether an earlier process compiled this C++ for this processor, so that it only needs to be loaded."""
-    return _compiled_mark().is_file()
+    folder = _cache_folder()
+    return _is_private(folder) and (folder / _compiled_mark()).is_file()
 
 
-def _compiled_mark() -> Path:
-    """An empty file in inductor's cache, or in the folder of its default; to ask inductor would take seconds."""
+def _compiled_mark() -> str:
+    """The name of an empty file beside the library; to ask inductor for the library takes seconds."""
     sources = [torch.__version__, _processor(), *(source.read_text() for source in SOURCES)]
-    name = f"layerskip_{os.getuid()}_{hashlib.sha256(''.join(sources).encode()).hexdigest()[:16]}"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(), name)
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+
+
+def _cache_folder() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "layerskip_recipes"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can have put code there."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+
+
+@cache
+def _library_folder() -> Path:
+    """The folder of the compiled C++. It is not inductor's, since anyone can make that folder in /tmp."""
+    folder = _cache_folder()
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _is_private(folder):
+        return folder
+    log.warning(
+        f"{folder} is no folder that only this user can open, so C++ is compiled anew by each process. To keep it, "
+        "remove the folder, or set XDG_CACHE_HOME to a folder of yours"
+    )
+    folder = Path(tempfile.mkdtemp(prefix="layerskip-"))  # private too
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _inductor_in(folder: Path) -> Iterator[None]:
+    """Let inductor write and look up its files in this folder."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _processor() -> str:
@@ -128,17 +187,20 @@ class Parts:
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.unpacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # int4 matrices as int8 [n, k], and scales
 
     def number(self, name: str, number: float) -> None:
         self.tensors[name] = torch.tensor(number, dtype=torch.float32)
 
     def linear(self, name: str, linear: Any) -> None:
-        """The matrix of a linear layer or an embedding: fp32, bf16, or torchao's int8 with a scale per row.
+        """The matrix of a linear layer or an embedding: fp32, bf16, torchao's int8 with a scale per row, or int4.
 
         With the sums of the int8 rows, the C++ rounds the layer's input to int8.
         """
         require(isinstance(linear, nn.Embedding) or type(linear) is nn.Linear, name)
         weight, scale, zero, rounds = linear.weight, None, None, None
+        if (int4 := int4_of(weight)) is not None:
+            return self.int4_linear(name, linear, int4)
         if type(weight).__name__ == "Int8Tensor":  # torchao's version 2
             rounds = weight.act_quant_kwargs
             if rounds is not None:
@@ -158,13 +220,33 @@ class Parts:
             if value is not None:
                 self.tensors[f"{name}.{key}"] = _fp32(value).reshape(-1)
 
+    def int4_linear(self, name: str, linear: nn.Linear, weight: Any) -> None:
+        numbers, scale, zero = weight.tensor_impl.get_plain()
+        require(zero is None or not zero.any(), f"{name}: zero points")
+        group = weight.block_size[-1]
+        require(group % VECTOR == 0, f"{name}: groups of {group} columns")
+        require(scale.dtype in (torch.float32, torch.bfloat16), f"{name}: scales in {scale.dtype}")
+        self.unpacked[name] = numbers, scale
+        if linear.bias is not None:
+            self.tensors[f"{name}.bias"] = _fp32(linear.bias)
+
+    def pack(self) -> None:
+        """Pack the int4 matrices, once for each."""
+        for name, (numbers, scale) in self.unpacked.items():
+            packed = _computed(lambda: torch.ops.layerskip.pack_int4(numbers, scale), numbers, scale)  # noqa: B023
+            self.tensors |= dict(zip((f"{name}.weight", f"{name}.scale", f"{name}.sums"), packed, strict=True))
+
     def norm(self, name: str, norm: Any) -> None:
+        """A norm, or a number in its place."""
         if norm is None or type(norm) is nn.Identity:
+            return
+        if type(norm) is Scale:
+            self.number(f"{name}.factor", norm.factor)
             return
         if type(norm) is Gemma2FinalNorm:
             norm = norm.rms_norm  # `head_parts` has its logit cap
-        require(type(norm) in (RMSNorm, GemmaRMSNorm) and norm.eps > 0, name)
-        scale = _fp32(norm.scale)
+        require(type(norm) in (RMSNorm, GemmaRMSNorm, DividedNorm) and norm.eps > 0, name)
+        scale = _fp32(norm.scale) / getattr(norm, "divisor", 1)
         self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
         self.number(f"{name}.epsilon", norm.eps)
 
@@ -187,6 +269,9 @@ class Parts:
         self.tensors |= dict(zip(("cos", "sin"), _computed(both, *tables), strict=True))
 
     def attention(self, attn: Any) -> None:
+        if type(attn) is ShortConvolution:
+            self.convolution(attn)
+            return
         require(type(attn) in (MultiHeadAttention, NormFirstAttention, Gemma2Attention), "attn")
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
             self.linear(name, getattr(attn, name))
@@ -199,6 +284,13 @@ class Parts:
         self.number("scale", getattr(attn, "scaling", attn.head_dim**-0.5))
         self.number("cap", getattr(attn, "softcapping", None) or 0)
         self.number("norm_first", getattr(attn, "norm_first", False))
+        self.number("window", getattr(attn, "window", None) or 0)
+
+    def convolution(self, convolution: ShortConvolution) -> None:
+        self.linear("in_proj", convolution.in_proj)
+        self.linear("output_proj", convolution.out_proj)
+        require(convolution.head_dim % VECTOR == 0, f"half a width of {convolution.head_dim}")
+        self.tensors["taps"] = _fp32(convolution.conv.weight.squeeze(1).T)  # [kernel, d]
 
     def feed_forward(self, mlp: Any) -> None:
         """A gated MLP."""
@@ -209,6 +301,20 @@ class Parts:
         for name in ("w1", "w2", "w3"):
             self.linear(name, getattr(mlp, name))
         self.number("activation", kind)
+
+
+def int4_of(weight: Any) -> Any:
+    """The int4 numbers of a weight whose input torchao rounds to int8 per token; None for other weights.
+
+    These are torchao's `Int8DynamicActivationInt4WeightConfig` and torchtune's `Int8DynActInt4WeightQuantizer`.
+    """
+    if type(weight).__name__ != "LinearActivationQuantizedTensor":
+        return None
+    inner = weight.original_weight_tensor
+    rounds = getattr(weight.input_quant_func, "__name__", "") == "_int8_asymm_per_token_quant"
+    is_int4 = (getattr(inner, "quant_min", None), getattr(inner, "quant_max", None)) == (-8, 7)
+    is_plain = type(getattr(inner, "tensor_impl", None)).__name__ == "PlainAQTTensorImpl"
+    return inner if rounds and is_int4 and is_plain else None
 
 
 def layer_parts(layer: Any) -> Parts:

@@ -1,5 +1,5 @@
-// y = x W^T for few rows of x; W is fp32, bf16 or int8. Compiled in one file with tiles.cpp, after it: where the processor
-// has tiles, they multiply by bf16 weights. With AVX-512 bf16 instructions, products with a bf16 W take x rounded to bf16,
+// y = x W^T for few rows of x; W is fp32, bf16, int8 or int4. Compiled in one file with tiles.cpp and four_bits.cpp, after
+// them: where the processor has tiles, they multiply by bf16 weights. With AVX-512 bf16 instructions, products with a bf16 W take x rounded to bf16,
 // as torch does, and compute two at a time. If x is to be rounded to int8 as well, AVX-512 VNNI instructions compute four
 // at a time, with int32 sums.
 //
@@ -22,8 +22,6 @@
 
 namespace {
 
-using Vector = at::vec::Vectorized<float>;
-constexpr int LANES = Vector::size();
 // Accumulators, and the most rows of x per block: weights stream from memory once per block. `write` takes GROUP sums.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int SUMS = 27, BLOCK = 10, GROUP = LANES;  // of 32 registers
@@ -318,11 +316,13 @@ void in_parallel(int64_t n, int64_t grain, double work, const F& f) {
 }
 
 // y = x W^T + bias; W [n, k] is fp32, bf16 or int8 with a scale per row, k a multiple of LANES. If the sums of W's rows
-// are given, x is rounded to int8.
+// are given, x is rounded to int8. Or W is int4, as four_bits.cpp takes it.
 struct Linear {
   at::Tensor weight, scale, bias, sums;
 
-  int64_t columns() const { return weight.size(0); }
+  bool is_int4() const { return weight.scalar_type() == at::kByte; }
+  int64_t columns() const { return is_int4() ? sums.size(0) : weight.size(0); }
+  int64_t width() const { return weight.size(1) * (is_int4() ? COLUMNS : 1); }
   explicit operator bool() const { return weight.defined(); }
 
   // Columns [first, end) of y [m, ..] with row stride `stride`, `grain` at a time, for blocks of `size` rows of x, with
@@ -400,9 +400,75 @@ const Int8Of* int8_rows(const float* x, int64_t m, int64_t k, int64_t step, floa
   return to;
 }
 
-// x [m, k] by each of `linears` [n_i, k] -> y [m, n_0 + n_1 + ..], the products side by side.
+// Blocks first .. end - 1 of 16 rows of an int4 W: y = x W^T + bias for all m rows of x, `size` at a time; `to` is y's
+// first column of W, with row stride `stride`.
+template <typename S>
+void int4_columns(
+    const Linear& linear, const S* scales, const RoundedRows& x, int64_t m, int64_t size, int64_t first, int64_t end,
+    float* to, int64_t stride) {
+  const int64_t k = linear.width(), groups = linear.scale.size(1), columns = linear.columns();
+  const int64_t whole = std::min(end, columns / SIDE);  // blocks; a last one may have fewer rows
+  const uint8_t* const w = linear.weight.const_data_ptr<uint8_t>();
+  const auto product = [&](int64_t row, int64_t block, int64_t count, float* y, int64_t apart) {
+    int4_block<MOST_INT4_ROWS>(
+        std::min(size, m - row), x, row, w + block * SIDE * k / 2, scales + block * SIDE * groups, k, groups, count, y,
+        apart);
+  };
+  for (int64_t row = 0; row < m; row += size) {
+    if (first < whole) product(row, first, whole - first, to + row * stride + first * SIDE, stride);
+    if (whole < end) {
+      float part[MOST_INT4_ROWS * SIDE];
+      product(row, whole, 1, part, SIDE);
+      for (int64_t i = 0; i < std::min(size, m - row); i++)
+        std::copy_n(part + i * SIDE, columns - whole * SIDE, to + (row + i) * stride + whole * SIDE);
+    }
+  }
+  for (int64_t row = 0; row < m; row++)
+    for (int64_t i = first * SIDE; i < std::min(end * SIDE, columns); i += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, columns - i);
+      float* const at = to + row * stride + i;
+      const Vector zeros = Vector(x.zeros[row]) * Vector::loadu(linear.sums.const_data_ptr<float>() + i, count);
+      const Vector bias =
+          linear.bias.defined() ? Vector::loadu(linear.bias.const_data_ptr<float>() + i, count) : Vector(0.f);
+      at::vec::fmadd(Vector::loadu(at, count) - zeros, Vector(x.units[row]), bias).store(at, count);
+    }
+}
+
+// `multiply` for int4 weights.
+void multiply_int4(const float* x, int64_t m, std::initializer_list<const Linear*> linears, float* y) {
+  static thread_local RoundedRows rows;
+  const Linear& any = **linears.begin();
+  const int64_t k = any.width(), bytes = SIDE * k / 2, size = equal_block(m, MOST_INT4_ROWS);
+  int64_t n = 0, blocks = 0;
+  for (const Linear* linear : linears) n += linear->columns(), blocks += linear->weight.size(0);
+  rows.round(x, m, k, any.scale.size(1));
+  const RoundedRows& rounded = rows;  // other threads have `rows` of their own
+  const int64_t least = std::max<int64_t>((m < 4 ? 65536 : 32768) / bytes, 1);  // a thread pays off from there
+  const int64_t grain = m > size ? std::max<int64_t>(IN_L2 / bytes, 1) : blocks;
+  in_parallel(blocks, least, static_cast<double>(n * k / 2 + m * n * k), [&](int64_t first, int64_t end) {
+    int64_t before = 0;  // blocks of the matrices before
+    float* to = y;
+    for (const Linear* linear : linears) {
+      const int64_t last = std::min(end - before, linear->weight.size(0));
+      for (int64_t at = std::max<int64_t>(first - before, 0); at < last; at += grain) {
+        const auto columns = [&](const auto* scales) {
+          int4_columns(*linear, scales, rounded, m, size, at, std::min(at + grain, last), to, n);
+        };
+        if (linear->scale.scalar_type() == at::kBFloat16)
+          columns(linear->scale.const_data_ptr<at::BFloat16>());
+        else
+          columns(linear->scale.const_data_ptr<float>());
+      }
+      before += linear->weight.size(0);
+      to += linear->columns();
+    }
+  });
+}
+
+// x [m, k] by each of `linears` [n_i, k] -> y [m, n_0 + n_1 + ..], the products side by side. All or none are int4.
 template <bool bf16_products = BF16_PRODUCTS>
 void multiply(const float* x, int64_t m, std::initializer_list<const Linear*> linears, float* y) {
+  if ((*linears.begin())->is_int4()) return multiply_int4(x, m, linears, y);
   const at::Tensor& any = (*linears.begin())->weight;
   const int64_t k = any.size(1), bytes = k * static_cast<int64_t>(any.element_size());
   int64_t n = 0;

