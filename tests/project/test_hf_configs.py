@@ -179,14 +179,13 @@ def test_an_untrained_model_drafts_from_answers(settings, models, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, ""], ids=["missing", "empty"])
-def test_answers_that_cannot_be_read_end_a_run_before_its_weights_are_read(content, models, tmp_path):
-    folder = shutil.copytree(models["qwen3"], tmp_path / "model")
-    (folder / "model.safetensors").write_bytes(b"no weights")
+def test_answers_that_cannot_be_read_end_a_run_before_its_weights_are_read(content, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(LLM, "of_config", lambda *args: pytest.fail("reads the weights"))
     answers = tmp_path / "train.jsonl"
     if content is not None:
         answers.write_text(content)
     with pytest.raises(ConfigError, match=r"^self_speculation.answers: .*train.jsonl"):
-        generated(f"model_dir={folder}", "device=cpu", f"self_speculation.answers={answers}")
+        generated(f"model_dir={models['qwen3']}", "device=cpu", f"self_speculation.answers={answers}")
 
 
 def test_a_draft_for_a_finished_model_without_answers(models, tmp_path):
