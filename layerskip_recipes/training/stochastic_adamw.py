@@ -20,8 +20,8 @@ class StochasticAdamW(Optimizer):
     moves the weight by 2e-5 on average. The averages need it too: with beta2 = 0.999 the second one changes by less
     than its precision. Weights in fp32 get plain AdamW.
 
-    The noise is a hash of the step number, the parameter's number, from `first` on, and the weight's index. So a resumed
-    run draws the same noise, and so do ranks that hold copies of a weight. The arguments are those of
+    The noise is a hash of the step number, the parameter's number, from `first` on, and the weight's index. So a
+    resumed run draws the same noise, and so do ranks that hold copies of a weight. The arguments are those of
     `torch.optim.AdamW`. On a GPU one compiled kernel updates a weight, and reads and writes 14 bytes for each number.
     """
 
