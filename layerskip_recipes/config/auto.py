@@ -69,8 +69,8 @@ def best_device() -> str:
         built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
         log_once(
             log,
-            f"device: cpu, although this machine has an NVIDIA GPU: torch {torch.__version__} cannot use it. It {built}, "
-            "and the driver may be too old for that. `nvidia-smi` shows which CUDA the driver supports",
+            f"device: cpu, although this machine has an NVIDIA GPU: torch {torch.__version__} cannot use it. It "
+            f"{built}, and the driver may be too old for that. `nvidia-smi` shows which CUDA the driver supports",
             level=logging.WARNING,
         )
     return best
