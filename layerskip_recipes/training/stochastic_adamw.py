@@ -62,12 +62,13 @@ class StochasticAdamW(Optimizer):
             torch.tensor(numbers, dtype=dtype, pin_memory=cuda).to(device, non_blocking=cuda)
             for numbers, dtype in ((factors, exact), (keys, torch.int64))
         ]
-        run, length = (update_on_gpu, None) if cuda else (update_, CPU_SLICE)
+        run: Callable[..., None] = update_on_gpu if cuda else update_
         for (_, _, p), *numbers in zip(trained, *of_weights, strict=True):
             state, size = self.state[p], local_part(p).numel()
             parts = [local_part(x).reshape(-1) for x in (p, state["exp_avg"], state["exp_avg_sq"], p.grad)]
-            for start in range(0, size, length or max(size, 1)):
-                run(*(part[start : start + (length or size)] for part in parts), *numbers, start)
+            length = max(size, 1) if cuda else CPU_SLICE
+            for start in range(0, size, length):
+                run(*(part[start : start + length] for part in parts), *numbers, start)
         return loss
 
 
