@@ -16,6 +16,7 @@ weights, except --model-dir and a small model trained here. They need 20 GB of d
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -23,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,8 @@ class Step:
 
 STEPS = {
     "environment": Step("Environment, and a tiny run from training to generation", 240),
-    "tests": Step("Tests marked `gpu`", 420),
     "decode_1b": Step("Decoding with the shape of Llama 3.2 1B, random weights, bf16, batch 1", 300),
+    "tests": Step("Tests marked `gpu`", 420),
     "decode_8b": Step("Decoding with the shape of Llama 3 8B, random weights, bf16, batch 1", 420),
     "batches": Step("Batches of 8 and 32, random weights, bf16", 420),
     "lossless": Step("Outputs of self-speculation beside plain decoding, small trained model", 360),
@@ -52,6 +53,37 @@ STEPS = {
     "train_8b": Step("Training with the shape of Llama 3 8B, random weights", 360),
     "finetune": Step("Finetuning the model in --model-dir, with a draft beside it", 540),
 }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What docs/gpu.md expects of a row of a step, for one H100: `least` <= the value <= `most`."""
+
+    text: str
+    step: str
+    value: Callable[[Mapping[str, Any]], float]
+    least: float = 0.0
+    most: float = math.inf
+
+
+def rate(row: Mapping[str, Any]) -> float:
+    """Tokens/s of a plain step."""
+    return 1000 / row["ms a round"]["median"]
+
+
+def per_byte(row: Mapping[str, Any]) -> float:
+    return row["ms a round"]["median"] / row["ms to read"]
+
+
+# Of plain decoding after the shortest prompt.
+ESTIMATES = (
+    Estimate("Llama 3.2 1B without drafts: 600 tokens/s or more", "decode_1b", rate, least=600),
+    Estimate(
+        "Llama 3.2 1B: a step takes up to 2.25 times as long as reading its bytes", "decode_1b", per_byte, most=2.25
+    ),
+    Estimate("Llama 3 8B without drafts: at most 223 tokens/s", "decode_8b", rate, most=223),
+    Estimate("Llama 3 8B: a step takes up to 1.3 times as long as reading its bytes", "decode_8b", per_byte, most=1.3),
+)
 TIMED_OUT = "timed out"  # the next call runs such a step again, with what it has compiled
 PACKAGES = ("torch", "triton", "torchtune", "torchao", "transformers", "liger-kernel", "layerskip-recipes")
 
@@ -123,12 +155,27 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each estimate beside its measurement."""
+    rows = []
+    for estimate in ESTIMATES:
+        measured = results.get(estimate.step, {}).get("rows", [])
+        plain = next((row for row in measured if row.get("method") == "baseline" and row.get("ms to read")), None)
+        value = None if plain is None else estimate.value(plain)
+        verdict = "not measured yet"
+        if value is not None:
+            verdict = "holds" if estimate.least <= value <= estimate.most else "does not hold"
+        rows.append({"estimate for an H100": estimate.text, "measured": value, "verdict": verdict})
+    return rows
+
+
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["# Report of a GPU", ""]
     if results:
         last = max(results.values(), key=lambda result: result["on"]["date"])
         lines += [f"- {name}: {value}" for name, value in last["on"].items()]
     lines += [f"- command: `{command}`" for command in dict.fromkeys(r["command"] for r in results.values())]
+    lines += ["", "## Estimates of docs/gpu.md", "", *table(verdicts(results))]
     lines += ["", "Repeated measurements are shown as median (range)."]
     for name, step in STEPS.items():
         lines += ["", f"## {step.title}", ""]
@@ -169,6 +216,9 @@ def run_steps(args: argparse.Namespace) -> bool:
         (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         results = read_results(args.out)
         (args.out / "report.md").write_text(page(results))
+        for row in verdicts({name: result}) if result["rows"] else ():
+            if row["measured"] is not None:
+                print(f"{row['estimate for an H100']}: {shown(row['measured'])}, {row['verdict']}", flush=True)
     print(args.out / "report.md")
     return all(result["status"] == "done" for result in results.values())
 

@@ -66,8 +66,9 @@ def exit_quality(
     A batch is a dict with tokens [b, s], unshifted labels [b, s] and other inputs of the decoder. `exits` includes the
     last layer. Each exit is measured as a draft model of n = `num_speculations` tokens, over all tokens and, for each
     size in `sizes`, over the first tokens of `vocabulary`. A trained `draft` is exit 0, with its own vocabulary; then
-    the only other exit is the last one. `chunk_tokens`, at most 512: how many tokens have logits at a time. `key` is the data's config key in messages. `generated` tells which labels
-    [b, s] decoding generates, as `ReplyFormat.generated`.
+    the only other exit is the last one. `chunk_tokens`, at most 512: how many tokens have logits at a time. `key` is
+    the data's config key in messages. `generated` tells which labels [b, s] decoding generates, as
+    `ReplyFormat.generated`.
     """
     exits, last = sorted(exits), model.num_layers
     ids = on_device(vocabulary if draft is None else draft.vocabulary or (), device)
@@ -80,7 +81,9 @@ def exit_quality(
         written = generated(batch["labels"])
         move_batch(batch, device)
         labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
-        at_labels = _Batch(labels, F.pad(written[:, 1:], (0, 1)).to(device), vocabularies, num_speculations, chunk_tokens)
+        at_labels = _Batch(
+            labels, F.pad(written[:, 1:], (0, 1)).to(device), vocabularies, num_speculations, chunk_tokens
+        )
         # Hidden states of all exits stay until the last layer; compare() then computes logits chunk by chunk.
         if draft is None:
 

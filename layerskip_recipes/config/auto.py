@@ -1,12 +1,19 @@
 """Config keys that may be `auto`: the recipe chooses their values."""
 
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torchtune.utils import get_logger
+from torchtune.utils._logging import log_once
 
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import AUTO, Section
+
+log = get_logger("INFO")
+NVIDIA = Path("/dev/nvidia0")  # the driver makes it for the first GPU
 
 
 class Choices:
@@ -57,7 +64,16 @@ def devices_here() -> list[str]:
 
 
 def best_device() -> str:
-    return devices_here()[-1]
+    best = devices_here()[-1]
+    if best == "cpu" and NVIDIA.exists():
+        built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+        log_once(
+            log,
+            f"device: cpu, although this machine has an NVIDIA GPU: torch {torch.__version__} cannot use it. It "
+            f"{built}, and the driver may be too old for that. `nvidia-smi` shows which CUDA the driver supports",
+            level=logging.WARNING,
+        )
+    return best
 
 
 def computes_in_bf16(device: str) -> bool:

@@ -128,6 +128,11 @@ def cast_bytes(model: TransformerDecoder, depth: int, recompute: bool) -> int:
     return torch.bfloat16.itemsize * matrices * (1 if recompute else depth) // len(model.layers)
 
 
+def measuring_bytes(model: TransformerDecoder, chunk: int) -> int:
+    """Bytes of the measurement of exits at a save: five fp32 values for each token of a chunk and vocabulary entry."""
+    return 5 * 4 * chunk * model.tok_embeddings.num_embeddings
+
+
 # ---- generation ----
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 from torchtune.utils import get_logger
 
+from layerskip_recipes.acceptance.exit_quality import MOST_CHUNK_TOKENS
 from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.config.layer_strings import default_exit
@@ -18,7 +19,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
-from layerskip_recipes.model.memory import cast_bytes, free_memory, token_bytes, training_bytes
+from layerskip_recipes.model.memory import cast_bytes, free_memory, measuring_bytes, token_bytes, training_bytes
 from layerskip_recipes.model.nf4 import packs_weights
 from layerskip_recipes.processes import num_local_processes, num_processes
 from layerskip_recipes.training.keys import FinetuneKeys
@@ -76,6 +77,8 @@ def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
     if length is not None and {"tokenizer.max_seq_len", "batch_size"} & choices.chosen.keys():
         wanted = memory.wanted_length if "tokenizer.max_seq_len" in choices.chosen else length
         memory.warn_if_little(dtype, wanted, length)
+    if choices.chosen:
+        memory.warn_of_saves(dtype)
     more = 1 if cfg.optimizer_in_bwd else max(per_step // (size * ranks), 1)
     choices.pick("gradient_accumulation_steps", lambda: more)
 
@@ -123,23 +126,32 @@ class TrainingMemory:
             return torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
         return free_memory(torch.device("cpu")) * 9 // 10 // num_local_processes()
 
+    @property
+    def chunk(self) -> int:
+        """The number of tokens whose logits are in memory at a time."""
+        section = self.cfg.early_exit_loss or self.cfg.draft
+        given = AUTO if section is None else section.chunk_tokens
+        return chunk_tokens(self.device) if given == AUTO else given
+
+    def kept(self, dtype: str) -> int:
+        """Bytes that each process holds throughout: its shards of weights, gradients and averages."""
+        cfg = self.cfg
+        # A draft is always in fp32, with 16 bytes for each weight, its gradient and two averages.
+        whole = training_bytes(cfg.meta_model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model))
+        shards = max(num_processes() // (cfg.data_parallel_replicate_dim or 1), 1)
+        return (whole + 16 * self.of_draft) // shards
+
     def taken(self, dtype: str, recompute: bool) -> int:
         """Bytes that each process takes besides activations."""
         cfg, model = self.cfg, self.cfg.meta_model
-        section = cfg.early_exit_loss or cfg.draft
-        given = AUTO if section is None else section.chunk_tokens
-        chunk = chunk_tokens(self.device) if given == AUTO else given
-        # Sharded: a draft is always in fp32, with 16 bytes for each weight, its gradient and two averages.
-        sharded = training_bytes(model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model)) + 16 * self.of_draft
-        shards = max(num_processes() // (cfg.data_parallel_replicate_dim or 1), 1)
         # In each process: the fp32 logits of a chunk with their gradient, and the sum of the head's gradients in fp32.
-        own = 8 * chunk * model.tok_embeddings.num_embeddings
+        own = 8 * self.chunk * model.tok_embeddings.num_embeddings
         own += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
         compute = cfg.compute_dtype
         in_bf16 = has_bf16_products(self.device) if compute == AUTO else compute == "bf16"
         if dtype == "fp32" and in_bf16 and not packs_weights(cfg.model):
             own += cast_bytes(model, self.depth, recompute) // (cfg.tensor_parallel_dim or 1)
-        return own + sharded // shards
+        return own + self.kept(dtype)
 
     def room(self, dtype: str, recompute: bool) -> int:
         """Bytes left for activations."""
@@ -169,6 +181,15 @@ class TrainingMemory:
         """The number of samples that fit: 1, 2, 4 or 8."""
         fits = self.room(dtype, recompute) // self.sample_bytes(dtype, length, recompute)
         return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))
+
+    def warn_of_saves(self, dtype: str) -> None:
+        """Warn if a save cannot measure the exits or the draft."""
+        measuring = measuring_bytes(self.cfg.meta_model, min(self.chunk, MOST_CHUNK_TOKENS))
+        if self.kept(dtype) + measuring > self.there:
+            log.warning(
+                f"Measuring the exits or the draft at a save needs {measuring / 2**30:.1f} GiB, more than is left. "
+                "Checkpoints will be saved without it, and generation cannot choose by it"
+            )
 
     def warn_if_little(self, dtype: str, wanted: int, length: int) -> None:
         """Warn if a sample of `wanted` tokens does not fit, even with checkpointing; `length` tokens were chosen."""

@@ -93,6 +93,6 @@ class Description:
                 raise
         log.warning(
             f"{DESCRIPTION}: too little memory to measure the exits or the draft, so the checkpoint is saved without "
-            "that, and generation cannot choose by it. Smaller batches of the dataset need less; for example batch_size=1"
+            "that, and generation cannot choose by it. A smaller batch needs less; for example batch_size=1"
         )
         return None

@@ -20,8 +20,8 @@ class StochasticAdamW(Optimizer):
     moves the weight by 2e-5 on average. The averages need it too: with beta2 = 0.999 the second one changes by less
     than its precision. Weights in fp32 get plain AdamW.
 
-    The noise is a hash of the step number, the parameter's number, from `first` on, and the weight's index. So a resumed
-    run draws the same noise, and so do ranks that hold copies of a weight. The arguments are those of
+    The noise is a hash of the step number, the parameter's number, from `first` on, and the weight's index. So a
+    resumed run draws the same noise, and so do ranks that hold copies of a weight. The arguments are those of
     `torch.optim.AdamW`. On a GPU one compiled kernel updates a weight, and reads and writes 14 bytes for each number.
     """
 
@@ -62,12 +62,13 @@ class StochasticAdamW(Optimizer):
             torch.tensor(numbers, dtype=dtype, pin_memory=cuda).to(device, non_blocking=cuda)
             for numbers, dtype in ((factors, exact), (keys, torch.int64))
         ]
-        run, length = (update_on_gpu, None) if cuda else (update_, CPU_SLICE)
+        run: Callable[..., None] = update_on_gpu if cuda else update_
         for (_, _, p), *numbers in zip(trained, *of_weights, strict=True):
             state, size = self.state[p], local_part(p).numel()
             parts = [local_part(x).reshape(-1) for x in (p, state["exp_avg"], state["exp_avg_sq"], p.grad)]
-            for start in range(0, size, length or max(size, 1)):
-                run(*(part[start : start + (length or size)] for part in parts), *numbers, start)
+            length = max(size, 1) if cuda else CPU_SLICE
+            for start in range(0, size, length):
+                run(*(part[start : start + length] for part in parts), *numbers, start)
         return loss
 
 

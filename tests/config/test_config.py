@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torchtune._recipe_registry import get_all_recipes
 
 from layerskip_recipes.cli.configs import validate
+from layerskip_recipes.config import auto
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
@@ -24,6 +25,17 @@ def base(tmp_path, tokenizer_folder) -> Path:
 def extend(base: Path, name: str = "mine.yaml", **keys) -> str:
     """A config beside `base` that extends it by its file name."""
     return str(write_yaml(base.parent / name, {"extends": base.name, **keys}))
+
+
+def test_an_nvidia_gpu_that_torch_cannot_use_is_told(tmp_path, monkeypatch):
+    """Otherwise a driver that is too old means days of training on the CPU."""
+    told = []
+    monkeypatch.setattr(auto, "devices_here", lambda: ["cpu"])
+    monkeypatch.setattr(auto, "log_once", lambda log, message, level: told.append(message))
+    monkeypatch.setattr(auto, "NVIDIA", tmp_path / "nvidia0")
+    assert auto.best_device() == "cpu" and not told
+    (tmp_path / "nvidia0").touch()
+    assert auto.best_device() == "cpu" and "NVIDIA" in told[0] and "CUDA" in told[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ names

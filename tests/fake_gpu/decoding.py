@@ -65,7 +65,7 @@ def read(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 
 class Graphs:
-    """Stands in for inductor: `made` counts the graphs by step, and `problems` lists what would prevent a CUDA graph."""
+    """Stands in for inductor: `made` counts the graphs by step, and `problems` says what prevents a CUDA graph."""
 
     def __init__(self, fake: Any) -> None:
         self.fake, self.compile = fake, torch.compile

@@ -1,8 +1,8 @@
 """Runs a program as on a machine with a GPU that computes nothing: `python start.py PROGRAM ARGUMENTS`.
 
-torch's FakeTensorMode knows shapes, devices and aliases of tensors on a GPU, but a CPU build of torch refuses the device
-"cuda". The two C++ objects below make it valid. They must be loaded before torch is imported, so a process of its own
-runs the program, and no other test sees them.
+torch's FakeTensorMode knows shapes, devices and aliases of tensors on a GPU, but a CPU build of torch refuses the
+device "cuda". The two C++ objects below make it valid. They must be loaded before torch is imported, so a process of
+its own runs the program, and no other test sees them.
 """
 
 import ctypes

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.compiled import LONG, LONGER, OTHER_WAYS, SHORT, WAYS, compiled_steps, make_small, run
 from helpers.speculation import plain
+from torch._dynamo.utils import counters
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -17,6 +18,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def graphs_ran():
+    """Inductor skipped no CUDA graph; without one the tokens would be the same."""
+    counters["inductor"].clear()
+    yield
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 WIDTHS = {"masks": 16, "FlexAttention": 32}  # heads of 8 numbers are too small for FlexAttention
@@ -78,6 +87,17 @@ def test_a_quantised_draft_runs_as_cuda_graphs():
         generation = run(model, prompts, 30, speculation=Speculation(1, 2, draft_int8=True))
         assert generation.generated == [plain(reference, prompt, 30) for prompt in prompts]
         assert not compiled_steps(model).refused
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cuda_graphs_of_a_repetition_penalty(way):
+    """Greedy in fp32, against the CPU."""
+    model, reference, sampler = make_small(width=32).cuda(), make_small(width=32), Sampler(repetition_penalty=1.3)
+    for prompts in (SHORT, LONG, SHORT):
+        found = run(model, prompts, 20, sampler=sampler, speculation=WAYS[way])
+        expected = run(reference, prompts, 20, sampler=sampler, compile=False)
+        assert found.generated == expected.generated
+        assert not compiled_steps(model).refused and not compiled_steps(model).masked
 
 
 def test_cuda_graphs_repeat_by_the_seed():

@@ -1,6 +1,7 @@
 """What steps do on a GPU, without one: graphs that dynamo makes run on the CPU, or stand-ins are called for them."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -116,6 +117,40 @@ def test_narrow_heads_and_odd_cache_lengths_do_not_fit_flex_attention(gpu_steps)
     generation = run(model, SHORT, 3, cache=before.cache)
     assert generation.cache.max_len == 500 and not generation.context.backend.fits_flex
     assert run(model, SHORT, 3).context.backend.fits_flex
+
+
+# ---- threads and caches ----
+
+
+def test_any_thread_can_have_cuda_graphs(no_cuda):
+    """torch 2.6 to 2.12 look for a thread's table of graphs, and fail where neither torch nor a round has made one."""
+
+    def has_table(begins):
+        if begins:
+            CompiledSteps(torch.device("cuda")).begin_round()
+        return torch._C._is_key_in_tls("tree_manager_containers")
+
+    for begins in (False, True):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(has_table, begins).result() is begins
+
+
+def test_caches_are_kept_by_their_size(monkeypatch):
+    """Those used last, up to a number of bytes beside the one in use."""
+    model, steps = make_small(), CompiledSteps(torch.device("cpu"))
+
+    def use(rows):
+        cache = steps.cache(10, model, rows, 10, 0)
+        cache.allocate(model, model.num_layers)
+        return cache
+
+    caches = [use(rows) for rows in (1, 2, 4)]
+    assert [use(rows) for rows in (1, 2, 4)] == caches
+    # A slot has 2 layers x 2 (keys, values) x 8 numbers in fp32.
+    assert caches[2].num_bytes == 4 * 10 * 2 * 2 * 8 * 4
+    monkeypatch.setattr(compiling, "KEPT_BYTES", caches[1].num_bytes)
+    assert use(4) is caches[2]  # beside it there is room for the cache of 2 rows
+    assert use(1) is not caches[0]
 
 
 # ---- graphs that fail, and what is captured ----

@@ -329,6 +329,15 @@ def test_compiling_pays_for_long_runs_only(compiled_before, monkeypatch):
     assert ("first time" in why) is not compiled_before
 
 
+def test_a_gpu_compiles_all_but_short_runs(monkeypatch):
+    """Whatever the model's size: an estimate would ask for 19,000 tokens of a large model."""
+    monkeypatch.setattr(when_to_compile, "has_compiler", lambda device: True)
+    cuda = torch.device("cuda")
+    assert compiling_pays(0.009, 0.008, 301, cuda)[0] and compiling_pays(0.009, 0.001, 10_000, cuda)[0]
+    pays, why = compiling_pays(0.009, 0.001, 300, cuda)
+    assert not pays and "compile=true" in why
+
+
 def test_without_a_compiler_steps_are_not_compiled_and_the_log_says_so(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     pays, why = compiling_pays(0.05, 0.01, 10_000, torch.device("cpu"))

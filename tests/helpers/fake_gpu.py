@@ -74,9 +74,10 @@ class FakeGPU(TorchDispatchMode):
             with self:
                 if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return out
-        name, tensors = func._schema.name.removeprefix("aten::"), [
-            leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        ]
+        name, tensors = (
+            func._schema.name.removeprefix("aten::"),
+            [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)],
+        )
         target = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
         if any(map(on_gpu, tensors)):
             self.launches += 1

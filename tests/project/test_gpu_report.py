@@ -83,6 +83,15 @@ def test_a_second_call_goes_on(report):
     assert "tests: failed" in report("--only", "tests")[1]
 
 
+def test_each_estimate_stands_beside_its_measurement():
+    script = load("gpu_report")
+    assert {row["verdict"] for row in script.verdicts({})} == {"not measured yet"}
+    row = {"method": "baseline", "ms a round": {"median": 2.0, "min": 1.9, "max": 2.1}, "ms to read": 1.0}
+    found = script.verdicts({"decode_1b": {"rows": [{"method": "another"}, row]}})
+    assert [(row["measured"], row["verdict"]) for row in found[:2]] == [(500.0, "does not hold"), (2.0, "holds")]
+    assert [row["verdict"] for row in found[2:]] == ["not measured yet"] * 2
+
+
 # ---- the steps, tiny ----
 
 EXPECTED = {

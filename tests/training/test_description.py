@@ -12,7 +12,8 @@ from helpers.training import VALIDATION, few_texts, losses, texts, train  # noqa
 from layerskip_recipes.acceptance import measuring
 from layerskip_recipes.acceptance.exit_quality import exit_quality
 from layerskip_recipes.acceptance.trained_exits import LONGEST_DRAFT, read_trained_exits
-from layerskip_recipes.training import description
+from layerskip_recipes.model.head import Head
+from layerskip_recipes.training import description, validation
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 
 EXITS = {"curriculum": None, "exits": "1,2,3", "scale": 1.0, "scale_fn": "uniform"}
@@ -66,6 +67,35 @@ def test_a_run_without_validation_measures_its_first_batches(tmp_path, tokenizer
     train(path, f"output_dir={tmp_path}/unmeasured")
     assert losses(tmp_path / "unmeasured") == whole
     assert read_trained_exits(tmp_path / "unmeasured" / "epoch_0").measured is None
+
+
+def test_a_checkpoint_is_saved_where_measuring_it_needs_too_much_memory(tmp_path, tokenizer_folder, monkeypatch):
+    """An epoch must not be lost for a measurement."""
+    warnings = []
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(validation, "exit_quality", fails)
+    monkeypatch.setattr(description.log, "warning", lambda text, *_, **__: warnings.append(text))
+    train(finetune_config(tmp_path, tokenizer_folder, early_exit_loss=EXITS))
+    found = read_trained_exits(tmp_path / "out" / "epoch_0")
+    assert found.exits == [1, 2, 3, 4] and found.measured is None
+    (warning,) = (text for text in map(str, warnings) if text.startswith("layerskip.json:"))
+    assert "memory" in warning
+
+
+def test_a_save_measures_few_tokens_at_a_time(tmp_path, tokenizer_folder, monkeypatch):
+    """At most as many as the config's chunk; above 512 tokens the logits would take gigabytes."""
+    sizes, call = [], Head.__call__
+
+    def counted(self, x):
+        sizes.append(len(x))
+        return call(self, x)
+
+    monkeypatch.setattr(Head, "__call__", counted)
+    train(finetune_config(tmp_path, tokenizer_folder, early_exit_loss=EXITS | {"chunk_tokens": 50}))
+    assert max(sizes) == 50
 
 
 @pytest.fixture

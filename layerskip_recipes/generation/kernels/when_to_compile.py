@@ -8,7 +8,8 @@ import torch
 
 from layerskip_recipes.generation.kernels.cpp_decoder import is_library_compiled
 
-COMPILE_S = {"cpu": 30.0, "cuda": 180.0}  # compile time of a first run
+COMPILE_S = 30.0  # compile time of a first run on a CPU
+GPU_STEPS = 300  # a GPU compiles runs of more steps
 LOAD_S = 5.0  # to load C++ that an earlier run compiled, and to move weights to huge pages
 
 
@@ -20,12 +21,18 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def compiling_pays(eager_s: float, compiled_s: float, steps: int, device: torch.device) -> tuple[bool, str]:
-    """Whether compiling saves more time than it takes, given the seconds per token of both; and a log line."""
+    """Whether compiling pays, and a log line. On a CPU it must save more time than it takes, given the seconds per
+    token of both; on a GPU it pays for more than a few hundred steps."""
     if not has_compiler(device):
         why = {"cpu": "no C++ compiler was found", "cuda": "triton is not installed"}
         return False, f"Not compiled, and so slower: {why.get(device.type, f'not possible on {device.type}')}"
-    first = device.type != "cpu" or not is_library_compiled()
-    saved, needed = steps * (eager_s - compiled_s), COMPILE_S[device.type] if first else LOAD_S
+    if device.type == "cuda":
+        # No estimate: launches decide how long an uncompiled step takes, and inductor's cache how long compiling does.
+        if steps > GPU_STEPS:
+            return True, f"Compiled, since up to {steps} tokens are more than {GPU_STEPS}. compile=false leaves it out"
+        return False, f"Not compiled, for at most {steps} tokens. For longer runs set compile=true"
+    first = not is_library_compiled()
+    saved, needed = steps * (eager_s - compiled_s), COMPILE_S if first else LOAD_S
     faster = f"makes decoding about {eager_s / compiled_s:.1f}x faster"
     if saved > needed:
         return True, f"Compiled: it {faster} here, and saves about {saved:.0f} s. compile=false leaves it out"
