@@ -35,7 +35,7 @@ from layerskip_recipes.generation.config import GenerateConfig
 from layerskip_recipes.generation.drafting.planner import LOOKUP, most_frequent
 from layerskip_recipes.generation.drafting.prediction import Costs, Option, StepCost, machine_for, ranked, variants
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
+from layerskip_recipes.generation.drafting.speculation import SECTION_KEY, Speculation
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
@@ -170,7 +170,7 @@ class Tuner:
         self.temperature, self.batch_rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
         self.stored, self.frequent = bool(stored), list(stored or most_frequent(self.prompts))
-        self.trained = None if draft is None else read_draft(draft, self.model, f"{KEY}.draft")
+        self.trained = None if draft is None else read_draft(draft, self.model, f"{SECTION_KEY}.draft")
         turns.llm.state.trained_draft = self.trained
 
     def candidates(self) -> dict[str, Speculation]:

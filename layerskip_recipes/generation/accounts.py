@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from layerskip_recipes.generation.drafting.drafter import PLAIN, DraftedTokens, RoundStart
 from layerskip_recipes.generation.kernels.cpp_decoder import int4_of
-from layerskip_recipes.generation.rows import Rows
+from layerskip_recipes.generation.rows import BatchRows
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.head import head_of
@@ -24,7 +24,7 @@ class Accounts:
     `drafts_from`: the exit that drafts, None without speculation.
     """
 
-    def __init__(self, context: StepContext, rows: Rows, drafts_from: int | None) -> None:
+    def __init__(self, context: StepContext, rows: BatchRows, drafts_from: int | None) -> None:
         self.context, self.rows, self.drafts_from = context, rows, drafts_from
         self.stats = GenerationStats(first_tokens=len(rows))
         self.phases: list[tuple[str, Any, Any]] = []  # name, begin and end (seconds, or events of a GPU)
@@ -109,12 +109,12 @@ class Accounts:
             self.stats.count_round(num_drafted, used)
             self.last[self.rows.in_row[row]] = num_drafted, used
         slots = len(round_start.slots(self.context, draft.num_drafted))
-        trained_layers = self.context.own_layers  # of a trained draft
+        trained_layers = self.context.trained_layers  # of a trained draft
         if self.drafts_from is not None:
             self.stats.rounds_by_kind[draft.round_kind.name] += 1
         # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last
         # one. A trained draft's own layers also run once, except in rounds without a draft.
-        self._read(self.of_model, self.context.depth + (len(trained_layers) if draft.num_drafted else 0), slots)
+        self._read(self.of_model, self.context.output_exit + (len(trained_layers) if draft.num_drafted else 0), slots)
         if draft.hidden is not None:
             self.stats.draft_steps += draft.num_drafted
             self._read(self.of_draft, trained_layers.stop or self.drafts_from or 0, slots, times=draft.num_drafted)

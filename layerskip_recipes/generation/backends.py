@@ -31,7 +31,7 @@ from layerskip_recipes.generation.kernels.huge_pages import use_huge_pages
 from layerskip_recipes.generation.sampling import Sampler, choose_tokens
 from layerskip_recipes.model.decoder import LayerSkipDecoder, is_plain_attention
 from layerskip_recipes.model.head import head_of
-from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, DecodingCache, causal_mask
+from layerskip_recipes.model.kv_cache import BLOCK_SLOTS, BlockAttention, DecodingCache, causal_mask
 
 log = get_logger("INFO")
 
@@ -226,7 +226,7 @@ class GraphBackend(TorchBackend):
         # head_dim >= 16, and a cache of whole blocks.
         layers = [*model.layers, *draft_decoder.layers]
         fits_layers = all(is_plain_attention(layer) and layer.attn.head_dim >= 16 for layer in layers)
-        self.fits_flex = self.on_gpu and fits_layers and cache.max_len % BLOCK == 0
+        self.fits_flex = self.on_gpu and fits_layers and cache.max_len % BLOCK_SLOTS == 0
         # The parts of a graph's key: for steps that run layers, and for steps that choose tokens.
         self.layers_key = (cache.max_len, cache.draft_layers, draft_decoder is model or draft_decoder)
         self.sampler_key = (sampler.constants, draft_head and len(draft_head.vocabulary))
@@ -285,7 +285,7 @@ class CppBackend(TorchBackend):
             self.unknown = e
             log_once(log, f"compile: drafts run in torch, as the C++ does not know a part of them ({e})")
         cache.allocate(model, num_layers)
-        cache.allocate(draft_decoder, draft_decoder.own_layers.stop)
+        cache.allocate(draft_decoder, draft_decoder.trained_layers.stop)
 
     def load(self) -> bool:
         """Compile the C++, move the weights to huge pages (False if both had been done before), and pass them on."""
@@ -378,7 +378,7 @@ class CppBackend(TorchBackend):
 
     def _layers_in_cpp(self, model: LayerSkipDecoder, layers: range, unembed: bool = False) -> Any:
         """The C++ layers of a decoder; None if it runs in torch."""
-        if layers.stop <= self.draft_decoder.own_layers.start and not unembed:
+        if layers.stop <= self.draft_decoder.trained_layers.start and not unembed:
             model = self.model  # the layers below an adapter are the model's
         return self.cpp_layers.get(model)
 

@@ -1,7 +1,8 @@
 """The decoding loop: prefill, then rounds of draft and verification (or plain steps), on one KV cache.
 
-drafting/drafters.py proposes tokens and drafting/verification.py verifies them. rows.py holds prompts and outputs,
-accounts.py counts and times, prefill.py fills the cache, and state.py keeps what later generations use again.
+drafting/drafters.py proposes tokens and drafting/verification.py verifies them; backends.py runs both in torch, as
+graphs or in C++. rows.py holds prompts and outputs, accounts.py counts and times, prefill.py fills the cache, and
+state.py keeps what later generations use again.
 """
 
 import time
@@ -23,7 +24,7 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.drafting.verification import Verifier
 from layerskip_recipes.generation.kernels.compiling import cache_length
 from layerskip_recipes.generation.prefill import common_length, common_start, read_texts
-from layerskip_recipes.generation.rows import Rows
+from layerskip_recipes.generation.rows import BatchRows
 from layerskip_recipes.generation.sampling import Sampler, noise_keys
 from layerskip_recipes.generation.state import ModelState, state_of
 from layerskip_recipes.generation.steps import StepContext, choose_token
@@ -107,9 +108,9 @@ class Generation:
             )
         state = state or state_of(model)
         self.model, self.in_use = state.decoder(model), state.in_use
-        # The layers whose tokens are final: with speculation all layers.
-        depth = self.model.check_exit(exit_layer) if speculation is None and exit_layer is not None else None
-        self.rows = Rows(prompts, rows, max_generated_tokens, stop_tokens)
+        # The exit whose tokens are the output: with speculation the last one.
+        output_exit = self.model.check_exit(exit_layer) if speculation is None and exit_layer is not None else None
+        self.rows = BatchRows(prompts, rows, max_generated_tokens, stop_tokens)
         # The same lists as in `rows`, for callers.
         self.generated, self.finished = self.rows.generated, self.rows.finished
         self.in_row = self.rows.in_row
@@ -130,14 +131,15 @@ class Generation:
             needed += speculation.num_speculations
             decoder, head = draft_weights or state.draft_weights(speculation, self.model)
             if head is None and speculation.draft_vocabulary is not None:
-                head = DraftHead(decoder if decoder.own_layers else self.model, speculation.draft_vocabulary)
-        size, own = cache_length if compile else int, len(decoder.own_layers)  # rounds up for compiled steps
-        fits = cache is not None and cache.fits(self.model, len(self.rows), own, size(needed))
+                head = DraftHead(decoder if decoder.trained_layers else self.model, speculation.draft_vocabulary)
+        size = cache_length if compile else int  # rounds up for compiled steps
+        draft_layers = len(decoder.trained_layers)
+        fits = cache is not None and cache.fits(self.model, len(self.rows), draft_layers, size(needed))
         if cache is None or not fits:
             make = partial(compiled.cache, size(needed)) if compiled else DecodingCache
-            cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), own)
+            cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), draft_layers)
         self.cache = cache
-        self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, depth, shared)
+        self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, output_exit, shared)
         if not fits:
             cache.keep_first(reuse if self.context.backend.exact_splits else 0)
         # The keys of the noise: [b, 2] by row, and by prompt.
@@ -149,7 +151,7 @@ class Generation:
             self.keys = on_device(self.rows.values_in_rows(self.keys_by_prompt), self.context.device)
         sharded = (layer for layer in self.model.layers if isinstance(layer, FSDPModule))
         self.first_sharded = None if speculation is None else next(sharded, None)
-        self.verifier = Verifier(self.context, (speculation and speculation.exit_layer) or self.context.depth)
+        self.verifier = Verifier(self.context, (speculation and speculation.exit_layer) or self.context.output_exit)
         self.drafters = Drafters(self.verifier, speculation, self.rows.texts, rule)
         self.common = common_start(self.rows.prompts) if self.context.backend.exact_splits else 0
         self.accounts = Accounts(self.context, self.rows, None if speculation is None else self.verifier.exit_layer)
@@ -215,11 +217,11 @@ class Generation:
     def _prefill(self) -> list[list[int]]:
         """Run the prompts and choose the first new token of each row."""
         prompts = self.rows.texts  # nothing is generated yet
-        held = self.cache.tokens if self.context.depth <= self.cache.depth else [[] for _ in prompts]
-        reused = min(common_length(old, new) for old, new in zip(held, prompts, strict=True))
+        cached = self.cache.tokens if self.context.output_exit <= self.cache.cached_layers else [[] for _ in prompts]
+        reused = min(common_length(old, new) for old, new in zip(cached, prompts, strict=True))
         reused = min(reused, min(len(prompt) for prompt in prompts) - 1)
         # The prefill may be interrupted: until it ends, only the reused tokens count as cached.
-        self.cache.tokens, self.cache.depth = [prompt[:reused] for prompt in prompts], self.context.depth
+        self.cache.tokens, self.cache.cached_layers = [prompt[:reused] for prompt in prompts], self.context.output_exit
         self.stats.reused_tokens = reused * len(prompts)
         self.stats.prefill_tokens = sum(len(prompt) - reused for prompt in prompts)
         final = read_texts(self.context, prompts, reused)
@@ -230,26 +232,26 @@ class Generation:
 
     def _take_next(self, row: int) -> list[list[int]]:
         """Prefill a finished row with the next prompt; returns its first token, and no token for other rows."""
-        text, here = self.rows.take_next(row), slice(row, row + 1)
+        text, this_row = self.rows.take_next(row), slice(row, row + 1)
         self.cache.tokens[row] = []  # until the prefill is done
         if self.keys is not None:
             self.keys[row] = on_device(self.keys_by_prompt[self.rows.in_row[row]], self.context.device)
         self.last = self.last.clone()
         reused = self.common
         final = read_texts(self.context, [text], reused, rows=[row])
-        self.last[here] = self._first_tokens(final, here)
+        self.last[this_row] = self._first_tokens(final, this_row)
         self.verifier.replace(row, final[0])
         self.drafters.replace(row, text)
         self.stats.first_tokens += 1
         self.stats.prefill_tokens += len(text) - reused
         self.stats.reused_tokens += reused
-        return self._keep([self.last[here].tolist() if i == row else [] for i in range(self.cache.num_rows)])
+        return self._keep([self.last[this_row].tolist() if i == row else [] for i in range(self.cache.num_rows)])
 
-    def _first_tokens(self, final: torch.Tensor, here: slice) -> torch.Tensor:
-        """The first new tokens [b] of the rows `here`, from x_L of the texts' last tokens, `final` [b, d]."""
+    def _first_tokens(self, final: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The first new tokens [b] of these rows, from x_L of the texts' last tokens, `final` [b, d]."""
         logits = self.context.backend.logits(self.model, final[:, None])[:, -1]
-        positions = on_device(self.rows.lengths[here], self.context.device)
-        keys, seen = (None if t is None else t[here] for t in (self.keys, self.rows.seen))
+        positions = on_device(self.rows.lengths[rows], self.context.device)
+        keys, seen = (None if t is None else t[rows] for t in (self.keys, self.rows.seen))
         return self.context.broadcast(choose_token(self.context, None, logits, keys, positions, seen))
 
     # ---- rounds ----
@@ -260,32 +262,32 @@ class Generation:
         room, finished = self.rows.room, self.rows.values_in_rows(self.finished)
         starts = [length - 1 for length in self.rows.lengths]  # the slot of each row's last token
         start = on_device(starts, self.context.device)
-        now = RoundStart(self.last, start, max(starts), self.keys, self.rows.seen, finished, max(room))
+        round_start = RoundStart(self.last, start, max(starts), self.keys, self.rows.seen, finished, max(room))
         # Draft from the last token of each row.
         if self.first_sharded is not None:
             self.first_sharded.unshard(async_op=True)  # while the draft is made
         with self.accounts.phase("draft"):
-            draft = self.drafters.propose(now)
+            draft = self.drafters.propose(round_start)
         if self.on_draft is not None:
             self.on_draft(draft.tokens[:, 1:].tolist())
         # Verify.
         with self.accounts.phase("verify"):
-            outcome = self.context.broadcast(self.verifier.verify(draft, now))
+            outcome = self.context.broadcast(self.verifier.verify(draft, round_start))
         self.last = outcome[:, 1].clone()
         # Accept. This is the only time in a round that the host waits for the device.
         outcomes = outcome.tolist()
-        kept = self._keep([[*tokens[:num_accepted], following] for num_accepted, following, *tokens in outcomes])
-        self.accounts.count(draft, now, room, [num_accepted for num_accepted, *_ in outcomes], kept)
+        new = self._keep([[*tokens[:num_accepted], following] for num_accepted, following, *tokens in outcomes])
+        self.accounts.count(draft, round_start, room, [num_accepted for num_accepted, *_ in outcomes], new)
         # Learn how fast the round was, unless a limit may have cut it. The first draft of a short output counts.
         whole = draft.num_drafted > 0 or draft.round_kind == PLAIN
-        if whole and now.room > longest_draft(self.drafters.num_speculations, self.rows.limit):
-            tokens = sum(map(len, kept)) / finished.count(False)
+        if whole and round_start.room > longest_draft(self.drafters.num_speculations, self.rows.limit):
+            tokens = sum(map(len, new)) / finished.count(False)
             self.drafters.learn(draft.round_kind, tokens, self.accounts.round_s)
-        return kept
+        return new
 
     def _keep(self, new: list[list[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at its end; returns the tokens kept, none for finished rows."""
-        kept = self.rows.add(new)
-        self.stats.tokens += sum(map(len, kept))
-        self.drafters.extend(kept)
-        return kept
+        final = self.rows.add(new)
+        self.stats.tokens += sum(map(len, final))
+        self.drafters.extend(final)
+        return final

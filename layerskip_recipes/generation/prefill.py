@@ -16,17 +16,17 @@ def common_start(prompts: Sequence[Sequence[int]]) -> int:
     return min(common_length(first, last), min(map(len, prompts)) - 1)
 
 
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+def common_length(text: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts share at their beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
 
 
 def read_texts(
     context: StepContext, texts: Sequence[Sequence[int]], reused: int = 0, rows: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """Run the first `context.depth` layers over texts [b][any length], whose first `reused` tokens are in the cache.
+    """Run the layers below `context.output_exit` over texts [b][any length], whose first `reused` tokens are cached.
 
-    `rows` are the texts' rows in the cache, None for all. Returns x_depth of each text's last token, [b, d].
+    `rows` are the texts' rows in the cache, None for all. Returns x_E of each text's last token, [b, d].
     """
     rows = range(context.cache.num_rows) if rows is None else rows
     width, device = max(map(len, texts)), context.device
@@ -59,15 +59,18 @@ def _read_chunk(
     slots: torch.Tensor,
     rows: Sequence[int],
 ) -> torch.Tensor:
-    """Run tokens [b, s] through the model and the draft -> x_depth; last_state [b, 1, d]: the previous token's x_L."""
-    model, draft_decoder, own = context.model, context.draft_decoder, context.own_layers
+    """Run tokens [b, s] through the model and the draft; last_state [b, 1, d] is x_L of the token before them.
+
+    Returns x_E of the output exit, [b, s, d].
+    """
+    model, draft_decoder, trained_layers = context.model, context.draft_decoder, context.trained_layers
     prefill = partial(context.backend.prefill, at=at, slots=slots, rows=rows)
     if not context.has_adapter:
-        if own:
-            prefill(draft_decoder, tokens, layers=own, only_cache=True)
-        return prefill(model, tokens, layers=range(context.depth))
-    x = prefill(model, tokens, layers=range(own.start))
-    final = prefill(model, x, layers=range(own.start, model.num_layers))
+        if trained_layers:
+            prefill(draft_decoder, tokens, layers=trained_layers, only_cache=True)
+        return prefill(model, tokens, layers=range(context.output_exit))
+    x = prefill(model, tokens, layers=range(trained_layers.start))
+    final = prefill(model, x, layers=range(trained_layers.start, model.num_layers))
     states = model.norm(torch.cat([last_state, final[:, :-1]], 1))
-    prefill(draft_decoder, torch.cat([x, states], -1), layers=own, only_cache=True)
+    prefill(draft_decoder, torch.cat([x, states], -1), layers=trained_layers, only_cache=True)
     return final

@@ -16,7 +16,7 @@ from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.choosing import choose_decoding
 from layerskip_recipes.generation.config import GenerateConfig
-from layerskip_recipes.generation.drafting.speculation import KEY
+from layerskip_recipes.generation.drafting.speculation import SECTION_KEY
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.llm import LLM
@@ -121,7 +121,7 @@ class LayerSkipGenerate:
                 self.cfg, self.device, self.tokenizer, self.plan, self.kept_layers, self.parallel
             )
         else:
-            self.llm = LLM.of_config(self.cfg, self.device, self.tokenizer, {KEY: self.plan})
+            self.llm = LLM.of_config(self.cfg, self.device, self.tokenizer, {SECTION_KEY: self.plan})
 
     def generate(self) -> dict[str, Any]:
         """Answer all prompts; prints the report as JSON in the last line.

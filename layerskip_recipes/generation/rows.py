@@ -10,7 +10,7 @@ from layerskip_recipes.config.schema import PositiveInt, check
 from layerskip_recipes.model.decoder import on_device
 
 
-class Rows:
+class BatchRows:
     """The b batch rows, each with the prompt that it decodes; a row that has finished takes the next prompt.
 
     `limit` is the maximum length of an output; see `Generation` for the other arguments.
@@ -59,16 +59,16 @@ class Rows:
 
     def add(self, new: Sequence[Sequence[int]]) -> list[list[int]]:
         """Append each row's new tokens, cut at a stop token and at the limit; returns the tokens kept, [b][n]."""
-        kept = []
+        final_tokens = []
         for prompt, tokens, room in zip(self.in_row, new, self.room, strict=True):
             cut = list(tokens[:room])
             stop = next((i for i, token in enumerate(cut) if token in self.stop_tokens), None)
             cut = cut if stop is None else cut[: stop + 1]
             self.generated[prompt] += cut
             self.finished[prompt] |= stop is not None or len(self.generated[prompt]) >= self.limit
-            kept.append(cut)
-        self._see(kept)
-        return kept
+            final_tokens.append(cut)
+        self._see(final_tokens)
+        return final_tokens
 
     def end(self, prompt: int, keep: int) -> int:
         """End an output after its first `keep` tokens; returns the number of dropped tokens."""

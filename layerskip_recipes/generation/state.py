@@ -11,7 +11,7 @@ from torchtune.modules import TransformerDecoder
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead, DraftWeights, draft_weights
 from layerskip_recipes.generation.drafting.drafter import longest_draft
 from layerskip_recipes.generation.drafting.rule import DraftRule
-from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
+from layerskip_recipes.generation.drafting.speculation import SECTION_KEY, Speculation
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.decoder import LayerSkipDecoder
@@ -59,12 +59,12 @@ class ModelState:
     def compiled_steps(self, model: LayerSkipDecoder) -> CompiledSteps:
         """The compiled steps of the model; new ones if it has moved, or if its weights are of another kind."""
         device = model.tok_embeddings.weight.device
-        kinds = tuple((name, type(p), p.dtype, p.shape) for name, p in model.named_parameters())
-        if self.compiled is None or (self.compiled.device, self.compiled.weights) != (device, kinds):
-            self.compiled = CompiledSteps(device, kinds)
+        weight_types = tuple((name, type(p), p.dtype, p.shape) for name, p in model.named_parameters())
+        if self.compiled is None or (self.compiled.device, self.compiled.weights) != (device, weight_types):
+            self.compiled = CompiledSteps(device, weight_types)
         return self.compiled
 
-    def draft_weights(self, plan: Speculation, model: LayerSkipDecoder, key: str = KEY) -> DraftWeights:
+    def draft_weights(self, plan: Speculation, model: LayerSkipDecoder, key: str = SECTION_KEY) -> DraftWeights:
         """What drafts by a plan; `key` names the plan's section in messages. Plans with the same weights share them.
 
         If the model's weights have changed, a head gets their rows, and int8 copies of layers are made anew.

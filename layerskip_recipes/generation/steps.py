@@ -24,9 +24,9 @@ from layerskip_recipes.processes import broadcast_from_rank0
 class StepContext:
     """State shared by all steps of one generation; the `backend` runs them.
 
-    The draft decoder is the model by default, and the draft head is the draft decoder's head. `depth`: the number of
-    layers whose tokens are final; None: all. With `shared`, all ranks decode the same prompts and rank 0 decides the
-    tokens.
+    The draft decoder is the model by default, and the draft head is the draft decoder's head. `output_exit`: the exit
+    whose tokens are the output; None: the last one, L. With `shared`, all ranks decode the same prompts and rank 0
+    decides the tokens.
     """
 
     def __init__(
@@ -37,14 +37,15 @@ class StepContext:
         compiled: CompiledSteps | None = None,
         draft_decoder: LayerSkipDecoder | None = None,
         draft_head: DraftHead | None = None,
-        depth: int | None = None,
+        output_exit: int | None = None,
         shared: bool = False,
     ) -> None:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
         self.draft_decoder, self.draft_head = draft_decoder or model, draft_head
-        self.own_layers, self.depth = self.draft_decoder.own_layers, depth or model.num_layers
+        self.trained_layers = self.draft_decoder.trained_layers
+        self.output_exit = output_exit or model.num_layers
         # An adapter reads the model's early hidden states and its final states.
-        self.has_adapter = self.own_layers.start > 0
+        self.has_adapter = self.trained_layers.start > 0
         # Verification can start from the draft's hidden states if the model's own layers computed them.
         self.shares_layers = self.draft_decoder is model or self.has_adapter
         self.shared = shared
@@ -54,8 +55,9 @@ class StepContext:
         self.before_chunk: Callable[[], None] = lambda: None  # is called before each chunk of a prompt
         user_code = user_code_in(model, self.draft_decoder, *([draft_head] if draft_head else []))
         cache.forget_other_weights(model, self.draft_decoder, user_code is not None, shared)
-        decoders = (self.draft_decoder, draft_head)
-        self.backend = choose_backend(model, cache, *decoders, sampler, self.depth, compiled, user_code)
+        self.backend = choose_backend(
+            model, cache, self.draft_decoder, draft_head, sampler, self.output_exit, compiled, user_code
+        )
         if cache.exact_splits != self.backend.exact_splits:  # C++ and torch round differently
             cache.keep_first(0)
             cache.exact_splits = self.backend.exact_splits
@@ -88,7 +90,7 @@ class StepContext:
         if last_states is None:
             return x
         both = torch.cat([x, last_states], -1)
-        return self.backend.run(self.draft_decoder, both, at, slots, self.own_layers, only_cache=only_cache)
+        return self.backend.run(self.draft_decoder, both, at, slots, self.trained_layers, only_cache=only_cache)
 
     def draft_scores(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """The sampler's scores for the draft: x [b, s, d], seen [b, s or 1, v] -> [b, s, v']."""

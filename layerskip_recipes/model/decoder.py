@@ -69,7 +69,7 @@ class LayerSkipDecoder(TransformerDecoder):
         self.layer_dropout = layer_dropout
         self.decoding = False  # True while a generation engine's own KV caches are in the attention layers
 
-    own_layers = range(0)  # in a draft model, the layers that belong to a trained draft (draft.py)
+    trained_layers = range(0)  # in a draft model, the layers that belong to a trained draft (draft.py)
 
     @property
     def num_layers(self) -> int:

@@ -127,7 +127,7 @@ class Draft(nn.Module):
         """The decoder that drafts: the model's layers below `start`, the draft's layers and norm, the model's head."""
         layers = nn.ModuleList([*model.layers[: self.start], *self.layers])
         decoder = model.with_modules(layers=layers, norm=self.norm)
-        decoder.own_layers = range(self.start, self.start + self.num_layers)
+        decoder.trained_layers = range(self.start, self.start + self.num_layers)
         return decoder
 
 

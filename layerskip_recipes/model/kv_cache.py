@@ -23,7 +23,7 @@ from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.processes import from_every_rank
 
-BLOCK = 128  # slots that FlexAttention reads or skips together
+BLOCK_SLOTS = 128  # slots that FlexAttention reads or skips together
 
 
 class LayerCache:
@@ -81,10 +81,10 @@ class DecodingCache:
         self.max_len = max_len
         # One list instead of two attributes: torch 2.13 loses attributes that a graph sets after FlexAttention.
         self.cursor: list[Any] = [None, 0]
-        # Each row's tokens whose keys and values are in slots 0, 1, ... of the first `depth` layers. A later prompt
-        # with the same first tokens reuses them.
+        # Each row's tokens whose keys and values are in slots 0, 1, ... of the first `cached_layers` layers. A later
+        # prompt with the same first tokens reuses them.
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
-        self.depth = 0
+        self.cached_layers = 0
         self.exact_splits = False  # of the backend that computed them
         self._prepare(model)
 
@@ -106,7 +106,7 @@ class DecodingCache:
         """
         if self.model() is not model:
             self._prepare(model)
-        modules = [model, *(draft.layers[i] for i in draft.own_layers)]
+        modules = [model, *(draft.layers[i] for i in draft.trained_layers)]
         weights = weights_key(tensor for module in modules for tensor in chain(module.parameters(), module.buffers()))
         same = weights == self.weights and not user_code
         if shared and self.weights:  # a new cache has nothing to agree on
@@ -117,8 +117,8 @@ class DecodingCache:
 
     def fits(self, model: LayerSkipDecoder, num_rows: int, draft_layers: int, slots: int) -> bool:
         """Whether it can serve these rows, draft layers and slots in the model's dtype and on its device."""
-        weight, kept = model.tok_embeddings.weight, self.layers[0].k
-        same = kept is None or (kept.dtype, kept.device) == (weight.dtype, weight.device)
+        weight, keys = model.tok_embeddings.weight, self.layers[0].k
+        same = keys is None or (keys.dtype, keys.device) == (weight.dtype, weight.device)
         return same and (self.num_rows, self.draft_layers) == (num_rows, draft_layers) and self.max_len >= slots
 
     @property
@@ -144,13 +144,13 @@ class DecodingCache:
 
     def of(self, decoder: LayerSkipDecoder) -> list[LayerCache]:
         """The caches of a decoder's layers; a draft's own layers have the last ones."""
-        own = decoder.own_layers
-        shared = own.start if own else len(decoder.layers)
-        return [*self.layers[:shared], *self.layers[len(self.layers) - len(own) :]]
+        trained = decoder.trained_layers
+        shared = trained.start if trained else len(decoder.layers)
+        return [*self.layers[:shared], *self.layers[len(self.layers) - len(trained) :]]
 
-    def allocate(self, decoder: LayerSkipDecoder, depth: int) -> None:
+    def allocate(self, decoder: LayerSkipDecoder, num_layers: int) -> None:
         """Allocate the buffers of a decoder's first layers before their first call; for an unsharded decoder."""
-        for layer, cache in zip(decoder.layers[:depth], self.of(decoder), strict=False):
+        for layer, cache in zip(decoder.layers[:num_layers], self.of(decoder), strict=False):
             attn = layer.attn
             expands = not isinstance(attn, MultiHeadAttention)  # before the cache, in torchtune's Gemma 2
             heads = attn.num_heads if expands else attn.k_proj.out_features // attn.head_dim
@@ -183,15 +183,15 @@ class BlockAttention:
     """FlexAttention over a whole cache in a compiled step; queries are at the slots `at` [b, s].
 
     The kernel finds the last visible block on the device and reads none behind it, so one graph serves all text
-    lengths. For fewer than 128 queries it splits a row's slots over the GPU's processors. BLOCK divides `max_len`.
-    With a `window` a query sees no more slots than that.
+    lengths. For fewer than 128 queries it splits a row's slots over the GPU's processors. BLOCK_SLOTS divides
+    `max_len`. With a `window` a query sees no more slots than that.
     """
 
     def __init__(self, at: torch.Tensor, max_len: int, window: int | None = None) -> None:
         self.at, self.max_len, self.window = at, max_len, window
         # Computed once for all layers. Both must be contiguous; in a graph, a vector with added dimensions is not.
-        blocks = torch.arange(max_len // BLOCK, dtype=torch.int32, device=at.device)
-        self.counts = (at.amax(1)[:, None, None] // BLOCK + 1).to(torch.int32)
+        blocks = torch.arange(max_len // BLOCK_SLOTS, dtype=torch.int32, device=at.device)
+        self.counts = (at.amax(1)[:, None, None] // BLOCK_SLOTS + 1).to(torch.int32)
         self.blocks = blocks.repeat(len(at), 1, 1, 1)
 
     def block_mask(self, grouped: int) -> BlockMask:
@@ -205,7 +205,7 @@ class BlockAttention:
         return BlockMask.from_kv_blocks(
             self.counts,
             self.blocks,
-            BLOCK_SIZE=(-(-grouped // BLOCK) * BLOCK, BLOCK),
+            BLOCK_SIZE=(-(-grouped // BLOCK_SLOTS) * BLOCK_SLOTS, BLOCK_SLOTS),
             mask_mod=sees,
             seq_lengths=(grouped, self.max_len),
         )

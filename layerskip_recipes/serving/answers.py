@@ -12,7 +12,7 @@ from torchtune.data import Message
 
 from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.generation.choosing import choose_decoding
-from layerskip_recipes.generation.drafting.speculation import KEY
+from layerskip_recipes.generation.drafting.speculation import SECTION_KEY
 from layerskip_recipes.generation.llm import LLM, pieces
 from layerskip_recipes.generation.text.prompts import to_tokens
 from layerskip_recipes.model.decoder import layerskip_decoder
@@ -50,7 +50,7 @@ class Answers:
     def load(self) -> None:
         """Load and compile the model. Call it in the thread that will decode: torch's current device is its own."""
         self.cfg.find_device()
-        self.llm = LLM.of_config(self.cfg, self.device, self.tokenizer, {KEY: self.plan})
+        self.llm = LLM.of_config(self.cfg, self.device, self.tokenizer, {SECTION_KEY: self.plan})
         short = CompletionRequest.parse({"prompt": "?", "max_tokens": min(24, self.cfg.max_new_tokens)})
         list(self.answer(short, threading.Event()))
         self.llm.state.rules.clear()  # rules measure warm rounds only

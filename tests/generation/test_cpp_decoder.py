@@ -157,7 +157,7 @@ def test_texts_are_read_as_torch_reads_them(precision, family, draft, monkeypatc
     monkeypatch.setattr(backends, "CPP_CHUNK", 30 if precision == "fp32" else 7)
     read = []
     for compiled in (None, CompiledSteps(CPU)):
-        cache = DecodingCache(model, 2, 64, 0 if draft_decoder is None else len(draft_decoder.own_layers))
+        cache = DecodingCache(model, 2, 64, 0 if draft_decoder is None else len(draft_decoder.trained_layers))
         context = StepContext(model, cache, Sampler(), compiled, draft_decoder)
         with torch.inference_mode(), cache.used_by(*{model, context.draft_decoder}), monkeypatch.context() as patched:
             if parts:
@@ -529,14 +529,14 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
         of_another_class(head.output)
         arguments["draft_weights"] = (decoder or model, head)
     else:
-        first = decoder.own_layers.start
+        first = decoder.trained_layers.start
         layers = torch.nn.ModuleList([*model.layers[:first], *copy.deepcopy(decoder.layers[first:])])
         if part == "quantised":
             quantize_(layers, Int8DynamicActivationInt8WeightConfig())
         else:
             of_another_class(layers[-1])
         draft_decoder = decoder.with_modules(layers=layers)
-        draft_decoder.own_layers = decoder.own_layers
+        draft_decoder.trained_layers = decoder.trained_layers
         arguments["draft_weights"] = (draft_decoder, None)
     plainly = run(model, PROMPTS, 16, rows=2)
     drafts = [], []

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention, causal_mask
+from layerskip_recipes.model.kv_cache import BLOCK_SLOTS, BlockAttention, causal_mask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +67,7 @@ def test_tokens_of_one_row_by_longer_cuda_graphs_are_those_of_the_cpu(way, width
 def test_attention_by_blocks_is_masked_attention(group, queries):
     """Rows of different lengths; with 128 queries and more for each key head torch has another kernel."""
     torch.manual_seed(82)
-    q, (k, v) = torch.randn(2, 2, group * queries, 64), torch.randn(2, 2, 2, 5 * BLOCK, 64)
+    q, (k, v) = torch.randn(2, 2, group * queries, 64), torch.randn(2, 2, 2, 5 * BLOCK_SLOTS, 64)
 
     def attention(q, k, v, root):
         at = root[:, None] + torch.arange(queries, device=root.device)
@@ -76,7 +76,7 @@ def test_attention_by_blocks_is_masked_attention(group, queries):
         mask = causal_mask(at, torch.arange(k.shape[2]), q.dtype).repeat(1, group, 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
 
-    inputs = (q, k, v, torch.tensor([3, 2 * BLOCK - 2]))
+    inputs = (q, k, v, torch.tensor([3, 2 * BLOCK_SLOTS - 2]))
     out = torch.compile(attention, fullgraph=True, dynamic=False)(*(tensor.cuda() for tensor in inputs))
     torch.testing.assert_close(out.cpu(), attention(*inputs))
 

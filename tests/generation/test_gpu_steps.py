@@ -13,7 +13,7 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.kernels import compiling
 from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.state import ModelState
-from layerskip_recipes.model.kv_cache import BLOCK, BlockAttention
+from layerskip_recipes.model.kv_cache import BLOCK_SLOTS, BlockAttention
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ def gpu_steps(no_cuda, monkeypatch):
 def test_attention_by_blocks_is_a_softmax_over_the_visible_slots(window, group, queries):
     """Against a softmax over the visible slots alone, within the first block of a cache, across its end, and behind."""
     torch.manual_seed(81)
-    starts, slots, dim = [3, BLOCK - 2, 2 * BLOCK + 9], 3 * BLOCK, 16
+    starts, slots, dim = [3, BLOCK_SLOTS - 2, 2 * BLOCK_SLOTS + 9], 3 * BLOCK_SLOTS, 16
     q = torch.randn(3, 2 * group, queries, dim)
     k, v = torch.randn(2, 3, 2, slots, dim)
     at = torch.tensor(starts)[:, None] + torch.arange(queries)
     attention = BlockAttention(at, slots, window)
     out = attention(q.reshape(3, 2, group * queries, dim), k, v).reshape(q.shape)
     # Without a GPU torch looks at no blocks. Those that the kernel reads are one row of a table for all queries.
-    read = torch.arange(3) * BLOCK <= at[:, -1:]
+    read = torch.arange(3) * BLOCK_SLOTS <= at[:, -1:]
     assert torch.equal(attention.block_mask(group * queries).to_dense().bool(), read[:, None, None])
     for row, start in enumerate(starts):
         for query in range(queries):

@@ -218,7 +218,7 @@ def test_a_trained_draft_drafts_beside_its_model_or_by_its_folder(checkpoint, dr
         assert not any("join" in name for name in llm.model.state_dict())
         llm.generate(PROMPT, 24, num_speculations=2)  # with the same weights
         (built,) = llm.state.drafts.values()
-        assert built.decoder.own_layers.start == 1 and len(built.head.vocabulary) <= 60
+        assert built.decoder.trained_layers.start == 1 and len(built.head.vocabulary) <= 60
 
 
 def test_device_and_dtype_are_those_asked_for_or_refused(checkpoint):

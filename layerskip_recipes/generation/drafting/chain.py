@@ -29,7 +29,7 @@ class ChainDrafter(Drafter):
         self.min_confidence = min_confidence if can_end else 0.0
         self.drafted = False  # this round
 
-    def offer(self, now: RoundStart) -> RoundKind:
+    def offer(self, round_start: RoundStart) -> RoundKind:
         return CHAIN
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:
@@ -37,22 +37,22 @@ class ChainDrafter(Drafter):
         self.drafted = False
         return sum(counts) / len(counts) if counts and drafted else None
 
-    def propose(self, now: RoundStart) -> DraftedTokens:
-        context, num_to_draft = self.context, now.num_to_draft(self.context, self.num_speculations)
+    def propose(self, round_start: RoundStart) -> DraftedTokens:
+        context, num_to_draft = self.context, round_start.num_to_draft(self.context, self.num_speculations)
         if num_to_draft == 0:
-            return DraftedTokens(CHAIN, now.last[:, None])
+            return DraftedTokens(CHAIN, round_start.last[:, None])
         self.drafted = True
-        self.verifier.catch_up(now)
-        slots = now.slots(context, num_to_draft)
-        running = torch.tensor([float(not done) for done in now.finished])  # the confidence of empty drafts
+        self.verifier.catch_up(round_start)
+        slots = round_start.slots(context, num_to_draft)
+        running = torch.tensor([float(not done) for done in round_start.finished])  # the confidence of empty drafts
         if self.verifier.last_state is None and context.sampler.only_temperature:
             draft = context.backend.draft_chain(
-                now.last,
-                now.start,
+                round_start.last,
+                round_start.start,
                 num_to_draft,
                 len(slots),
                 self.exit_layer,
-                now.keys,
+                round_start.keys,
                 context.sampler.temperature,
                 running,
                 self.min_confidence,
@@ -60,16 +60,16 @@ class ChainDrafter(Drafter):
             if draft is not None:
                 tokens, hidden = draft
                 return DraftedTokens(CHAIN, tokens, hidden)
-        return self._token_by_token(now, num_to_draft, slots, running)
+        return self._token_by_token(round_start, num_to_draft, slots, running)
 
     def _token_by_token(
-        self, now: RoundStart, num_to_draft: int, slots: torch.Tensor, confident: torch.Tensor
+        self, round_start: RoundStart, num_to_draft: int, slots: torch.Tensor, confident: torch.Tensor
     ) -> DraftedTokens:
-        context, seen, state = self.context, now.seen, self.verifier.last_state
-        tokens, hidden = [now.last], []
+        context, seen, state = self.context, round_start.seen, self.verifier.last_state
+        tokens, hidden = [round_start.last], []
         step = Step(context, draft_token, self.exit_layer, self.min_confidence > 0)
         for i in range(num_to_draft):
-            results = step(slots, tokens[-1], now.start + i, now.keys, seen, state)
+            results = step(slots, tokens[-1], round_start.start + i, round_start.keys, seen, state)
             token, x, sure, seen, state = context.backend.keep(results)
             tokens.append(token)
             hidden.append(x)

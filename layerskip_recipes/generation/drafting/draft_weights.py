@@ -9,7 +9,7 @@ from layerskip_recipes.checkpoint.drafts import read_draft
 from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.speculation import KEY, Speculation
+from layerskip_recipes.generation.drafting.speculation import SECTION_KEY, Speculation
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import capped, head_of, linear_of_rows
@@ -57,7 +57,7 @@ DraftWeights = tuple[LayerSkipDecoder, DraftHead | None]  # the decoder that dra
 @torch.inference_mode(False)  # a tensor made in inference mode cannot be written outside of it
 @torch.no_grad()
 def draft_weights(
-    plan: Speculation, model: LayerSkipDecoder, trained_draft: Draft | None = None, key: str = KEY
+    plan: Speculation, model: LayerSkipDecoder, trained_draft: Draft | None = None, key: str = SECTION_KEY
 ) -> DraftWeights:
     """The weights that draft for a loaded model: its own early layers, a trained draft, or int8 copies of these.
 
@@ -66,7 +66,7 @@ def draft_weights(
     decoder, head, layers = model, None, range(plan.model_layers)
     if plan.draft is not None:
         decoder = (trained_draft or read_draft(plan.draft, model, f"{key}.draft")).decoder(model)
-        layers = decoder.own_layers
+        layers = decoder.trained_layers
     if plan.draft_vocabulary is not None:
         head = DraftHead(decoder, plan.draft_vocabulary)
     if plan.draft_int8 and layers:

@@ -69,13 +69,13 @@ class Drafter(ABC):
     """Proposes drafts. A draft never changes the output, which is the full model's."""
 
     @abstractmethod
-    def offer(self, now: RoundStart) -> RoundKind | None:
+    def offer(self, round_start: RoundStart) -> RoundKind | None:
         """What kind of draft it has for this round; None: no draft. Called in each round, whatever the rule picks."""
 
     @abstractmethod
-    def propose(self, now: RoundStart) -> DraftedTokens:
+    def propose(self, round_start: RoundStart) -> DraftedTokens:
         """The draft that it offered: the text's last token and n tokens for each row, which are any tokens of the model
-        for a finished row. n is `now.num_to_draft(context, num_speculations)`, or less on a CPU, and not 0."""
+        for a finished row. n is `round_start.num_to_draft(context, num_speculations)`, or less on a CPU, and not 0."""
 
     def replace(self, row: int, text: Sequence[int]) -> None:  # noqa: B027 - only some drafters need it
         """A batch row continues another text, which is in the cache."""

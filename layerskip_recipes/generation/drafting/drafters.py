@@ -41,20 +41,22 @@ class Drafters:
         for drafter in self.drafters:
             drafter.replace(row, text)
 
-    def propose(self, now: RoundStart) -> DraftedTokens:
+    def propose(self, round_start: RoundStart) -> DraftedTokens:
         """The draft that the rule picks among the drafters' offers, or no tokens for a plain step."""
-        offers = [(drafter.offer(now), drafter) for drafter in self.drafters]
+        offers = [(drafter.offer(round_start), drafter) for drafter in self.drafters]
         self.offered = {kind: drafter for kind, drafter in offers if kind is not None}
         picked = self.rule.pick([*self.offered])
         if picked == PLAIN:
-            return DraftedTokens(PLAIN, now.last[:, None])
-        return self.offered[picked].propose(now)
+            return DraftedTokens(PLAIN, round_start.last[:, None])
+        return self.offered[picked].propose(round_start)
 
     def learn(self, kind: RoundKind, tokens: float, seconds: float) -> None:
         """After a round that no limit cut: mean tokens per running row, and seconds (0 if it compiled something)."""
         if self.context.shared and self.rule.measures(kind):  # all ranks decide by rank 0's clock
-            told = self.context.broadcast(torch.tensor(seconds, dtype=torch.float64, device=self.context.device))
-            seconds = told.item()
+            rank0_seconds = self.context.broadcast(
+                torch.tensor(seconds, dtype=torch.float64, device=self.context.device)
+            )
+            seconds = rank0_seconds.item()
         self.rule.learn(kind, tokens, seconds)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:

@@ -31,7 +31,7 @@ from layerskip_recipes.generation.drafting.prediction import (
     variants,
 )
 from layerskip_recipes.generation.drafting.section import SPLITS, SelfSpeculation
-from layerskip_recipes.generation.drafting.speculation import KEY, SPECULATION_DEFAULTS, Speculation
+from layerskip_recipes.generation.drafting.speculation import SECTION_KEY, SPECULATION_DEFAULTS, Speculation
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import num_processes
 
@@ -79,7 +79,9 @@ class DraftPlanner:
             return None
         return read_trained_exits(self.folder, self.model.num_layers, self.model.tok_embeddings.num_embeddings)
 
-    def trained_draft(self, section: SelfSpeculation, key: str = KEY) -> tuple[DraftDescription | None, str | None]:
+    def trained_draft(
+        self, section: SelfSpeculation, key: str = SECTION_KEY
+    ) -> tuple[DraftDescription | None, str | None]:
         """The section's trained draft, or else the one beside the model, or why that cannot be used."""
         folder, is_named, key = section.draft, section.draft != AUTO, f"{key}.draft"
         if not is_named:
@@ -96,7 +98,7 @@ class DraftPlanner:
         return None, f"the draft in {folder} {reason}"
 
     def answers(
-        self, section: SelfSpeculation, draft: DraftDescription | None = None, key: str = KEY
+        self, section: SelfSpeculation, draft: DraftDescription | None = None, key: str = SECTION_KEY
     ) -> Answers | None:
         """The section's answers, or else those beside the model or the draft."""
         if section.answers is None or self.make_tokenizer is None:
@@ -134,7 +136,7 @@ class DraftPlanner:
         compiled: bool,
         prompts: Sequence[Sequence[int]] = (),
         batch_rows: int = 1,
-        key: str = KEY,
+        key: str = SECTION_KEY,
         asked: bool = False,
     ) -> tuple[Speculation | None, str | None]:
         """How to draft in batches of `batch_rows` prompts (None: not at all), and a log line if anything was chosen.

@@ -104,10 +104,10 @@ def estimated_costs(
         read = itemsize * batch / machine.bytes_per_s
         return StepCost(machine.step, layer * read + machine.layer, width * read)
 
-    own = cost(dtype.itemsize)
-    plain, num_layers = own.seconds(len(model.layers), rows), len(model.layers)
+    full_precision = cost(dtype.itemsize)
+    plain, num_layers = full_precision.seconds(len(model.layers), rows), len(model.layers)
     share = further_row / batch
-    draft = {False: own, True: cost(1)}
+    draft = {False: full_precision, True: cost(1)}
     return Costs(num_layers, rows, plain, draft, share, machine.round, batch_rows, machine.longest)
 
 

@@ -9,7 +9,7 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import AUTO, Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import (
-    KEY,
+    SECTION_KEY,
     Confidence,
     NumSpeculations,
     PromptLookup,
@@ -58,7 +58,7 @@ class SelfSpeculation(Section):
     VNNI, inputs are rounded to int8 too. Verification stays in full precision. auto: if that should be faster."""
 
     def check_against(
-        self, model: LayerSkipDecoder, key: str = KEY, quantizer: Component | None = None, parallel: int = 1
+        self, model: LayerSkipDecoder, key: str = SECTION_KEY, quantizer: Component | None = None, parallel: int = 1
     ) -> None:
         """Raise a ConfigError if the section does not fit the model, quantised or split over `parallel` ranks.
 

@@ -13,7 +13,7 @@ from layerskip_recipes.config.schema import Fraction, check
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 
-KEY = "self_speculation"  # of the section in most configs
+SECTION_KEY = "self_speculation"  # of the section in most configs
 
 # Shared with the section.
 NumSpeculations = Annotated[int, Field(ge=1, examples=[6])]

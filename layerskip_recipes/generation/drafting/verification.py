@@ -46,41 +46,42 @@ class Verifier:
         for at, _ in self.unread:
             at[row] = -1  # skip the old text's tokens
 
-    def verify(self, draft: DraftedTokens, now: RoundStart) -> torch.Tensor:
+    def verify(self, draft: DraftedTokens, round_start: RoundStart) -> torch.Tensor:
         """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
         context = self.context
         if draft.num_drafted == 0:
-            return self._plain_step(now)
-        self.catch_up(now)
-        inputs = (now.slots(context, draft.num_drafted), draft.tokens, draft.hidden, now.start, self.last_state)
-        logits, states = Step(context, draft_logits, self.exit_layer, samples=False)(*inputs)
-        tensors = (logits, draft.tokens, now.start, now.keys, now.seen, states)
-        result, state = Step(context, accept_tokens, layers=False)(None, *tensors)
+            return self._plain_step(round_start)
+        self.catch_up(round_start)
+        slots, start = round_start.slots(context, draft.num_drafted), round_start.start
+        run_model = Step(context, draft_logits, self.exit_layer, samples=False)
+        logits, states = run_model(slots, draft.tokens, draft.hidden, start, self.last_state)
+        accept_drafted = Step(context, accept_tokens, layers=False)
+        result, state = accept_drafted(None, logits, draft.tokens, start, round_start.keys, round_start.seen, states)
         # A copy: the next CUDA graph replay overwrites its outputs.
         self.last_state = None if state is None else state.clone()
         return result
 
-    def _plain_step(self, now: RoundStart) -> torch.Tensor:
+    def _plain_step(self, round_start: RoundStart) -> torch.Tensor:
         """A round without a draft; the draft's own layers catch up later."""
-        context, slots = self.context, now.slots(self.context)
+        context, slots = self.context, round_start.slots(self.context)
         if self.last_state is None:
-            step = Step(context, next_logits, context.depth, samples=False)
-            logits, unread = step(slots, now.last, now.start), now.last[:, None]
+            step = Step(context, next_logits, context.output_exit, samples=False)
+            logits, unread = step(slots, round_start.last, round_start.start), round_start.last[:, None]
         else:
             step = Step(context, next_logits_and_states, self.exit_layer, samples=False)
-            logits, x, state = step(slots, now.last, now.start)
+            logits, x, state = step(slots, round_start.last, round_start.start)
             unread = torch.cat([x, self.last_state], -1)
             self.last_state = state.clone()
-        if context.own_layers:
-            self.unread.append((now.start[:, None].clone(), unread))
+        if context.trained_layers:
+            self.unread.append((round_start.start[:, None].clone(), unread))
         choose = Step(context, choose_token, layers=False)
         run = choose.run if context.sampler.greedy else choose
-        following = run(None, logits, now.keys, now.start + 1, now.seen)
+        following = run(None, logits, round_start.keys, round_start.start + 1, round_start.seen)
         if len(self.unread) == MOST_BEHIND:
-            self.catch_up(now)
+            self.catch_up(round_start)
         return F.pad(following[:, None], (1, 0))  # no accepted token
 
-    def catch_up(self, now: RoundStart) -> None:
+    def catch_up(self, round_start: RoundStart) -> None:
         """Run the draft's own layers over the tokens that they have not read."""
         if not self.unread:
             return
@@ -88,8 +89,8 @@ class Verifier:
         spare = MOST_BEHIND - len(self.unread) if self.context.backend.fixed_shapes else 0
         unread = [*self.unread, *[(torch.full_like(self.unread[0][0], -1), self.unread[0][1])] * spare]
         at, inputs = (torch.cat(parts, 1) for parts in zip(*unread, strict=True))
-        at = torch.where(at < 0, now.start[:, None], at)
-        Step(self.context, fill_draft_cache, samples=False)(now.slots(self.context), inputs, at)
+        at = torch.where(at < 0, round_start.start[:, None], at)
+        Step(self.context, fill_draft_cache, samples=False)(round_start.slots(self.context), inputs, at)
         self.unread = []
 
 
@@ -98,7 +99,7 @@ class Verifier:
 
 def fill_draft_cache(context: StepContext, slots, inputs, at):
     """Run the draft's own layers over tokens [b, s] or an adapter's inputs [b, s, 2 d] in the slots `at` [b, s]."""
-    return context.backend.run(context.draft_decoder, inputs, at, slots, context.own_layers, only_cache=True)
+    return context.backend.run(context.draft_decoder, inputs, at, slots, context.trained_layers, only_cache=True)
 
 
 def next_logits_and_states(context: StepContext, exit_layer: int, slots, last, start):
@@ -118,12 +119,18 @@ def draft_logits(context: StepContext, exit_layer: int, slots, tokens, hidden, s
     """
     backend, model, all_layers = context.backend, context.model, range(context.model.num_layers)
     at = start[:, None] + context.cache.slots[: tokens.shape[1]]
-    if not context.own_layers and (hidden is None or not context.shares_layers):
+    if not context.trained_layers and (hidden is None or not context.shares_layers):
         return backend.run(model, tokens, at, slots, all_layers, unembed=True), None
     unread = slice(0 if hidden is None else tokens.shape[1] - 1, None)
     # The model continues from the states of its own early layers. A copy only fills its cache here.
-    inputs = (tokens[:, unread], at[:, unread])
-    x = backend.run(context.draft_decoder, *inputs, slots, range(exit_layer), only_cache=not context.shares_layers)
+    x = backend.run(
+        context.draft_decoder,
+        tokens[:, unread],
+        at[:, unread],
+        slots,
+        range(exit_layer),
+        only_cache=not context.shares_layers,
+    )
     if not context.shares_layers:
         return backend.run(model, tokens, at, slots, all_layers, unembed=True), None
     x = x if hidden is None else torch.cat([hidden, x], 1)

@@ -19,7 +19,7 @@ from torchtune import utils
 
 from layerskip_recipes.errors import first_line
 from layerskip_recipes.model.decoder import LayerSkipDecoder
-from layerskip_recipes.model.kv_cache import BLOCK, DecodingCache
+from layerskip_recipes.model.kv_cache import BLOCK_SLOTS, DecodingCache
 
 log = utils.get_logger("INFO")
 KEPT_BYTES = 2**30  # of the caches that are kept beside the one in use
@@ -38,7 +38,7 @@ def cache_length(needed: int) -> int:
 
     This is more than any attended length: torch would treat a length that equals the cache's as a constant.
     """
-    return max(256, 1 << (needed - 1).bit_length()) + BLOCK
+    return max(256, 1 << (needed - 1).bit_length()) + BLOCK_SLOTS
 
 
 class CompiledSteps:
@@ -67,14 +67,14 @@ class CompiledSteps:
         Those used last are kept up to KEPT_BYTES, for batches of other sizes: a CUDA graph holds its cache's address,
         and with another cache it is captured again.
         """
-        kept = self._caches.pop((num_rows, draft_layers), None)
-        if kept is None or kept.max_len < needed:
-            kept = DecodingCache(model, num_rows, max_len, draft_layers)
+        last_used = self._caches.pop((num_rows, draft_layers), None)
+        if last_used is None or last_used.max_len < needed:
+            last_used = DecodingCache(model, num_rows, max_len, draft_layers)
         others, kept_others, room = [*self._caches.items()], list[Any](), KEPT_BYTES
         while others and (room := room - others[-1][1].num_bytes) >= 0:
             kept_others.insert(0, others.pop())
-        self._caches = dict(kept_others) | {(num_rows, draft_layers): kept}
-        return kept
+        self._caches = dict(kept_others) | {(num_rows, draft_layers): last_used}
+        return last_used
 
     def prepare(self, load: Callable[[], bool]) -> bool:
         """Call `load`, which returns whether it had to compile. Returns whether it worked, and warns if not."""
@@ -100,37 +100,37 @@ class CompiledSteps:
         """step.run(slots, *args) by its graph, which the first call makes; `seconds` adds up the first calls."""
         cuda = self.device.type == "cuda"
         # The graph's key, and the slots that it sees.
-        given, flex = slots, False
+        seen_slots, flex = slots, False
         if slots is not None:
             cache, flex = step.context.cache, fits_flex and step_key not in self.masked
             # All slots for FlexAttention, else the attended length rounded up.
-            given = cache.slots[: cache.max_len if flex else rounded_length(len(slots), self.device)]
-        key = (step_key, len(given)) if cuda and given is not None else step_key
+            seen_slots = cache.slots[: cache.max_len if flex else rounded_length(len(slots), self.device)]
+        key = (step_key, len(seen_slots)) if cuda and seen_slots is not None else step_key
         if self.failed or key in self.refused:
             return step.run(slots, *args)
         self.path += (key,)
-        known = self.graphs.get(key)
+        earlier_graph = self.graphs.get(key)
         # Run the graph. Its first call compiles it; the next one after the same steps captures a CUDA graph.
-        captures = cuda and known is not None and self.path not in self.captured
+        captures = cuda and earlier_graph is not None and self.path not in self.captured
         started = time.perf_counter()
         try:
-            if known is None:
+            if earlier_graph is None:
                 self.warming = True
                 if not cuda and slots is not None:
-                    torch._dynamo.mark_dynamic(given, 0)
-            graph = known or _compiled(step.function, self.device, self._is_quantised(step))
-            out = graph(step.context, *step.constants, given, *args)
+                    torch._dynamo.mark_dynamic(seen_slots, 0)
+            graph = earlier_graph or _compiled(step.function, self.device, self._is_quantised(step))
+            out = graph(step.context, *step.constants, seen_slots, *args)
             if captures:
                 torch.cuda.synchronize(self.device)
                 if not self.warming:
                     self.captured.add(self.path)
         except Exception as e:
-            if known is not None and not cuda:  # the graph worked before, so the error is the step's own
+            if earlier_graph is not None and not cuda:  # the graph worked before, so the error is the step's own
                 raise
             # Note what cannot be compiled, and run the step again without it.
             name = step.function.__name__
             self.seconds += time.perf_counter() - started
-            if flex and known is None:
+            if flex and earlier_graph is None:
                 self.masked.add(step_key)
                 _warn(f"for {name} with FlexAttention", e)
             else:
@@ -144,7 +144,7 @@ class CompiledSteps:
             if cuda and step.context.shared:
                 raise RuntimeError(f"{name}: its CUDA graph failed; run without graphs by compile=false") from e
             return self(step, step_key, fits_flex, slots, *args)
-        if known is None or captures:
+        if earlier_graph is None or captures:
             self.graphs[key] = graph
             self.seconds += time.perf_counter() - started
         return out

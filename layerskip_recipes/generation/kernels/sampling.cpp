@@ -1,4 +1,4 @@
-// `choose` of generation/sampling.py for fp32 scores on a CPU: the logarithms are computed only for the few tokens that
+// `choose_tokens` of generation/sampling.py for fp32 scores on a CPU: the logarithms are computed only for the few tokens that
 // can win. Compiled in one file with few_rows.cpp, after it.
 
 #include <cmath>
