@@ -13,6 +13,10 @@ class KeptPrecision(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float and args[0].dtype == torch.float64:
             return args[0]
+        if func is torch.Tensor.backward:  # in which a mode is off, and checkpointed layers run again
+            options = dict(kwargs or {})
+            with self:
+                return torch.autograd.backward(args[0], options.pop("gradient", None), **options)
         return func(*args, **(kwargs or {}))
 
 
