@@ -57,15 +57,18 @@ def tiny():
 
 
 @pytest.fixture
-def float64():
+def float64(monkeypatch):
     """New models compute in float64 throughout, also where torchtune asks for fp32 (norms, rotations, logits).
 
     For tests that two computations are the same mathematics: their tolerance does not depend on a processor's kernels.
     """
-    from helpers.precision import in_float64
+    import torch
 
-    with in_float64():
-        yield
+    to_float32, before = torch.Tensor.float, torch.get_default_dtype()
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float32(x))
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

