@@ -96,7 +96,7 @@ def exit_at_once(status: int) -> NoReturn:
 
     torch's groups and gloo's threads outlive `destroy_process_group` while a mesh or a sharded model refers to them.
     The threads free finished collectives, whose tensors are Python objects, and can abort a process that is being torn
-    down (pytorch pull request 179291, abandoned). This probably caused a "free(): invalid pointer" after a training.
+    down (pytorch issue 190489, open). This probably caused a "free(): invalid pointer" after a training.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

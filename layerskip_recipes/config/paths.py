@@ -15,7 +15,7 @@ def read_json(file: Path, key: str, default: dict[str, Any] | None = None) -> di
         return default
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, RecursionError) as e:  # the last for deep nesting
         raise ConfigError(f"{key}: {str(file.parent)!r} holds no readable {file.name} ({first_line(e)})") from e
 
 

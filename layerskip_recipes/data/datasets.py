@@ -86,6 +86,7 @@ def load_data(
         builder = section
         if section.path == "torchtune.datasets.chat_dataset":
             builder = section.replace(_component_="layerskip_recipes.data.conversations.chat_dataset")
+            builder.path = section.path  # for messages
         with _explained_errors(section, "its data"):  # a packed dataset reads all of its samples when it is built
             parts.append(builder.build(tokenizer))
         if is_rank_zero():

@@ -129,10 +129,10 @@ def make_tokenizer(tmp_path):
 
 def load(tokenizer, rows: list[dict], folder: Path, **arguments):
     """The samples of a config with torchtune's chat_dataset, whose file has these lines."""
+    file = write_lines(folder / "rows.jsonl", rows)
     section = {
         "_component_": "torchtune.datasets.chat_dataset",
-        **{"source": "json", "data_files": write_lines(folder / "rows.jsonl", rows)},
-        **{"conversation_column": "messages", "conversation_style": "openai"},
+        **{"source": "json", "data_files": file, "conversation_column": "messages", "conversation_style": "openai"},
     }
     section = Component(section | arguments, "dataset")
     return load_data([section], None, tokenizer, SimpleNamespace(layers=[]), torch.device("cpu"))[0]
@@ -246,6 +246,16 @@ def test_a_conversation_that_cannot_be_learned(messages, message, make_tokenizer
     ) as e:
         load(make_tokenizer(QWEN), rows, tmp_path)
     assert "conversation_column" not in str(e.value)
+
+
+def test_deep_json_is_refused_in_one_line(make_tokenizer, tmp_path):
+    tokenizer, file = make_tokenizer(QWEN), tmp_path / "deep.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": ' + "[" * 5000 + "]" * 5000 + "}]}\n")
+    with pytest.raises(ConfigError, match=r"^dataset: torchtune\.datasets\.chat_dataset\(.* cannot be built"):
+        load(tokenizer, [], tmp_path, data_files=str(file))
+    (tmp_path / "tokenizer_config.json").write_text('{"x": ' + "[" * 10_000 + "]" * 10_000 + "}")
+    with pytest.raises(ConfigError, match=r"^tokenizer\.path: .* holds no readable tokenizer_config\.json"):
+        hf_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(("name", "left_out"), [("several results", "tool_calls"), ("words beside a call", "tools")])
