@@ -136,7 +136,7 @@ def test_a_given_exit_drafts_before_the_chosen_one(run, checkpoint):
         generate(layerskip_decoder(make_tiny()), [1, 2], 4, num_speculations=4)
     for wrong, message in (
         ({"num_speculations": 0}, "num_speculations: 0"),
-        ({"temprature": 0.5}, "temprature: unknown. Nearest: temperature"),
+        ({"temperatures": 0.5}, "temperatures: unknown. Nearest: temperature"),
         ({"draft": "out"}, "draft: 'out'"),
         ({"stop": 3}, "stop: 3"),
         ({"batch_size": 0}, "batch_size: 0"),
