@@ -17,7 +17,7 @@ from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import Head, compute_dtype
 from layerskip_recipes.model.limits import check_batch
 
-MOST_CHUNK_TOKENS = 512  # five tensors [tokens, vocabulary] in fp32 are in memory at a time
+MOST_CHUNK_TOKENS = 512  # six tensors [tokens, vocabulary] in fp32 are in memory at a time
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class DecodingConfig(RecipeConfig):
     """A text ends before the first of these strings."""
     compile: Annotated[Flag, Auto()] = AUTO
     """Compile the decoding steps: to C++ on a CPU (needs a C++ compiler), to CUDA graphs on a GPU. The first run takes
-    half a minute longer, on a GPU some minutes; later runs load the code from a cache. auto: if
-    that should save more time than it takes."""
+    half a minute longer, on a GPU some minutes; later runs load the code from a cache. auto: on
+    a CPU if that should save more time than it takes, on a GPU for runs of more than 300 tokens."""
     quantizer: Annotated[Component, Takes()] | None = None
     """Quantises the whole model: a torchtune quantizer, or a torchao config such as
     `torchao.quantization.Int8WeightOnlyConfig`."""

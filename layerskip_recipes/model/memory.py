@@ -129,8 +129,8 @@ def cast_bytes(model: TransformerDecoder, depth: int, recompute: bool) -> int:
 
 
 def measuring_bytes(model: TransformerDecoder, chunk: int) -> int:
-    """Bytes of the measurement of exits at a save: five fp32 values for each token of a chunk and vocabulary entry."""
-    return 5 * 4 * chunk * model.tok_embeddings.num_embeddings
+    """Bytes of the measurement of exits at a save: six fp32 values for each token of a chunk and vocabulary entry."""
+    return 6 * 4 * chunk * model.tok_embeddings.num_embeddings
 
 
 # ---- generation ----
