@@ -35,7 +35,7 @@ def main() -> None:
 
     # The decoding loop itself: each round makes some tokens of each row final.
     model, tokenizer = llm.model, llm.tokenizer
-    speculation = Speculation(exit_layer=max(1, model.num_layers // 7), num_speculations=4)
+    speculation = Speculation(exit_layer=3, num_speculations=4)
     prompt, stop_tokens = tokenizer.prompt(PROMPT), tokenizer.stop_tokens
     generation = Generation(model, [prompt], NEW_TOKENS, speculation=speculation, stop_tokens=stop_tokens)
     for new in generation:

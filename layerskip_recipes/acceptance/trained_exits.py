@@ -40,9 +40,7 @@ VocabularyName = Annotated[str, Field(pattern=r"^(all|[1-9]\d{0,8})$")]
 class Measured(StoredPart):
     on: Literal["dataset_val", "training"]
     labels: int
-    exits: dict[Exit, dict[Annotated[str, Field(pattern=r"^(all|[1-9]\d{0,8})$")], TokensPerRound]] = Field(
-        default_factory=dict
-    )
+    exits: dict[Exit, dict[VocabularyName, TokensPerRound]] = Field(default_factory=dict)
     """For each early exit and draft vocabulary: "all", or n for the first n tokens of `vocabulary`."""
     draft: TokensPerRound | None = None
     """For a trained draft, with its own vocabulary."""

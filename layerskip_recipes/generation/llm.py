@@ -19,7 +19,7 @@ from typing_extensions import Self, TypedDict, Unpack
 from layerskip_recipes.checkpoint.drafts import read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
-from layerskip_recipes.config.auto import best_device
+from layerskip_recipes.config.auto import best_device, computes_in_bf16
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import AUTO, DeviceName, PositiveInt, Text, check, checked_arguments, nearest
 from layerskip_recipes.data.tokenizer import hf_tokenizer
@@ -150,11 +150,11 @@ class LLM:
                 LoRA its base model, into which it is merged.
             draft: a run or a checkpoint with a draft trained for this model; None takes one that was trained beside it.
             device: such as "cpu" or "cuda:1"; None chooses the best device.
-            dtype: "fp32" or "bf16"; None is fp32 on a CPU and bf16 elsewhere.
+            dtype: "fp32" or "bf16"; None is bf16 on a GPU that computes in it, else fp32.
         """
         folder = named_folder(path, weights=True)
         torch_device = torch.device(device or best_device())
-        dtype = dtype or ("fp32" if torch_device.type == "cpu" else "bf16")
+        dtype = dtype or ("bf16" if computes_in_bf16(str(torch_device)) else "fp32")
         torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
         # Build on the meta device: the weights are initialised only once, by the checkpoint.
         with training.set_default_dtype(torch_dtype), torch.device("meta"):
@@ -277,7 +277,7 @@ class LLM:
         prompt: Sequence[Any],
         max_new_tokens: int = 300,
         *,
-        batch_size: int = 8,
+        batch_size: int = 4,
         **settings: Unpack[CallSettings],
     ) -> Output | list[Output]: ...
     def generate(
@@ -285,7 +285,7 @@ class LLM:
         prompt: Question | Sequence[Question],
         max_new_tokens: int = 300,
         *,
-        batch_size: int = 8,
+        batch_size: int = 4,
         **settings: Unpack[CallSettings],
     ) -> Output | list[Output]:
         """Answer a prompt, or a list of prompts.
@@ -393,7 +393,10 @@ class LLM:
         def planned(compiled: bool) -> tuple[Speculation | None, str | None]:
             temperature = settings.get("temperature", 0.0)
             key = repr((section, temperature, num_rows, compiled))
-            if key not in self.plans:
+            # A number of tokens without a stored list is counted in the prompts of each call.
+            stored = planner.exits is not None and planner.exits.vocabulary
+            counted = section is not None and isinstance(section.draft_vocabulary, int) and not stored
+            if key not in self.plans or counted:
                 asked = section is not None and section.num_speculations != AUTO
                 self.plans[key] = planner.plan(
                     section, temperature, compiled, prompts, num_rows, key="generate", asked=asked

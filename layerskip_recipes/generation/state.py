@@ -17,7 +17,7 @@ from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 
-MOST = 2  # draft weights that are kept for a model without an `LLM`: those of the last plans
+MOST_DRAFTS = 2  # draft weights that are kept for a model without an `LLM`: those of the last plans
 
 
 @dataclass
@@ -97,4 +97,4 @@ _STATES: WeakKeyDictionary[TransformerDecoder, ModelState] = WeakKeyDictionary()
 
 
 def state_of(model: TransformerDecoder) -> ModelState:
-    return _STATES.setdefault(model, ModelState(most=MOST))
+    return _STATES.setdefault(model, ModelState(most=MOST_DRAFTS))

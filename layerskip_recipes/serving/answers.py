@@ -24,7 +24,7 @@ EXPECTED_REQUESTS = 1000  # to decide whether compiling pays
 TOKENIZED_CHARACTERS = 2**14  # tokenized at once to see whether a prompt fits
 
 
-class Answers:
+class Answerer:
     """Answers requests by the settings of a config. Mistakes are found before any weight is loaded.
 
     Attributes:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torchtune import config, utils
 
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.serving.answers import Answers
+from layerskip_recipes.serving.answers import Answerer
 from layerskip_recipes.serving.config import API_KEY, ServeConfig
 
 log = utils.get_logger("INFO")
@@ -28,7 +28,7 @@ class LayerSkipServe:
         self.api_key = os.environ.get(API_KEY)
         if cfg.allowed_origins and not self.api_key:
             raise ConfigError(f"allowed_origins: {cfg.allowed_origins} needs a key. Set {API_KEY}, which pages send")
-        self.answers = Answers(cfg)
+        self.answers = Answerer(cfg)
         self.cfg = self.answers.cfg
         # Clients are refused until the model is ready, as this socket does not listen yet.
         self.socket = socket.socket(socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)

@@ -218,12 +218,18 @@ def test_a_long_prompt_can_be_left_between_two_chunks(monkeypatch):
 def load_again():
     """Loads the library as a new process does."""
 
-    def load():
+    folder = cpp_decoder._library_folder
+
+    def forget():
         load_library.cache_clear()
+        folder.cache_clear()
+
+    def load():
+        forget()
         load_library()
 
     yield load
-    load_library.cache_clear()
+    forget()
 
 
 def test_compiled_code_is_of_one_torch_compiler_and_processor(load_again, monkeypatch):
@@ -271,7 +277,6 @@ def test_code_is_loaded_from_a_folder_of_this_user_alone(case, load_again, tmp_p
     monkeypatch.setattr(
         CppCodeCache, "load", classmethod(lambda cls, source: folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
     )
-    monkeypatch.setattr(cpp_decoder, "_library_folder", cpp_decoder._library_folder.__wrapped__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     mine = tmp_path / "cache" / "layerskip_recipes"
@@ -367,7 +372,7 @@ def test_a_product_of_few_rows_has_the_bits_of_each_row_alone(n, k, dtype, two_t
 
 @pytest.mark.parametrize(("n", "k", "group"), [(1, 32, 32), (130, 576, 64), (48, 2048, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_of_four_bits(n, k, group, dtype, two_threads):
+def test_products_of_four_bits_are_torchaos(n, k, group, dtype, two_threads):
     """torchao's product of int4 weights and rounded inputs, and each row of it to the last bit what it is alone."""
     load_library()
     torch.manual_seed(n * k)

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from layerskip_recipes import LLM, generate, hf_tokenizer, layerskip_decoder
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.kernels import when_to_compile
+from layerskip_recipes.generation.llm import CallSettings
 
 
 def trained(folder, tokenizer, base, **changes):
@@ -124,6 +126,19 @@ def test_two_objects_of_one_folder_share_nothing(run):
     assert other.generate(PROMPT, 16, num_speculations=4).text == text
     assert one.state is not other.state and one.state.rules.keys() == other.state.rules.keys()
     assert not {*map(id, one.state.rules.values())} & {*map(id, other.state.rules.values())}
+
+
+def test_a_call_has_the_keys_of_self_speculation():
+    of_calls = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "compile"}
+    assert CallSettings.__annotations__.keys() - of_calls == SelfSpeculation.model_fields.keys()
+
+
+def test_a_number_of_draft_tokens_without_a_stored_list_is_counted_in_each_calls_prompts(checkpoint):
+    llm = LLM.load(str(checkpoint))
+    for prompt in ("aaaaaaaa", "bbbbbbbb"):
+        llm.generate(prompt, 4, exit_layer=2, draft_vocabulary=1, compile=False)
+    (first, *_), (last, *_) = (key[1] for key in llm.state.drafts)
+    assert first != last
 
 
 def test_a_given_exit_drafts_before_the_chosen_one(run, checkpoint):

@@ -185,7 +185,7 @@ class DraftPlanner:
         assert best.speedup is not None
 
         # Draft if it should pay, or if the user asked for it.
-        described = self._described(best, costs, assumed=any(rates is ASSUMED for _, rates in options))
+        described = self._described(best, assumed=any(rates is ASSUMED for _, rates in options))
         if best.speedup < LEAST_GAIN and not (asked or has_exit or given.get("draft")):
             which = "no exit should pay" if draft is None else "the trained draft should not pay"
             why = f"{which}. The best would be {described}"
@@ -273,7 +273,7 @@ class DraftPlanner:
         return f"{reason}. To draft anyway: {key}.exit_layer={default_exit(self.model.num_layers)}"
 
     @staticmethod
-    def _described(plan: Speculation, costs: Costs, assumed: bool) -> str:
+    def _described(plan: Speculation, assumed: bool) -> str:
         assert plan.tokens_per_round is not None and plan.speedup is not None
         return (
             f"{plan}, {'up to ' if plan.ends_early else ''}{plan.num_speculations} drafted tokens per round; "

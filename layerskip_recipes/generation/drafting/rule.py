@@ -8,7 +8,7 @@ from typing import Any
 
 from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundKind
 
-START, MOST = 3.5, 14.0  # of the account, in plain steps
+START, MOST_SAVED = 3.5, 14.0  # of the account, in plain steps
 PAUSE = 128  # plain rounds before the first new try
 MEMORY = 0.9  # decay of earlier rounds in the mean tokens per round
 MEASURED = 9  # rounds of each kind whose seconds count
@@ -93,7 +93,7 @@ class DraftRule:
         unpaid.append(tokens)
         if not self.measure or len(self.seconds[kind.name]) > 1:
             gained = sum(unpaid) - len(unpaid) * self.cost(kind)
-            self.account = min(max(self.account + gained, 0.0), MOST)
+            self.account = min(max(self.account + gained, 0.0), MOST_SAVED)
             self.pause = PAUSE if gained > 0 else self.pause
             unpaid.clear()
 
