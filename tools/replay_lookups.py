@@ -17,7 +17,7 @@ from typing import Any
 from layerskip_recipes import hf_tokenizer
 from layerskip_recipes.checkpoint.answers import MOST_TOKENS, Answers, answers_of
 from layerskip_recipes.data.replies import ReplyDataset, qa_dataset
-from layerskip_recipes.generation.drafting.lookup import LEAST_PROBABILITY, Lookup
+from layerskip_recipes.generation.drafting.lookup import Lookup
 from layerskip_recipes.generation.prefill import common_length
 
 
@@ -39,7 +39,7 @@ def replay(texts: Sequence[tuple[list[int], list[int]]], count: int, least: int 
     for prompt, answer in texts:
         lookup, done = Lookup([*prompt, *answer[:1]], least, answers), 1
         while done < len(answer):
-            found, _ = lookup.find(min(count, len(answer) - done), LEAST_PROBABILITY)
+            found, _ = lookup.find(min(count, len(answer) - done))
             new = answer[done : done + 1 + common_length(found, answer[done:])]
             lookup.text.extend(new)
             done, rounds, tokens, drafted = done + len(new), rounds + 1, tokens + len(new), drafted + len(found)

@@ -1,5 +1,6 @@
 """Answers that drafts are looked up in: read from JSON lines, or written beside a checkpoint by its training."""
 
+import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from itertools import groupby
@@ -61,7 +62,8 @@ class Answers:
         wanted = query[: 4 * length]
         first = bisect_left(self._places, wanted, hi=here, key=lambda place: self._past(place, len(wanted)))
         end = bisect_right(self._places, wanted, lo=here, key=lambda place: self._past(place, len(wanted)))
-        return some_of(self.order[first:end] + 1, length)
+        some = some_of(self.order[first:end], length)
+        return some._replace(following=some.following + 1)
 
     def _past(self, place: int, size: int) -> bytes:
         """The tokens up to a position, backwards, as `size` bytes that compare as the tokens do."""
@@ -171,9 +173,9 @@ def _read_file(file: Path, tokenizer: Any, num_tokens: int) -> Answers:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             tokens, order, sample = (arrays[name] for name in ("tokens", "order", "sample"))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as e:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, EOFError, BadZipFile, zlib.error) as e:
         raise ConfigError(f"{str(file)!r} cannot be read ({first_line(e)})") from e
-    count = len(tokens)
+    count = tokens.size
     is_sound = count > 1 and all(part.ndim == 1 and part.dtype == np.int32 for part in (tokens, order))
     is_sound = is_sound and len(order) == count - 1 and order.min() >= 0 and order.max() < count - 1
     if not is_sound:

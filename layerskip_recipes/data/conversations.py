@@ -107,6 +107,9 @@ def _check_order(messages: Sequence[Message]) -> None:
     roles = [message.role for message in messages]
     if "assistant" not in roles:
         raise ValueError(f"a conversation of {', '.join(roles) or 'no messages'} has no reply of the assistant")
+    for i, role in enumerate(roles):
+        if role not in ("system", "user", "assistant", *TOOL_ROLES):
+            raise ValueError(f"message {i} has the role {role!r}. Allowed: system, user, assistant, tool")
     if roles[0] != "user" and roles[:2] != ["system", "user"]:
         raise ValueError(f"a conversation starts with {roles[0]}. Allowed: user, or system and then user")
     for i, (before, role) in enumerate(pairwise(roles), 1):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch.utils.data import DataLoader, Dataset
@@ -145,7 +146,7 @@ class Batches:
             dataset,
             batch_size,
             sampler=samples,
-            collate_fn=list,
+            collate_fn=_as_arrays if self.num_workers else list,
             drop_last=drop_last,
             num_workers=self.num_workers,
             multiprocessing_context="fork" if self.num_workers else None,  # open files cannot be pickled
@@ -164,7 +165,22 @@ class Batches:
                 if self.num_workers:  # a worker changes the error's text, so meet it here
                     _ = [self.dataset[i] for i in self.samples[first : first + self.batch_size]]
                 raise
-            yield self.collate(samples)
+            yield self.collate(_as_tensors(samples) if self.num_workers else samples)
+
+
+def _as_arrays(samples: list[Any]) -> list[Any]:
+    """Samples whose tensors are arrays, as a process sends each tensor by an open file, of which it has few."""
+    return [_with(sample, torch.Tensor, torch.Tensor.numpy) for sample in samples]
+
+
+def _as_tensors(samples: list[Any]) -> list[Any]:
+    return [_with(sample, np.ndarray, torch.from_numpy) for sample in samples]
+
+
+def _with(sample: Any, kind: type, change: Callable) -> Any:
+    if not isinstance(sample, dict):
+        return sample
+    return {key: change(value) if isinstance(value, kind) else value for key, value in sample.items()}
 
 
 def _check_messages(section: Component, dataset: Any, tokenizer: Any) -> None:

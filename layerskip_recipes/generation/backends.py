@@ -86,7 +86,9 @@ class TorchBackend:
         self.model, self.cache, self.draft_decoder, self.draft_head = model, cache, draft_decoder, draft_head
         self.dtype = model.tok_embeddings.weight.dtype
         self.last_position = model.max_seq_len - 1
-        self.is_plain = all(is_plain_attention(layer) for layer in model.layers)
+        # With a window, attention over a whole text needs a mask of all its tokens.
+        has_window = any(getattr(layer.attn, "window", None) for layer in model.layers)
+        self.is_plain = not has_window and all(is_plain_attention(layer) for layer in model.layers)
 
     # ---- calling steps ----
 

@@ -147,6 +147,11 @@ class LayerSkipFinetune:
         limit_samples([*cfg.dataset, *(cfg.dataset_val or [])], tokenizer, cfg.meta_model)
         self.data = TrainingData(cfg, tokenizer, self.device, self.mesh, self.seed)
         self.cfg = cfg = self.data.cfg
+        if cfg.answer_tokens and not (hasattr(tokenizer, "decode") and "labels" in self.data.dataset[0]):
+            raise ConfigError(
+                f"answer_tokens: {cfg.answer_tokens} needs a tokenizer with `decode` and samples with labels. "
+                "Without them set answer_tokens=0"
+            )
         self.validation = Validation(cfg, tokenizer, self.device, self.mesh)
         num_tokens = cfg.meta_model.tok_embeddings.num_embeddings
         self.labels = LabelCounts(self.mesh, self.device, num_tokens)

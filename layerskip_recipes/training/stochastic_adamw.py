@@ -11,6 +11,7 @@ from layerskip_recipes.processes import local_part
 from layerskip_recipes.training.compiled import compiled
 
 CPU_SLICE = 2**18  # weights that a CPU converts to fp32 at a time, which fit into its caches
+GPU_SLICE = 2**25  # weights per kernel, so that little memory is needed where it cannot be compiled
 
 
 class StochasticAdamW(Optimizer):
@@ -66,7 +67,7 @@ class StochasticAdamW(Optimizer):
         for (_, _, p), *numbers in zip(trained, *of_weights, strict=True):
             state, size = self.state[p], local_part(p).numel()
             parts = [local_part(x).reshape(-1) for x in (p, state["exp_avg"], state["exp_avg_sq"], p.grad)]
-            length = max(size, 1) if cuda else CPU_SLICE
+            length = GPU_SLICE if cuda else CPU_SLICE
             for start in range(0, size, length):
                 run(*(part[start : start + length] for part in parts), *numbers, start)
         return loss

@@ -7,9 +7,17 @@ import pytest
 from helpers.speculation import longest_matches, search
 
 from layerskip_recipes.checkpoint import answers as module
-from layerskip_recipes.checkpoint.answers import Answers, answer_tokens, answers_beside, read_answers, write_answers
+from layerskip_recipes.checkpoint.answers import (
+    Answers,
+    Matches,
+    answer_tokens,
+    answers_beside,
+    read_answers,
+    write_answers,
+)
 from layerskip_recipes.errors import ConfigError
-from layerskip_recipes.generation.drafting.lookup import Lookup
+from layerskip_recipes.generation.drafting import lookup as lookup_module
+from layerskip_recipes.generation.drafting.lookup import LEAST_PROBABILITY, Lookup
 
 
 class Letters:
@@ -59,13 +67,22 @@ def test_drafts_are_what_a_search_finds_in_both_texts(least, with_answers):
     lengths = set()
     for seed in range(20):
         text = [*random_tokens(12, 4, seed), *tokens[5 * seed : 5 * seed + 6]]
-        for ends in (0.0, 0.1, 0.4):
-            lookup = Lookup(text, least, answers)
-            drafted, expected = lookup.find(8, ends)
-            assert drafted == search(text, least, 8, tokens if with_answers else (), ends)
-            assert lookup.text.tokens.tolist() == text and 0 <= expected <= len(drafted)
-            lengths.add(len(drafted))
-    assert len(lengths) > 3
+        lookup = Lookup(text, least, answers)
+        drafted, expected = lookup.find(8)
+        assert drafted == search(text, least, 8, tokens if with_answers else (), LEAST_PROBABILITY)
+        assert lookup.text.tokens.tolist() == text and 0 <= expected <= len(drafted)
+        lengths.add(len(drafted))
+    assert len(lengths) > 1
+
+
+def test_a_text_of_one_word_is_searched_at_its_end_alone(monkeypatch):
+    compared = []
+    monkeypatch.setattr(lookup_module, "MOST_SEARCHED", 100)
+    monkeypatch.setattr(
+        lookup_module, "some_of", lambda places, length: compared.append(places) or Matches(places, length)
+    )
+    lookup = Lookup([7] * 5000, 1, None)
+    assert lookup.find(8)[0] == [7] * 8 and max(map(len, compared)) <= 100 and len(compared) == 1
 
 
 def sample(tokens, hidden):
@@ -94,7 +111,16 @@ def test_a_file_beside_the_model_is_for_one_tokenizer(tmp_path, caplog):
     assert answers_beside(tmp_path, Letters(), 4) is None
 
 
-def test_answers_of_json_lines(tmp_path):
+def test_a_damaged_file_is_no_traceback(tmp_path, caplog):
+    file = tmp_path / "answers.npz"
+    np.savez(file, tokens=np.int32(3), order=np.int32(3), sample=np.array(""))
+    assert answers_beside(tmp_path, Letters(), 4) is None
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    (tmp_path / "a.npy").rename(file)
+    assert answers_beside(tmp_path, Letters(), 4) is None and caplog.text.count("answers.npz") == 2
+
+
+def test_answers_are_the_outputs_of_json_lines(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text('{"input": "abc", "output": "de"}\n{"prompt": "abc", "text": "fe"}\n')
     found = read_answers(str(file), Letters(), 99, "answers")

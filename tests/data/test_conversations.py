@@ -233,6 +233,7 @@ def test_a_tools_text_writes_no_control_tokens(make_tokenizer, tmp_path):
         ([user([{"type": "image_url"}]), reply("x")], r"messages\[0\]\.content: .*type text"),
         ([{"content": "x"}, reply("x")], r"messages\[0\]: .* has no role"),
         ([user("Hi"), user("Hi"), reply("x")], r".*messages 0 and 1 are consecutive user"),
+        ([user("Hi"), reply("x"), {"role": "function", "content": "1"}], r".*message 2 has the role 'function'"),
         ([reply("x"), user("Hi")], r".*starts with assistant"),
         ([user("Hi"), result("4"), reply("x")], r".*message 1 is a tool's result"),
         ([user("Hi"), reply("x"), {"role": "system", "content": "x"}], r".*message 2 is a system message"),

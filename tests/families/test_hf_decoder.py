@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers.hf_folders import LONGROPE, MODELS, SIZE, VOCAB, make_hf_folder
 from helpers.json_lines import change_json
+from helpers.tiny import make_tiny
 from safetensors.torch import load_file, save_file
 from torchtune import training
 from torchtune.generation import generate as torchtune_generate
@@ -23,7 +24,9 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_names import place_in_files
 from layerskip_recipes.families.reading import read_hf_config
 from layerskip_recipes.families.rope import Rope
+from layerskip_recipes.generation.backends import CHUNK, TorchBackend
 from layerskip_recipes.model.adapters import BIASES, adapter_config, fresh_adapters, merge_adapters, scaled_biases
+from layerskip_recipes.model.kv_cache import DecodingCache
 
 TOKENS = 3 + torch.arange(48).view(2, 24) * 31 % (VOCAB - 3)  # without the padding token, which transformers masks
 
@@ -177,6 +180,15 @@ def test_loss_and_gradients_are_those_of_transformers(pair):
     for name, parameter in pair.ours.named_parameters():
         file_name, rows = place_in_files(name, config)
         assert close(parameter.grad, theirs[file_name].grad[rows]), name
+
+
+def test_a_long_prompt_of_a_model_with_windows_is_read_in_chunks():
+    """A mask of a whole text would have as many numbers as the square of its tokens."""
+    chunks = {}
+    for family in ("llama3_2", "gemma3"):
+        model = layerskip_decoder(make_tiny(family))
+        chunks[family] = TorchBackend(model, DecodingCache(model, 1, 64), model, None).chunk(100_000, 0)
+    assert chunks == {"llama3_2": 100_000, "gemma3": CHUNK}
 
 
 def test_a_training_step_learns_from_the_logits_of_each_exit(pair):

@@ -512,6 +512,11 @@ UNKNOWN = {
     "zero points of version 1": lambda model: quantize_(
         model, IntxWeightOnlyConfig(mapping_type=MappingType.ASYMMETRIC, version=1)
     ),
+    "int4 beside others": lambda model: quantize_(
+        model,
+        Int8DynamicActivationInt4WeightConfig(group_size=16),
+        filter_fn=lambda module, name: name.endswith(("q_proj", "k_proj")),
+    ),
     "no norm": lambda model: setattr(model.layers[1], "mlp_norm", torch.nn.Identity()),
 }
 OTHER_MODELS = {

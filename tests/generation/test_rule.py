@@ -109,6 +109,14 @@ def test_look_ups_run_where_they_are_better(better):
     assert picked[LOOKUP] > 90 if better == LOOKUP else picked[LOOKUP] == 0
 
 
+def test_what_was_observed_counts_for_all_look_ups_of_a_class():
+    """Not for one with the same estimate alone: estimates differ in each round."""
+    rule = DraftRule()
+    for estimate in (4.1, 4.2, 4.3):
+        rule.observe(RoundKind("lookup", 2, untried=estimate), 1.0)
+    assert len(rule.recent) == 1 and rule.tokens(RoundKind("lookup", 2, untried=4.4)) == pytest.approx(1.0)
+
+
 def test_without_measures_each_round_drafts():
     rule = DraftRule(measure=False)
     _, picked = decode(rule, COSTS[3], 0.0, 50)

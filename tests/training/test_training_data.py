@@ -143,7 +143,7 @@ class Numbered:
     def __getitem__(self, i: int) -> dict:
         if i == 10:
             raise ConfigError("dataset: sample 10 is broken")
-        return {"tokens": [i] * (1 + i % 3), "pid": os.getpid()}
+        return {"tokens": [i] * (1 + i % 3), "mask": torch.tensor([i]), "pid": os.getpid()}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -154,6 +154,7 @@ def test_for_a_gpu_other_processes_read_ahead(device, monkeypatch):
 
     def collate(samples: list[dict]) -> list:
         makers.append(os.getpid())
+        assert all(torch.equal(s["mask"], torch.tensor(s["tokens"][:1])) for s in samples)
         return samples
 
     def read(samples: list[int], drop_last: bool = False) -> tuple[list, set]:

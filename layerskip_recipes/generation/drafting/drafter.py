@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
 
@@ -42,10 +42,10 @@ class RoundKind:
     """`DraftRule` picks the kind of each round. Two drafters never offer equal ones."""
 
     name: str  # "plain" (no draft), "chain", "lookup" or another drafter's; unique
-    expected: int = (
-        0  # of a look-up: 0, 1 or 2 for less than 1, less than 3, or more tokens that are expected to be right
-    )
-    untried: float = inf  # tokens per round that the rule expects before the first one; inf: it tries the draft soon
+    # Of a look-up: 0, 1 or 2 for less than 1, less than 3, or more tokens that are expected to be right.
+    expected: int = 0
+    # Tokens per round that the rule expects before the first one; inf: it tries the draft soon.
+    untried: float = field(default=inf, compare=False)
 
 
 PLAIN = RoundKind("plain")

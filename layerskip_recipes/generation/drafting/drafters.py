@@ -47,6 +47,7 @@ class Drafters:
         self.offered = {kind: drafter for kind, drafter in offers if kind is not None}
         picked = self.rule.pick([*self.offered])
         if picked == PLAIN:
+            self.offered = {}  # the one token of this round tells too little of them
             return DraftedTokens(PLAIN, round_start.last[:, None])
         return self.offered[picked].propose(round_start)
 

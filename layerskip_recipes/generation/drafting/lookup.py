@@ -15,6 +15,7 @@ from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.decoder import on_device
 
 LEAST_PROBABILITY = 0.1  # a draft of any length ends where the probability that all of it is right falls below this
+MOST_SEARCHED = 4096  # of the last places in a text that end with its last token; a text of one word has no others
 
 
 class GrowingText:
@@ -42,7 +43,7 @@ class GrowingText:
         """The earlier places with the longest match of the text's own end, the last of them first."""
         if not len(text):
             return Matches(np.arange(0), 0)
-        places, length = np.flatnonzero(text[:-1] == text[-1])[::-1], 1
+        places, length = np.flatnonzero(text[:-1] == text[-1])[::-1][:MOST_SEARCHED], 1
         while len(places) and length < LONGEST_MATCH:
             longer = places[places >= length]
             longer = longer[text[longer - length] == text[-1 - length]]
@@ -69,10 +70,10 @@ class Lookup:
         self.sources: list[tuple[GrowingText | Answers, int]] = [] if least is None else [(self.text, least)]
         self.sources += [] if answers is None else [(answers, 1)]
 
-    def find(self, count: int, ends: float) -> tuple[list[int], float]:
+    def find(self, count: int) -> tuple[list[int], float]:
         """At most `count` tokens that may follow, and how many of them are expected to be right.
 
-        They end where the probability that all of them are right falls below `ends`.
+        They end where the probability that all of them are right falls below LEAST_PROBABILITY.
         """
         start = len(self.text.tokens)
         drafted: list[int] = []
@@ -83,7 +84,7 @@ class Lookup:
             guesses = [_likeliest(self.sources[i][0].tokens, known) for i, known in enumerate(matches)]
             probability, token = max(guesses, key=lambda guess: guess[0])  # the text wins a tie
             sure *= probability
-            if sure <= 0.0 or sure < ends:
+            if sure < LEAST_PROBABILITY:
                 break
             expected += sure
             drafted.append(token)
@@ -111,11 +112,9 @@ def _likeliest(tokens: np.ndarray, matches: Matches) -> tuple[float, int]:
 
 def _after(tokens: np.ndarray, matches: Matches, token: int) -> Matches | None:
     """The matches that go on with the token; None: search again."""
-    if not matches.is_whole:
-        return None
     following = matches.following[tokens[matches.following] == token] + 1
     following = following[following < len(tokens)]
-    return Matches(following, matches.length + 1) if len(following) else None
+    return Matches(following, matches.length + 1, matches.is_whole) if len(following) else None
 
 
 class LookupDrafter(Drafter):
@@ -135,28 +134,26 @@ class LookupDrafter(Drafter):
         self.context, self.num_speculations = context, num_speculations
         self.least, self.answers = least, answers
         self.rows = [Lookup(text, least, answers) for text in texts]
-        # On a CPU each drafted token costs time.
-        self.ends = LEAST_PROBABILITY if context.device.type == "cpu" and not context.backend.fixed_shapes else 0.0
         self.offered: RoundKind  # in this round
         self.found: list[list[int]] = []  # its tokens, [b][up to n]
 
-    def offer(self, now: RoundStart) -> RoundKind | None:
-        num_to_draft = now.num_to_draft(self.context, self.num_speculations)
-        pairs = zip(self.rows, now.finished, strict=True)
-        found = [([], 0.0) if done else row.find(num_to_draft, self.ends) for row, done in pairs]
+    def offer(self, round_start: RoundStart) -> RoundKind | None:
+        num_to_draft = round_start.num_to_draft(self.context, self.num_speculations)
+        pairs = zip(self.rows, round_start.finished, strict=True)
+        found = [([], 0.0) if done else row.find(num_to_draft) for row, done in pairs]
         if not any(tokens for tokens, _ in found):
             return None
         self.found = [tokens for tokens, _ in found]
-        expected = sum(tokens for _, tokens in found) / now.finished.count(False)
+        expected = sum(tokens for _, tokens in found) / round_start.finished.count(False)
         self.offered = RoundKind("lookup", min(int(1 + expected).bit_length() - 1, 2), untried=1.0 + expected)
         return self.offered
 
-    def propose(self, now: RoundStart) -> DraftedTokens:
+    def propose(self, round_start: RoundStart) -> DraftedTokens:
         fixed = self.context.backend.fixed_shapes
         count = self.num_speculations if fixed else max(map(len, self.found))
         # Rows with shorter drafts get any tokens behind them.
         tokens = on_device([[*found, *[0] * (count - len(found))] for found in self.found], self.context.device)
-        return DraftedTokens(self.offered, torch.cat([now.last[:, None], tokens], 1))
+        return DraftedTokens(self.offered, torch.cat([round_start.last[:, None], tokens], 1))
 
     def replace(self, row: int, text: Sequence[int]) -> None:
         self.rows[row] = Lookup(text, self.least, self.answers)

@@ -230,6 +230,11 @@ class Parts:
         if linear.bias is not None:
             self.tensors[f"{name}.bias"] = _fp32(linear.bias)
 
+    def int4_groups(self, name: str) -> int | None:
+        """The number of groups of columns of an int4 matrix; None for others."""
+        numbers, scale = self.unpacked.get(name, (None, None))
+        return None if numbers is None else scale.numel() // len(numbers)
+
     def pack(self) -> None:
         """Pack the int4 matrices, once for each."""
         for name, (numbers, scale) in self.unpacked.items():
@@ -329,6 +334,9 @@ def layer_parts(layer: Any) -> Parts:
     parts.feed_forward(layer.mlp)
     for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"):
         parts.norm(name, getattr(layer, name))
+    for side_by_side in (("q_proj", "k_proj", "v_proj"), ("w1", "w3")):
+        alike = len({parts.int4_groups(name) for name in side_by_side}) == 1
+        require(alike, f"{', '.join(side_by_side)}: int4 beside others, or in other groups")
     has_norms = {"sa_norm.scale", "mlp_norm.scale"} <= parts.tensors.keys()
     require(has_norms, "a layer without a norm before attention or MLP")
     return parts

@@ -98,7 +98,7 @@ struct Weights {
     sums.lanes = _mm512_dpbusd_epi32(sums.lanes, high, _mm512_set1_epi32(second));
   }
 };
-#elif defined(CPU_CAPABILITY_AVX2)
+#elif defined(__AVX2__)
 struct Ints {
   __m256i lanes[2];
   Ints() = default;
