@@ -43,7 +43,7 @@ def replay(texts: Sequence[tuple[list[int], list[int]]], count: int, least: int 
             new = answer[done : done + 1 + common_length(found, answer[done:])]
             lookup.text.extend(new)
             done, rounds, tokens, drafted = done + len(new), rounds + 1, tokens + len(new), drafted + len(found)
-    return tokens / rounds, drafted / rounds
+    return tokens / max(rounds, 1), drafted / max(rounds, 1)
 
 
 def main() -> None:

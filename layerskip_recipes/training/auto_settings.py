@@ -183,9 +183,10 @@ class TrainingMemory:
         return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))
 
     def warn_of_saves(self, dtype: str) -> None:
-        """Warn if a save cannot measure the exits or the draft."""
+        """Warn if a save cannot measure the exits or the draft, while there is room to train."""
         measuring = measuring_bytes(self.cfg.meta_model, min(self.chunk, MOST_CHUNK_TOKENS))
-        if self.kept(dtype) + measuring > self.there:
+        kept = self.kept(dtype)
+        if kept <= self.there < kept + measuring:
             log.warning(
                 f"Measuring the exits or the draft at a save needs {measuring / 2**30:.1f} GiB, more than is left. "
                 "Checkpoints will be saved without it, and generation cannot choose by it"

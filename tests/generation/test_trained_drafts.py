@@ -83,7 +83,9 @@ def test_the_draft_reads_all_of_the_text(kind, variant, rule):
     generation = Generation(model, prompts, 18, rows=2, **arguments)
     assert list(generation) and generation.generated == [plain(model, prompt, 18) for prompt in prompts]
     for text, drafted in seen:
-        if variant == "chain" or drafted != search(text, 1, len(drafted)):
+        looked_up = search(text, 1, len(drafted))
+        # A row without a match goes along with a look-up of another row.
+        if variant == "chain" or drafted != looked_up + [0] * (len(drafted) - len(looked_up)):
             own += 1
             assert drafted == said_by_draft(model, draft_of(model, kind), text, len(drafted))
     assert own > 4
@@ -213,6 +215,7 @@ def test_the_tuner_chooses_the_length_of_a_draft(folders, tmp_path, monkeypatch)
     recipe.benchmark()
     cfg = GenerateConfig.load(load_config(str(tmp_path / "report" / "tuned.yaml")))
     expected = {"draft": str(folders / "adapter"), "num_speculations": longest.num_speculations, "prompt_lookup": None}
+    expected |= {"answers": None}
     assert cfg.self_speculation == SelfSpeculation(**expected, draft_int8=False, min_confidence=longest.min_confidence)
 
 

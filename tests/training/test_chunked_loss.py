@@ -57,6 +57,7 @@ def test_a_loss_of_a_teacher_puts_its_gradient_into_the_logits(compiled):
 
 def test_only_the_number_of_tokens_is_unknown_to_a_compiled_loss(monkeypatch):
     """With an unknown vocabulary size a GPU would read logits one by one. All numbers of tokens share a graph."""
+    torch._dynamo.reset()  # it remembers the vocabulary sizes of other tests
     compile, shapes = torch.compile, []
 
     def backend(graph, _):
