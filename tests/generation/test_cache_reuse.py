@@ -31,7 +31,8 @@ def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypat
         steps = iter(generation)
         next(steps)
         new = len(prompt) - reused
-        pieces = [min(chunk, new - i) for i in range(0, new, chunk)] if reused or family in ("gemma2", "gemma3") else [new]
+        in_chunks = reused or family in ("gemma2", "gemma3")
+        pieces = [min(chunk, new - i) for i in range(0, new, chunk)] if in_chunks else [new]
         layers = {(layer, n): m for layer in range(L) for n, m in Counter(pieces).items()}
         assert calls == Counter(layers | {("head", 1): 1})
         assert (generation.stats.reused_tokens, generation.stats.prefill_tokens) == (reused, new)
