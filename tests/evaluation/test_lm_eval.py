@@ -54,14 +54,11 @@ def log_likelihood(model, context: list[int], answer: list[int], exit_layer: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exit_layer", [None, 2])
-def test_lm_eval_scores_a_checkpoint_and_an_exit(exit_layer, tmp_path, checkpoint, task):
-    """The likelihood of each choice is that of plain PyTorch: all layers, or the first ones with norm and head."""
-    folder = checkpoint
-    if exit_layer is not None:
-        folder = tmp_path / "exit_2"
-        done = run_command("layerskip", "export", str(checkpoint), "exit_2", "--draft", "2", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
+def test_lm_eval_scores_an_exit(tmp_path, checkpoint, task):
+    """The likelihood of each choice is that of plain PyTorch: the first layers with norm and head."""
+    exit_layer, folder = 2, tmp_path / "exit_2"
+    done = run_command("layerskip", "export", str(checkpoint), "exit_2", "--draft", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     options = f"--model hf --model_args pretrained={folder} --tasks tiny --include_path {task} --device cpu"
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path)}
     written = ["--log_samples", "--output_path", "scores"]
