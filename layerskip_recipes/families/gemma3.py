@@ -28,15 +28,15 @@ class Gemma3(Gemma2):
 
     @classmethod
     def values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        own = (raw.get("rope_parameters") or {}).get("sliding_attention") or {}
+        sliding = (raw.get("rope_parameters") or {}).get("sliding_attention") or {}
         base = raw.get("rope_local_base_freq") or 10_000.0
-        return super().values(raw) | {"sliding_rope": {"rope_theta": base} | own}
+        return super().values(raw) | {"sliding_rope": {"rope_theta": base} | sliding}
 
     @classmethod
     def rope_values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The positions of layers without a window: under `full_attention` in newer files."""
-        own = (raw.get("rope_parameters") or {}).get("full_attention") or {}
-        return {"rope_theta": 1e6} | super().rope_values({**raw, "rope_parameters": own})
+        full = (raw.get("rope_parameters") or {}).get("full_attention") or {}
+        return {"rope_theta": 1e6} | super().rope_values({**raw, "rope_parameters": full})
 
     def slides(self, layer: int) -> bool:
         return (layer + 1) % self.sliding_window_pattern != 0

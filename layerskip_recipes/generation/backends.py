@@ -75,6 +75,10 @@ class TorchBackend:
     fixed_shapes = False  # whether each round must draft equally many tokens
     exact_splits = False  # whether a text's keys and values depend neither on its batch nor on its prefill's passes
     packs_int4 = False  # whether it reads half a byte for each int4 weight, and not the byte that torchao keeps
+    # Drafts with an exit in one call, if the temperature is the only sampling setting; None: token by token. It takes
+    # the last tokens [b], their slots [b], n, the end of the slots, the exit, the noise's keys, the temperature, the
+    # confidence of an empty draft [b] and the least one, and returns tokens [b, 1 + n] and x_E [b, n, d].
+    draft_chain: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __init__(
         self,
@@ -164,25 +168,6 @@ class TorchBackend:
         )
         self.cache.cursor[0] = None  # otherwise a graph would have to return the tensor
         return out
-
-    def draft_chain(
-        self,
-        last: torch.Tensor,
-        start: torch.Tensor,
-        num_to_draft: int,
-        end: int,
-        exit_layer: int,
-        keys: torch.Tensor | None,
-        temperature: float,
-        confidence: torch.Tensor,
-        min_confidence: float,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A whole draft of an exit in one call, with the temperature as the only sampling setting.
-
-        From the last tokens [b] in the slots `start` [b], below `end` -> the last and the n drafted tokens, [b, 1 + n],
-        and x_E [b, n, d]. `confidence` [b]: that of an empty draft. None: this backend drafts token by token.
-        """
-        return None
 
     # ---- prefill ----
 
@@ -306,7 +291,7 @@ class CppBackend(TorchBackend):
                     break
                 parts.tensors |= {"k_cache": layer_cache.k, "v_cache": layer_cache.v}
                 self.cpp_layers[decoder].append(parts.tensors)
-        self.cpp_draft = self._cpp_draft()
+        self.draft_chain = self._draft_in_cpp()
         return moved
 
     def run(
@@ -362,29 +347,13 @@ class CppBackend(TorchBackend):
             return scores.argmax(-1)
         return torch.ops.layerskip.choose_tokens(scores, keys, positions, ids)
 
-    def draft_chain(
-        self,
-        last: torch.Tensor,
-        start: torch.Tensor,
-        num_to_draft: int,
-        end: int,
-        exit_layer: int,
-        keys: torch.Tensor | None,
-        temperature: float,
-        confidence: torch.Tensor,
-        min_confidence: float,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self.cpp_draft is None:
-            return None
-        return self.cpp_draft(last, start, num_to_draft, end, exit_layer, keys, temperature, confidence, min_confidence)
-
     def _layers_in_cpp(self, model: LayerSkipDecoder, layers: range, unembed: bool = False) -> Any:
         """The C++ layers of a decoder; None if it runs in torch."""
         if layers.stop <= self.draft_decoder.trained_layers.start and not unembed:
             model = self.model  # the layers below an adapter are the model's
         return self.cpp_layers.get(model)
 
-    def _cpp_draft(self) -> Callable | None:
+    def _draft_in_cpp(self) -> Callable | None:
         """`Layers::draft` of layers.cpp with its first arguments, which are the model's; None if it cannot draft."""
         embeddings = self.draft_decoder.tok_embeddings
         if self.unknown or type(embeddings) not in (nn.Embedding, GemmaNormEmbeddings, ScaledEmbedding):

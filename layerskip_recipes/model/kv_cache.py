@@ -219,7 +219,7 @@ def last_visible(mask: Any, window: int, q: torch.Tensor) -> Any:
     """A mask with which each query sees only the last `window` of the slots that it sees with `mask`.
 
     `mask`: True or 0 for visible slots [b or 1, s, end], which lie side by side; a `BlockAttention`; or None, causal
-    attention of q [b, heads, s, head_dim], which stays None if no window hides a token.
+    attention of q [b, heads, s, head_dim], which stays None if no window hides a token. Other masks are a ValueError.
     """
     if isinstance(mask, BlockAttention):
         return BlockAttention(mask.at, mask.max_len, window)
@@ -228,7 +228,9 @@ def last_visible(mask: Any, window: int, q: torch.Tensor) -> Any:
         ones = torch.ones(1, s, s, dtype=torch.bool, device=q.device)
         return ones.tril().triu(1 - window) if s > window else None
     if not isinstance(mask, torch.Tensor):
-        raise NotImplementedError("windows of attention need a mask as a tensor")
+        raise ValueError(
+            f"mask: a {type(mask).__name__} has no window. Allowed: a tensor [b, s, s], True for visible tokens"
+        )
     visible = mask if mask.dtype == torch.bool else mask == 0
     seen = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= window)
     return seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)

@@ -13,6 +13,7 @@ from helpers.hf_folders import LONGROPE, MODELS, SIZE, VOCAB, make_hf_folder
 from helpers.json_lines import change_json
 from helpers.tiny import make_tiny
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.flex_attention import create_block_mask
 from torchtune import training
 from torchtune.generation import generate as torchtune_generate
 from torchtune.modules.attention_utils import create_block_causal_mask
@@ -189,6 +190,13 @@ def test_a_long_prompt_of_a_model_with_windows_is_read_in_chunks():
         model = layerskip_decoder(make_tiny(family))
         chunks[family] = TorchBackend(model, DecodingCache(model, 1, 64), model, None).chunk(100_000, 0)
     assert chunks == {"llama3_2": 100_000, "gemma3": CHUNK}
+
+
+def test_a_mask_that_a_window_cannot_narrow_is_refused():
+    model = layerskip_decoder(make_tiny("gemma3"))
+    mask = create_block_mask(lambda _b, _h, query, slot: query >= slot, None, None, 24, 24, device="cpu")
+    with pytest.raises(ValueError, match=r"^mask: a BlockMask has no window\. Allowed: a tensor"):
+        model(TOKENS, mask=mask)
 
 
 def test_a_training_step_learns_from_the_logits_of_each_exit(pair):

@@ -45,8 +45,9 @@ class ChainDrafter(Drafter):
         self.verifier.catch_up(round_start)
         slots = round_start.slots(context, num_to_draft)
         running = torch.tensor([float(not done) for done in round_start.finished])  # the confidence of empty drafts
-        if self.verifier.last_state is None and context.sampler.only_temperature:
-            draft = context.backend.draft_chain(
+        draft_chain = context.backend.draft_chain
+        if draft_chain is not None and self.verifier.last_state is None and context.sampler.only_temperature:
+            tokens, hidden = draft_chain(
                 round_start.last,
                 round_start.start,
                 num_to_draft,
@@ -57,9 +58,7 @@ class ChainDrafter(Drafter):
                 running,
                 self.min_confidence,
             )
-            if draft is not None:
-                tokens, hidden = draft
-                return DraftedTokens(CHAIN, tokens, hidden)
+            return DraftedTokens(CHAIN, tokens, hidden)
         return self._token_by_token(round_start, num_to_draft, slots, running)
 
     def _token_by_token(
