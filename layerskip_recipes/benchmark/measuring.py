@@ -84,7 +84,7 @@ class Turns:
         yield {}
         # As in generation, a rule that has measured warm rounds decides when to draft. The acceptance of random weights
         # (no tokenizer) means nothing, so they always draft.
-        self.llm.state.rules.clear()
+        self.llm.restart_rules()
         always_draft = self.llm.tokenizer is None
         for repeat in range(repeats):
             for i, batch in enumerate(self.batches):

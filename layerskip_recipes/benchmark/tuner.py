@@ -24,7 +24,7 @@ from layerskip_recipes.acceptance.trained_exits import DRAFT_VOCABULARIES, LONGE
 from layerskip_recipes.benchmark.config import BenchmarkConfig
 from layerskip_recipes.benchmark.measuring import Turns
 from layerskip_recipes.checkpoint.answers import Answers
-from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft, read_draft
+from layerskip_recipes.checkpoint.drafts import DraftDescription, own_draft
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.config.names import find_config, our_configs, torchtune_configs
 from layerskip_recipes.config.paths import check_file
@@ -170,8 +170,7 @@ class Tuner:
         self.temperature, self.batch_rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
         self.stored, self.frequent = bool(stored), list(stored or most_frequent(self.prompts))
-        self.trained = None if draft is None else read_draft(draft, self.model, f"{SECTION_KEY}.draft")
-        turns.llm.state.trained_draft = self.trained
+        self.trained = None if draft is None else turns.llm.trained_draft(draft, f"{SECTION_KEY}.draft")
 
     def candidates(self) -> dict[str, Speculation]:
         """The plans to measure, by name, with their predicted speed-ups; prints the predictions."""
@@ -229,7 +228,7 @@ class Tuner:
         """The statistics of a short run of a plan."""
         turns = replace(self.turns, limit=min(self.turns.limit, PROBE_TOKENS), batches=self.turns.batches[:2])
         stats = sum((stats for _, stats in self._decode_all(plan, turns)), GenerationStats())
-        self.turns.llm.state.drafts.pop(plan.weights_key, None)  # its int8 copies go with the probe
+        self.turns.llm.forget_draft(plan)  # its int8 copies go with the probe
         if not stats.draft_steps:
             raise ConfigError(NOTHING_TO_DRAFT)
         return stats

@@ -76,9 +76,9 @@ def backwards(tokens: np.ndarray) -> bytes:
     return tokens[::-1].astype(">u4").tobytes()
 
 
-def _common_tokens(one: bytes, other: bytes) -> int:
-    size = min(len(one), len(other)) // 4
-    differ = np.frombuffer(one, np.uint32, size) != np.frombuffer(other, np.uint32, size)
+def _common_tokens(a: bytes, b: bytes) -> int:
+    size = min(len(a), len(b)) // 4
+    differ = np.frombuffer(a, np.uint32, size) != np.frombuffer(b, np.uint32, size)
     return int(differ.argmax()) if differ.any() else size
 
 
@@ -104,17 +104,17 @@ def sorted_by_past(tokens: np.ndarray) -> np.ndarray:
 
 def answer_tokens(samples: Iterable[Mapping[str, Any]], most: int) -> np.ndarray:
     """The tokens that count in the loss, each run of them after the `LEAD` tokens before it; at most `most` tokens."""
-    kept: list[int] = []
+    collected: list[int] = []
     for sample in samples:
         tokens = np.asarray(sample["tokens"]).tolist()
         is_answer = (np.asarray(sample["labels"]) != CROSS_ENTROPY_IGNORE_IDX).tolist()
         for counted, run in groupby(range(len(tokens)), is_answer.__getitem__):
             if counted:
                 places = [*run]
-                kept += tokens[max(places[0] - LEAD, 0) : places[-1] + 1]
-        if len(kept) >= most:
+                collected += tokens[max(places[0] - LEAD, 0) : places[-1] + 1]
+        if len(collected) >= most:
             break
-    return np.array(kept[:most], dtype=np.int32)
+    return np.array(collected[:most], dtype=np.int32)
 
 
 def answers_of(dataset: Any, tokenizer: Any, source: str, most: int = MOST_TOKENS) -> Answers | None:

@@ -60,7 +60,7 @@ def export(
     exit_layer: int | None = None,
     draft: int | None = None,
     vocabulary: Sequence[int] | None = None,
-    own: str | None = None,
+    draft_folder: str | None = None,
 ) -> Path:
     """Write a Hugging Face folder `out`, which must not exist yet, and return it.
 
@@ -70,22 +70,24 @@ def export(
         exit_layer: written as `assistant_early_exit`, with our decoding loop in `custom_generate`.
         draft: export only the first `draft` layers, with the final norm and the head. For a trained draft: 0 or its E.
         vocabulary: the only tokens that this draft may propose; None: all.
-        own: the folder of the model's trained draft; None: the one beside it.
+        draft_folder: the model's trained draft; None: the one beside it.
 
     0 is the trained exit, which layerskip.json names, or the draft that was trained beside the model. Without an exit,
     a copy that was trained beside the model is written to `draft`, and the decoding loop drafts with it.
     """
     source, target = named_folder(checkpoint, "export", weights=True), Path(out)
-    own = own or own_draft(source)
-    if own and ((draft == 0 and exit_layer is None) or (own == str(source) and (exit_layer, draft) != (None, None))):
-        return _export_trained(own, out, exit_layer, draft)
-    if own == str(source):
-        source = model_folder(own, "export", weights=True)
+    draft_folder = draft_folder or own_draft(source)
+    is_draft = draft_folder == str(source)
+    names_draft = (exit_layer, draft) == (None, 0) or (is_draft and (exit_layer, draft) != (None, None))
+    if draft_folder and names_draft:
+        return _export_trained(draft_folder, out, exit_layer, draft)
+    if draft_folder and is_draft:
+        source = model_folder(draft_folder, "export", weights=True)
     if holds_adapters(source):
         with tempfile.TemporaryDirectory(prefix="layerskip-") as scratch:
             adapted = HFCheckpointer(str(source), scratch)
             adapted.save_checkpoint(adapted.load_checkpoint())
-            return export(str(Path(scratch) / "epoch_0"), out, exit_layer, draft, vocabulary, own)
+            return export(str(Path(scratch) / "epoch_0"), out, exit_layer, draft, vocabulary, draft_folder)
     # Check the arguments and the checkpoint.
     config = text_config(read_json(source / "config.json", "export"))
     config.pop("auto_map", None)
@@ -126,8 +128,8 @@ def export(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_torch_state_dict(tensors, folder)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
-        if own and exit_layer is None and draft is None and in_loop:
-            _write_own_draft(own, folder / DRAFT)
+        if draft_folder and exit_layer is None and draft is None and in_loop:
+            _write_own_draft(draft_folder, folder / DRAFT)
         if exit_layer is not None or (folder / DRAFT).exists():  # the decoding loop needs a draft
             (folder / "custom_generate").mkdir()
             for name in ("generate.py", "requirements.txt"):
@@ -185,8 +187,8 @@ def _export_trained(folder: str, out: str, exit_layer: int | None, draft: int | 
             "Allowed: a draft trained with draft.kind=copy"
         )
     if exit_layer is not None or draft not in (0, described.exit_layer):
-        key, given = ("--exit-layer", exit_layer) if exit_layer is not None else ("--draft", draft)
-        raise ConfigError(f"{key}: {given} does not fit {folder!r}, a trained draft. Allowed: --draft without a number")
+        key, value = ("--exit-layer", exit_layer) if exit_layer is not None else ("--draft", draft)
+        raise ConfigError(f"{key}: {value} does not fit {folder!r}, a trained draft. Allowed: --draft without a number")
     with _as_model(folder, described) as model:
         return export(model, out, draft=described.num_layers, vocabulary=described.vocabulary)
 
@@ -200,24 +202,24 @@ def _as_model(folder: str, described: DraftDescription) -> Iterator[str]:
         weights = read_weights(checkpointer)
         if weights_hash(weights) != base.hash:
             raise ConfigError(f"export: {folder!r} drafts for {base.folder!r}, whose weights have changed since")
-        kept = {name: value for name, value in weights.items() if not LAYER.search(name)}
-        kept |= load_file(readable(Path(folder) / DRAFT_FILE, "export"))
+        tensors = {name: value for name, value in weights.items() if not LAYER.search(name)}
+        tensors |= load_file(readable(Path(folder) / DRAFT_FILE, "export"))
         checkpointer._weight_map = defaultdict(lambda: "0001")  # torchtune looks up the file of each key
-        checkpointer.save_checkpoint({training.MODEL_KEY: kept}, epoch=0)
+        checkpointer.save_checkpoint({training.MODEL_KEY: tensors}, epoch=0)
         yield str(Path(scratch) / "epoch_0")
 
 
-def _write_own_draft(own: str, folder: Path) -> None:
+def _write_own_draft(draft_folder: str, folder: Path) -> None:
     """Write the layers and norm of the copy beside a model, and how to draft with them, for the decoding loop."""
-    described = read_description(own, "export")
+    described = read_description(draft_folder, "export")
     if described.kind != "copy":
-        log.info("export: %r holds an adapter, with which only this package drafts, so it is left out", own)
+        log.info("export: %r holds an adapter, with which only this package drafts, so it is left out", draft_folder)
         return
     folder.mkdir()
-    with _as_model(own, described) as model:
+    with _as_model(draft_folder, described) as model:
         tensors = _read_layers(weight_files(Path(model), "export"), described.num_layers)
-        kept = {name: t for name, t in tensors.items() if LAYER.search(name) or name == "model.norm.weight"}
-        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        first_layers = {name: t for name, t in tensors.items() if LAYER.search(name) or name == "model.norm.weight"}
+        save_file(first_layers, folder / "model.safetensors", metadata={"format": "pt"})
     settings: dict[str, Any] = {"num_layers": described.num_layers, "vocabulary": described.vocabulary}
     settings |= {"num_speculations": NUM_SPECULATIONS, "min_confidence": MIN_CONFIDENCE}
     (folder / "draft.json").write_text(json.dumps(settings) + "\n")
@@ -297,5 +299,5 @@ def _copy_files(source: Path, target: Path) -> None:
 def _read_layers(files: list[Path], layers: int) -> dict[str, torch.Tensor]:
     """The tensors of the first `layers` layers and all tensors outside of layers, as views of the mapped files."""
     tensors = {name: tensor for file in files for name, tensor in of_text_model(load_file(file)).items()}
-    number = {name: int(found[1]) for name in tensors if (found := LAYER.search(name))}
+    number = {name: int(match[1]) for name in tensors if (match := LAYER.search(name))}
     return {name: tensor for name, tensor in tensors.items() if number.get(name, 0) < layers}

@@ -70,13 +70,13 @@ class HFCheckpointer:
         has_tokenizer = (self._checkpoint_dir / "tokenizer.json").is_file()
         folder = self._checkpoint_dir if has_tokenizer else self._base_dir
         files = (file for pattern in OTHER_FILES for file in folder.glob(pattern) if file.name not in OWN_FILES)
-        found = SideFiles(folder, (file for file in files if not file.name.endswith(INDEXES)))
+        side = SideFiles(folder, (file for file in files if not file.name.endswith(INDEXES)))
         if folder != self._base_dir:  # what PEFT does not save beside adapters
-            found.content |= SideFiles(self._base_dir, self._base_dir.glob("generation_config.json")).content
-        for name, content in found.content.items():
+            side.content |= SideFiles(self._base_dir, self._base_dir.glob("generation_config.json")).content
+        for name, content in side.content.items():
             with suppress(ValueError):  # a damaged file that no training needs
-                found.content[name] = without_code(name.name, content)
-        return found
+                side.content[name] = without_code(name.name, content)
+        return side
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The weights with torchtune's names, in the files' dtype, as views of the mapped files."""

@@ -44,11 +44,11 @@ class PeftAdapters:
         self.scales: dict[str, float] = {}
         changes: dict[str, torch.Tensor] = {}
         for name in shapes:
-            own = name.removeprefix(PREFIX)
-            if found := UPDATE.fullmatch(own):
-                self.updates.setdefault(f"{found[1]}.weight", {})[found[2]] = name
+            place_of = name.removeprefix(PREFIX)
+            if update := UPDATE.fullmatch(place_of):
+                self.updates.setdefault(f"{update[1]}.weight", {})[update[2]] = name
             else:
-                place = own.replace(".base_layer.", ".")
+                place = place_of.replace(".base_layer.", ".")
                 self.replaced[place], changes[place] = name, shapes[name]
         for place, pair in self.updates.items():
             if pair.keys() != {"A", "B"}:
@@ -69,10 +69,10 @@ class PeftAdapters:
 
     def merge(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The base's tensors with W + scale B A for each update, in the wider dtype of base and adapters."""
-        found = load_file(self.file)
-        merged = dict(tensors) | {place: found[name] for place, name in self.replaced.items()}
+        adapters = load_file(self.file)
+        merged = dict(tensors) | {place: adapters[name] for place, name in self.replaced.items()}
         for place, pair in self.updates.items():
-            weight, a, b = merged[place], found[pair["A"]], found[pair["B"]]
+            weight, a, b = merged[place], adapters[pair["A"]], adapters[pair["B"]]
             dtype = torch.promote_types(weight.dtype, a.dtype)
             wide = torch.promote_types(dtype, torch.float32)
             update = b.to(wide) @ a.to(wide) * self.scales[place]
@@ -85,8 +85,8 @@ def _scale(described: Mapping, module: str, rank: int, where: str) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
     patterns = described.get("alpha_pattern") or {}
     try:
-        own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        alpha = next(chain(own, [described["lora_alpha"]]))
+        matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+        alpha = next(chain(matching, [described["lora_alpha"]]))
         return alpha / (math.sqrt(rank) if described.get("use_rslora") else rank)
     except (KeyError, TypeError, AttributeError, re.error, ZeroDivisionError) as e:
         raise ConfigError(f"{where} have no usable lora_alpha or alpha_pattern in {ADAPTERS} ({e!r})") from e

@@ -29,10 +29,10 @@ class Choices:
         self.asked: list[str] = []
 
     def value(self, key: str) -> Any:
-        found = self.cfg
+        part = self.cfg
         for name in key.split("."):
-            found = found.get(name) if isinstance(found, Component) else getattr(found, name)
-        return found
+            part = part.get(name) if isinstance(part, Component) else getattr(part, name)
+        return part
 
     def set(self, key: str, value: Any) -> Any:
         if value != self.value(key):
@@ -43,10 +43,10 @@ class Choices:
     def pick(self, key: str, make: Callable[[], Any]) -> Any:
         """The value of a key. If it is `auto`, take the stored one, or choose `make()`."""
         self.asked.append(key)
-        found = self.value(key)
-        if isinstance(found, str) and found == AUTO:
+        value = self.value(key)
+        if isinstance(value, str) and value == AUTO:
             return self.set(key, self.stored[key] if key in self.stored else make())
-        return found
+        return value
 
 
 def _with_value(section: Section, key: str, value: Any) -> Section:
@@ -59,8 +59,9 @@ def _with_value(section: Section, key: str, value: Any) -> Section:
 
 def devices_here() -> list[str]:
     """The device types of this machine, the best one last."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return ["cpu", found.type] if found is not None and found.type in ("cuda", "mps", "xpu") else ["cpu"]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    is_usable = accelerator is not None and accelerator.type in ("cuda", "mps", "xpu")
+    return ["cpu", accelerator.type] if is_usable else ["cpu"]
 
 
 def best_device() -> str:

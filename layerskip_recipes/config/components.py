@@ -43,10 +43,10 @@ class Component:
 
     @cached_property
     def target(self) -> Callable:
-        found = find_component(self.path, self.key)
-        if not callable(found):
-            raise ConfigError(f"{self.key}._component_: {self.path!r} is a {type(found).__name__}, not a callable")
-        return found
+        component = find_component(self.path, self.key)
+        if not callable(component):
+            raise ConfigError(f"{self.key}._component_: {self.path!r} is a {type(component).__name__}, not a callable")
+        return component
 
     @property
     def builder(self) -> "Component":
@@ -97,8 +97,8 @@ class Component:
         except (*BUILD_ERRORS, InstantiationError) as e:
             if not self.path.startswith(KNOWN_PACKAGES) and not isinstance(e, InstantiationError):
                 raise  # the traceback points into the user's own code
-            given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
-            raise ConfigError(f"{self.key}: {self.path}({given}) cannot be built: {e!r}") from e
+            arguments = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+            raise ConfigError(f"{self.key}: {self.path}({arguments}) cannot be built: {e!r}") from e
 
     def _by_key(self, message: str) -> str:
         """The callable's message "path: ..." with the config's full key, such as "model.path: ..."."""
@@ -131,8 +131,8 @@ class Component:
 class Takes:
     """Annotation of a `Component`: check its arguments, plus the keyword and positional arguments the recipe adds."""
 
-    def __init__(self, *given: str, positional: int = 0) -> None:
-        self.given, self.positional = given, positional
+    def __init__(self, *names: str, positional: int = 0) -> None:
+        self.given, self.positional = names, positional
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def validate(value: Component) -> Component:

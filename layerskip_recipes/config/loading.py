@@ -95,19 +95,19 @@ def _load_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise ConfigError(f"extends: {chain} is a cycle. A config cannot extend itself")
     try:
-        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
         raise ConfigError(f"config: {path} cannot be read as YAML: {e}") from e
-    if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"config: {path} does not map keys to values")
-    bases = own.pop("extends", None)
+    bases = content.pop("extends", None)
     if bases is None:
-        return own
+        return content
     files = [
         find_config(str(base), relative_to=path.parent, key="extends")
         for base in (bases if isinstance(bases, list) else [bases])
     ]
-    contents = [*(_load_chain(file, (*seen, path)) for file in files), own]
+    contents = [*(_load_chain(file, (*seen, path)) for file in files), content]
     return reduce(lambda merged, later: _merge(_without_other_datasets(merged, later), later), contents)
 
 

@@ -27,10 +27,10 @@ def existing(path: Path) -> Path:
 
 def check_folder(key: str, folder: Path) -> None:
     """Raises a ConfigError if the folder can neither be written to nor created."""
-    found = existing(folder)
-    if not (found.is_dir() and os.access(found, os.W_OK)):
-        why = "is write-protected" if found.is_dir() else "is in the way"
-        raise ConfigError(f"{key}: {str(folder)!r} cannot be written, {str(found)!r} {why}")
+    nearest = existing(folder)
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        why = "is write-protected" if nearest.is_dir() else "is in the way"
+        raise ConfigError(f"{key}: {str(folder)!r} cannot be written, {str(nearest)!r} {why}")
 
 
 def check_file(key: str, name: str) -> None:

@@ -90,7 +90,7 @@ class RecipeConfig(Section):
         ignored = [key for key, kind in cls.IGNORED.items() if isinstance(content.get(key), kind | None)]
         # An unknown key may be a variable of the user's, if an interpolation refers to it.
         variables = [key for key in map(str, content) if re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text)]
-        kept = {k: v for k, v in content.items() if k in cls.model_fields or k not in refused + ignored + variables}
+        known = {k: v for k, v in content.items() if k in cls.model_fields or k not in refused + ignored + variables}
         mistakes = [
             f"{key}: {content[key]!r} is not honoured by this recipe: {cls.REFUSED[key]}. Set {key}=null"
             for key in refused
@@ -98,7 +98,7 @@ class RecipeConfig(Section):
         ]
         # Check each key, then choose values for the keys that are `auto`.
         try:
-            cfg = cls.parse(kept)
+            cfg = cls.parse(known)
             cfg._source = source
             for key, component in _components(cfg, ""):
                 component.key = key
@@ -191,13 +191,14 @@ class RecipeConfig(Section):
 
     def find_device(self) -> torch.device:
         """Check that the config's device exists, and make it the current one."""
-        there = devices_here()
+        available = devices_here()
         wanted = self.device
         kind, _, index = wanted.partition(":")
-        count = getattr(torch, kind).device_count() if kind in there and kind not in ("cpu", "mps") else 1
-        if kind not in there or (index and int(index) >= count):
+        count = getattr(torch, kind).device_count() if kind in available and kind not in ("cpu", "mps") else 1
+        if kind not in available or (index and int(index) >= count):
             raise ConfigError(
-                f"device: {wanted!r} is not available. Allowed here: {', '.join(there)}; for example device={there[-1]}"
+                f"device: {wanted!r} is not available. Allowed here: {', '.join(available)}; for example "
+                f"device={available[-1]}"
             )
         if index and num_processes() > 1:
             raise ConfigError(f"device: {wanted!r} is one device for {num_processes()} processes. Set device={kind}")

@@ -155,8 +155,10 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
         if words := getattr(next(alternatives(item))[0], "ALLOWED", None):
             return f"{words[0]}, or a list of them", words[1]
         inner, inner_rules = next(alternatives(item))
-        one = _phrase(inner, inner_rules)[0] if inner in (int, float, str) or get_origin(inner) is Literal else "values"
-        return f"a list of {PLURALS.sub(lambda word: word[0].split()[-1] + 's', one)}{_length(rules, 'item')}", "[...]"
+        each = (
+            _phrase(inner, inner_rules)[0] if inner in (int, float, str) or get_origin(inner) is Literal else "values"
+        )
+        return f"a list of {PLURALS.sub(lambda word: word[0].split()[-1] + 's', each)}{_length(rules, 'item')}", "[...]"
     if words := getattr(kind, "ALLOWED", None):
         return words
     return "a section of keys and values", "null"
@@ -204,11 +206,11 @@ def refusal(key: str, value: Any, annotation: Any, field: FieldInfo | None = Non
 
 def _mistakes(error: ValidationError, model: type[Section], content: Any, key: str) -> list[str]:
     """One message per key, missing keys last. pydantic reports one error per type of a union."""
-    found: dict[str, list[str]] = {}
+    by_place: dict[str, list[str]] = {}
     for details in sorted(error.errors(), key=lambda details: details["type"] == "missing"):
         where, messages = _mistake(details, model, content, key)
-        found.setdefault(where, messages)
-    return [message for messages in found.values() for message in messages]
+        by_place.setdefault(where, messages)
+    return [message for messages in by_place.values() for message in messages]
 
 
 def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tuple[str, list[str]]:
@@ -234,8 +236,8 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tupl
         key = _dotted(key, part)
         content = content.get(part) if isinstance(content, Mapping) else None
     # Say what is wrong.
-    if own := _own_messages(details, key):
-        return key, own
+    if from_validators := _own_messages(details, key):
+        return key, from_validators
     if details["type"] == "missing":
         words, example = allowed(annotation, field)
         return key, [f"{key}: missing. Allowed: {words}; for example {key}={example}"]

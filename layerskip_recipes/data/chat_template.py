@@ -195,8 +195,8 @@ class ChatTemplate:
             after = self.render(turns).partition(MARK)[2]
         except TemplateError:
             return None
-        found = self.special_pattern.match(after.lstrip())
-        return found[0] if found else None
+        match = self.special_pattern.match(after.lstrip())
+        return match[0] if match else None
 
     @cached_property
     def writes_calls(self) -> bool:
@@ -275,9 +275,9 @@ class ChatTemplate:
                     contents.span(i)
             if (span := contents.spans.get(i)) is not None:
                 position = span[1]
-        for (one, other), gap in zip(pairwise(order), gaps[1:-1], strict=True):
-            if other == one + 1 and contents.spans.get(one) and contents.spans.get(other):
-                contents.places[other] = (gap, *((turns[i]["role"], *turns[i]) for i in (one, other)))
+        for (first, second), gap in zip(pairwise(order), gaps[1:-1], strict=True):
+            if second == first + 1 and contents.spans.get(first) and contents.spans.get(second):
+                contents.places[second] = (gap, *((turns[i]["role"], *turns[i]) for i in (first, second)))
         return contents
 
     def _content_end(self, text: str, start: int, turn: Turn, after: str, is_last: bool) -> int | None:
@@ -359,12 +359,12 @@ def _with_content(turn: Turn, content: str) -> Turn:
     return {key: turn[key] for key in turn if key not in REPLY_FIELDS} | {"content": content}
 
 
-def _shared(one: str, other: str) -> int:
+def _shared(a: str, b: str) -> int:
     """The length of the common prefix."""
-    same, differ = 0, min(len(one), len(other)) + 1
+    same, differ = 0, min(len(a), len(b)) + 1
     while same + 1 < differ:
         middle = (same + differ) // 2
-        same, differ = (middle, differ) if one[same:middle] == other[same:middle] else (same, middle)
+        same, differ = (middle, differ) if a[same:middle] == b[same:middle] else (same, middle)
     return same
 
 

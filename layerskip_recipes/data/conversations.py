@@ -32,7 +32,7 @@ class OpenAIMessages(OpenAIToMessages):
 
     def __call__(self, sample: Mapping[str, Any]) -> Sample:
         column, new_system = self._column_map["messages"], self.new_system_prompt
-        messages = [self._message(given, f"{column}[{i}]") for i, given in enumerate(sample[column])]
+        messages = [self._message(part, f"{column}[{i}]") for i, part in enumerate(sample[column])]
         if new_system is not None:
             system = ChatMessage("system", new_system, not self.train_on_input, {})
             messages = [system, *(message for message in messages if message.role != "system")]
@@ -43,16 +43,18 @@ class OpenAIMessages(OpenAIToMessages):
             raise ValueError(f"tools: {tools!r:.60} is not allowed. Allowed: a list of functions as JSON schemas")
         return {"messages": messages} if tools is None else {"messages": messages, "tools": tools}
 
-    def _message(self, given: Any, place: str) -> ChatMessage:
-        if not (isinstance(given, Mapping) and isinstance(given.get("role"), str)):
-            raise ValueError(f'{place}: {given!r:.60} has no role; for example {{"role": "user", "content": "Hello"}}')
-        role, text, weight = given["role"], _text(given.get("content"), place), given.get("weight")
+    def _message(self, message: Any, place: str) -> ChatMessage:
+        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
+            raise ValueError(
+                f'{place}: {message!r:.60} has no role; for example {{"role": "user", "content": "Hello"}}'
+            )
+        role, text, weight = message["role"], _text(message.get("content"), place), message.get("weight")
         is_reply = role == "assistant"
         if weight not in (None, 0, 1):
             raise ValueError(f"{place}.weight: {weight!r} is not allowed. Allowed: 1, or 0 to not learn the reply")
         used = ("role", "content", "weight", "reasoning_content")
-        others = {key: value for key, value in given.items() if value is not None and key not in used}
-        reasoning = given.get("reasoning_content")
+        others = {key: value for key, value in message.items() if value is not None and key not in used}
+        reasoning = message.get("reasoning_content")
         if is_reply and reasoning and END_OF_THINKING not in (text or ""):
             text = f"{THINK}\n{reasoning}\n{END_OF_THINKING}\n\n{text or ''}"
         if text is None and not (is_reply and others.get("tool_calls")):

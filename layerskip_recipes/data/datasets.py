@@ -232,8 +232,8 @@ def _explained_errors(section: Component, what: str, dataset: Dataset | None = N
             cause = cause.__cause__
         columns = getattr(getattr(dataset, "_data", None), "column_names", None)
         setting = next((name for name in parameter_names(section.path) or () if "column" in name), None)
-        there = ""
+        hint = ""
         if columns and setting and isinstance(cause, KeyError):
             works = f"{{input: {columns[0]}, output: {columns[-1]}}}" if setting == "column_map" else columns[0]
-            there = f'. Its columns: {", ".join(columns)}; for example "{section.key}.{setting}={works}"'
-        raise ConfigError(f"{section.key}: {section.path} cannot read {what}: {cause!r}{there}") from e
+            hint = f'. Its columns: {", ".join(columns)}; for example "{section.key}.{setting}={works}"'
+        raise ConfigError(f"{section.key}: {section.path} cannot read {what}: {cause!r}{hint}") from e

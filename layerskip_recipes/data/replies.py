@@ -89,10 +89,10 @@ def _read_pairs(path: str, question: str, answer: str | None, count: int | None)
             texts.append((answer, line.get(answer)))
         for name, text in texts:
             if not isinstance(text, str) or re.search("[\ud800-\udfff]", text) or not (text or name == answer):
-                given = f"{name} is {line[name]!r:.60}" if name in line else f"no field {name}, but {', '.join(line)}"
+                fault = f"{name} is {line[name]!r:.60}" if name in line else f"no field {name}, but {', '.join(line)}"
                 advice = ANSWER_FIRST.format(folder=Path(path).parent) if name == answer not in line else ""
                 raise ConfigError(
-                    f"path: {path!r} line {number}: {given}. Allowed: a question and an answer as text in UTF-8, for "
+                    f"path: {path!r} line {number}: {fault}. Allowed: a question and an answer as text in UTF-8, for "
                     f'example {{"{question}": "wake me at 7", "{answer_field}": "alarm 07:00"}}{advice}'
                 )
         return {"prompt": turns, "response": None if answer is None else line[answer]}
@@ -135,19 +135,19 @@ class ReplyFormat:
         end = next((i + 1 for i in range(reply, len(tokens)) if tokens[i] in stops), len(tokens))
         # Where the loss leaves out the header, it is what all prompts end with.
         ends = zip(reversed(prompt["tokens"]), reversed(other_prompt), strict=False)
-        shared = next((i for i, (one, two) in enumerate(ends) if one != two), 0)
+        shared = next((i for i, (a, b) in enumerate(ends) if a != b), 0)
         return cls(tuple(tokens[min(first, reply - shared) : reply]), tuple(tokens[end:]), stops)
 
     def generated(self, labels: torch.Tensor) -> torch.Tensor:
         """Whether decoding generates each label: [b, s] -> bool [b, s]."""
-        found = torch.zeros_like(labels, dtype=torch.bool)
+        in_reply = torch.zeros_like(labels, dtype=torch.bool)
         for row, tokens in enumerate(labels.tolist()):
             counts = [token != CROSS_ENTROPY_IGNORE_IDX for token in tokens]
             for counted, run in groupby(range(len(tokens)), counts.__getitem__):
                 if counted:
                     for reply in self._replies(tokens, [*run]):
-                        found[row, reply] = True
-        return found
+                        in_reply[row, reply] = True
+        return in_reply
 
     def _replies(self, tokens: list[int], run: list[int]) -> list[slice]:
         """The replies in a run of labels; without any header, its texts."""

@@ -30,12 +30,12 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2t
 def stdlib_texts(split: Split) -> dict[str, str]:
     """Map relative path to source code, in a fixed order; about one in twenty files is held out."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    paths = []
     for folder, inner, files in os.walk(root):
         inner[:] = set(inner) - LEFT_OUT  # os.walk skips the removed folders
-        found += [Path(folder, file).relative_to(root) for file in files if file.endswith(".py")]
+        paths += [Path(folder, file).relative_to(root) for file in files if file.endswith(".py")]
     texts = {}
-    for path in sorted(found):
+    for path in sorted(paths):
         # Split by a hash of the name, which is the same on every machine.
         held_out = zlib.crc32(path.as_posix().encode()) % 20 == 0
         if held_out == (split == "heldout"):

@@ -81,8 +81,8 @@ class HFTokenizer(ModelTokenizer, Transform):
         tokenizer.no_padding()  # some folders contain settings of the run that saved them
         tokenizer.no_truncation()
         # Find the special tokens. A token is written as text, or as a mapping with its flags.
-        given = {key: config[key] for key in NAMED_TOKENS if config.get(key)}
-        named = {key: token if isinstance(token, str) else token["content"] for key, token in given.items()}
+        in_config = {key: config[key] for key in NAMED_TOKENS if config.get(key)}
+        named = {key: token if isinstance(token, str) else token["content"] for key, token in in_config.items()}
         # Register special tokens that are only in the base vocabulary: they would be split up in a text.
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         missing = [t for t in named.values() if t not in known and tokenizer.token_to_id(t) is not None]
@@ -214,7 +214,7 @@ class HFTokenizer(ModelTokenizer, Transform):
         """A text whose special tokens are only text in a chat template, like those of users."""
         if not self.special_tokens:
             return text
-        return self.template.special_pattern.sub(lambda found: found[0][:1] + GUARD + found[0][1:], text)
+        return self.template.special_pattern.sub(lambda match: match[0][:1] + GUARD + match[0][1:], text)
 
     def _encode(self, rendered: Rendered) -> tuple[list[int], list[int]]:
         """The tokens of a conversation, and the position of each token's last character in its text.
@@ -250,13 +250,13 @@ class HFTokenizer(ModelTokenizer, Transform):
         Otherwise each reply would be compared with all of the text before it.
         """
         start = 0
-        for found in self._cuts.finditer(text):
-            if found[0] == GUARD:
-                yield start, found.start()
-                start = found.end()
-            elif found[0] in self._cut_tokens and found.start() > start:
-                yield start, found.start()
-                start = found.start()
+        for match in self._cuts.finditer(text):
+            if match[0] == GUARD:
+                yield start, match.start()
+                start = match.end()
+            elif match[0] in self._cut_tokens and match.start() > start:
+                yield start, match.start()
+                start = match.start()
         yield start, len(text)
 
     def _warn_of_template(self) -> None:

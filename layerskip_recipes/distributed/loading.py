@@ -26,37 +26,37 @@ def load_from_rank0(
     """
     make_position_tables(model, device, dtype)
     wait_for_all()  # rank 0 may read its files for longer than a collective's timeout
-    for name, own in model.state_dict().items():
+    for name, parameter in model.state_dict().items():
         if is_rank_zero():
             value = state[name].to(device=device, dtype=dtype).contiguous()
         else:
-            value = torch.empty(own.shape, device=device, dtype=dtype)
+            value = torch.empty(parameter.shape, device=device, dtype=dtype)
         dist.broadcast(value, src=0)
-        if isinstance(getattr(own, "_local_tensor", own), NF4Tensor):  # every rank packs the whole tensor
+        if isinstance(getattr(parameter, "_local_tensor", parameter), NF4Tensor):  # every rank packs the whole tensor
             training.load_from_full_model_state_dict(model, {name: value}, device, cpu_offload=offload)
             continue
-        part = _part_of(value, own)
+        part = _part_of(value, parameter)
         model.load_state_dict({name: part.cpu() if offload else part}, strict=False, assign=True)
     training.validate_no_params_on_meta_device(model)
 
 
-def fill_from_rank0(own: torch.Tensor, whole: torch.Tensor | None) -> None:
+def fill_from_rank0(tensor: torch.Tensor, whole: torch.Tensor | None) -> None:
     """Copy rank 0's whole tensor into each rank's shard of it."""
-    device = own.device_mesh.device_type if isinstance(own, DTensor) else own.device
-    shared = torch.empty(own.shape, device=device, dtype=own.dtype)
+    device = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else tensor.device
+    shared = torch.empty(tensor.shape, device=device, dtype=tensor.dtype)
     if whole is not None:
         shared.copy_(whole)
     dist.broadcast(shared, src=0)
-    local_part(own).copy_(local_part(_part_of(shared, own)))
+    local_part(tensor).copy_(local_part(_part_of(shared, tensor)))
 
 
-def _part_of(whole: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+def _part_of(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a tensor, laid out as `own`; all of it if `own` is not sharded."""
-    if not isinstance(own, DTensor):
+    if not isinstance(tensor, DTensor):
         return whole
-    shape, start = compute_local_shape_and_global_offset(own.shape, own.device_mesh, own.placements)
+    shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     part = whole[tuple(slice(at, at + length) for at, length in zip(start, shape, strict=True))].clone()
-    return DTensor.from_local(part, own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
 
 
 def make_position_tables(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

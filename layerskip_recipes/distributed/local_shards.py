@@ -55,8 +55,8 @@ class SplitLinear(nn.Module):
         if self.by_inputs:
             summed = self.ranks.all_reduce(F.linear(x, self.weight))
             return summed if self.bias is None else summed + self.bias
-        own = F.linear(x, self.weight, self.bias)
-        return self.ranks.gather(own) if self.gathers else own
+        columns = F.linear(x, self.weight, self.bias)
+        return self.ranks.gather(columns) if self.gathers else columns
 
 
 class SplitEmbedding(nn.Module):

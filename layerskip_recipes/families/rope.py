@@ -51,8 +51,8 @@ class Rope(Section):
             # Keep short wavelengths, stretch long ones by `factor`, and interpolate in between. `waves` is the number
             # of wavelengths that fit into the original context.
             waves = self.original_max_position_embeddings * plain / (2 * math.pi)
-            kept = ((waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
-            return kept * plain + (1 - kept) * plain / self.factor
+            unscaled = ((waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+            return unscaled * plain + (1 - unscaled) * plain / self.factor
         return plain
 
     def scale(self, max_positions: int) -> float:

@@ -63,10 +63,10 @@ def model_folder(path: str, key: str = "path", weights: bool = False) -> Path:
         return folder.absolute().parent
     what = f"the model that the draft in {str(folder)!r} was trained for"
     advice = f"For generation with a model elsewhere: {key}=MODEL self_speculation.draft={folder}"
-    found = _found(base["folder"], what, advice, key, weights)
-    if not ((found / CONFIG).is_file() or (found / ADAPTERS).is_file()):
-        raise ConfigError(f"{key}: {str(found)!r} holds no model, and should hold {what}")
-    return found
+    base_folder = _found(base["folder"], what, advice, key, weights)
+    if not ((base_folder / CONFIG).is_file() or (base_folder / ADAPTERS).is_file()):
+        raise ConfigError(f"{key}: {str(base_folder)!r} holds no model, and should hold {what}")
+    return base_folder
 
 
 def base_folder(folder: Path, key: str = "path", weights: bool = False) -> Path:

@@ -93,9 +93,9 @@ def damage(checkpoint: Path) -> str | None:
     name = WRITTEN
     try:
         for name, size in json.loads((checkpoint / WRITTEN).read_text())["sizes"].items():
-            found = (checkpoint / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
+            actual = (checkpoint / name).stat().st_size
+            if actual != size:
+                return f"{name} has {actual} bytes instead of {size}"
         for file in sorted(checkpoint.rglob("*")):
             name = str(file.relative_to(checkpoint))
             _open(file)

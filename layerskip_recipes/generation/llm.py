@@ -16,7 +16,7 @@ from torchtune import training, utils
 from torchtune.data import Message
 from typing_extensions import Self, TypedDict, Unpack
 
-from layerskip_recipes.checkpoint.drafts import read_draft
+from layerskip_recipes.checkpoint.drafts import DraftDescription, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import best_device, computes_in_bf16
@@ -28,11 +28,10 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_decoder import hf_decoder
 from layerskip_recipes.folders.model_folder import named_folder
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig
-from layerskip_recipes.generation.drafting.planner import DraftPlanner
+from layerskip_recipes.generation.drafting.planner import Chosen, DraftPlanner
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.state import ModelState
@@ -126,8 +125,7 @@ class LLM:
         self.state = ModelState(trained_draft)
         self.draft_folder: str | None = AUTO  # of the draft that `generate` uses
         self.lock = threading.Lock()  # held by the call that decodes
-        # The plans of `generate` and a log line for each, by what they depend on.
-        self.plans: dict[str, tuple[Speculation | None, str | None]] = {}
+        self.chosen: dict[str, Chosen] = {}  # by what they depend on
         self.logged: set[str] = set()
 
     # ---- loading ----
@@ -167,8 +165,9 @@ class LLM:
         planner = DraftPlanner(model, folder, torch_device.type, torch_dtype, HFCheckpointer)
         planner.make_tokenizer = partial(hf_tokenizer, str(folder))
         description, _ = planner.trained_draft(SelfSpeculation(draft=draft_folder), "generate")
-        trained_draft = None if description is None else read_draft(description, model, "draft")
-        llm = cls(model, hf_tokenizer(str(folder)), planner, trained_draft=trained_draft)
+        llm = cls(model, hf_tokenizer(str(folder)), planner)
+        if description is not None:
+            llm.trained_draft(description, "draft")
         llm.draft_folder = draft_folder
         return llm
 
@@ -212,6 +211,20 @@ class LLM:
                 self.state.draft_weights(plan, self.model, key)
         if quantizer is not None:
             self.model = quantise_decoder(self.model, quantizer)
+
+    def trained_draft(self, description: DraftDescription, key: str) -> Draft:
+        """The trained draft of all plans with one, which is read once. `key` names it in messages."""
+        if self.state.trained_draft is None:
+            self.state.trained_draft = read_draft(description, self.model, key)
+        return self.state.trained_draft
+
+    def forget_draft(self, plan: Speculation) -> None:
+        """Free what `prepare` or a generation has built for a plan."""
+        self.state.drafts.pop(plan.weights_key, None)
+
+    def restart_rules(self) -> None:
+        """Forget what earlier generations taught about when to draft."""
+        self.state.rules.clear()
 
     # ---- tokens ----
 
@@ -353,7 +366,9 @@ class LLM:
             settings.get("repetition_penalty", 1.0),
             settings.get("seed"),
         )
-        plan, compiled = self._chosen(prompts, max_new_tokens, num_rows, settings)
+        plan, compiled, reasons = self._choose(prompts, max_new_tokens, num_rows, settings)
+        for reason in reasons:
+            self._log_once(reason)
         generation = self.start(
             prompts,
             max_new_tokens,
@@ -380,38 +395,27 @@ class LLM:
         messages = [Message(role=cast(Any, message["role"]), content=message["content"]) for message in question]
         return to_tokens([*messages, Message(role="assistant", content="")], self.tokenizer)
 
-    def _chosen(
+    def _choose(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_rows: int, settings: CallSettings
-    ) -> tuple[Speculation | None, bool]:
-        """The plan of drafts, and whether to compile. Equal calls make a plan once."""
-        section, compiled = self._section(settings), settings.get("compile")
-        if (planner := self.planner) is None:
+    ) -> Chosen:
+        """How to decode. Equal calls choose once."""
+        section, compile = self._section(settings), settings.get("compile")
+        if self.planner is None:
             if section is not None:
                 raise ConfigError("draft: this object has no planner. Load it with LLM.load, or give draft=None")
-            return None, bool(compiled)
-
-        def planned(compiled: bool) -> tuple[Speculation | None, str | None]:
-            temperature = settings.get("temperature", 0.0)
-            key = repr((section, temperature, num_rows, compiled))
-            # A number of tokens without a stored list is counted in the prompts of each call.
-            stored = planner.exits is not None and planner.exits.vocabulary
-            counted = section is not None and isinstance(section.draft_vocabulary, int) and not stored
-            if key not in self.plans or counted:
-                asked = section is not None and section.num_speculations != AUTO
-                self.plans[key] = planner.plan(
-                    section, temperature, compiled, prompts, num_rows, key="generate", asked=asked
-                )
-            return self.plans[key]
-
-        if compiled is None and self.state.compiled is not None and not self.state.compiled.failed:
-            compiled = True  # an earlier call has compiled the steps
-        if compiled is None:
-            eager_s, compiled_s = (planner.token_s(planned(c)[0], c, num_rows) for c in (False, True))
-            compiled, why = compiling_pays(eager_s, compiled_s, CALLS * max_new_tokens, self.device)
-            self._log_once(why)
-        plan, why_plan = planned(compiled)
-        self._log_once(why_plan)
-        return plan, compiled
+            return Chosen(None, bool(compile), [])
+        if compile is None and self.state.compiled is not None and not self.state.compiled.failed:
+            compile = True  # an earlier call has compiled the steps
+        temperature, num_tokens = settings.get("temperature", 0.0), CALLS * max_new_tokens
+        key = repr((section, temperature, num_rows, num_tokens if compile is None else compile))
+        # A number of tokens without a stored list is counted in the prompts of each call.
+        stored = self.planner.exits is not None and self.planner.exits.vocabulary
+        counted = section is not None and isinstance(section.draft_vocabulary, int) and not stored
+        if key not in self.chosen or counted:
+            self.chosen[key] = self.planner.choose(
+                section, temperature, compile, num_tokens, prompts, num_rows, "generate"
+            )
+        return self.chosen[key]
 
     def _section(self, settings: CallSettings) -> SelfSpeculation | None:
         """The settings as a section `self_speculation`; None: never draft."""
@@ -426,8 +430,8 @@ class LLM:
         section.check_against(self.model, "generate")
         return section
 
-    def _log_once(self, line: str | None) -> None:
-        if line is not None and line not in self.logged:
+    def _log_once(self, line: str) -> None:
+        if line not in self.logged:
             self.logged.add(line)
             log.info(line)
 

@@ -75,7 +75,7 @@ class LayerSkipGenerate:
         batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
         num_steps = batches * self.max_new_tokens * (2 if self.compare else 1)
         prompts = [self.prompt_tokens[i] for i in self.good]
-        self.cfg, self.plan = choose_decoding(cfg, self.device, num_steps, prompts, self.batch_size)
+        self.cfg, self.plan = choose_decoding(cfg, num_steps, prompts, self.batch_size)
         cfg, self.compile = self.cfg, bool(self.cfg.compile)
         below_exit = (self.exit_layer or 0) if self.plan is None else self.plan.model_layers
         self.kept_layers = below_exit if below_exit < model.num_layers else 0
@@ -170,7 +170,7 @@ class LayerSkipGenerate:
             # Warm-up: the first steps of a process allocate, tune and compile.
             for drafts in (False, True):
                 self._run(batches[0], min(8, self.max_new_tokens), drafts=drafts)
-            self.llm.state.rules.clear()  # rules measure warm rounds only
+            self.llm.restart_rules()  # which measure warm rounds only
             if self.interrupted:
                 raise KeyboardInterrupt
         path = self.cfg.output_file if self.shows else None

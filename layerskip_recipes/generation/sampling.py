@@ -110,9 +110,9 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 15)
 
 
-def gumbel(one: torch.Tensor, two: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def gumbel(key: torch.Tensor, other_key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Gumbel noise in fp32 of token ids at a position with the keys `one` and `two`; the three shapes broadcast."""
-    bits = mixed(mixed(one ^ ids) ^ two)
+    bits = mixed(mixed(key ^ ids) ^ other_key)
     # -log(1 - u) is most precise near u = 0, where tokens win. The largest u must not round to 1.
     uniform = ((bits.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)
     return -torch.log(-torch.log1p(-uniform))
@@ -128,9 +128,9 @@ def choose_tokens(
     """
     if keys is None:
         return scores.argmax(-1)
-    one, two = (mixed(keys[:, i, None] ^ positions)[..., None] for i in (0, 1))
+    key, other_key = (mixed(keys[:, i, None] ^ positions)[..., None] for i in (0, 1))
     ids = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
-    return (scores + gumbel(one, two, ids)).argmax(-1)
+    return (scores + gumbel(key, other_key, ids)).argmax(-1)
 
 
 def accept(drafted: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,8 +98,8 @@ def merge_adapters(
     """The plain model's state_dict: adapters merged into copies of the weights, or into the weights if `in_place`."""
     names = [name.removesuffix(".lora_a.weight") for name in state if name.endswith(".lora_a.weight")]
     copies = {} if in_place else {f"{name}.weight": state[f"{name}.weight"].clone() for name in names}
-    own = dict(state) | copies | scaled_biases(state, config)  # torchtune's merge does not scale biases
-    return get_merged_lora_ckpt(own, rank=config["r"], alpha=config["lora_alpha"])
+    tensors = dict(state) | copies | scaled_biases(state, config)  # torchtune's merge does not scale biases
+    return get_merged_lora_ckpt(tensors, rank=config["r"], alpha=config["lora_alpha"])
 
 
 def without_adapters(model: M) -> M:
@@ -218,13 +218,13 @@ def read_adapters(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     except Exception as e:
         raise ConfigError(f"{key}: {str(file)!r} is no {ADAPTER_FILE} of torchtune ({e})") from e
     # Compare alpha, names and shapes with the model.
-    config_file, own = file.with_name("adapter_config.json"), adapter_config(model)
+    config_file, wanted = file.with_name("adapter_config.json"), adapter_config(model)
     if not config_file.exists():
         config_file = file.parent / PEFT_FOLDER / "adapter_config.json"
     alpha = read_json(config_file, key, {}).get("lora_alpha")
-    if alpha is not None and alpha != own["lora_alpha"]:
+    if alpha is not None and alpha != wanted["lora_alpha"]:
         raise ConfigError(
-            f"model.lora_alpha: {own['lora_alpha']}, but the adapters of {path!r} were trained with {alpha}; for "
+            f"model.lora_alpha: {wanted['lora_alpha']}, but the adapters of {path!r} were trained with {alpha}; for "
             f"example model.lora_alpha={alpha}"
         )
     message = f"{key}: {str(file)!r} is not of this model, it"

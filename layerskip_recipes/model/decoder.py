@@ -118,12 +118,12 @@ class LayerSkipDecoder(TransformerDecoder):
             # Build the mask once; Gemma 2 would rebuild it in every layer, on the CPU.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
         layer_inputs = {"mask": mask, "input_pos": input_pos}
-        kept: list[torch.Tensor | KeptRows] = [None] * self.num_layers
+        rows_to_run: list[torch.Tensor | KeptRows] = [None] * self.num_layers
         factors = [1.0] * self.num_layers
         if self.training and self.layer_dropout:
-            kept, factors = self._draw(h), self.layer_dropout.factors()
+            rows_to_run, factors = self._draw(h), self.layer_dropout.factors()
         for layer in range(start_layer, exit_layer):
-            h = self._run_layer(self.layers[layer], h, kept[layer], factors[layer], layer_inputs)
+            h = self._run_layer(self.layers[layer], h, rows_to_run[layer], factors[layer], layer_inputs)
             if on_exit is not None:
                 if layer + 1 == exit_layer:
                     # FSDP hooks the gradients of the model's output and of the layer's output. If both were the same
@@ -178,33 +178,33 @@ class LayerSkipDecoder(TransformerDecoder):
 
     def _draw(self, h: torch.Tensor) -> list[torch.Tensor | KeptRows]:
         """The rows kept in each layer; partial lists are tensors on h's device, copied there all at once."""
-        kept: list[Any] = self.layer_dropout.draw(h.shape[0])
-        partly = {layer: rows for layer, rows in enumerate(kept) if rows}
+        drawn: list[Any] = self.layer_dropout.draw(h.shape[0])
+        partly = {layer: rows for layer, rows in enumerate(drawn) if rows}
         flat = on_device([row for rows in partly.values() for row in rows], h.device)
         for layer, rows in zip(partly, flat.split([len(rows) for rows in partly.values()]), strict=True):
-            kept[layer] = rows
-        return kept
+            drawn[layer] = rows
+        return drawn
 
     def _run_layer(
-        self, layer: nn.Module, h: torch.Tensor, kept: torch.Tensor | KeptRows, factor: float, layer_inputs: dict
+        self, layer: nn.Module, h: torch.Tensor, rows: torch.Tensor | KeptRows, factor: float, layer_inputs: dict
     ) -> torch.Tensor:
         """x_{l+1} = x_l + r M f_l(x_l) (paper, eq. 1, with r = `factor`).
 
         `kept`: rows [k] on h's device, None for all, [] for none.
         """
-        if isinstance(kept, list):
+        if isinstance(rows, list):
             return h
-        if kept is None:
+        if rows is None:
             x, inputs = h, layer_inputs
         else:
-            x = h.index_select(0, kept)
-            inputs = {name: take_rows(value, kept, h.shape[0]) for name, value in layer_inputs.items()}
+            x = h.index_select(0, rows)
+            inputs = {name: take_rows(value, rows, h.shape[0]) for name, value in layer_inputs.items()}
             if isinstance(layer_inputs["mask"], torch.Tensor) and layer_inputs["mask"].dim() == 2:
                 inputs["mask"] = layer_inputs["mask"]  # [s, s], shared by all samples
         out = layer(x, **inputs)
         if factor != 1:
             out = x.lerp(out, factor)  # x + r (out - x), because layers return x + f(x)
-        return out if kept is None else h.index_copy(0, kept, out)
+        return out if rows is None else h.index_copy(0, rows, out)
 
 
 BLOCK_TABLES = [

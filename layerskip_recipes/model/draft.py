@@ -89,23 +89,23 @@ class Draft(nn.Module):
         self, model: LayerSkipDecoder, tokens: torch.Tensor, **inputs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The draft's input (embedding or x_E) and the model's last normed state, [b, s, d], without gradient."""
-        kept = dict[int, torch.Tensor]()
+        states = dict[int, torch.Tensor]()
         with torch.no_grad():  # not inference mode: autograd cannot use its tensors
-            model(tokens, on_exit=self.keeper(model, tokens, kept), unembed=False, **inputs)
-        return kept[self.start], kept[model.num_layers]
+            model(tokens, on_exit=self.keeper(model, tokens, states), unembed=False, **inputs)
+        return states[self.start], states[model.num_layers]
 
-    def keeper(self, model: LayerSkipDecoder, tokens: torch.Tensor, kept: dict[int, torch.Tensor]) -> OnExit:
+    def keeper(self, model: LayerSkipDecoder, tokens: torch.Tensor, states: dict[int, torch.Tensor]) -> OnExit:
         """An `on_exit` for the model's forward that fills `kept` with the `teacher_states`, by number of layers."""
 
         @torch.no_grad()
         def on_exit(exit_layer: int, x: torch.Tensor) -> None:
             # Within the model's forward, a sharded model's embedding and norm are gathered.
             if exit_layer == 1 and self.start == 0:
-                kept[0] = model.tok_embeddings(tokens)
+                states[0] = model.tok_embeddings(tokens)
             if exit_layer == self.start:
-                kept[self.start] = x.detach()
+                states[self.start] = x.detach()
             if exit_layer == model.num_layers:
-                kept[exit_layer] = model.norm(x)
+                states[exit_layer] = model.norm(x)
 
         return on_exit
 

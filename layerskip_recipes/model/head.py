@@ -53,13 +53,13 @@ class Head:
     @contextmanager
     def using(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
         """A context in which the head uses these tensors, in the order of `self.parameters`."""
-        own = [module._parameters[name] for module, name in self._places]
+        before = [module._parameters[name] for module, name in self._places]
         try:
             for (module, name), value in zip(self._places, parameters, strict=True):
                 module._parameters[name] = value
             yield
         finally:
-            for (module, name), value in zip(self._places, own, strict=True):
+            for (module, name), value in zip(self._places, before, strict=True):
                 module._parameters[name] = value
 
     @property

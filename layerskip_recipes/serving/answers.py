@@ -41,7 +41,7 @@ class Answerer:
         system = [Message(role="system", content=cfg.system_prompt)] if cfg.system_prompt else []
         question = [Message(role="user", content="?"), Message(role="assistant", content="")]
         to_tokens([*system, *question], self.tokenizer)  # a template that refuses the system prompt says so now
-        self.cfg, self.plan = choose_decoding(cfg, self.device, EXPECTED_REQUESTS * cfg.max_new_tokens)
+        self.cfg, self.plan = choose_decoding(cfg, EXPECTED_REQUESTS * cfg.max_new_tokens)
         self.name = Path(cfg.model_dir or cfg.output_dir or cfg.given_folder or "model").name
         self.context = most_positions(model)[0]
         self.max_body_bytes = 2**16 + 32 * self.context  # few texts have so many bytes per token
@@ -53,7 +53,7 @@ class Answerer:
         self.llm = LLM.of_config(self.cfg, self.device, self.tokenizer, {SECTION_KEY: self.plan})
         short = CompletionRequest.parse({"prompt": "?", "max_tokens": min(24, self.cfg.max_new_tokens)})
         list(self.answer(short, threading.Event()))
-        self.llm.state.rules.clear()  # rules measure warm rounds only
+        self.llm.restart_rules()  # which measure warm rounds only
 
     def answer(self, request: ChatRequest | CompletionRequest, gone: threading.Event) -> Iterator[str | Ending]:
         """Pieces of text as they become final, then the `Ending`. Fails with ConnectionAbortedError after `gone`."""

@@ -116,8 +116,8 @@ class TrainingMemory:
         self.all_weights = not (cfg.freezes_model or adapter_names(cfg.meta_model))
         self.trained, self.of_draft = cfg.trained_weights
         # Layers that keep activations. An adapter runs once per unrolled token, beside a layer of the frozen model.
-        own = 0 if cfg.draft is None else IN_A_ROW if cfg.draft.kind == "adapter" else cfg.draft.exit_layer
-        self.depth = own + (1 if cfg.freezes_model else cfg.num_layers)
+        draft_depth = 0 if cfg.draft is None else IN_A_ROW if cfg.draft.kind == "adapter" else cfg.draft.exit_layer
+        self.depth = draft_depth + (1 if cfg.freezes_model else cfg.num_layers)
 
     @cached_property
     def there(self) -> int:
@@ -130,8 +130,8 @@ class TrainingMemory:
     def chunk(self) -> int:
         """The number of tokens whose logits are in memory at a time."""
         section = self.cfg.early_exit_loss or self.cfg.draft
-        given = AUTO if section is None else section.chunk_tokens
-        return chunk_tokens(self.device) if given == AUTO else given
+        value = AUTO if section is None else section.chunk_tokens
+        return chunk_tokens(self.device) if value == AUTO else value
 
     def kept(self, dtype: str) -> int:
         """Bytes that each process holds throughout: its shards of weights, gradients and averages."""
@@ -145,13 +145,13 @@ class TrainingMemory:
         """Bytes that each process takes besides activations."""
         cfg, model = self.cfg, self.cfg.meta_model
         # In each process: the fp32 logits of a chunk with their gradient, and the sum of the head's gradients in fp32.
-        own = 8 * self.chunk * model.tok_embeddings.num_embeddings
-        own += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
+        taken = 8 * self.chunk * model.tok_embeddings.num_embeddings
+        taken += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
         compute = cfg.compute_dtype
         in_bf16 = has_bf16_products(self.device) if compute == AUTO else compute == "bf16"
         if dtype == "fp32" and in_bf16 and not packs_weights(cfg.model):
-            own += cast_bytes(model, self.depth, recompute) // (cfg.tensor_parallel_dim or 1)
-        return own + self.kept(dtype)
+            taken += cast_bytes(model, self.depth, recompute) // (cfg.tensor_parallel_dim or 1)
+        return taken + self.kept(dtype)
 
     def room(self, dtype: str, recompute: bool) -> int:
         """Bytes left for activations."""
@@ -185,8 +185,8 @@ class TrainingMemory:
     def warn_of_saves(self, dtype: str) -> None:
         """Warn if a save cannot measure the exits or the draft, while there is room to train."""
         measuring = measuring_bytes(self.cfg.meta_model, min(self.chunk, MOST_CHUNK_TOKENS))
-        kept = self.kept(dtype)
-        if kept <= self.there < kept + measuring:
+        used = self.kept(dtype)
+        if used <= self.there < used + measuring:
             log.warning(
                 f"Measuring the exits or the draft at a save needs {measuring / 2**30:.1f} GiB, more than is left. "
                 "Checkpoints will be saved without it, and generation cannot choose by it"

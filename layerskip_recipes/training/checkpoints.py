@@ -175,14 +175,14 @@ class Checkpoints:
         """Check that the disk has room for the checkpoints of `size` bytes that the run adds from `step` on."""
         if not is_rank_zero() or step >= total_steps:
             return
-        there = {path.name for path in complete_checkpoints(self.output_dir)}
+        present = {path.name for path in complete_checkpoints(self.output_dir)}
         ends = {f"epoch_{number}" for number in range(step // per_epoch, total_steps // per_epoch)}
         every = self.every or total_steps
-        between = {f"step_{now}" for now in range(every, total_steps, every) if now > step and now % per_epoch}
+        between = {f"step_{s}" for s in range(every, total_steps, every) if s > step and s % per_epoch}
         new = ends | between
-        count = len(new - there) + bool(new & there)  # one that replaces another is complete before that goes
+        count = len(new - present) + bool(new & present)  # one that replaces another is complete before that goes
         if self.keep:  # so is a new one before the oldest goes; shards do not replace the last model
-            count = max(min(count, self.keep + 1 + self.shards_steps - len(there)), 1)
+            count = max(min(count, self.keep + 1 + self.shards_steps - len(present)), 1)
         if (free := shutil.disk_usage(existing(self.output_dir)).free) < count * size:
             fewer = f", or fewer checkpoints; for example {KEEP}=1" if count > 2 and self.keep != 1 else ""
             raise ConfigError(
@@ -302,15 +302,15 @@ class Checkpoints:
         """
         reader = dcp.FileSystemReader(str(self.resumed_from))
         written = reader.read_metadata().state_dict_metadata
-        there = {
+        found_states = {
             name: state
             for name, state in states.items()
             if state and all(f"{training.OPT_KEY}.state.{name}.{key}" in written for key in state)
         }
-        shards = {"model": weights} | ({training.OPT_KEY: {"state": there}} if there else {})
+        shards = {"model": weights} | ({training.OPT_KEY: {"state": found_states}} if found_states else {})
         dcp.load(shards, storage_reader=reader, process_group=file_group())
         wait_for_all()  # a slow reader would exceed the timeout of the next collective
-        return there
+        return found_states
 
     def finish(self) -> None:
         """Wait for the shards being written, and raise any error of that write."""
@@ -341,9 +341,9 @@ class Checkpoints:
         os.rename(self.staging / name, place)
         sync(self.output_dir)  # delete nothing before the new checkpoint is on disk
         if self.keep:
-            there = complete_checkpoints(self.output_dir)
-            models = [folder for folder in there if not (folder / SHARDED).exists()]  # others are shards
-            for old in there[: -self.keep]:
+            complete = complete_checkpoints(self.output_dir)
+            models = [folder for folder in complete if not (folder / SHARDED).exists()]  # others are shards
+            for old in complete[: -self.keep]:
                 if old not in models[-1:]:
                     os.rename(old, self.staging / f"old_{old.name}")  # atomic, unlike deleting a folder
         shutil.rmtree(self.staging, ignore_errors=True)

@@ -88,19 +88,19 @@ class DraftLoss:
         total_of_model: torch.Tensor | float = 0.0
         by_exit: dict[int, torch.Tensor] = {}
         if self.model_loss is not None:
-            kept: dict[int, torch.Tensor] = {}
-            keep = self.draft.keeper(model, tokens, kept)
+            by_layer: dict[int, torch.Tensor] = {}
+            keep = self.draft.keeper(model, tokens, by_layer)
             total_of_model, by_exit = self.model_loss(
                 model, tokens, labels, step=step, total_steps=total_steps, counted=counted, on_exit=keep, **inputs
             )
-            x, last = kept[self.draft.start], kept[model.num_layers]
+            x, last = by_layer[self.draft.start], by_layer[model.num_layers]
         else:
             x, last = self.draft.teacher_states(model, tokens, **inputs)
         states = self.draft.states(x, last, **inputs)
         final = last.flatten(0, 1)
         head = Head(model, norm=nn.Identity())  # the states are already normed
-        own = self.draft.vocabulary
-        head = head.cut(slice(None) if own is None else on_device(own, labels.device))
+        vocabulary = self.draft.vocabulary
+        head = head.cut(slice(None) if vocabulary is None else on_device(vocabulary, labels.device))
 
         total, _ = exit_losses(
             head,

@@ -84,25 +84,25 @@ def _with_file_names(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).expanduser().exists() else value
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yield the dotted keys whose values differ, with both values; None for a missing one.
 
     Values are compared as text: a rerun of a logged config reads the string "3" back as the number 3.
     """
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in dict.fromkeys([*now, *before]):
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in dict.fromkeys([*after, *before]):
             if name not in FREE_SETTINGS:
-                yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-    elif before != now and str(before) != str(now):
-        yield key, before, now
+                yield from _differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+    elif before != after and str(before) != str(after):
+        yield key, before, after
 
 
-def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
+def check_resumable(before: dict[str, Any], after: dict[str, Any]) -> None:
     """Raises a ConfigError that names the changed settings."""
-    noted = {key: before.get(key) for key in now}
+    noted = {key: before.get(key) for key in after}
     if noted.get("config.json"):  # earlier versions noted the keys of all families
-        noted["config.json"] = {key: noted["config.json"].get(key) for key in now["config.json"]}
-    changed = [*_differences(noted, now)]
+        noted["config.json"] = {key: noted["config.json"].get(key) for key in after["config.json"]}
+    changed = [*_differences(noted, after)]
     for key, noted, value in changed:
         if key == STEPS:
             log.warning(

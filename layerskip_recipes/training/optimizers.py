@@ -34,14 +34,14 @@ class Optimizers:
             self.all: list[Optimizer] = list(each.values())
         else:
             self.all = [cfg.optimizer.build([{"params": same} for trained in parts for same in group_by_mesh(trained)])]
-        for number, one in enumerate(self.all):
-            if isinstance(one, StochasticAdamW):
-                one.first = number
+        for number, optimizer in enumerate(self.all):
+            if isinstance(optimizer, StochasticAdamW):
+                optimizer.first = number
         if parts[0][0].dtype is torch.bfloat16:
             # Adapters begin at zero, where bf16 is fine enough.
             _tell_of_rounding(self.all[0], whole=all(p.requires_grad for p in model.parameters()))
         of_draft = {id(p) for trained in parts[1:] for p in trained}
-        for group in (group for one in self.all for group in one.param_groups):
+        for group in (group for optimizer in self.all for group in optimizer.param_groups):
             if id(group["params"][0]) in of_draft:
                 group["lr"] = DRAFT_RATE * group["lr"]
             # Schedulers with last_epoch >= 0 need initial_lr, as a float: torchao's lr is a tensor, changed in place.
@@ -49,8 +49,8 @@ class Optimizers:
         if states is not None:
             self.load_state_dict(self._from_rank_zero(states))
         self.schedulers = [
-            cfg.lr_scheduler.build(one, num_training_steps=steps, last_epoch=done - 1)
-            for one in (self.all if cfg.lr_scheduler is not None else [])
+            cfg.lr_scheduler.build(optimizer, num_training_steps=steps, last_epoch=done - 1)
+            for optimizer in (self.all if cfg.lr_scheduler is not None else [])
         ]
         warmup = cfg.lr_scheduler.get("num_warmup_steps") if cfg.lr_scheduler is not None else None
         if isinstance(warmup, int) and warmup > steps // 2:
@@ -81,8 +81,8 @@ class Optimizers:
         """The state of each parameter by name: whole tensors on rank 0's CPU, or this rank's shards. Collective."""
         options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
         with suppress_dcp_warnings():
-            found: Any = get_optimizer_state_dict(self.model, self.all, options=options)
-        return found.get("state", {})
+            state: Any = get_optimizer_state_dict(self.model, self.all, options=options)
+        return state.get("state", {})
 
     def load_state_dict(self, states: dict[str, dict[str, Any]]) -> None:
         """Load this rank's shards of a `state_dict`.
@@ -91,16 +91,16 @@ class Optimizers:
         skipped its layer so far.
         """
         names = {parameter: clean_name(name) for name, parameter in self.model.named_parameters()}
-        for one in self.all:
-            own = one.state_dict()["param_groups"]
-            numbers = [number for group in own for number in group["params"]]
-            parameters = [parameter for group in one.param_groups for parameter in group["params"]]
+        for optimizer in self.all:
+            param_groups = optimizer.state_dict()["param_groups"]
+            numbers = [number for group in param_groups for number in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             learned = {
                 number: states[names[parameter]]
                 for number, parameter in zip(numbers, parameters, strict=True)
                 if names[parameter] in states
             }
-            one.load_state_dict({"state": learned, "param_groups": own})
+            optimizer.load_state_dict({"state": learned, "param_groups": param_groups})
 
     def _from_rank_zero(self, states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """This rank's shards of rank 0's whole tensors, from any number of ranks. Collective."""
@@ -110,10 +110,10 @@ class Optimizers:
         tensors = {
             name: {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim()} for name, state in states.items()
         }
-        numbers = {name: {k: v for k, v in states[name].items() if k not in found} for name, found in tensors.items()}
-        own, shards = self.state_dict(whole=False), {}
+        numbers = {name: {k: v for k, v in states[name].items() if k not in by_key} for name, by_key in tensors.items()}
+        local, shards = self.state_dict(whole=False), {}
         for name, (keys, rest) in from_rank_zero({n: ([*tensors[n]], numbers[n]) for n in states}).items():
-            shards[name] = own.get(name, {}) | rest
+            shards[name] = local.get(name, {}) | rest
             for key in (key for key in keys if key in shards[name]):  # another setting may need no such state
                 fill_from_rank0(shards[name][key], tensors[name][key] if is_rank_zero() else None)
         return shards

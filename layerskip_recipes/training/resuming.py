@@ -17,16 +17,16 @@ log = get_logger("INFO")
 
 def find_checkpoint(output_dir: Path) -> Path:
     """The newest intact checkpoint under output_dir, found by rank 0 for all ranks; a ConfigError if there is none."""
-    found = None
+    folder = None
     if is_rank_zero():
         restore_set_aside(output_dir)
-        found = newest_intact(output_dir)
-        if found is None:
+        folder = newest_intact(output_dir)
+        if folder is None:
             raise ConfigError(
                 f"resume_from_checkpoint: no intact checkpoint (epoch_* or step_*) under output_dir "
                 f"{str(output_dir)!r}. Set resume_from_checkpoint=false to start anew"
             )
-    return from_rank_zero(found)
+    return from_rank_zero(folder)
 
 
 def stored_choices(checkpoint: Path) -> dict[str, Any]:
@@ -38,14 +38,14 @@ def stored_choices(checkpoint: Path) -> dict[str, Any]:
 
 def check_earlier_runs(output_dir: Path, keep: int | None) -> None:
     """Refuse a fresh run that would delete an earlier run's checkpoints because it only keeps `keep` of them."""
-    there = ", ".join(folder.name for folder in complete_checkpoints(output_dir))
-    if there and keep:
+    names = ", ".join(folder.name for folder in complete_checkpoints(output_dir))
+    if names and keep:
         raise ConfigError(
             f"keep_last_n_checkpoints: {keep} would throw away an earlier run's checkpoints under output_dir "
-            f"{str(output_dir)!r}, {there}. Allowed: another output_dir, or resume_from_checkpoint=true"
+            f"{str(output_dir)!r}, {names}. Allowed: another output_dir, or resume_from_checkpoint=true"
         )
-    if there:
-        log.warning(f"{output_dir} has an earlier run's checkpoints, {there}: this run replaces those of the same name")
+    if names:
+        log.warning(f"{output_dir} has an earlier run's checkpoints, {names}: this run replaces those of the same name")
 
 
 def random_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -59,8 +59,8 @@ def random_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
 def restore_random_state(states: list[dict[str, torch.Tensor]], device: torch.device) -> None:
     """Restore this rank's generators. Ranks that the stopped run did not have keep their own seed."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    own = states[rank] if rank < len(states) else {}
-    if "cpu" in own:
-        torch.set_rng_state(own["cpu"])
-    if device.type != "cpu" and device.type in own:
-        torch.get_device_module(device).set_rng_state(own[device.type])
+    saved = states[rank] if rank < len(states) else {}
+    if "cpu" in saved:
+        torch.set_rng_state(saved["cpu"])
+    if device.type != "cpu" and device.type in saved:
+        torch.get_device_module(device).set_rng_state(saved[device.type])

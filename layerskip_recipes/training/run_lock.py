@@ -32,9 +32,9 @@ class RunLock:
         self._file: IO[str] | None = None
         self._created: list[Path] = []
         if is_rank_zero():
-            own = _held.get(self._key)
-            if own is not None and own._is_current(own._file):
-                self._file, self._created, own._file = own._file, own._created, None
+            holder = _held.get(self._key)
+            if holder is not None and holder._is_current(holder._file):
+                self._file, self._created, holder._file = holder._file, holder._created, None
             else:
                 self._acquire()
             _held[self._key] = self

@@ -64,9 +64,9 @@ class LossMeans:
 def versions() -> dict[str, str]:
     """The versions of this package and its main dependencies, and the commit of a git checkout."""
     names = ("layerskip-recipes", "torch", "torchtune", "torchao")
-    found = {name: version(name) for name in names} | {"python": platform.python_version()}
+    by_package = {name: version(name) for name in names} | {"python": platform.python_version()}
     if (CHECKOUT / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
-        found |= {"commit": run.stdout.strip()} if run.returncode == 0 else {}
-    return found
+        by_package |= {"commit": run.stdout.strip()} if run.returncode == 0 else {}
+    return by_package

@@ -206,6 +206,7 @@ def test_no_exit_drafts_where_none_pays_unless_the_user_asks(tmp_path):
     assert choose(described(tmp_path / "last", {}, trained=(30,))).section is None
     # Who asks for drafts gets them.
     assert choose(bad, given={"exit_layer": 6}).section.exit_layer == 6
+    assert choose(bad, given={"num_speculations": 4}).plan is None  # how to draft, if at all
 
 
 def test_look_ups_draft_beside_an_exit_of_single_rows_or_on_request(tmp_path):

@@ -51,8 +51,8 @@ def result(step: str) -> dict:
 
 
 def test_a_step_that_fails_or_hangs_does_not_end_the_report(report):
-    status, printed = report("--limit", "5", "--only", "environment", "tests", "decode_1b", "decode_8b")
-    assert status == 1 and "decode_1b: timed out after 5 s" in printed
+    status, printed = report("--limit", "3", "--only", "environment", "tests", "decode_1b", "decode_8b")
+    assert status == 1 and "decode_1b: timed out after 3 s" in printed
     outcomes = {step: result(step)["status"] for step in ("environment", "tests", "decode_1b", "decode_8b")}
     assert outcomes == {"environment": "done", "tests": "failed", "decode_1b": "timed out", "decode_8b": "done"}
     # What a step measured before its end is kept, and why it ended.
@@ -69,11 +69,11 @@ def test_a_step_that_fails_or_hangs_does_not_end_the_report(report):
 def test_a_second_call_goes_on(report):
     """It runs what has no result or timed out; steps that failed only on demand."""
     report("--only", "environment")
-    _, printed = report("--budget", "5", "--limit", "12", "--only", "decode_1b", "decode_8b")
+    _, printed = report("--budget", "3", "--limit", "7", "--only", "decode_1b", "decode_8b")
     assert result("decode_1b")["status"] == "timed out" and result("decode_1b")["rows"]
     assert "too few for decode_8b: call again" in printed and not Path("out/decode_8b.json").exists()
     before = Path("out/environment.json").stat().st_mtime_ns
-    status, printed = report("--limit", "5")
+    status, printed = report("--limit", "3")
     assert status == 1 and "environment:" not in printed and "decode_1b: timed out" in printed
     assert Path("out/environment.json").stat().st_mtime_ns == before and result("decode_8b")["status"] == "done"
     assert {path.stem for path in Path("out").glob("*.json")} == set(STEPS)

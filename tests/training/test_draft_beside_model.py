@@ -248,8 +248,8 @@ def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     llm = LLM.load(str(folder), draft=own)
     command, _ = DraftPlanner.of_config(cfg, None).plan(cfg.self_speculation, 0.0, compile)
     llm.generate("def main(", 20, compile=compile)
-    ((ours, _),) = llm.plans.values()
-    assert ours == command
+    (chosen,) = llm.chosen.values()
+    assert chosen.plan == command
     (built,) = llm.state.drafts.values()
     int8 = any("Int8" in type(parameter).__name__ for parameter in built.decoder.parameters())
     assert int8 == command.draft_int8 == compile

@@ -1,4 +1,5 @@
-"""Where drafts are chosen: `DraftPlanner.plan` turns a section with `auto` keys into a `Speculation`."""
+"""Where it is chosen how to decode: `DraftPlanner.plan` turns a section with `auto` keys into a `Speculation`.
+`DraftPlanner.choose` also says whether to compile."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -6,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,10 +33,19 @@ from layerskip_recipes.generation.drafting.prediction import (
 )
 from layerskip_recipes.generation.drafting.section import SPLITS, SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import SECTION_KEY, SPECULATION_DEFAULTS, Speculation
+from layerskip_recipes.generation.kernels.when_to_compile import compiling_pays
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.processes import num_processes
 
 LOOKUP = 1  # the least length of a match in the text
+
+
+class Chosen(NamedTuple):
+    """How a model decodes, and a log line for each choice."""
+
+    plan: Speculation | None  # None: without drafts
+    compiled: bool
+    reasons: list[str]
 
 
 @dataclass
@@ -120,14 +130,39 @@ class DraftPlanner:
         """Estimated seconds of the parts of a round."""
         return estimated_costs(self.model, self.dtype, not self._on_cpu, compiled, batch_rows)
 
-    def token_s(self, plan: Speculation | None, compiled: bool, batch_rows: int = 1) -> float:
-        """Estimated seconds per token with a plan."""
-        speedup = 1.0 if plan is None or plan.speedup is None else plan.speedup
-        return self.costs(compiled, batch_rows).plain_step_s / max(speedup, 1.0)
-
     @property
     def _on_cpu(self) -> bool:
         return self.device.startswith("cpu")
+
+    def choose(
+        self,
+        section: SelfSpeculation | None,
+        temperature: float,
+        compile: bool | None,
+        num_tokens: int,
+        prompts: Sequence[Sequence[int]] = (),
+        batch_rows: int = 1,
+        key: str = SECTION_KEY,
+    ) -> Chosen:
+        """How to decode. `compile` None: if that pays for up to `num_tokens` steps. The rest is as in `plan`."""
+        plans = {
+            compiled: self.plan(section, temperature, compiled, prompts, batch_rows, key)
+            for compiled in ((False, True) if compile is None else (compile,))
+        }
+        reasons = []
+        if compile is None:
+            compile = False
+            if not self.split:
+                eager_s, compiled_s = (self._token_s(plan, c, batch_rows) for c, (plan, _) in plans.items())
+                compile, why = compiling_pays(eager_s, compiled_s, num_tokens, torch.device(self.device))
+                reasons.append(why)
+        plan, why_plan = plans[compile]
+        return Chosen(plan, compile, [*reasons, *filter(None, [why_plan])])
+
+    def _token_s(self, plan: Speculation | None, compiled: bool, batch_rows: int) -> float:
+        """Estimated seconds per token with a plan."""
+        speedup = 1.0 if plan is None or plan.speedup is None else plan.speedup
+        return self.costs(compiled, batch_rows).plain_step_s / max(speedup, 1.0)
 
     def plan(
         self,
@@ -137,13 +172,12 @@ class DraftPlanner:
         prompts: Sequence[Sequence[int]] = (),
         batch_rows: int = 1,
         key: str = SECTION_KEY,
-        asked: bool = False,
     ) -> tuple[Speculation | None, str | None]:
         """How to draft in batches of `batch_rows` prompts (None: not at all), and a log line if anything was chosen.
 
         In order: the user's keys stand; without any measurement, open keys have defaults; else the fastest of the
-        known options is taken, if it should pay or the user asked for drafts. `asked`: draft even if it should not
-        pay, as a section with an exit or a draft does. `key` is the section's name in messages.
+        known options is taken, if it should pay or the user asked for drafts by an exit or a draft.
+        `key` is the section's name in messages.
         """
         if section is None:
             return None, None
@@ -186,7 +220,7 @@ class DraftPlanner:
 
         # Draft if it should pay, or if the user asked for it.
         described = self._described(best, assumed=any(rates is ASSUMED for _, rates in options))
-        if best.speedup < LEAST_GAIN and not (asked or has_exit or given.get("draft")):
+        if best.speedup < LEAST_GAIN and not (has_exit or given.get("draft")):
             which = "no exit should pay" if draft is None else "the trained draft should not pay"
             why = f"{which}. The best would be {described}"
             return self._without_layers(given, answers, why, compiled, batch_rows)
