@@ -51,7 +51,7 @@ CASES = {
     "optimizer in backward": ("in_backward", 2, []),
     "untied, both apart": ("untied", 2, ["custom_sharded_layers=[tok_embeddings,output]"]),
     "Gemma 2 by its folder": ("gemma2", 2, FEW),
-    "DoRA": ("dora", 2, []),
+    "DoRA with a copy": ("dora", 2, []),
     "QLoRA": ("qlora", 2, FEW),
     "TP, fused, checkpointed": (
         "untied", 2, ["tensor_parallel_dim=2", "batch_size=4", "optimizer.fused=true", "ac_mode=full", *FEW],
@@ -67,7 +67,8 @@ CASES = {
 RESUMED = {
     "1 to 2, whole": (None, "tied", "epoch_0", 2),
     "1 to 2, optimizer in backward": (None, "in_backward", "step_6", 2),
-    "1 to 2, DoRA": (None, "dora", "step_6", 2),
+    "1 to 2, DoRA with a copy": (None, "dora", "step_6", 2),
+    "2 to 1, DoRA with a copy": ("DoRA with a copy", "dora", "step_6", 1),
     "2 to 1, shards": ("FSDP", "tied", "step_6", 1),
     "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
     "2 to 2, FSDP to TP": ("untied, both apart", "untied", "step_6", 2, "tensor_parallel_dim=2", "batch_size=4"),
@@ -98,7 +99,8 @@ def config_changes(kind, folder, tokenizer, checkpoint):
         draft = {"draft": DRAFTS[kind] | {"exit_layer": 2}, "early_exit_loss": None}
         return draft | held_out | {"checkpointer": start_section(checkpoint)}
     if kind == "dora":
-        return {"model": LORA, "checkpointer": start_section(checkpoint)}
+        beside = {"draft": {"kind": "copy", "exit_layer": 2, "finetune_model": True}, "early_exit_loss": None}
+        return beside | {"model": LORA, "checkpointer": start_section(checkpoint)}
     if kind == "qlora":
         (folder / "wide").mkdir()
         torch.manual_seed(0)
