@@ -172,7 +172,7 @@ def bad_draft(model, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rows"), [("exit", 3), ("look-up", 1), ("copy", 3), ("adapter", 3)])
-def test_bad_drafts_cost_a_twentieth_at_most(kind, rows, clock):
+def test_decoding_with_drafts_that_are_all_wrong_is_a_twentieth_slower_at_most(kind, rows, clock):
     model, prompts = make_model(), PROMPTS[:rows]
     speculation, draft_weights = bad_draft(model, kind)
     clock.watch({*model.layers, *draft_weights[0].layers})

@@ -62,7 +62,7 @@ def test_plain_decoding_is_torchtunes_generate(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"exit_layer": 3}, DRAFTS, LOOK_UPS], ids=str)
-def test_stop_tokens_wherever_they_fall(arguments):
+def test_a_text_ends_at_its_stop_token_wherever_it_falls(arguments):
     """Each token of the output as the stop token: first, in the middle of a draft, as the bonus token, never."""
     full = greedy("llama3_2", PROMPT, 24, L if "num_speculations" in arguments else arguments.get("exit_layer", L))
     absent = min(set(range(VOCAB)) - set(full))

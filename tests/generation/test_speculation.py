@@ -109,7 +109,7 @@ def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():
         run(model, [PROMPT], 6, speculation=Speculation(2, 2, draft_vocabulary=[1, 2]))
 
 
-def test_a_row_at_the_models_end_beside_a_short_one():
+def test_a_row_may_end_at_the_models_length_beside_a_short_one():
     """What the long row drafts behind its end, as the other one has room, has no position in the model."""
     model, long = model_of("llama3_2"), (*range(1, 97), *range(1, 26))
     generation = run(model, [PROMPT[:3], long], 7, speculation=Speculation(2, 5))
@@ -128,7 +128,7 @@ def test_what_was_drafted_behind_a_stop_counts_nowhere():
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_settings_of_torch_on_a_gpu_and_elsewhere_nothing_changes(before):
+def test_torchs_settings_change_only_on_a_gpu_and_only_while_decoding(before):
     """cuDNN's plans and sums in bf16."""
     products = torch.backends.cuda.matmul
 

@@ -84,7 +84,7 @@ def test_a_mistake_is_refused_before_weights_are_loaded(
     check(recipe, adapter_paths[name], overrides, key, given, allowed)
 
 
-def test_adapters_of_a_model_whose_config_has_no_key_value_heads(tmp_path):
+def test_magnitudes_are_reordered_without_num_key_value_heads(tmp_path):
     """Llama 1's: all heads have their own. DoRA's magnitudes of k go into Hugging Face's order by that number."""
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
     magnitude = torch.arange(8.0)

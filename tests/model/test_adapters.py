@@ -203,7 +203,7 @@ def test_a_checkpoint_of_adapters_only_has_no_model(read, tmp_path):
 
 
 @pytest.mark.slow
-def test_adapters_on_nf4_in_bf16(tmp_path, tokenizer_folder):
+def test_adapters_on_nf4_are_merged_in_bf16(tmp_path, tokenizer_folder):
     run = trained_run(tmp_path, tokenizer_folder, "qdora", dtype="bf16")
     expected = by_hand({n: v.float() for n, v in run.start.items()}, {n: v.float() for n, v in run.adapters.items()})
     merged = read_hf(run.checkpoint, "llama3_2")

@@ -585,7 +585,7 @@ def test_decoding_stops_when_the_client_leaves(served, client):
 
 
 @pytest.mark.slow
-def test_openai_as_a_client_of_a_process(config, tmp_path):
+def test_the_process_answers_openais_client_and_finishes_requests_on_sigterm(config, tmp_path):
     """SIGTERM finishes the requests that run and wait, and the exit status is 0."""
     import openai  # takes a second
 

@@ -199,7 +199,7 @@ def test_no_split_changes_losses_and_weights(several, name):
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_resume_with_other_processes(one, several, name):
+def test_a_run_resumed_on_other_processes_is_the_run_of_one(one, several, name):
     case, kind, checkpoint, processes, *overrides = RESUMED[name]
     alone = one(kind)
     out = keep_only(several(case)[1] if case else alone, checkpoint, alone.parent / name)

@@ -210,7 +210,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True])
-def test_resume_is_the_run_that_never_stopped(shards, tmp_path, beside_config):
+def test_a_resumed_run_trains_model_and_draft_as_if_never_stopped(shards, tmp_path, beside_config):
     saves = {"save_every_n_steps": 1, "enable_async_checkpointing": shards, "keep_last_n_checkpoints": 4}
     path = beside_config(epochs=2, lr_scheduler=COSINE, **saves)
     train(path)
