@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.adapters import FILE, adapted_section, adapter_config, generate_with, make_start, reader
+from helpers.adapters import adapted_section, adapter_config, generate_with, make_start, reader
 from helpers.configs import finetune_config, generate_config
 from helpers.refusals import check
 from helpers.resuming import WEIGHTS
@@ -14,6 +14,8 @@ from helpers.training import few_texts, losses, read_log, train  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.model.adapters import correct_peft_form
+
+FILE = "checkpointer.adapter_checkpoint"
 
 
 @pytest.fixture(scope="module")

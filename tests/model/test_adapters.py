@@ -12,18 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.adapters import (
-    TOKENS,
-    WIDE,
-    WIDE_HF,
+    ALPHA,
+    RANK,
     EveryExit,
     adapter_config,
-    by_hand,
     generate_with,
     make_start,
     plain_section,
     read_hf,
     tokens_of,
 )
+from helpers.configs import SIZE
 from helpers.recipes import ready
 from helpers.resuming import COSINE, resumed, same_tensors
 from helpers.training import few_texts, losses, paper_weights, read_log, set_up, train  # noqa: F401
@@ -31,6 +30,31 @@ from safetensors.torch import load_file
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
+
+TOKENS = torch.arange(40).view(2, 20) * 7 % 300
+
+
+def by_hand(start: dict, adapters: dict, scale: float = ALPHA / RANK) -> dict:
+    """The plain model's weights: W + alpha/r B A; with DoRA each row of it, and its bias, times magnitude / norm."""
+    weights = dict(start)
+    for name in [name.removesuffix(".lora_a.weight") for name in adapters if name.endswith(".lora_a.weight")]:
+        update = scale * adapters[f"{name}.lora_b.weight"] @ adapters[f"{name}.lora_a.weight"]
+        weights[f"{name}.weight"] = start[f"{name}.weight"] + update
+        if f"{name}.magnitude" in adapters:
+            # The norm is a constant in the backward pass (section 4.3 of arXiv 2402.09353).
+            factor = adapters[f"{name}.magnitude"] / weights[f"{name}.weight"].norm(dim=1).detach()
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] * factor[:, None]
+            if f"{name}.bias" in start:
+                weights[f"{name}.bias"] = start[f"{name}.bias"] * factor
+    return weights
+
+
+# NF4 packs 64 x 256 numbers at a time.
+WIDE = SIZE | {"num_layers": 2, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 256}
+
+
+WIDE_HF = {"num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 256}
+
 
 # Tied head; a head of its own with an adapter; biases in q, k and v; weights in NF4.
 CASES = {

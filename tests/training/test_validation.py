@@ -12,10 +12,17 @@ import yaml
 from helpers.adapters import EveryExit, adapted_section, make_start, read_hf
 from helpers.configs import MODEL, finetune_config, start_section
 from helpers.resuming import WEIGHTS, final_weights, same_tensors
-from helpers.training import VALIDATION, json_data, losses, read_log, set_up, train, validated
+from helpers.training import VALIDATION, json_data, losses, read_log, set_up, train
 from torchtune.utils import get_logger
 
 from layerskip_recipes.acceptance.trained_exits import read_trained_exits
+
+
+def validated(out: Path) -> dict[int, dict[str, float]]:
+    """The validation's numbers of each step that has some."""
+    lines = {s: {k: v for k, v in line.items() if k.startswith("val_")} for s, line in read_log(out).items()}
+    return {step: line for step, line in lines.items() if line}
+
 
 pytestmark = pytest.mark.slow
 
