@@ -249,6 +249,7 @@ def test_a_conversation_that_cannot_be_learned_is_refused(messages, message, mak
     assert "conversation_column" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_deep_json_is_refused_in_one_line(make_tokenizer, tmp_path):
     tokenizer, file = make_tokenizer(QWEN), tmp_path / "deep.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": ' + "[" * 5000 + "]" * 5000 + "}]}\n")

@@ -9,7 +9,7 @@ import torch
 import torchtune.generation
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of, until
 from helpers.speculation import VARIANTS, perturbed, run
-from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
+from helpers.tiny import EVERY_FAMILY, FAMILIES, VOCAB, make_tiny, walk
 from torch.overrides import TorchFunctionMode
 
 from layerskip_recipes.generation.api import generate
@@ -33,7 +33,7 @@ def new_tokens(out, prompt=PROMPT):
 
 
 @pytest.mark.parametrize("exit_layer", [3, *(pytest.param(e, marks=pytest.mark.slow) for e in (1, L))])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_self_speculation_gives_the_models_tokens_in_every_family(family, exit_layer):
     """Self-speculation, accepting some drafts only, gives the full model's tokens; the exit alone gives its own."""
     model, prompt = model_of(family), torch.tensor(PROMPT)

@@ -17,7 +17,7 @@ from helpers.decoding import (
 )
 from helpers.sampling import filtered, p_value, penalised
 from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, drafting, perturbed, plain, run
-from helpers.tiny import FAMILIES, VOCAB, walk
+from helpers.tiny import EVERY_FAMILY, VOCAB, slow_except, walk
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from layerskip_recipes.generation.api import generate
@@ -173,7 +173,7 @@ def test_torchs_settings_change_only_on_a_gpu_and_only_while_decoding(before):
         set_all(*kept)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize(
     ("exit_layer", "d"),
     [pytest.param(1, 2, marks=pytest.mark.slow), (2, 4), pytest.param(L, 3, marks=pytest.mark.slow)],
@@ -289,9 +289,7 @@ def test_samples_have_the_models_distribution(settings, exit_layer):
     assert p_value(numbered(generation.generated, 3), expected) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "variant", ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS | TRAINED if name != "all")]
-)
+@pytest.mark.parametrize("variant", slow_except(VARIANTS | TRAINED, "all"))
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[-1]], ids=str)
 def test_no_draft_changes_a_sampled_token(variant, settings):
     """All prompts together, in two rows that take one after the other, and alone; one prompt stands twice."""

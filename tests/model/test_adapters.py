@@ -25,6 +25,7 @@ from helpers.adapters import (
 from helpers.configs import SIZE
 from helpers.recipes import ready
 from helpers.resuming import COSINE, resumed, same_tensors
+from helpers.tiny import slow_except
 from helpers.training import few_texts, losses, paper_weights, read_log, set_up, train  # noqa: F401
 from safetensors.torch import load_file
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
@@ -109,10 +110,7 @@ def run_of(tmp_path_factory, tokenizer_folder):
     return functools.cache(lambda case: trained_run(tmp_path_factory.mktemp("adapters"), tokenizer_folder, case))
 
 
-NF4 = [pytest.param(case, marks=pytest.mark.slow) for case in ("qlora", "qdora")]
-
-
-@pytest.fixture(params=[*(case for case in CASES if not case.startswith("q") or "qwen" in case), *NF4])
+@pytest.fixture(params=slow_except(CASES, "llama2 output", "qwen2 dora"))
 def trained(request, run_of) -> SimpleNamespace:
     return run_of(request.param)
 
@@ -242,7 +240,7 @@ def test_adapters_on_nf4_are_merged_in_bf16(tmp_path, tokenizer_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read", ["llama2 output", "qwen2 dora", *NF4], indirect=True)
+@pytest.mark.parametrize("read", ["llama2 output", "qwen2 dora", "qlora", "qdora"], indirect=True)
 def test_generation_with_adapters_gives_the_merged_checkpoints_tokens(read, tmp_path):
     """From a folder and from the file; self-speculative, autoregressive, from an exit. Also those of plain PyTorch."""
     weights = by_hand(read.start, read.adapters)

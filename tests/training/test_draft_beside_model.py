@@ -223,6 +223,7 @@ def test_a_resumed_run_trains_model_and_draft_as_if_never_stopped(shards, tmp_pa
         assert same_tensors(*drafts)
 
 
+@pytest.mark.slow
 def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
     train(beside_config(epochs=2))
     file = tmp_path / "out" / "epoch_1" / "draft" / "draft.safetensors"
