@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.hf_folders import DENSE_GRANITE4, MULTIPLIERS
 from helpers.sampling import filtered, p_value
+from helpers.tiny import slow_except
 
 transformers = pytest.importorskip("transformers")
 loop = pytest.importorskip("layerskip_recipes.custom_generate.generate")
@@ -96,10 +97,7 @@ def both(model, inputs, exit_layer=2, num_speculations=4, min_confidence=None, *
     return plain, loop.generate(model=model, **inputs, **exits, **settings)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [name if name in ("gemma2", "llama") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
-)
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "gemma2"))
 def test_greedy_tokens_are_those_of_plain_decoding(family, fixed_length):
     assert tuple(FAMILIES) == loop.MODEL_TYPES
     for rows, exit_layer, num_speculations in ((1, 1, 5), (1, 3, 1), (3, 2, 1), (3, 3, 5), (1, None, 5), (3, None, 5)):

@@ -273,7 +273,7 @@ def test_the_frequencies_of_a_model_in_bf16_are_exact():
 @pytest.mark.parametrize("modules", [["q_proj", "k_proj", "v_proj"], ["k_proj"], ["q_proj", "v_proj", "output_proj"]])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "phi3"])
-def test_peft_opens_the_adapters(kind, dora, modules, tmp_path, monkeypatch):
+def test_peft_opens_adapters_of_a_folders_model(kind, dora, modules, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # it wants a newer one
     folder = tmp_path / "base"

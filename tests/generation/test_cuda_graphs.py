@@ -90,7 +90,7 @@ def test_a_quantised_draft_runs_as_cuda_graphs():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_cuda_graphs_of_a_repetition_penalty(way):
+def test_cuda_graphs_penalise_repetitions_as_the_cpu_does(way):
     """Greedy in fp32, against the CPU."""
     model, reference, sampler = make_small(width=32).cuda(), make_small(width=32), Sampler(repetition_penalty=1.3)
     for prompts in (SHORT, LONG, SHORT):

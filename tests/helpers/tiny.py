@@ -1,8 +1,10 @@
 """Tiny models of each family, and plain walks through their layers."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from helpers.hf_folders import MULTIPLIERS
 from torch.distributed.tensor import DTensor
@@ -69,6 +71,15 @@ FAMILIES = {
         for name, raw in {"qwen3": QWEN3, "gemma3": GEMMA3, "granite": GRANITE, "lfm2": LFM2}.items()
     },
 }
+
+
+def slow_except(names: Iterable[str], *quick: str) -> list:
+    """Parameters of a test, of which only `quick` are in the quick tier."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+# An ordinary family, one with windows, caps and norms after its parts, and one with layers without attention.
+EVERY_FAMILY = slow_except(FAMILIES, "llama3_2", "gemma2", "lfm2")
 
 
 def widen(model: torch.nn.Module, std: float = 0.3) -> Any:

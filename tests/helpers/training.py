@@ -98,12 +98,6 @@ def losses(out: Path) -> dict[int, dict[str, float]]:
     return {s: {k: v for k, v in line.items() if "second" not in k} for s, line in read_log(out).items()}
 
 
-def validated(out: Path) -> dict[int, dict[str, float]]:
-    """The validation's numbers of each step that has some."""
-    lines = {s: {k: v for k, v in line.items() if k.startswith("val_")} for s, line in read_log(out).items()}
-    return {step: line for step, line in lines.items() if line}
-
-
 def paper_weights(on, scale):
     """e~ of eq. 6 for the flags `on`, sum by sum as it is printed."""
     last = len(on) - 1

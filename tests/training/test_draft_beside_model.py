@@ -246,7 +246,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("shards", [False, True])
-def test_resume_is_the_run_that_never_stopped(shards, adapters, checkpoint, tmp_path, beside_config):
+def test_a_resumed_run_trains_model_and_draft_as_if_never_stopped(shards, adapters, checkpoint, tmp_path, beside_config):
     sections = with_adapters(checkpoint) if adapters else {}
     saves = {"save_every_n_steps": 1, "enable_async_checkpointing": shards, "keep_last_n_checkpoints": 4}
     path = beside_config(**sections, epochs=2, lr_scheduler=COSINE, **saves)
@@ -260,6 +260,7 @@ def test_resume_is_the_run_that_never_stopped(shards, adapters, checkpoint, tmp_
         assert same_tensors(*drafts)
 
 
+@pytest.mark.slow
 def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
     train(beside_config(epochs=2))
     file = tmp_path / "out" / "epoch_1" / "draft" / "draft.safetensors"

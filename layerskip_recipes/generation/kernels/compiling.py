@@ -22,6 +22,7 @@ from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import BLOCK_SLOTS, DecodingCache
 
 log = utils.get_logger("INFO")
+BACKEND: str | Callable = "inductor"  # of torch.compile
 KEPT_BYTES = 2**30  # of the caches that are kept beside the one in use
 _numbers = itertools.count()  # dynamo remembers shapes by function name, for the whole process
 
@@ -182,4 +183,4 @@ def _compiled(function: Callable, device: torch.device, quantised: bool = False)
     options: dict[str, Any] = {"size_asserts": False, **(cuda if device.type == "cuda" else {})}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    return torch.compile(copy, fullgraph=True, options=options)
+    return torch.compile(copy, fullgraph=True, backend=BACKEND, options=options)
