@@ -6,6 +6,7 @@ Shapes: b rows, s tokens, v vocabulary, d width. `at` [b or 1, s] are the cache 
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -178,7 +179,8 @@ class GraphBackend(TorchBackend):
         self.fits_flex = self.on_gpu and fits_layers and self.cache.max_len % BLOCK_SLOTS == 0
         # The parts of a graph's key: for steps that run layers, and for steps that choose tokens.
         draft_decoder, head = self.draft_decoder, self.draft_head
-        self.layers_key = (self.cache.max_len, self.cache.draft_layers, draft_decoder is self.model or draft_decoder)
+        draft = draft_decoder is self.model or weakref.ref(draft_decoder)
+        self.layers_key = (self.cache.max_len, self.cache.draft_layers, draft)
         self.sampler_key = (context.sampler.constants, head and len(head.vocabulary))
         # With several ranks a capture would hold their collectives.
         self.whole_rounds = self.on_gpu and self.compiled.whole_rounds and not context.shared

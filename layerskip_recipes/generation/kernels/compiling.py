@@ -11,11 +11,13 @@ import itertools
 import threading
 import time
 import types
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torchtune import utils
 
 from layerskip_recipes.errors import first_line
@@ -155,6 +157,7 @@ class CompiledSteps:
                 raise RuntimeError(f"{name}: its CUDA graph failed; run without graphs by compile=false") from e
             return self(step, step_key, fits_flex, slots, *args)
         if earlier_graph is None or captures:
+            self.graphs = {other: made for other, made in self.graphs.items() if not _outlived(other)}
             self.graphs[key] = graph
             self.seconds += time.perf_counter() - started
         return out
@@ -174,6 +177,7 @@ class CompiledSteps:
                 graph = RoundGraph(function, inputs, addresses) if is_compiled else None
                 out = function(*inputs) if graph is None else graph(*inputs)
                 torch.cuda.synchronize(self.device)
+                self.rounds = {other: made for other, made in self.rounds.items() if not _outlived(other)}
                 self.rounds[key] = graph
                 return out
             except Exception as e:
@@ -201,6 +205,11 @@ def allow_cuda_graphs_in_thread() -> None:
         local.tree_manager_containers, local.tree_manager_locks = {}, defaultdict(threading.Lock)
         for name in (tables, "tree_manager_locks"):
             torch._C._stash_obj_in_tls(name, getattr(local, name))
+
+
+def _outlived(key: Hashable) -> bool:
+    """Whether a draft decoder in a graph's key is gone."""
+    return any(isinstance(part, weakref.ref) and part() is None for part in tree_leaves(key))
 
 
 def _warn(where: str, error: Exception) -> None:
