@@ -8,6 +8,7 @@ it they have masks, and one graph per power of two of the length. A whole round 
 """
 
 import itertools
+import os
 import threading
 import time
 import types
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torchtune import utils
 
 from layerskip_recipes.errors import first_line
+from layerskip_recipes.generation.kernels.cpp_decoder import keep_inductor_files
 from layerskip_recipes.generation.kernels.round_graph import RoundGraph
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import BLOCK_SLOTS, DecodingCache
@@ -65,6 +67,7 @@ class CompiledSteps:
         self.refused: dict[Hashable, str] = {}  # the names of single steps that cannot be compiled
         self.masked = set[Hashable]()  # steps that compile only without FlexAttention
         self.seconds = 0.0
+        self.looked_up_before: tuple[int, int] | None = _looked_up()  # None: `say_what_was_kept` has spoken
         self.rounds: dict[Hashable, RoundGraph | None] = {}  # None: its steps are compiled
         self.in_round = False  # steps run as a part of a round's graph
         self._caches: dict[tuple[int, int], DecodingCache] = {}
@@ -188,6 +191,16 @@ class CompiledSteps:
                 self.seconds = before + time.perf_counter() - started
         return function(*inputs)  # by a graph for each step; what failed wrote only behind the text
 
+    def say_what_was_kept(self) -> None:
+        """Log once how many graphs earlier runs had compiled, after the first ones were made."""
+        if self.looked_up_before is None or self.seconds == 0:
+            return
+        kept, new = (now - before for now, before in zip(_looked_up(), self.looked_up_before, strict=True))
+        self.looked_up_before = None
+        if kept:
+            folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            log.info(f"compile: took {self.seconds:.0f} s, as {kept} of {kept + new} graphs were kept in {folder}")
+
     def _is_quantised(self, step: Any) -> bool:
         models = (step.context.model, step.context.draft_decoder)
         return any(type(weight) is not torch.nn.Parameter for model in models for weight in model.parameters())
@@ -207,6 +220,12 @@ def allow_cuda_graphs_in_thread() -> None:
             torch._C._stash_obj_in_tls(name, getattr(local, name))
 
 
+def _looked_up() -> tuple[int, int]:
+    """How many graphs inductor found in its folder in this process, and how many it did not find."""
+    counts = torch._dynamo.utils.counters["inductor"]
+    return counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]
+
+
 def _outlived(key: Hashable) -> bool:
     """Whether a draft decoder in a graph's key is gone."""
     return any(isinstance(part, weakref.ref) and part() is None for part in tree_leaves(key))
@@ -218,6 +237,7 @@ def _warn(where: str, error: Exception) -> None:
 
 def _compiled(function: Callable, device: torch.device, cuda_graph: bool, quantised: bool = False) -> Callable:
     """torch.compile on a copy of the function, since graphs are stored by code object and each key needs its own."""
+    keep_inductor_files()
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     # Slow tuning, which finds kernels that multiply a single row by int8 weights without unpacking them.

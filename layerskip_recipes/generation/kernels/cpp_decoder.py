@@ -148,6 +148,12 @@ def _library_folder() -> Path:
     return folder
 
 
+def keep_inductor_files() -> None:
+    """Let inductor keep what it compiles in our folder, unless the user has chosen another: its own is in /tmp."""
+    if (folder := _library_folder()) == _cache_folder():
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+
+
 @contextmanager
 def _inductor_in(folder: Path) -> Iterator[None]:
     """Let inductor write and look up its files in this folder."""
