@@ -10,6 +10,7 @@ import torch
 from helpers.compiled import END, LONG, MAX_LEN, SHORT, WAYS, compiled_steps, compiles, make_small, run
 from helpers.speculation import plain
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from layerskip_recipes.generation import backends
 from layerskip_recipes.generation.drafting.rule import DraftRule
@@ -139,7 +140,7 @@ def test_a_second_run_finds_the_compiled_code(tmp_path):
     assert done.stdout.strip() == str(tokens) and {*folder.rglob("*.so")} == before
 
 
-@pytest.mark.parametrize("chosen", [None, "elsewhere"])
+@pytest.mark.parametrize("chosen", [None, default_cache_dir(), "elsewhere"], ids=["unset", "set by torch", "set"])
 def test_inductor_keeps_its_graphs_in_the_users_folder(chosen, monkeypatch, tmp_path, caplog):
     """Unless the user has chosen a folder. The log says once what an earlier run has kept."""
     compiled = compiling._compiled
@@ -160,7 +161,7 @@ def test_inductor_keeps_its_graphs_in_the_users_folder(chosen, monkeypatch, tmp_
         for _ in range(2):
             run(model, SHORT, 9, speculation=WAYS["chain"])
     cpp_decoder._library_folder.cache_clear()
-    folder = chosen or str(tmp_path / "layerskip_recipes" / "inductor")
+    folder = chosen if chosen == "elsewhere" else str(tmp_path / "layerskip_recipes" / "inductor")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder
     (line,) = [record.getMessage() for record in caplog.records if "were kept" in record.getMessage()]
     assert line.endswith(f"2 of 3 graphs were kept in {folder}")

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torchtune import utils
 
 from layerskip_recipes.errors import first_line
-from layerskip_recipes.generation.kernels.cpp_decoder import keep_inductor_files
+from layerskip_recipes.generation.kernels.cpp_decoder import INDUCTOR_FOLDER, keep_inductor_files
 from layerskip_recipes.generation.kernels.round_graph import RoundGraph
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import BLOCK_SLOTS, DecodingCache
@@ -198,7 +198,7 @@ class CompiledSteps:
         kept, new = (now - before for now, before in zip(_looked_up(), self.looked_up_before, strict=True))
         self.looked_up_before = None
         if kept:
-            folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            folder = os.environ[INDUCTOR_FOLDER]
             log.info(f"compile: took {self.seconds:.0f} s, as {kept} of {kept + new} graphs were kept in {folder}")
 
     def _is_quantised(self, step: Any) -> bool:
