@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 from compare_engines import Decode, Job, take_turns, transformers_decode
+from gpu_report import ONE_GRAPH
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.benchmark.measuring import Run
@@ -35,6 +36,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.families.hf_names import to_files
 from layerskip_recipes.families.reading import read_hf_config
 from layerskip_recipes.generation.api import generate
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.generation.stats import memory_bandwidth
@@ -247,7 +249,7 @@ def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], l
 
 
 def count_launches(place: Place, recipe: LayerSkipBenchmark, methods: Mapping[str, Any]) -> None:
-    """Count CUDA graph launches per round: one per draft step, one per verification pass or plain step."""
+    """Count CUDA graph launches per round."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for name, method in methods.items():
         with torch.profiler.profile(activities=activities) as profile:
@@ -256,22 +258,37 @@ def count_launches(place: Place, recipe: LayerSkipBenchmark, methods: Mapping[st
         place.record({"method": name, "CUDA graphs a round": launches / stats.rounds})
 
 
-def decode(place: Place, shape: str) -> None:
-    """Batch size 1: plain decoding, several drafts and transformers, at three prompt lengths."""
+def drafts(place: Place, shape: str) -> dict[str, dict[str, Any]]:
+    """Variants of drafts by name; the first one is that of the estimates."""
     depth, some = place.shape(shape)["num_hidden_layers"], 64 if place.tiny else 4096
     early = {"exit_layer": depth // 8, "num_speculations": 6}
-    variants = {
-        f"exit {depth // 4}, 4 drafts": {"exit_layer": depth // 4, "num_speculations": 4},
-        f"exit {depth // 8}, 6 drafts": early,
+    return {
         f"exit {depth // 8}, 6 drafts of {some} tokens": early | {"draft_vocabulary": some},
+        f"exit {depth // 8}, 6 drafts": early,
         f"exit {depth // 8}, 6 int8 drafts of {some} tokens": early | {"draft_vocabulary": some, "draft_int8": True},
+        f"exit {depth // 4}, 4 drafts": {"exit_layer": depth // 4, "num_speculations": 4},
     }
+
+
+def decode(place: Place, shape: str) -> None:
+    """What the estimates are about, after a short text: plain decoding, and a draft. Each step of a round has a CUDA
+    graph, then a whole round."""
+    length, (name, settings) = 16 if place.tiny else 512, next(iter(drafts(place, shape).items()))
+    recipe = make_benchmark(place, shape, length, 1, {name: settings})
+    for whole_rounds, suffix in ((False, ""), (True, ONE_GRAPH)):
+        CompiledSteps.whole_rounds = whole_rounds
+        methods = {method + (suffix if plan else ""): plan for method, plan in recipe.methods.items()}
+        measure(place, recipe, methods, length)
+        if place.cuda:
+            count_launches(place, recipe, methods)
+
+
+def other_drafts(place: Place, shape: str) -> None:
+    """Several drafts at three text lengths, and transformers."""
     lengths = (16, 40) if place.tiny else (512, 2048, 8192)
-    recipe = make_benchmark(place, shape, max(lengths), 1, variants)
+    recipe = make_benchmark(place, shape, max(lengths), 1, drafts(place, shape))
     for length in lengths:
         measure(place, recipe, recipe.methods, length)
-        if place.cuda and length == lengths[0]:
-            count_launches(place, recipe, recipe.methods)
     measure_transformers(place, recipe, lengths)
 
 
@@ -435,10 +452,12 @@ def finetune(place: Place) -> None:
 
 TUNED = {"tokens/s": "tokens_per_second", "speed-up": "speedup", "acceptance": "acceptance_rate", "same": "identical"}
 STEPS: dict[str, Callable[[Place], None]] = {
-    "environment": environment,
-    "tests": tests,
     "decode_1b": partial(decode, shape="1b"),
     "decode_8b": partial(decode, shape="8b"),
+    "environment": environment,
+    "tests": tests,
+    "drafts_1b": partial(other_drafts, shape="1b"),
+    "drafts_8b": partial(other_drafts, shape="8b"),
     "batches": batches,
     "lossless": lossless,
     "train_1b": partial(train, shape="1b"),
