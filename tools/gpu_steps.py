@@ -93,15 +93,11 @@ class Place:
             torch.cuda.reset_peak_memory_stats()
 
 
-def tune(words: Iterable[str], cwd: Path) -> subprocess.CompletedProcess:
-    """Run `tune run ...` in its own process."""
-    command = [sys.executable, "-m", "torchtune._cli.tune", "run", *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
 def run_recipe(place: Place, recipe: str, config: str, *overrides: str) -> str:
-    """Run a recipe and return its output. If it fails, the error shows all output."""
-    done = tune([recipe, "--config", config, f"device={place.device}", *overrides], place.work)
+    """Run a recipe in its own process and return its output. If it fails, the error shows all output."""
+    command = [sys.executable, "-m", "torchtune._cli.tune", "run", recipe, "--config", config]
+    command += [f"device={place.device}", *overrides]
+    done = subprocess.run(command, cwd=place.work, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"tune run {recipe} --config {config} {' '.join(overrides)}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -244,6 +240,7 @@ def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], l
         place.record(columns | found | {"speed-up at .7": (speedup_by_acceptance(row, step_s) or {}).get("0.7")})
     if (steps := recipe.llm.state.compiled) is not None:
         counts = {"graphs": len(steps.graphs), "new graphs": len(steps.graphs) - before}
+        counts["whole rounds"] = sum(map(bool, steps.rounds.values()))
         without = {"steps without graph": len(steps.refused), "without FlexAttention": len(steps.masked)}
         place.record(columns | {"method": "all", **counts, **without})
 
@@ -271,8 +268,8 @@ def drafts(place: Place, shape: str) -> dict[str, dict[str, Any]]:
 
 
 def decode(place: Place, shape: str) -> None:
-    """What the estimates are about, after a short text: plain decoding, and a draft. Each step of a round has a CUDA
-    graph, then a whole round."""
+    """What the estimates are about, after a short text: plain decoding, and a draft. At first each step of a round has a
+    CUDA graph, then the whole round has one, whose time counts as that of the draft."""
     length, (name, settings) = 16 if place.tiny else 512, next(iter(drafts(place, shape).items()))
     recipe = make_benchmark(place, shape, length, 1, {name: settings})
     for whole_rounds, suffix in ((False, ""), (True, ONE_GRAPH)):
