@@ -53,6 +53,7 @@ SOURCES = [
     for name in ("tiles", "four_bits", "few_rows", "attention", "sampling", "layers")
 ]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
+INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 log = utils.get_logger("INFO")
 
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
@@ -148,19 +149,28 @@ def _library_folder() -> Path:
     return folder
 
 
+def keep_inductor_files() -> None:
+    """Let inductor keep what it compiles in our folder, unless the user has chosen another: its own is in /tmp."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # torch sets the variable too, to its default.
+    chosen, default = os.environ.get(INDUCTOR_FOLDER), os.path.abspath(default_cache_dir())
+    if chosen in (None, default) and (folder := _library_folder()) == _cache_folder():
+        os.environ[INDUCTOR_FOLDER] = str(folder / "inductor")
+
+
 @contextmanager
 def _inductor_in(folder: Path) -> Iterator[None]:
     """Let inductor write and look up its files in this folder."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = str(folder)
+    before = os.environ.get(INDUCTOR_FOLDER)
+    os.environ[INDUCTOR_FOLDER] = str(folder)
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ[INDUCTOR_FOLDER]
         else:
-            os.environ[name] = before
+            os.environ[INDUCTOR_FOLDER] = before
 
 
 def _processor() -> str:
