@@ -17,6 +17,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from qa_files import write_splits
+
 from layerskip_recipes.quickstart import stdlib_texts
 
 MAX_CHARACTERS = 300
@@ -45,12 +47,8 @@ def pairs(texts: dict[str, str]) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, split in (("train", "train"), ("test", "heldout")):
-        lines = pairs(stdlib_texts(split))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{folder / name}.jsonl: {len(lines)} functions")
+    splits = {"train": pairs(stdlib_texts("train")), "test": pairs(stdlib_texts("heldout"))}
+    write_splits(Path(sys.argv[1]), splits, "functions")
 
 
 if __name__ == "__main__":

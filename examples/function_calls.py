@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from qa_files import write_splits
+
 CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "live_simple", "live_multiple")
 INSTRUCTION = (
     'Reply with the right function calls as JSON, such as [{"name": "f", "arguments": {"x": 1}}]. '
@@ -122,10 +124,7 @@ def splits(data: Path) -> dict[str, list[dict[str, Any]]]:
 def main() -> None:
     folder = Path(sys.argv[1])
     data = Path(sys.argv[2]) if len(sys.argv) > 2 else installed_data()
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, lines in splits(data).items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{folder / split}.jsonl: {len(lines)} questions")
+    write_splits(folder, splits(data), "questions")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ training. In training, two fifths of these slots have a word that does not belon
 one. So a model learns to copy any word.
 """
 
-import json
 import random
 import re
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from qa_files import write_splits
 
 GRAMMAR = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 TEMPLATES: dict[str, list[str]] = GRAMMAR["templates"]  # by domain
@@ -69,12 +69,8 @@ def pairs(split: str, count: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, count in COUNTS.items():
-        lines = pairs(split, count)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{folder / split}.jsonl: {len(lines)} commands")
+    splits = {split: pairs(split, count) for split, count in COUNTS.items()}
+    write_splits(Path(sys.argv[1]), splits, "commands")
 
 
 if __name__ == "__main__":

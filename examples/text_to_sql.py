@@ -12,6 +12,8 @@ import random
 import sys
 from pathlib import Path
 
+from qa_files import write_splits
+
 
 def pairs(queries: list[dict], split: str) -> list[dict[str, str]]:
     """Questions and SQL queries of a split, with the variables' values filled in."""
@@ -29,12 +31,10 @@ def pairs(queries: list[dict], split: str) -> list[dict[str, str]]:
 
 def main() -> None:
     queries, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        lines = pairs(queries, split)
+    splits = {split: pairs(queries, split) for split in ("train", "test")}
+    for lines in splits.values():
         random.Random(0).shuffle(lines)  # the file is sorted by query
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{folder / split}.jsonl: {len(lines)} questions")
+    write_splits(folder, splits, "questions")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ https://arxiv.org/abs/2010.03546. The script reads its files, such as alarm_trai
 into the same folder.
 """
 
-import json
 import sys
 from pathlib import Path
+
+from qa_files import write_splits
 
 
 def pairs(file: Path) -> list[dict[str, str]]:
@@ -21,10 +22,9 @@ def pairs(file: Path) -> list[dict[str, str]]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    for split in ("train", "test"):
-        lines = [pair for file in sorted(folder.glob(f"*_{split}.tsv")) for pair in pairs(file)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{folder / split}.jsonl: {len(lines)} sentences")
+    files = {split: sorted(folder.glob(f"*_{split}.tsv")) for split in ("train", "test")}
+    splits = {split: [pair for file in tables for pair in pairs(file)] for split, tables in files.items()}
+    write_splits(folder, splits, "sentences")
 
 
 if __name__ == "__main__":

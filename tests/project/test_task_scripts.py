@@ -1,4 +1,4 @@
-"""The scripts that write questions and answers: commands with their parses, functions with their entries, TOPv2."""
+"""The scripts that write questions and answers of tasks, on a few lines of made-up data."""
 
 import json
 import re
@@ -14,12 +14,14 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 
-COMMANDS, INDEX, TOPV2 = (load(name, "examples") for name in ("spoken_commands", "code_index", "topv2"))
+COMMANDS, INDEX, TOPV2, CSHARP, STATES = (
+    load(name, "examples") for name in ("spoken_commands", "code_index", "topv2", "java_to_csharp", "dialogue_states")
+)
 
 
-def write(script, monkeypatch, folder: Path) -> dict[str, list[dict]]:
+def write(script, monkeypatch, folder: Path, *arguments: str) -> dict[str, list[dict]]:
     """The lines of both files that a script writes to a folder."""
-    monkeypatch.setattr("sys.argv", ["script", str(folder)])
+    monkeypatch.setattr("sys.argv", ["script", *arguments, str(folder)])
     script.main()
     return {
         split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
@@ -137,3 +139,67 @@ def test_the_papers_config_learns_the_parses_of_topv2(tmp_path, monkeypatch, tok
     ours = Component(OmegaConf.to_container(cfg.dataset)).build(tokenizer)
     for sample, expected in zip(ours, theirs, strict=True):
         assert sample == {key: list(expected[key]) for key in ("tokens", "labels")}
+
+
+# ---- java_to_csharp.py ----
+
+
+def test_java_methods_stand_beside_their_translations(tmp_path, monkeypatch):
+    """A line separator in a string ends no method."""
+    data = tmp_path / CSHARP.DATA
+    data.mkdir(parents=True)
+    java = {"train": ["public int size() {return n;}", 'String s() {return "a\u2028b";} '], "test": ["void f() {}"]}
+    csharp = {"train": ["public int Size(){return n;}", 'string S(){return "a\u2028b";}'], "test": ["void F(){}"]}
+    for split in java:
+        for language, methods in (("java", java), ("cs", csharp)):
+            text = "".join(method + "\n" for method in methods[split])
+            (data / f"{split}.java-cs.txt.{language}").write_text(text, encoding="utf-8")
+    assert write(CSHARP, monkeypatch, tmp_path / "out", str(tmp_path)) == {
+        "train": [
+            {"input": "Translate to C#: public int size() {return n;}", "output": csharp["train"][0]},
+            {"input": 'Translate to C#: String s() {return "a\u2028b";}', "output": csharp["train"][1]},
+        ],
+        "test": [{"input": "Translate to C#: void f() {}", "output": "void F(){}"}],
+    }
+
+
+# ---- dialogue_states.py ----
+
+
+def spoken(speaker: str, utterance: str, **slots: list[str]) -> dict:
+    state = {"active_intent": "Book", "slot_values": slots, "requested_slots": ["phone"]}
+    frame = {"service": "Tables_1"} | ({"state": state} if speaker == "USER" else {})
+    return {"speaker": speaker, "utterance": utterance, "frames": [frame]}
+
+
+def test_a_dialogue_up_to_a_turn_of_the_user_has_the_state_of_that_turn(tmp_path, monkeypatch):
+    slots = [
+        {"name": "city", "is_categorical": False, "possible_values": ["Oslo"]},
+        {"name": "seats", "is_categorical": True, "possible_values": ["1", "2"]},
+    ]
+    schema = [{"service_name": "Tables_1", "slots": slots, "intents": [{"name": "Book"}, {"name": "Find"}]}]
+    schema.append({"service_name": "Unused_1", "slots": [], "intents": []})
+    turns = [
+        spoken("USER", "A table in Tromsø.", city=["Tromsø"]),
+        spoken("SYSTEM", "For how many?"),
+        spoken("USER", "Two.", city=["Tromsø", "there"], seats=["2"]),
+    ]
+    long = [spoken("USER", "a" * STATES.MAX_CHARACTERS)]
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "schema.json").write_text(json.dumps(schema))
+        dialogues = [{"dialogue_id": f"{split}_{i}", "turns": turns} for i in range(10)]
+        dialogues += [{"dialogue_id": f"{split}_10", "turns": long}]
+        (tmp_path / split / "dialogues_001.json").write_text(json.dumps(dialogues))
+    written = write(STATES, monkeypatch, tmp_path / "out", str(tmp_path))
+    service = '{"Tables_1":{"intents":["Book","Find"],"slots":{"city":[],"seats":["1","2"]}}}'
+    first = "User: A table in Tromsø."
+    expected = {
+        first: '{"Tables_1":{"intent":"Book","slots":{"city":"Tromsø"},"requested":["phone"]}}',
+        f"{first}\nAssistant: For how many?\nUser: Two.": (
+            '{"Tables_1":{"intent":"Book","slots":{"city":"Tromsø","seats":"2"},"requested":["phone"]}}'
+        ),
+    }
+    for lines in written.values():
+        assert len(lines) == 10 and {line["input"]["user"]: line["output"] for line in lines} == expected
+        assert {line["input"]["system"] for line in lines} == {f"{STATES.INSTRUCTION}\n{service}"}

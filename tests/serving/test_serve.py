@@ -19,6 +19,7 @@ import pytest
 import uvicorn
 from helpers.compiled import compiled_steps
 from helpers.configs import generate_config
+from helpers.json_lines import write_lines
 from helpers.pages import blocks, commands
 from helpers.recipes import run_generate as run
 from helpers.tools import load
@@ -187,6 +188,21 @@ def test_no_text_of_a_client_writes_a_control_token(served, client, monkeypatch)
         messages = [{"role": role, "content": content} for role in ("system", "user", "assistant", "user")]
         assert client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).status_code == 200
         assert seen.pop().count(end) == 4  # the template's own
+
+
+def test_drafts_from_answers_are_accepted_and_change_no_answer(config, client, access, tmp_path):
+    plain = complete(client, temperature=0).json()["choices"][0]["text"]
+    file = write_lines(tmp_path / "train.jsonl", [{"input": "def main(", "output": plain}])
+    drafts = f"self_speculation={{exit_layer: null, prompt_lookup: null, answers: {file}}}"
+    recipe = LayerSkipServe(load_config(str(config), [TEMPLATE, "port=0", drafts]))
+    recipe.socket.close()
+    with TestClient(http.make_app(recipe.answers, access, MAX_WAITING), "http://localhost") as with_answers:
+        always = DraftRule(measure=False)
+        recipe.answers.llm.state.rule = lambda *_: always
+        answer = complete(with_answers, temperature=0).json()
+    assert answer["choices"][0]["text"] == plain
+    # Of this model's random bytes, many are no text: the file has other tokens for them.
+    assert answer["usage"]["drafted_tokens"] > answer["usage"]["accepted_tokens"] > 2
 
 
 @pytest.mark.slow
