@@ -246,7 +246,9 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("shards", [False, True])
-def test_a_resumed_run_trains_model_and_draft_as_if_never_stopped(shards, adapters, checkpoint, tmp_path, beside_config):
+def test_a_resumed_run_trains_model_and_draft_as_if_never_stopped(
+    shards, adapters, checkpoint, tmp_path, beside_config
+):
     sections = with_adapters(checkpoint) if adapters else {}
     saves = {"save_every_n_steps": 1, "enable_async_checkpointing": shards, "keep_last_n_checkpoints": 4}
     path = beside_config(**sections, epochs=2, lr_scheduler=COSINE, **saves)
