@@ -129,6 +129,15 @@ def path(tmp_path, checkpoint) -> Path:
     return generate_config(tmp_path, checkpoint, max_new_tokens=24)
 
 
+@pytest.fixture(autouse=True)
+def patient(request, monkeypatch):
+    """Drafts go on, however slow a busy machine finds them: the account of the rule is never spent. Tests of what the
+    rule does by the clock have the mark `clock`."""
+    if request.node.get_closest_marker("clock") is None:
+        for name in ("START", "MOST_SAVED"):
+            monkeypatch.setattr(f"layerskip_recipes.generation.drafting.rule.{name}", 1e9)
+
+
 @pytest.fixture
 def no_weights(monkeypatch):
     """Weights must not be read before a mistake is found."""

@@ -29,6 +29,8 @@ from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.draft import Draft
 
+pytestmark = pytest.mark.clock
+
 
 def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft_weights=None):
     """A generation at its end, and its rounds: the rows' texts before it (None of a row at its end), their drafts."""
