@@ -9,6 +9,7 @@ import torch
 from helpers.configs import DATASET, MODEL
 from helpers.recipes import ready
 
+from layerskip_recipes.acceptance import measuring
 from layerskip_recipes.data import standard_library as quickstart
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
@@ -22,9 +23,11 @@ UNTIED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def few_texts(tokenizer_folder):
-    """Reading all of the standard library takes longer than these trainings; the tokenizer is there already."""
+    """Reading all of the standard library takes longer than these trainings, and so does measuring 64 samples' drafts
+    for each checkpoint; the tokenizer is there already."""
     some = dict(list(quickstart.stdlib_texts("heldout").items())[:3])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "ENOUGH_SAMPLES", 1)
         patch.setattr(quickstart, "stdlib_texts", lambda split: some)
         yield some
 

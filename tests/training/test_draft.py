@@ -14,6 +14,7 @@ from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, read_log, train
 from safetensors.torch import load_file, save_file
 
+from layerskip_recipes.acceptance import measuring
 from layerskip_recipes.acceptance.trained_exits import LONGEST_DRAFT, read_trained_exits
 from layerskip_recipes.checkpoint.drafts import read_description
 from layerskip_recipes.config.loading import load_config
@@ -108,7 +109,8 @@ def draft_config(finetune, checkpoint):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
+def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config, monkeypatch):
+    monkeypatch.setattr(measuring, "ENOUGH_SAMPLES", 64)
     recipe = train(draft_config(kind, epochs=6, shuffle=False, dataset_val=VALIDATION), "optimizer.lr=1e-2")
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in recipe.model.parameters())
     trained = {id(parameter) for parameter in recipe.draft.parameters()}

@@ -15,6 +15,7 @@ from helpers.resuming import WEIGHTS, final_weights, same_tensors
 from helpers.training import VALIDATION, json_data, losses, read_log, set_up, train
 from torchtune.utils import get_logger
 
+from layerskip_recipes.acceptance import measuring
 from layerskip_recipes.acceptance.trained_exits import read_trained_exits
 
 
@@ -99,12 +100,13 @@ def test_the_values_are_those_of_plain_pytorch(changes, count, exits, checkpoint
 
 
 @pytest.mark.parametrize("trains_on_input", [False, True])
-def test_acceptance_is_that_of_generated_tokens(trains_on_input, checkpoint, tmp_path, finetune):
+def test_acceptance_is_that_of_generated_tokens(trains_on_input, checkpoint, tmp_path, finetune, monkeypatch):
     """Each reply and its end, without its header and the line break after its end, in the log and in layerskip.json."""
     template = (
         "{% for m in messages %}{{ m.role + ':\\n' + m.content + eos_token + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
     )
+    monkeypatch.setattr(measuring, "ENOUGH_SAMPLES", 64)
     data = chats(tmp_path) | {"train_on_input": trains_on_input}
     path = finetune(
         checkpointer=start_section(checkpoint), dataset=data, dataset_val=data, max_steps_per_epoch=2, exits_val=":",
