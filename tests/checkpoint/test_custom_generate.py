@@ -15,6 +15,7 @@ loop = pytest.importorskip("layerskip_recipes.custom_generate.generate")
 NEW = 20
 SYNTH_ID = transformers.SynthIDTextWatermarkingConfig(keys=[654, 400, 836, 123], ngram_len=5)
 FAMILIES = {
+    "exaone4": {"sliding_window": 8},
     "gemma": {},
     "gemma2": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 3},
@@ -22,6 +23,8 @@ FAMILIES = {
     "granitemoehybrid": DENSE_GRANITE4 | {"position_embedding_type": "rope"},
     "llama": {},
     "mistral": {"sliding_window": 8},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8},
     "phi3": {"sliding_window": None},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     "qwen3": {},
@@ -352,5 +355,5 @@ def test_drafts_never_reach_the_limit_of_dynamic_positions(fixed_length):
 def test_a_model_that_cannot_run_in_part_is_refused():
     config = transformers.AutoConfig.for_model("gpt2", n_layer=2, n_embd=8, n_head=1, vocab_size=16)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=r"cannot run gpt2 in part. Allowed: gemma"):
+    with pytest.raises(ValueError, match=r"cannot run gpt2 in part. Allowed: exaone4"):
         loop.generate(model=model, inputs=torch.ones(1, 2, dtype=torch.long), exit_layer=1)

@@ -61,6 +61,7 @@ CASES = {
     "gemma3": (1.0, [None, "chain", "all", "copy, chain", "adapter, look-up"]),
     "granite": (1.0, [None, "chain"]),
     "lfm2": (1.0, [None, *VARIANTS, "copy, chain", "adapter, chain", "adapter, look-up"]),
+    "olmo3": (1.0, [None, "chain", "copy, chain", "adapter, chain"]),
     "phi3": (0.8, [None, "chain", "all"]),
 }
 

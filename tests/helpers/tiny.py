@@ -48,6 +48,8 @@ GEMMA3 = (
     | {"query_pre_attn_scalar": 20, "sliding_window_pattern": 3}
 )
 GRANITE = QWEN3 | MULTIPLIERS | {"architectures": ["GraniteForCausalLM"], "tie_word_embeddings": True}
+OLMO3 = QWEN3 | {"architectures": ["Olmo3ForCausalLM"], "sliding_window": 8}
+EXAONE4 = QWEN3 | {"architectures": ["Exaone4ForCausalLM"], "sliding_window": 8}
 LFM2 = QWEN3 | {
     "architectures": ["Lfm2ForCausalLM"],
     "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "full_attention"],
@@ -68,7 +70,7 @@ FAMILIES = {
     "phi3": lambda: phi3(**SIZE),
     **{
         name: lambda raw=raw, name=name: build_decoder(parse_hf_config(raw, name), SIZE["max_seq_len"])
-        for name, raw in {"qwen3": QWEN3, "gemma3": GEMMA3, "granite": GRANITE, "lfm2": LFM2}.items()
+        for name, raw in {"qwen3": QWEN3, "gemma3": GEMMA3, "granite": GRANITE, "lfm2": LFM2, "olmo3": OLMO3}.items()
     },
 }
 

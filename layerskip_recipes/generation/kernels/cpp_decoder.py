@@ -41,7 +41,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from layerskip_recipes.families.attention import NormFirstAttention
+from layerskip_recipes.families.attention import NormFirstAttention, NormOfAllHeads
 from layerskip_recipes.families.multipliers import DividedNorm, Scale
 from layerskip_recipes.families.rope import RotaryPositions
 from layerskip_recipes.model.changes import weights_key
@@ -260,7 +260,7 @@ class Parts:
             return
         if type(norm) is Gemma2FinalNorm:
             norm = norm.rms_norm  # `head_parts` has its logit cap
-        require(type(norm) in (RMSNorm, GemmaRMSNorm, DividedNorm) and norm.eps > 0, name)
+        require(type(norm) in (RMSNorm, GemmaRMSNorm, DividedNorm, NormOfAllHeads) and norm.eps > 0, name)
         scale = _fp32(norm.scale) / getattr(norm, "divisor", 1)
         self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
         self.number(f"{name}.epsilon", norm.eps)
@@ -347,8 +347,6 @@ def layer_parts(layer: Any) -> Parts:
     for side_by_side in (("q_proj", "k_proj", "v_proj"), ("w1", "w3")):
         alike = len({parts.int4_groups(name) for name in side_by_side}) == 1
         require(alike, f"{', '.join(side_by_side)}: int4 beside others, or in other groups")
-    has_norms = {"sa_norm.scale", "mlp_norm.scale"} <= parts.tensors.keys()
-    require(has_norms, "a layer without a norm before attention or MLP")
     return parts
 
 
