@@ -57,17 +57,24 @@ def tiny():
 
 
 @pytest.fixture
-def float64(monkeypatch):
+def float64():
     """New models compute in float64 throughout, also where torchtune asks for fp32 (norms, rotations, logits).
 
     For tests that two computations are the same mathematics: their tolerance does not depend on a processor's kernels.
     """
     import torch
+    from torch.overrides import TorchFunctionMode
 
-    to_float32, before = torch.Tensor.float, torch.get_default_dtype()
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float32(x))
+    class KeepsFloat64(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.float and args[0].dtype == torch.float64:
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield
+    with KeepsFloat64():
+        yield
     torch.set_default_dtype(before)
 
 
@@ -122,6 +129,15 @@ def path(tmp_path, checkpoint) -> Path:
     return generate_config(tmp_path, checkpoint, max_new_tokens=24)
 
 
+@pytest.fixture(autouse=True)
+def patient(request, monkeypatch):
+    """Drafts go on, however slow a busy machine finds them: the account of the rule is never spent. Tests of what the
+    rule does by the clock have the mark `clock`."""
+    if request.node.get_closest_marker("clock") is None:
+        for name in ("START", "MOST_SAVED"):
+            monkeypatch.setattr(f"layerskip_recipes.generation.drafting.rule.{name}", 1e9)
+
+
 @pytest.fixture
 def no_weights(monkeypatch):
     """Weights must not be read before a mistake is found."""
@@ -136,15 +152,9 @@ def no_weights(monkeypatch):
 @pytest.fixture
 def traced(monkeypatch):
     """Graphs of torch's own operations, made in a second each. test_compile.py has inductor's of greedy chains."""
-    import torch
+    from layerskip_recipes.generation.kernels import compiling
 
-    compile = torch.compile
-
-    def without_inductor(function, *, options, **arguments):
-        guards = {name: value for name, value in options.items() if name == "guard_filter_fn"}
-        return compile(function, backend="eager", options=guards, **arguments)
-
-    monkeypatch.setattr(torch, "compile", without_inductor)
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs, **options: graph)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 from compare_engines import Decode, Job, take_turns, transformers_decode
+from gpu_report import ONE_GRAPH
 from omegaconf import DictConfig, OmegaConf
 
 from layerskip_recipes.benchmark.measuring import Run
@@ -35,6 +36,7 @@ from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.families.hf_names import to_files
 from layerskip_recipes.families.reading import read_hf_config
 from layerskip_recipes.generation.api import generate
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.report import peak_memory_bytes
 from layerskip_recipes.generation.stats import memory_bandwidth
@@ -91,15 +93,11 @@ class Place:
             torch.cuda.reset_peak_memory_stats()
 
 
-def tune(words: Iterable[str], cwd: Path) -> subprocess.CompletedProcess:
-    """Run `tune run ...` in its own process."""
-    command = [sys.executable, "-m", "torchtune._cli.tune", "run", *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
 def run_recipe(place: Place, recipe: str, config: str, *overrides: str) -> str:
-    """Run a recipe and return its output. If it fails, the error shows all output."""
-    done = tune([recipe, "--config", config, f"device={place.device}", *overrides], place.work)
+    """Run a recipe in its own process and return its output. If it fails, the error shows all output."""
+    command = [sys.executable, "-m", "torchtune._cli.tune", "run", recipe, "--config", config]
+    command += [f"device={place.device}", *overrides]
+    done = subprocess.run(command, cwd=place.work, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"tune run {recipe} --config {config} {' '.join(overrides)}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -242,12 +240,13 @@ def measure(place: Place, recipe: LayerSkipBenchmark, methods: dict[str, Any], l
         place.record(columns | found | {"speed-up at .7": (speedup_by_acceptance(row, step_s) or {}).get("0.7")})
     if (steps := recipe.llm.state.compiled) is not None:
         counts = {"graphs": len(steps.graphs), "new graphs": len(steps.graphs) - before}
+        counts["whole rounds"] = sum(map(bool, steps.rounds.values()))
         without = {"steps without graph": len(steps.refused), "without FlexAttention": len(steps.masked)}
         place.record(columns | {"method": "all", **counts, **without})
 
 
 def count_launches(place: Place, recipe: LayerSkipBenchmark, methods: Mapping[str, Any]) -> None:
-    """Count CUDA graph launches per round: one per draft step, one per verification pass or plain step."""
+    """Count CUDA graph launches per round."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for name, method in methods.items():
         with torch.profiler.profile(activities=activities) as profile:
@@ -256,22 +255,37 @@ def count_launches(place: Place, recipe: LayerSkipBenchmark, methods: Mapping[st
         place.record({"method": name, "CUDA graphs a round": launches / stats.rounds})
 
 
-def decode(place: Place, shape: str) -> None:
-    """Batch size 1: plain decoding, several drafts and transformers, at three prompt lengths."""
+def drafts(place: Place, shape: str) -> dict[str, dict[str, Any]]:
+    """Variants of drafts by name; the first one is that of the estimates."""
     depth, some = place.shape(shape)["num_hidden_layers"], 64 if place.tiny else 4096
     early = {"exit_layer": depth // 8, "num_speculations": 6}
-    variants = {
-        f"exit {depth // 4}, 4 drafts": {"exit_layer": depth // 4, "num_speculations": 4},
-        f"exit {depth // 8}, 6 drafts": early,
+    return {
         f"exit {depth // 8}, 6 drafts of {some} tokens": early | {"draft_vocabulary": some},
+        f"exit {depth // 8}, 6 drafts": early,
         f"exit {depth // 8}, 6 int8 drafts of {some} tokens": early | {"draft_vocabulary": some, "draft_int8": True},
+        f"exit {depth // 4}, 4 drafts": {"exit_layer": depth // 4, "num_speculations": 4},
     }
+
+
+def decode(place: Place, shape: str) -> None:
+    """What the estimates are about, after a short text: plain decoding, and a draft. First each step of a round has a
+    CUDA graph, then the whole round has one, whose time counts as that of the draft."""
+    length, (name, settings) = 16 if place.tiny else 512, next(iter(drafts(place, shape).items()))
+    recipe = make_benchmark(place, shape, length, 1, {name: settings})
+    for whole_rounds, suffix in ((False, ""), (True, ONE_GRAPH)):
+        CompiledSteps.whole_rounds = whole_rounds
+        methods = {method + (suffix if plan else ""): plan for method, plan in recipe.methods.items()}
+        measure(place, recipe, methods, length)
+        if place.cuda:
+            count_launches(place, recipe, methods)
+
+
+def other_drafts(place: Place, shape: str) -> None:
+    """Several drafts at three text lengths, and transformers."""
     lengths = (16, 40) if place.tiny else (512, 2048, 8192)
-    recipe = make_benchmark(place, shape, max(lengths), 1, variants)
+    recipe = make_benchmark(place, shape, max(lengths), 1, drafts(place, shape))
     for length in lengths:
         measure(place, recipe, recipe.methods, length)
-        if place.cuda and length == lengths[0]:
-            count_launches(place, recipe, recipe.methods)
     measure_transformers(place, recipe, lengths)
 
 
@@ -435,10 +449,12 @@ def finetune(place: Place) -> None:
 
 TUNED = {"tokens/s": "tokens_per_second", "speed-up": "speedup", "acceptance": "acceptance_rate", "same": "identical"}
 STEPS: dict[str, Callable[[Place], None]] = {
-    "environment": environment,
-    "tests": tests,
     "decode_1b": partial(decode, shape="1b"),
     "decode_8b": partial(decode, shape="8b"),
+    "environment": environment,
+    "tests": tests,
+    "drafts_1b": partial(other_drafts, shape="1b"),
+    "drafts_8b": partial(other_drafts, shape="8b"),
     "batches": batches,
     "lossless": lossless,
     "train_1b": partial(train, shape="1b"),

@@ -33,6 +33,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import cached_file
 
 MODEL_TYPES = (
+    "exaone4",
     "gemma",
     "gemma2",
     "gemma3_text",
@@ -40,6 +41,8 @@ MODEL_TYPES = (
     "granitemoehybrid",
     "llama",
     "mistral",
+    "olmo2",
+    "olmo3",
     "phi3",
     "qwen2",
     "qwen3",

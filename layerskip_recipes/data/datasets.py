@@ -159,12 +159,18 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         batches = iter(self.loader)
         for first in range(0, len(self) * self.batch_size, self.batch_size):
+            error = None
             try:
                 samples = next(batches)
-            except Exception:
-                if self.num_workers:  # a worker changes the error's text, so meet it here
-                    _ = [self.dataset[i] for i in self.samples[first : first + self.batch_size]]
-                raise
+            except Exception as e:
+                if not self.num_workers:
+                    raise
+                error = e.with_traceback(None)  # else it keeps the workers, and they wait for ten seconds
+            if error is not None:
+                del batches
+                # A worker changes the error's text, so meet it here.
+                _ = [self.dataset[i] for i in self.samples[first : first + self.batch_size]]
+                raise error
             yield self.collate(_as_tensors(samples) if self.num_workers else samples)
 
 

@@ -11,6 +11,7 @@ from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.attention import NormOfAllHeads
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.processes import num_processes
 
@@ -32,8 +33,9 @@ def check_processes(model: TransformerDecoder, dim: int | None, plan: Component 
     kinds = [layer.attn for layer in model.layers]
     attn = next((attn for attn in kinds if not isinstance(attn, MultiHeadAttention)), kinds[0])
     divided = {"processes": processes, "model.num_heads": attn.num_heads, "model.num_kv_heads": attn.num_kv_heads}
-    if not isinstance(attn, MultiHeadAttention):
-        divided[f"the parts that a {type(attn).__name__} can be split into"] = 1
+    part = attn.q_norm if isinstance(attn, MultiHeadAttention) else attn
+    if part is attn or isinstance(part, NormOfAllHeads):
+        divided[f"the parts that a {type(part).__name__} can be split into"] = 1
     largest = math.gcd(*divided.values())
     for what, number in divided.items():
         if number % dim:

@@ -7,9 +7,16 @@ generation/kernels/cpp_decoder.py reads what these classes and torchtune's say a
 from typing import Any
 
 import torch
-from torchtune.modules import MultiHeadAttention
+from torchtune.modules import MultiHeadAttention, RMSNorm
 
 from layerskip_recipes.model.kv_cache import last_visible
+
+
+class NormOfAllHeads(RMSNorm):
+    """A norm of queries or keys [b, s, heads, head_dim] over all heads of a token, as in OLMo 2."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
 
 
 class NormFirstAttention(MultiHeadAttention):

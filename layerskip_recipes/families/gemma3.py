@@ -9,7 +9,7 @@ from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from layerskip_recipes.config.schema import PositiveInt
 from layerskip_recipes.families.attention import NormFirstAttention
 from layerskip_recipes.families.gemma2 import Gemma2
-from layerskip_recipes.families.rope import Positive, Rope, RotaryPositions
+from layerskip_recipes.families.rope import Positive
 
 
 class Gemma3(Gemma2):
@@ -22,30 +22,21 @@ class Gemma3(Gemma2):
     max_position_embeddings: PositiveInt = 131072
     final_logit_softcapping: Positive | None = None
     sliding_window_pattern: PositiveInt = 6
-    sliding_rope: Rope
 
     UNSUPPORTED: ClassVar[tuple[str, ...]] = (*Gemma2.UNSUPPORTED, "attn_logit_softcapping")
 
     @classmethod
     def values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        sliding = (raw.get("rope_parameters") or {}).get("sliding_attention") or {}
+        values = super().values(raw)
         base = raw.get("rope_local_base_freq") or 10_000.0
-        return super().values(raw) | {"sliding_rope": {"rope_theta": base} | sliding}
+        return values | {"sliding_rope": {"rope_theta": base} | (values["sliding_rope"] or {})}
 
     @classmethod
     def rope_values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The positions of layers without a window: under `full_attention` in newer files."""
-        full = (raw.get("rope_parameters") or {}).get("full_attention") or {}
-        return {"rope_theta": 1e6} | super().rope_values({**raw, "rope_parameters": full})
+        return {"rope_theta": 1e6} | super().rope_values(raw)
 
     def slides(self, layer: int) -> bool:
         return (layer + 1) % self.sliding_window_pattern != 0
-
-    def positions(self, max_seq_len: int) -> list[nn.Module | None]:
-        width = self.rope.width(self.heads[2])
-        sliding = RotaryPositions(width, max_seq_len, self.sliding_rope, self.max_position_embeddings)
-        full = super().positions(max_seq_len)
-        return [sliding if self.window(layer) else rotation for layer, rotation in enumerate(full)]
 
     def attention(self, layer: int, **parts: Any) -> nn.Module:
         q_norm, k_norm = (GemmaRMSNorm(self.heads[2], eps=self.rms_norm_eps) for _ in range(2))

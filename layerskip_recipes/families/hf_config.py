@@ -50,6 +50,8 @@ class HFConfig(Section):
     sliding_window: PositiveInt | None = None
     layer_types: list[str] | None = None
     rope: Rope
+    sliding_rope: Rope | None = None
+    """The positions in layers with a window; None: those of other layers."""
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -74,15 +76,20 @@ class HFConfig(Section):
     @classmethod
     def values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The values of this class's fields in a config.json, whose keys may have changed with time."""
-        return {**raw, "rope": cls.rope_values(raw)}
+        sliding = (raw.get("rope_parameters") or {}).get("sliding_attention")
+        return {**raw, "rope": cls.rope_values(raw), "sliding_rope": sliding}
 
     @classmethod
     def rope_values(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The rotary position settings: one section since transformers 5, several keys before."""
+        """The rotary position settings: one section since transformers 5, several keys before.
+
+        If layers with a window have others, these are the settings of the layers without.
+        """
         outer = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
         rope = {key: raw[key] for key in outer if raw.get(key) is not None}
         rope |= raw.get("rope_scaling") or {}
-        rope |= raw.get("rope_parameters") or {}
+        parameters = raw.get("rope_parameters") or {}
+        rope |= parameters.get("full_attention", parameters) or {}
         rope.setdefault("rope_type", rope.get("type", "default"))
         return rope
 
@@ -144,6 +151,10 @@ class HFConfig(Section):
         """A norm of hidden states."""
         return RMSNorm(self.hidden_size, eps=self.rms_norm_eps)
 
+    def norm_before(self) -> nn.Module | None:
+        """The norm of what attention and MLP read."""
+        return self.norm()
+
     def norm_after(self) -> nn.Module | None:
         """A norm of what attention and MLP add to the hidden state."""
         return None
@@ -153,8 +164,13 @@ class HFConfig(Section):
 
     def positions(self, max_seq_len: int) -> list[nn.Module | None]:
         """The rotation of queries and keys in each layer, which layers should share; None for a layer without."""
-        width = self.rope.width(self.heads[2])
-        return [RotaryPositions(width, max_seq_len, self.rope, self.max_position_embeddings)] * self.num_hidden_layers
+
+        def rotation(rope: Rope) -> nn.Module:
+            return RotaryPositions(rope.width(self.heads[2]), max_seq_len, rope, self.max_position_embeddings)
+
+        full = rotation(self.rope)
+        sliding = full if self.sliding_rope is None else rotation(self.sliding_rope)
+        return [sliding if self.window(layer) else full for layer in range(self.num_hidden_layers)]
 
     def has_bias(self, name: str) -> bool:
         """Whether a matrix has a bias; `name` is torchtune's: q_proj, k_proj, v_proj, output_proj, w1 .. w3."""
@@ -189,8 +205,8 @@ class HFConfig(Section):
                 up_proj=matrix("w3", width, inner),
                 activation=ACTIVATIONS[self.hidden_act](),
             ),
-            sa_norm=self.norm(),
-            mlp_norm=self.norm(),
+            sa_norm=self.norm_before(),
+            mlp_norm=self.norm_before(),
             sa_scale=self.norm_after(),
             mlp_scale=self.norm_after(),
         )

@@ -10,6 +10,7 @@ from typing import Any
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import nearest
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.families.exaone4 import Exaone4
 from layerskip_recipes.families.gemma import Gemma
 from layerskip_recipes.families.gemma2 import Gemma2
 from layerskip_recipes.families.gemma3 import Gemma3
@@ -18,6 +19,8 @@ from layerskip_recipes.families.hf_config import HFConfig
 from layerskip_recipes.families.lfm2 import LFM2
 from layerskip_recipes.families.llama import Llama
 from layerskip_recipes.families.mistral import Mistral
+from layerskip_recipes.families.olmo2 import Olmo2
+from layerskip_recipes.families.olmo3 import Olmo3
 from layerskip_recipes.families.phi3 import Phi3
 from layerskip_recipes.families.qwen2 import Qwen2
 from layerskip_recipes.families.qwen3 import Qwen3
@@ -36,6 +39,9 @@ FAMILIES: dict[str, type[HFConfig]] = {
     "GraniteForCausalLM": Granite,
     "GraniteMoeHybridForCausalLM": GraniteHybrid,
     "Lfm2ForCausalLM": LFM2,
+    "Olmo2ForCausalLM": Olmo2,
+    "Olmo3ForCausalLM": Olmo3,
+    "Exaone4ForCausalLM": Exaone4,
 }
 # Why there is no class for some families, by the beginning of their names.
 RECURRENT = "most of its layers keep a recurrent state, which cannot go back to before a rejected draft"

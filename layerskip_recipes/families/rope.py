@@ -17,7 +17,7 @@ class Rope(Section):
 
     model_config = ConfigDict(extra="ignore")
 
-    rope_type: Literal["default", "linear", "llama3", "longrope"] = "default"
+    rope_type: Literal["default", "linear", "llama3", "longrope", "yarn"] = "default"
     rope_theta: Positive = 10_000.0
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     factor: Positive = 1.0
@@ -25,6 +25,9 @@ class Rope(Section):
     high_freq_factor: Positive = 4.0
     original_max_position_embeddings: PositiveInt = 8192
     short_factor: list[float] | None = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    truncate: bool = True
     attention_factor: Positive | None = None
 
     def missing(self) -> list[str]:
@@ -33,6 +36,7 @@ class Rope(Section):
             "linear": ("factor",),
             "llama3": ("factor", "original_max_position_embeddings"),
             "longrope": ("short_factor", "original_max_position_embeddings"),
+            "yarn": ("factor", "original_max_position_embeddings"),
         }
         return [key for key in needed.get(self.rope_type, ()) if key not in self.model_fields_set]
 
@@ -47,20 +51,34 @@ class Rope(Section):
             return plain / self.factor
         if self.rope_type == "longrope":
             return plain / torch.tensor(self.short_factor, dtype=plain.dtype, device=plain.device)
+        # Keep short wavelengths, stretch long ones by `factor`, and interpolate in between. `waves` is the number of
+        # wavelengths that fit into the original context.
+        waves = self.original_max_position_embeddings * plain / (2 * math.pi)
         if self.rope_type == "llama3":
-            # Keep short wavelengths, stretch long ones by `factor`, and interpolate in between. `waves` is the number
-            # of wavelengths that fit into the original context.
-            waves = self.original_max_position_embeddings * plain / (2 * math.pi)
             unscaled = ((waves - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
-            return unscaled * plain + (1 - unscaled) * plain / self.factor
-        return plain
+        elif self.rope_type == "yarn":  # interpolates over the numbers of channel pairs
+            first, last = (self._pair(count, dim) for count in (self.beta_fast, self.beta_slow))
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, dim - 1)
+            unscaled = 1 - ((torch.arange(dim // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
+        else:
+            return plain
+        return unscaled * plain + (1 - unscaled) * plain / self.factor
+
+    def _pair(self, waves: float, dim: int) -> float:
+        """The channel pair, as a fraction, of which `waves` wavelengths fit into the original context."""
+        frequency = waves * 2 * math.pi / self.original_max_position_embeddings
+        return -dim * math.log(frequency) / (2 * math.log(self.rope_theta))
 
     def scale(self, max_positions: int) -> float:
-        """The factor of the rotated queries and keys; above 1 only for longrope."""
-        if self.rope_type != "longrope":
+        """The factor of the rotated queries and keys."""
+        if self.rope_type not in ("longrope", "yarn"):
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
+        if self.rope_type == "yarn":
+            return 1 + 0.1 * math.log(max(self.factor, 1))
         original = self.original_max_position_embeddings
         stretch = self.factor if "factor" in self.model_fields_set else max_positions / original
         return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0

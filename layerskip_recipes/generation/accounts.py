@@ -140,6 +140,8 @@ class Accounts:
             seconds[name] += begin.elapsed_time(end) / 1000 if cuda else end - begin
         self.stats.draft_s, self.stats.verify_s = scale * seconds["draft"], scale * seconds["verify"]
         self.stats.decode_s = scale * self.stats.decode_s if self.timed else self.untimed_s
+        if self.context.compiled is not None:
+            self.context.compiled.say_what_was_kept()
 
 
 def _weight_bytes(module: object, packs_int4: bool) -> int:

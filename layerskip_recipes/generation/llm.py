@@ -162,7 +162,7 @@ class LLM:
         model.load_state_dict(HFCheckpointer(str(folder)).load_checkpoint()[training.MODEL_KEY])
         model.requires_grad_(False).eval()
         draft_folder = AUTO if draft is None else str(named_folder(draft, "draft", weights=True))
-        planner = DraftPlanner(model, folder, torch_device.type, torch_dtype, HFCheckpointer)
+        planner = DraftPlanner(model, folder, torch_device.type, torch_dtype, torch_dtype, HFCheckpointer)
         planner.make_tokenizer = partial(hf_tokenizer, str(folder))
         description, _ = planner.trained_draft(SelfSpeculation(draft=draft_folder), "generate")
         llm = cls(model, hf_tokenizer(str(folder)), planner)
@@ -211,6 +211,7 @@ class LLM:
                 self.state.draft_weights(plan, self.model, key)
         if quantizer is not None:
             self.model = quantise_decoder(self.model, quantizer)
+            self.state.keep_drafts(self.model)
 
     def trained_draft(self, description: DraftDescription, key: str) -> Draft:
         """The trained draft of all plans with one, which is read once. `key` names it in messages."""

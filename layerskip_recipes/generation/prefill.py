@@ -64,7 +64,7 @@ def _read_chunk(
     Returns x_E of the output exit, [b, s, d].
     """
     model, draft_decoder, trained_layers = context.model, context.draft_decoder, context.trained_layers
-    prefill = partial(context.backend.prefill, at=at, slots=slots, rows=rows)
+    prefill = partial(context.backend.run, at=at, slots=slots, rows=rows)
     if not context.has_adapter:
         if trained_layers:
             prefill(draft_decoder, tokens, layers=trained_layers, only_cache=True)

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
-from layerskip_recipes.generation.drafting.draft_weights import DraftHead, DraftWeights, draft_weights
+from layerskip_recipes.generation.drafting.draft_weights import DraftHead, DraftWeights, draft_weights, renewed
 from layerskip_recipes.generation.drafting.drafter import longest_draft
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import SECTION_KEY, Speculation
@@ -67,23 +67,26 @@ class ModelState:
     def draft_weights(self, plan: Speculation, model: LayerSkipDecoder, key: str = SECTION_KEY) -> DraftWeights:
         """What drafts by a plan; `key` names the plan's section in messages. Plans with the same weights share them.
 
-        If the model's weights have changed, a head gets their rows, and int8 copies of layers are made anew.
+        If the model's weights have changed, heads and int8 copies of layers get their numbers.
         """
         source = weights_key(model.parameters()) if plan.draft_int8 or plan.draft_vocabulary is not None else None
         built = self.drafts.pop(plan.weights_key, None)
-        if built is not None and built.source != source and plan.draft_int8 and plan.draft is None:
-            built = None
-        if built is None:
+        if built is None or built.source != source:
             decoder, head = draft_weights(plan, model, self.trained_draft, key)
+            if built is not None:
+                decoder, head = renewed((built.decoder or model, built.head), (decoder, head))
             built = BuiltDraft(None if decoder is model else decoder, head, source)
-        elif built.source != source and built.head is not None:
-            built.head.refresh(built.decoder or model)
-            built.source = source
         if self.most is not None:
             for oldest in [*self.drafts][: len(self.drafts) + 1 - self.most]:
                 del self.drafts[oldest]
         self.drafts[plan.weights_key] = built
         return built.decoder or model, built.head
+
+    def keep_drafts(self, model: LayerSkipDecoder) -> None:
+        """What drafts stays as it is, although the model's weights have changed, as by a quantizer."""
+        source = weights_key(model.parameters())
+        for built in self.drafts.values():
+            built.source = None if built.source is None else source
 
     def rule(self, plan: Speculation, max_new_tokens: int, batch_rows: int, compiled: bool) -> DraftRule:
         """The rule of earlier generations whose rounds cost the same."""

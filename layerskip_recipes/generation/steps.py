@@ -55,9 +55,7 @@ class StepContext:
         self.before_chunk: Callable[[], None] = lambda: None  # is called before each chunk of a prompt
         user_code = user_code_in(model, self.draft_decoder, *([draft_head] if draft_head else []))
         cache.forget_other_weights(model, self.draft_decoder, user_code is not None, shared)
-        self.backend = choose_backend(
-            model, cache, self.draft_decoder, draft_head, sampler, self.output_exit, compiled, user_code
-        )
+        self.backend = choose_backend(self, user_code)
         if cache.exact_splits != self.backend.exact_splits:  # C++ and torch round differently
             cache.keep_first(0)
             cache.exact_splits = self.backend.exact_splits

@@ -14,6 +14,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import get_adapter_params, get_merged_lora_ckpt, set_trainable_params
 
 from layerskip_recipes.config.components import Component
@@ -110,10 +111,10 @@ def without_adapters(model: M) -> M:
         weights = {name: value if value.is_meta else value.cpu() for name, value in model.state_dict().items()}
         state = merge_adapters(weights, adapter_config(model))
     for name, module in list(model.named_modules()):
-        packed = isinstance(getattr(module, "weight", None), NF4Tensor)
-        if name not in modules and not packed:
+        if not (name in modules or isinstance(module, FrozenNF4Linear)):
             continue
-        weight = state[f"{name}.weight"] if name in modules else module.weight.get_original_weight()
+        weight = state[f"{name}.weight"] if name in modules else module.weight
+        weight = weight.get_original_weight() if isinstance(weight, NF4Tensor) else weight
         bias = state.get(f"{name}.bias") if name in modules else module.bias
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)

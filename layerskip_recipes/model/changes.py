@@ -46,7 +46,7 @@ def weights_key(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
     """
     marks, samples = [], defaultdict[Any, list[torch.Tensor]](list)
     with torch.no_grad():
-        for part in chain.from_iterable(map(_plain, tensors)):
+        for part in chain.from_iterable(map(plain_tensors, tensors)):
             start, storage = part.storage_offset(), part.untyped_storage()
             version = 0 if part.is_inference() else part._version
             marks.append((WeakIdRef(part), part.data_ptr(), version, part.dtype, part.shape))
@@ -62,12 +62,12 @@ def weights_key(tensors: Iterable[torch.Tensor]) -> tuple[Any, ...]:
     return (*marks, *numbers)
 
 
-def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor, or the plain tensors in a quantised or sharded one."""
     if is_traceable_wrapper_subclass(tensor):
         parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         for part in parts:
             if isinstance(part, torch.Tensor):  # and not the mesh of a sharded one
-                yield from _plain(part)
+                yield from plain_tensors(part)
     else:
         yield tensor

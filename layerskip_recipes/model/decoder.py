@@ -18,6 +18,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import config
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
@@ -143,9 +144,13 @@ class LayerSkipDecoder(TransformerDecoder):
         return other
 
     def copied_layers(self, layers: Iterable[int]) -> list[nn.Module]:
-        """Copies of layers that share one RoPE table, which can be as large as an int8 layer."""
-        shared = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in self.layers}
-        return [deepcopy(self.layers[layer], dict(shared)) for layer in layers]
+        """Copies of layers. They are not packed, and share one RoPE table, which can be as large as an int8 layer."""
+        replaced: dict[int, Any] = {id(layer.attn.pos_embeddings): layer.attn.pos_embeddings for layer in self.layers}
+        for layer in (layers := [*layers]):
+            for parameter in self.layers[layer].parameters():
+                if isinstance(parameter, NF4Tensor):  # torchtune copies it in blocks of another size
+                    replaced[id(parameter)] = nn.Parameter(parameter.get_original_weight(), requires_grad=False)
+        return [deepcopy(self.layers[layer], dict(replaced)) for layer in layers]
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """g(h): [b, s, d] -> [b, s, v] logits, or a list of chunks."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Annotated
 
 import torch
+from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
 
 from layerskip_recipes.acceptance.exit_quality import MOST_CHUNK_TOKENS
@@ -26,7 +27,8 @@ from layerskip_recipes.training.keys import FinetuneKeys
 
 log = get_logger("INFO")
 
-DRAFT_RATE = 4  # times the model's learning rate, for a copy of its layers that is trained as a draft
+ADAPTER_RATE = 3e-4  # learning rate
+DRAFT_RATE = 4  # times the learning rate of all weights, for a copy of layers that is trained as a draft
 PER_STEP = "samples per step"  # noted in a checkpoint beside the chosen values
 SAMPLES_PER_STEP = 8  # small steps learn most from a given number of tokens
 LONGEST = {"cpu": 512}  # tokens per sample; on a CPU the limit is time, not memory
@@ -88,7 +90,7 @@ def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
         if cfg.draft is not None and cfg.draft.kind == "copy" and cfg.freezes_model:
             rate *= DRAFT_RATE
         elif not memory.all_weights:
-            rate = 3e-4
+            rate = ADAPTER_RATE
         if choices.pick("optimizer.lr", lambda: rate) is None:
             raise ConfigError(refusal("optimizer.lr", None, Annotated[float, Auto()]))
     if cfg.early_exit_loss is not None:
@@ -105,6 +107,13 @@ def full_learning_rate(width: int) -> float:
     gives 2.1e-4; 3.8e-4 and more made the last layer worse.
     """
     return min(float(f"{3e-5 * 4096 / width:.2g}"), 1e-3)
+
+
+def draft_rate(model: TransformerDecoder) -> float:
+    """A draft's learning rate over that of a model which is trained beside it, or of the model's adapters."""
+    if not adapter_names(model):
+        return DRAFT_RATE
+    return DRAFT_RATE * full_learning_rate(model.tok_embeddings.embedding_dim) / ADAPTER_RATE
 
 
 class TrainingMemory:

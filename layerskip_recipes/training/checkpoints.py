@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -99,10 +98,9 @@ class Checkpoints:
         self.resumed_from = resumed_from
         self.sharded = from_rank_zero(self.resumed_from is not None and (self.resumed_from / SHARDED).exists())
         # A checkpoint contains the model, unless only adapters or a draft are trained. Those have a file of their own.
-        has_adapters = bool(adapter_names(cfg.meta_model))
+        self.has_adapters = bool(adapter_names(cfg.meta_model))
         self.draft_file = DRAFT_FILE if cfg.freezes_model else f"{DRAFT}/{DRAFT_FILE}" if cfg.draft else None
-        self.trained_file = ADAPTER_FILE if has_adapters else self.draft_file
-        whole = None if has_adapters or cfg.freezes_model or self.sharded else self.resumed_from
+        whole = None if self.has_adapters or cfg.freezes_model or self.sharded else self.resumed_from
         section, self.draft = cfg.checkpointer, cfg.draft
         self.from_scratch = not whole and starts_from_scratch(section)
         self._section = _resumed_section(section, whole) if whole else section
@@ -126,14 +124,14 @@ class Checkpoints:
         optimizer = state.pop(training.OPT_KEY, None) or {}
         return from_rank_zero(state) | {training.OPT_KEY: optimizer}
 
-    def load_weights(self, model: TransformerDecoder) -> tuple[Weights | None, Weights | None]:
-        """The model's weights (None: from scratch), and those of its adapters or draft (None: fresh).
+    def load_weights(self, model: TransformerDecoder) -> tuple[Weights | None, Weights | None, Weights | None]:
+        """The model's weights (None: from scratch), and those of its adapters and its draft (None: fresh).
 
         A new run trains the draft in the model's folder further, if its kind and exit are those of the config. Ranks
         other than 0 get empty mappings.
         """
         weights: Weights | None = None if self.from_scratch else {}
-        trained = None
+        adapters, of_draft = None, None
         if is_rank_zero():
             # Built only now, because building a checkpointer creates its folder.
             self._checkpointer = build_checkpointer(self._section, str(self.staging))
@@ -146,13 +144,16 @@ class Checkpoints:
             if self.draft_file != DRAFT_FILE:
                 self._read_side_files()
             if self.draft is not None and self.resumed_from is None:
-                trained = earlier_draft(self._section, self.draft.kind, self.draft.exit_layer, weights or {})
-                if trained is not None:
+                of_draft = earlier_draft(self._section, self.draft.kind, self.draft.exit_layer, weights or {})
+                if of_draft is not None:
                     log.info("The draft in the model's folder is trained further.")
-        if self.trained_file and self.resumed_from is not None and not self.sharded:
-            read = load_file if self.draft_file else partial(torch.load, weights_only=True)
-            trained = read(self.resumed_from / self.trained_file) if is_rank_zero() else {}
-        return weights, trained
+        if self.resumed_from is not None and not self.sharded:
+            if self.has_adapters:
+                file = self.resumed_from / ADAPTER_FILE
+                adapters = torch.load(file, weights_only=True) if is_rank_zero() else {}
+            if self.draft_file is not None:
+                of_draft = load_file(self.resumed_from / self.draft_file) if is_rank_zero() else {}
+        return weights, adapters, of_draft
 
     def _read_side_files(self) -> None:
         """Read config and tokenizer for the checkpoints now: later their folder may be changed or gone."""

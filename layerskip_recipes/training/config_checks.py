@@ -179,10 +179,19 @@ def _check_draft(cfg: FinetuneKeys, draft: DraftSection) -> Iterator[str]:
             f"checkpointer._component_: {cfg.checkpointer.path} is a function, and a draft's layerskip.json "
             "names a class. Allowed: layerskip_recipes.hf_checkpointer, torchtune's checkpointers, or draft=null"
         )
-    if adapter_names(cfg.meta_model) or starts_from_scratch(cfg.checkpointer):
-        what = "adapters" if adapter_names(cfg.meta_model) else "no weights"
-        exits = ", with early_exit_loss as in hf/lora" if trains_model else ""
+    if starts_from_scratch(cfg.checkpointer):
         yield (
-            f"draft: copies layers of a trained model, and this one has {what}. Allowed: a model section without "
-            f"LoRA, and a checkpointer that reads weights; or draft=null{exits}"
+            "draft: copies layers of a trained model, and this one has no weights. Allowed: a checkpointer that reads "
+            "weights; or draft=null"
         )
+    if adapter_names(cfg.meta_model):
+        if not trains_model:
+            yield (
+                "draft.finetune_model: False, and so the model's adapters would learn nothing. Set "
+                "draft.finetune_model=true, or leave LoRA out (model.lora=null)"
+            )
+        if cfg.save_adapter_weights_only:
+            yield (
+                "save_adapter_weights_only: True, but a draft is for a whole model beside it. Set "
+                "save_adapter_weights_only=false"
+            )

@@ -14,6 +14,7 @@ from torchtune.modules import TransformerDecoder
 from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.schema import AUTO, Auto, Flag, PositiveInt, Section, check
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, on_device
 from layerskip_recipes.model.draft import Draft, Kind
 from layerskip_recipes.model.head import Head
@@ -33,8 +34,8 @@ class DraftSection(Section):
     previous token. `copy` trains a copy of the first E layers, which other programs can run as a model of its own. Both
     have their own norm before the model's head."""
     finetune_model: Flag = False
-    """Finetune the model in the same run, on its last layer's loss; the draft changes nothing in it. false: the model
-    is frozen."""
+    """Finetune the model, or its adapters, in the same run, on its last layer's loss; the draft changes nothing in it.
+    false: the model is frozen."""
     vocabulary: Annotated[PositiveInt, Field(examples=[4096])] | None = None
     """The draft chooses among this many tokens, the most frequent ones of the data; null: among all. A smaller
     vocabulary trains and drafts faster if the head is a large part of the model."""
@@ -49,8 +50,8 @@ class DraftSection(Section):
         check("draft.exit_layer", self.exit_layer, Annotated[int, exits])
 
     def build(self, model: LayerSkipDecoder) -> Draft:
-        """A new draft. A copy starts with the model's weights."""
-        return Draft(model, self.kind, self.exit_layer)
+        """A new draft. A copy starts with the model's weights. All of its own are trained, also beside adapters."""
+        return without_adapters(Draft(model, self.kind, self.exit_layer)).requires_grad_(True)
 
 
 class DraftLoss:

@@ -34,13 +34,14 @@ def build_model(
     device: torch.device,
     mesh: Mesh,
     weights: Weights | None,
-    trained: Weights | None,
+    adapters: Weights | None,
+    of_draft: Weights | None,
     seed: int,
 ) -> tuple[LayerSkipDecoder, Draft | None]:
     """The model, and the draft if one is trained: compiled, checkpointed, sharded.
 
-    On rank 0, `weights` is the plain model's state_dict (None: train from scratch), and `trained` the state_dict of its
-    adapters or draft (None: fresh ones). The seed decides all fresh weights.
+    On rank 0, `weights` is the plain model's state_dict (None: train from scratch), and `adapters` and `of_draft` those
+    of its adapters and its draft (None: fresh ones). The seed decides all fresh weights.
     """
     several = mesh.devices is not None
     with training.set_default_dtype(cfg.torch_dtype), torch.device("meta") if several else device:
@@ -59,14 +60,13 @@ def build_model(
                 state = fresh.state_dict()
         elif state is not None:
             if adapter_names(cfg.meta_model):
-                state |= fresh_adapters(model, state, seed) if trained is None else trained
+                state |= fresh_adapters(model, state, seed) if adapters is None else adapters
             check_state_dict(cfg.meta_model, state)
     every = cfg.checkpoint_every_layers
     if draft is None:
         return _place(model, state, cfg, device, mesh, every, seed).train(), None
-    of_draft: Weights = {}
-    if is_rank_zero():
-        of_draft = fresh_draft(draft, state or {}) if trained is None else trained
+    if is_rank_zero() and of_draft is None:
+        of_draft = fresh_draft(draft, state or {})
     _place(model, state, cfg, device, mesh, 0 if cfg.freezes_model else every, seed).train(not cfg.freezes_model)
     return model, _place(draft, of_draft, cfg, device, mesh, every, seed).train()
 

@@ -11,7 +11,7 @@ from torchtune.utils import get_logger
 
 from layerskip_recipes.distributed.loading import fill_from_rank0, suppress_dcp_warnings
 from layerskip_recipes.processes import from_rank_zero, is_rank_zero
-from layerskip_recipes.training.auto_settings import DRAFT_RATE
+from layerskip_recipes.training.auto_settings import draft_rate
 from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.parallel import clean_name, group_by_mesh, parts_of
 from layerskip_recipes.training.stochastic_adamw import StochasticAdamW
@@ -43,7 +43,7 @@ class Optimizers:
         of_draft = {id(p) for trained in parts[1:] for p in trained}
         for group in (group for optimizer in self.all for group in optimizer.param_groups):
             if id(group["params"][0]) in of_draft:
-                group["lr"] = DRAFT_RATE * group["lr"]
+                group["lr"] = draft_rate(cfg.meta_model) * group["lr"]
             # Schedulers with last_epoch >= 0 need initial_lr, as a float: torchao's lr is a tensor, changed in place.
             group["initial_lr"] = float(group["lr"])
         if states is not None:

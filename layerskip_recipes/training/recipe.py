@@ -160,14 +160,14 @@ class LayerSkipFinetune:
 
     def _setup_model(self, state: dict[str, Any] | None) -> None:
         cfg = self.cfg
-        weights, trained = self.checkpoints.load_weights(cfg.meta_model)
+        weights, adapters, of_draft = self.checkpoints.load_weights(cfg.meta_model)
         base = base_fingerprint(cfg, weights)
         self.fingerprint |= base
         if state is not None:
             check_resumable(state["run"], base)
         if weights is None:
             log.info("No weights given: training from scratch.")
-        self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, trained, self.seed)
+        self.model, self.draft = build_model(cfg, self.device, self.mesh, weights, adapters, of_draft, self.seed)
         self.base: dict[str, Any] = {}  # "base" of the draft's layerskip.json; empty unless the model is frozen
         self.learner: nn.Module = self.model if self.draft is None else self.draft
         if cfg.draft is not None and self.draft is not None:
@@ -384,7 +384,7 @@ class LayerSkipFinetune:
             first, *beside = parts_of(self.learner)
             contents = checkpoint_contents(first, self.cfg.meta_model, self.device, adapters_only)
             for draft in beside:
-                of_draft = checkpoint_contents(draft, self.cfg.meta_model, self.device)
+                of_draft = checkpoint_contents(draft, draft, self.device)
                 contents[DRAFT] = of_draft.get(training.MODEL_KEY)
             if is_rank_zero():
                 self.checkpoints.save(name, contents, state | optimizer, content, self._answers)
@@ -399,7 +399,11 @@ class LayerSkipFinetune:
 
     def _learned_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the trained weights, to write or to fill in place."""
-        return adapter_parameters(self.model, self.cfg.meta_model) or self.learner.state_dict()
+        adapters = adapter_parameters(self.model, self.cfg.meta_model)
+        if not adapters:
+            return self.learner.state_dict()
+        of_draft = {} if self.draft is None else self.draft.state_dict()
+        return adapters | {f"{DRAFT}.{name}": value for name, value in of_draft.items()}
 
     def _state(self) -> dict[str, Any]:
         """The state of a run besides weights and optimizer. Data order and curriculum follow from seed and step."""

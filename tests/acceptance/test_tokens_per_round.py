@@ -16,7 +16,7 @@ def constant(value: float, text: torch.Tensor) -> FirstAndLater:
     return FirstAndLater(torch.full(text.shape, value), torch.full(text.shape, value))
 
 
-def test_the_rounds_of_a_text_of_three_tokens():
+def test_expected_rounds_of_a_text_of_three_tokens_are_those_by_hand():
     """A round starts at the first token, and at the second one if the first drafted token is wrong (1 - a). One starts
     at the third token if that round fails too, or if exactly one token of the first draft is accepted."""
     a, text = 0.6, torch.tensor([True, True, True])

@@ -111,6 +111,7 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
     assert base["drafted"] == 0 and base["engine_efficiency"] is None and base["compile_s"] == 0
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("cost", [1.0, 2.5])
 def test_a_variant_drafts_where_generation_does(cost, path, tmp_path, checkpoint, monkeypatch):
     """With the same settings both commands have the same rounds, whether drafts pay or not. The cost replaces times."""

@@ -25,6 +25,7 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_random_weights_need_no_checkpoint_and_no_tokenizer(monkeypatch, capsys):
     """A generation config will do: neither checkpoint nor tokenizer is there, and no file is written."""
     generations, new = [], llm.Generation

@@ -32,6 +32,7 @@ def test_rouge_is_the_mean_f_measure(name, by_hand):
     assert text_metrics([name], OUTPUTS, examples(REFERENCES)) == {name: pytest.approx(expected, abs=1e-6)}
 
 
+@pytest.mark.slow
 def test_bleu_is_that_of_all_outputs_together():
     """Words of both outputs that stand in their references, 9 of 9; pairs 6 of 7, triples 3 of 5, and 2 of 4; their
     geometric mean, times exp(1 - 11 / 9) as the references have 11 words, full stops among them."""

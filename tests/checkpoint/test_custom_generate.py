@@ -8,12 +8,14 @@ import pytest
 import torch
 from helpers.hf_folders import DENSE_GRANITE4, MULTIPLIERS
 from helpers.sampling import filtered, p_value
+from helpers.tiny import slow_except
 
 transformers = pytest.importorskip("transformers")
 loop = pytest.importorskip("layerskip_recipes.custom_generate.generate")
 NEW = 20
 SYNTH_ID = transformers.SynthIDTextWatermarkingConfig(keys=[654, 400, 836, 123], ngram_len=5)
 FAMILIES = {
+    "exaone4": {"sliding_window": 8},
     "gemma": {},
     "gemma2": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 3},
@@ -21,6 +23,8 @@ FAMILIES = {
     "granitemoehybrid": DENSE_GRANITE4 | {"position_embedding_type": "rope"},
     "llama": {},
     "mistral": {"sliding_window": 8},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8},
     "phi3": {"sliding_window": None},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     "qwen3": {},
@@ -96,10 +100,7 @@ def both(model, inputs, exit_layer=2, num_speculations=4, min_confidence=None, *
     return plain, loop.generate(model=model, **inputs, **exits, **settings)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [name if name in ("gemma2", "llama") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
-)
+@pytest.mark.parametrize("family", slow_except(FAMILIES, "gemma2"))
 def test_greedy_tokens_are_those_of_plain_decoding(family, fixed_length):
     assert tuple(FAMILIES) == loop.MODEL_TYPES
     for rows, exit_layer, num_speculations in ((1, 1, 5), (1, 3, 1), (3, 2, 1), (3, 3, 5), (1, None, 5), (3, None, 5)):
@@ -354,5 +355,5 @@ def test_drafts_never_reach_the_limit_of_dynamic_positions(fixed_length):
 def test_a_model_that_cannot_run_in_part_is_refused():
     config = transformers.AutoConfig.for_model("gpt2", n_layer=2, n_embd=8, n_head=1, vocab_size=16)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=r"cannot run gpt2 in part. Allowed: gemma"):
+    with pytest.raises(ValueError, match=r"cannot run gpt2 in part. Allowed: exaone4"):
         loop.generate(model=model, inputs=torch.ones(1, 2, dtype=torch.long), exit_layer=1)

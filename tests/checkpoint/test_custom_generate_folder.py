@@ -112,7 +112,7 @@ def test_the_draft_comes_from_the_models_revision_and_subfolder(folder, tmp_path
 
 
 @pytest.mark.slow
-def test_in_an_environment_without_this_package(folder, tmp_path):
+def test_the_exported_loop_decodes_where_this_package_is_missing(folder, tmp_path):
     env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # no entry point of this package, which would be missing there
     command = [sys.executable, "-c", IN_A_BARE_ENVIRONMENT, str(folder)]

@@ -60,7 +60,7 @@ def test_a_draft_is_the_first_layers_with_norm_and_head(form, draft, tmp_path, r
     assert not [name for name in files if any(f".layers.{layer}." in name for layer in range(draft, 4))]
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "granite", "granite4", "lfm2"])
+@pytest.mark.parametrize("kind", ["gemma3", "granite", "granite4", "lfm2", "olmo2", "olmo3", "exaone4"])
 def test_a_draft_of_a_family_says_what_its_exit_says(kind, tmp_path):
     make_hf_folder(kind, tmp_path / "model")
     model = layerskip_decoder(hf_decoder(str(tmp_path / "model"))).eval()

@@ -90,6 +90,7 @@ def test_generation_adds_adapters_to_their_base(base, tmp_path, finetune):
     assert tokens["adapters"] == tokens["merged"] != tokens["base"]
 
 
+@pytest.mark.slow
 def test_room_on_the_disk_is_asked_for_what_is_written(base, finetune):
     """In fp32 the adapters and AdamW's two averages, and the merged weights unless the adapters alone are kept."""
     path = str(finetune(**sections(base, lora=LORA)))

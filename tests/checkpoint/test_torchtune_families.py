@@ -50,7 +50,7 @@ def load(cfg):
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers(pair):
+def test_logits_of_torchtunes_builders_are_those_of_transformers(pair):
     theirs, cfg = pair
     ours, expected = load(cfg), theirs(TOKENS).logits
     torch.testing.assert_close(ours(TOKENS), expected, atol=1e-4, rtol=1e-4)

@@ -206,7 +206,7 @@ def test_a_command_that_builds_nothing_does_not_wait_for_torch(args, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_installed_command_in_a_pipe_that_ends(tmp_path):
+def test_the_installed_command_writes_into_a_pipe_that_ends(tmp_path):
     """`layerskip ls | head -1` has all that it wants, from a folder that is not the checkout."""
     command = f"{Path(sys.executable).with_name('layerskip')} ls | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -213,6 +213,13 @@ FINETUNE = [
     (f"{DRAFT}; {DROPPING}", "model.layer_dropout", "does not go with draft", ""),
     (f"{DRAFT}; {SMOOTHED}", "loss.label_smoothing", "0.1 does nothing with draft", ""),
     (f"{DRAFT}; checkpointer.checkpoint_files=[]", "draft", "this one has no weights", ""),
+    (
+        f"{DRAFT}; model._component_=torchtune.models.llama3_2._component_builders.lora_llama3_2; "
+        "model.lora_attn_modules=[q_proj]; model.apply_lora_to_mlp=false; model.lora_rank=2; model.lora_alpha=4",
+        "draft.finetune_model",
+        "False",
+        "draft.finetune_model=true",
+    ),
     (f"{DRAFT}; model.num_layers=1", "draft", "this one has 1", "Set draft=null"),
     (f"{DRAFT}; draft.finetune_model=true; early_exit_loss={{scale: 0.1}}", "early_exit_loss", "draft", "Set "),
     (f"{DRAFT}; draft.finetune_model=true; {FUNCTION}", "checkpointer._component_", "test_errors.reader", "a class"),

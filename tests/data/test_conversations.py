@@ -240,7 +240,7 @@ def test_a_tools_text_writes_no_control_tokens(make_tokenizer, tmp_path):
         ([user("Hi")], r".*has no reply"),
     ],
 )  # fmt: skip
-def test_a_conversation_that_cannot_be_learned(messages, message, make_tokenizer, tmp_path):
+def test_a_conversation_that_cannot_be_learned_is_refused(messages, message, make_tokenizer, tmp_path):
     rows = [CONVERSATIONS["plain"], {"messages": messages}]
     with pytest.raises(
         ConfigError, match=rf"^dataset: .* cannot read sample 1, counted from 0: ValueError\W+{message}"
@@ -249,6 +249,7 @@ def test_a_conversation_that_cannot_be_learned(messages, message, make_tokenizer
     assert "conversation_column" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_deep_json_is_refused_in_one_line(make_tokenizer, tmp_path):
     tokenizer, file = make_tokenizer(QWEN), tmp_path / "deep.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": ' + "[" * 5000 + "]" * 5000 + "}]}\n")

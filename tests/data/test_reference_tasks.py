@@ -109,7 +109,7 @@ def test_human_eval_completes_to_a_program():
             assert f"def {json.loads(line)['entry_point']}(" in program
 
 
-def test_a_byte_order_mark_before_the_first_line():
+def test_a_byte_order_mark_is_no_part_of_the_first_line():
     Path("bom.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8-sig")
     assert tasks.jsonl("bom.jsonl", **TEMPLATES) == tasks.jsonl(write_lines("qa.jsonl", QUESTIONS), **TEMPLATES)
 
@@ -164,7 +164,7 @@ def qa_component(path: str, key: str = "dataset", **arguments) -> Component:
     return Component({"_component_": "layerskip_recipes.tasks.qa_dataset", "path": path, **arguments}, key)
 
 
-def test_questions_and_answers_of_any_text():
+def test_questions_and_answers_stay_text_whatever_they_look_like():
     """The reader of `datasets` turns dates into timestamps, and fails on some of these names."""
     Path("my data [v1]").mkdir()
     lines = [{"input": "when?", "output": "2026-12-01"}, {"input": "2026-12-01T07:00:00", "output": "", "image": 3}]

@@ -177,7 +177,7 @@ def test_generated_labels_have_no_header_and_nothing_after_the_end(make_folder, 
     assert tokenizer.max_seq_len == 5
 
 
-def test_generated_labels_of_plain_text(make_folder):
+def test_all_labels_of_plain_text_are_generated(make_folder):
     """Without a chat template all labels of a text are generated, also behind the end of another text."""
     text = ReplyFormat.of(hf_tokenizer(make_folder()))
     assert text.header == text.footer == ()

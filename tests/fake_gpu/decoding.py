@@ -11,15 +11,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helpers.fake_gpu import fake_gpu, on_gpu, to_fake_gpu
+from helpers.fake_gpu import FakeGPU, fake_gpu, line_of_package, on_gpu, to_fake_gpu
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torchtune.models.llama3_2._component_builders import llama3_2
 
 from layerskip_recipes import Generation, Speculation, layerskip_decoder
 from layerskip_recipes.generation.drafting import draft_weights
+from layerskip_recipes.generation.kernels import round_graph
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.state import state_of
 from layerskip_recipes.model.draft import Draft
@@ -51,6 +54,13 @@ COMPILED = [
     ("look-ups", "sampled", "one row"),
     ("draft vocabulary", "filtered", "one row"),
     ("copy", "greedy", "one row"),
+    ("adapter", "filtered", "continuous batching"),
+]
+WHOLE_ROUNDS = [
+    ("chain", "greedy", "continuous batching"),
+    ("look-ups", "sampled", "one row"),
+    ("draft vocabulary", "penalised", "one row"),
+    ("copy", "sampled", "continuous batching"),
     ("adapter", "filtered", "continuous batching"),
 ]
 EAGER = [(method, "penalised", "one row") for method in METHODS if method != "chain"]
@@ -104,24 +114,66 @@ class Graphs:
             self.problems.append(f"{name}: {node} prevents a CUDA graph")
 
 
-def decode(method: str, sampler: str, rows: str, compile: bool) -> dict[str, Any]:
-    """Decode once, or compiled twice: the second generation must not make a graph. Counts the waits of the last one."""
+class Captures(TorchDispatchMode):
+    """Stands in for `capture`: `problems` says what a replay would find changed, or would have to wait for."""
+
+    def __init__(self, gpu: FakeGPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.made: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.static: list[torch.Tensor] = []  # whose addresses a generation's rounds depend on
+        self.inside: list[torch.Tensor] = []  # made by a round, or its inputs
+
+    def __call__(self, function: Any, inputs: Any) -> Any:
+        self.made["round"] += 1
+        self.inside = [value for value in inputs if value is not None]
+        before = self.gpu.waits.copy()
+        with self:
+            outputs = function(*inputs)
+        self.problems += [f"a wait in a round: {wait}" for wait in self.gpu.waits - before]
+        return lambda: None, outputs
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {tensor.untyped_storage()._cdata for tensor in (*self.static, *self.inside)}
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                self.problems.append(f"{func} reads {tuple(tensor.shape)} from outside at {line_of_package()}")
+        out = func(*args, **(kwargs or {}))
+        made = [tensor for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+        self.problems += [f"{func} makes {tuple(tensor.shape)} on the host" for tensor in made if not on_gpu(tensor)]
+        self.inside += made
+        return out
+
+
+def decode(method: str, sampler: str, rows: str, way: str) -> dict[str, Any]:
+    """Decode once, or compiled twice: the second generation must not make a graph. Counts the waits of the last one.
+
+    Steps in whole rounds are left uncompiled, so that all operations are seen.
+    """
     random.seed(0)
     model = layerskip_decoder(llama3_2(vocab_size=VOCAB, max_seq_len=512, **SIZES)).bfloat16().eval()
     model.requires_grad_(False)
     arguments: dict[str, Any] = ROWS[rows] | {"speculation": METHODS[method], "sampler": SAMPLERS[sampler]}
     draft = Draft(model, method, 1).requires_grad_(False).bfloat16().eval() if method in ("copy", "adapter") else None
     with fake_gpu(read) as gpu, ExitStack() as patches:
-        graphs = Graphs(gpu.fake)
-        patches.enter_context(mock.patch.object(torch, "compile", graphs))
+        graphs: Any = Graphs(gpu.fake)
+        stand_in = graphs
+        if way == "whole rounds":
+            graphs, stand_in = Captures(gpu), lambda function, **_: function
+            patches.enter_context(mock.patch.object(round_graph, "capture", graphs))
+            patches.enter_context(mock.patch.object(CompiledSteps, "whole_rounds", True))
+        patches.enter_context(mock.patch.object(torch, "compile", stand_in))
         to_fake_gpu(model, *([] if draft is None else [draft]))
         if draft is not None:
             arguments["draft_weights"] = draft.decoder(model), None
         made: list[dict[str, int]] = []
-        for _ in range(2 if compile else 1):
-            generation = Generation(model, max_generated_tokens=NEW_TOKENS, compile=compile, **arguments)
+        for _ in range(1 if way == "eager" else 2):
+            generation = Generation(model, max_generated_tokens=NEW_TOKENS, compile=way != "eager", **arguments)
             iterator, waits = iter(generation), []
             next(iterator)  # the prefill
+            if way == "whole rounds":
+                graphs.static = generation.context.backend.read_by_steps
             while not all(generation.finished):
                 gpu.waits.clear()
                 next(iterator)
@@ -137,13 +189,13 @@ def main() -> None:
     # A fake weight of a head is not of the class nn.Parameter.
     kind = {"type": lambda value: torch.nn.Parameter if isinstance(value, FakeTensor) else type(value)}
     with mock.patch.multiple(draft_weights, create=True, **kind):
-        for compile, cases in ((True, COMPILED), (False, EAGER)):
+        for way, cases in {"compiled": COMPILED, "whole rounds": WHOLE_ROUNDS, "eager": EAGER}.items():
             for case in cases:
                 try:
-                    found = decode(*case, compile)
+                    found = decode(*case, way)
                 except Exception as e:
                     found = {"error": f"{type(e).__name__}: {e}"}
-                print(json.dumps({"case": [*case, "compiled" if compile else "eager"], **found}), flush=True)
+                print(json.dumps({"case": [*case, way], **found}), flush=True)
 
 
 if __name__ == "__main__":

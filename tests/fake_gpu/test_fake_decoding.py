@@ -24,7 +24,8 @@ def test_every_method_sampler_and_batch_decodes_on_one_device(cases):
     """A tensor on the wrong device is an error. Each method runs compiled, and each sampler with a chain."""
     assert {case: result["error"] for case, result in cases.items() if "error" in result} == {}
     assert {case[0] for case in cases if case[3] == "compiled"} == {*GRAPHS, "look-ups"}
-    assert len(cases) == 6 + 5 + 4 and all(result["rounds"] > 1 for result in cases.values())
+    assert {case[0] for case in cases if case[3] == "whole rounds"} == {*GRAPHS, "look-ups"} - {"plain"}
+    assert len(cases) == 6 + 5 + 5 + 4 and all(result["rounds"] > 1 for result in cases.values())
 
 
 def test_the_host_waits_once_in_each_round(cases):
@@ -40,10 +41,17 @@ def test_each_step_is_one_graph_for_all_rounds_and_generations(cases):
         assert first == GRAPHS.get(case[0], first) and first, case
 
 
+def test_a_whole_round_is_one_graph_for_all_generations(cases):
+    """It is captured once, and a replay finds its tensors where they were; other rounds have a graph for each step."""
+    whole = {case: result["graphs"] for case, result in cases.items() if case[3] == "whole rounds"}
+    assert whole and all(graphs == [{"round": 1}] * 2 for graphs in whole.values()), whole
+
+
 def test_no_graph_is_refused_or_falls_back_to_masks(cases):
     assert {case: r for case, r in cases.items() if r.get("refused") or r.get("masked")} == {}
 
 
 def test_nothing_prevents_cuda_graphs(cases):
-    """All tensors in a graph are on the GPU, it writes to static inputs only, and no operation is unsafe."""
+    """All tensors in a graph are on the GPU, it writes to static inputs only, and no operation is unsafe. A whole round
+    reads its inputs and tensors that a generation keeps, and never waits."""
     assert {case: result["problems"] for case, result in cases.items() if result["problems"]} == {}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.hf_folders import LONGROPE, MODELS, SIZE, VOCAB, make_hf_folder
+from helpers.hf_folders import LLAMA3_ROPE, LONGROPE, MODELS, SIZE, VOCAB, YARN, make_hf_folder
 from helpers.json_lines import change_json
 from helpers.tiny import make_tiny
 from safetensors.torch import load_file, save_file
@@ -82,17 +82,20 @@ def test_gemmas_activation_is_the_one_of_transformers(kind, activation, tmp_path
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("kind", "changes"),
     [
-        {"rope_local_base_freq": 5_000.0, "rope_theta": 3e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-        {"sliding_window_pattern": 2},
-        {"final_logit_softcapping": 1.5},
+        ("gemma3", {"rope_local_base_freq": 5e3, "rope_theta": 3e5, "rope_scaling": {"type": "linear", "factor": 8.0}}),
+        ("gemma3", {"sliding_window_pattern": 2}),
+        ("gemma3", {"final_logit_softcapping": 1.5}),
+        ("olmo3", {"rope_scaling": YARN, "rope_theta": 5e5}),
+        ("olmo3", {}),
+        ("exaone4", {"rope_scaling": LLAMA3_ROPE, "rope_theta": 3e5}),
     ],
 )
-def test_gemma_3_is_read_from_older_files(changes, tmp_path):
+def test_a_family_with_windows_is_read_from_older_files(kind, changes, tmp_path):
     """Without layer_types, and with the positions of both kinds of layers under their older names."""
     transformers = pytest.importorskip("transformers")
-    make_hf_folder("gemma3", tmp_path)
+    make_hf_folder(kind, tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     for key in ("rope_parameters", "layer_types"):
         del content[key]
@@ -144,7 +147,7 @@ def test_lfm2_is_read_from_older_files(tmp_path):
         assert close(decoder_of(tmp_path)(TOKENS), theirs(TOKENS).logits)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "lfm2"])
+@pytest.mark.parametrize("kind", ["gemma3", "lfm2", "olmo3"])
 def test_a_packed_text_is_what_it_is_alone(kind, tmp_path):
     """Neither a window nor a convolution sees the text before it."""
     make_hf_folder(kind, tmp_path)
@@ -273,7 +276,7 @@ def test_the_frequencies_of_a_model_in_bf16_are_exact():
 @pytest.mark.parametrize("modules", [["q_proj", "k_proj", "v_proj"], ["k_proj"], ["q_proj", "v_proj", "output_proj"]])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "phi3"])
-def test_peft_opens_the_adapters(kind, dora, modules, tmp_path, monkeypatch):
+def test_peft_opens_adapters_of_a_folders_model(kind, dora, modules, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # it wants a newer one
     folder = tmp_path / "base"
@@ -323,7 +326,12 @@ def test_a_window_limits_the_length(tmp_path):
         ("granite4", {"num_local_experts": 4}, "num_local_experts: 4 .*Allowed: 0"),
         ("lfm2", {"conv_bias": True}, "conv_bias: True is not supported"),
         ("llama", {"hidden_act": "relu"}, "hidden_act: 'relu' is not allowed. Allowed: silu, gelu"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' .*Allowed: default, l"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic' .*Allowed: defa"),
+        (
+            "olmo2",
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters.original_max_position_embeddings: missi",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor: missing"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: .*not supported"),
         ("llama", {"num_key_value_heads": 5}, "num_key_value_heads: 5 does not divide num_attention_heads, 6"),

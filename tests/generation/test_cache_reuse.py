@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.decoding import PROMPT, L, count_calls, greedy, make_model, model_of
 from helpers.speculation import PROMPTS, drafting, noisy, run
-from helpers.tiny import make_tiny
+from helpers.tiny import make_tiny, slow_except
 from torch.nn.utils import parameters_to_vector
 
 from layerskip_recipes.generation import backends
@@ -19,7 +19,7 @@ from layerskip_recipes.model.draft import Draft
 
 @pytest.mark.parametrize("chunk", [512, 3])
 @pytest.mark.parametrize("variant", [None, "chain", "perturbed", "look-up"])
-@pytest.mark.parametrize("family", ["llama3_2", "gemma2", "gemma3", "lfm2"])
+@pytest.mark.parametrize("family", slow_except(["llama3_2", "gemma2", "gemma3", "lfm2"], "gemma2", "lfm2"))
 def test_a_conversation_goes_on_from_the_cache(family, variant, chunk, monkeypatch):
     """The next prompt is the text so far and more: only what is new runs, and the tokens are those from scratch."""
     monkeypatch.setattr(backends, "CHUNK", chunk)

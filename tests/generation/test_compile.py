@@ -1,5 +1,6 @@
 """Compiled steps give what eager ones give; what is compiled serves later calls; without a compiler eager ones run."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,14 @@ import pytest
 import torch
 from helpers.compiled import END, LONG, MAX_LEN, SHORT, WAYS, compiled_steps, compiles, make_small, run
 from helpers.speculation import plain
+from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from layerskip_recipes.generation import backends
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.kernels import compiling
+from layerskip_recipes.generation.kernels import compiling, cpp_decoder
 from layerskip_recipes.generation.sampling import Sampler
 
 
@@ -135,6 +138,33 @@ def test_a_second_run_finds_the_compiled_code(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(tokens) and {*folder.rglob("*.so")} == before
+
+
+@pytest.mark.parametrize("chosen", [None, default_cache_dir(), "elsewhere"], ids=["unset", "set by torch", "set"])
+def test_inductor_keeps_its_graphs_in_the_users_folder(chosen, monkeypatch, tmp_path, caplog):
+    """Unless the user has chosen a folder. The log says once what an earlier run has kept."""
+    compiled = compiling._compiled
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    cpp_decoder._library_folder.cache_clear()
+
+    def made(function, *args):
+        counters["inductor"]["fxgraph_cache_hit" if "draft" in function.__name__ else "fxgraph_cache_miss"] += 1
+        return compiled(function, *args)
+
+    monkeypatch.setattr(compiling, "_compiled", made)
+    model = make_small()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            run(model, SHORT, 9, speculation=WAYS["chain"])
+    cpp_decoder._library_folder.cache_clear()
+    folder = chosen if chosen == "elsewhere" else str(tmp_path / "layerskip_recipes" / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder
+    (line,) = [record.getMessage() for record in caplog.records if "were kept" in record.getMessage()]
+    assert line.endswith(f"2 of 3 graphs were kept in {folder}")
 
 
 def warned(caplog):

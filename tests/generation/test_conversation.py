@@ -97,6 +97,7 @@ def test_a_question_that_does_not_fit_is_left_out(talk, caplog):
     assert "the model's 128" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speculation", ["null", "{exit_layer: 2, num_speculations: 4}"])
 def test_a_shorter_answer_keeps_the_cache(talk, speculation):
     recipe, _, turns = talk(f"{'x' * 40}\nand now\n", f"self_speculation={speculation}", tokens=36)
@@ -147,6 +148,7 @@ def test_a_chat_needs_a_tokenizer_that_leaves_the_last_turn_open(tokenizer, leav
 # ---- what is shown ----
 
 
+@pytest.mark.slow
 def test_drafts_are_shown_dim_and_replaced(path, capsys, monkeypatch):
     """On a terminal: without what is between saving and restoring the cursor, the text is the accepted text."""
     run(path)

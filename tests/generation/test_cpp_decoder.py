@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.compiled import compiled_steps, has_compiler, run
 from helpers.speculation import PROMPTS, VARIANTS, AlwaysLookUp, drafting
-from helpers.tiny import GEMMA3, GRANITE, LFM2, QWEN3, SIZE
+from helpers.tiny import EXAONE4, GEMMA3, GRANITE, LFM2, OLMO3, QWEN3, SIZE
 from torch import UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.cpp_extension import include_paths
@@ -74,6 +74,8 @@ FAMILIES = {
     "lfm2": lambda: build_decoder(
         parse_hf_config(LFM2 | FEW | {"layer_types": ["conv", "full_attention", "conv"]}, "lfm2"), 128
     ),
+    "olmo3": lambda: build_decoder(parse_hf_config(OLMO3 | FEW, "olmo3"), 128),
+    "exaone4": lambda: build_decoder(parse_hf_config(EXAONE4 | FEW | {"sliding_window_pattern": 2}, "exaone4"), 128),
     "a part of each head turns": lambda: build_decoder(parse_hf_config(HF | PHI3, "phi3"), 128),
 }
 

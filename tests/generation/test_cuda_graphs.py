@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.model.kv_cache import BLOCK_SLOTS, BlockAttention, causal_mask
 
@@ -90,7 +91,7 @@ def test_a_quantised_draft_runs_as_cuda_graphs():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_cuda_graphs_of_a_repetition_penalty(way):
+def test_cuda_graphs_penalise_repetitions_as_the_cpu_does(way):
     """Greedy in fp32, against the CPU."""
     model, reference, sampler = make_small(width=32).cuda(), make_small(width=32), Sampler(repetition_penalty=1.3)
     for prompts in (SHORT, LONG, SHORT):
@@ -98,6 +99,26 @@ def test_cuda_graphs_of_a_repetition_penalty(way):
         expected = run(reference, prompts, 20, sampler=sampler, compile=False)
         assert found.generated == expected.generated
         assert not compiled_steps(model).refused and not compiled_steps(model).masked
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_whole_rounds_by_one_cuda_graph_have_the_tokens_of_the_cpu(way, width, penalty, monkeypatch):
+    """Greedy in fp32. Each call's rounds replay the graphs of the first one; the last text outgrows a mask."""
+    monkeypatch.setattr(CompiledSteps, "whole_rounds", True)
+    model, reference, sampler = (
+        make_small(width=width).cuda(),
+        make_small(width=width),
+        Sampler(repetition_penalty=penalty),
+    )
+    for prompts, count in ((SHORT, 40), (LONG, 25), (SHORT, 40), (LONGER, 60)):
+        found = run(model, prompts, count, sampler=sampler, speculation=OTHER_WAYS[way])
+        expected = run(reference, prompts, count, sampler=sampler, compile=False)
+        assert found.generated == expected.generated
+    steps = compiled_steps(model)
+    assert steps.whole_rounds and not steps.refused and not steps.masked
+    assert any(steps.rounds.values()) == (way != "plain") or way == "looked up"
 
 
 def test_cuda_graphs_repeat_by_the_seed():
@@ -109,9 +130,10 @@ def test_cuda_graphs_repeat_by_the_seed():
     assert outputs[0] == outputs[1] != outputs[2] and not compiled_steps(model).failed
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_host_waits_once_in_a_round_on_a_gpu(way):
+@pytest.mark.parametrize(("way", "whole_rounds"), [("plain", False), ("chain", False), ("chain", True)])
+def test_the_host_waits_once_in_a_round_on_a_gpu(way, whole_rounds, monkeypatch):
     """By torch's own count of calls that wait for the device."""
+    monkeypatch.setattr(CompiledSteps, "whole_rounds", whole_rounds)
     model = make_small().cuda()
     for _ in range(2):  # captures
         run(model, SHORT, 20, speculation=WAYS[way])

@@ -253,7 +253,7 @@ def gathers_before_drafts(counted):
 
 
 @on_ranks()
-def test_collectives_per_token():
+def test_a_round_gathers_each_late_layer_once_and_its_draft_nothing():
     """A verification gathers each late layer once, and so does the prompt; a draft gathers nothing. Rank 0 tells the
     others what came out. Once they compare their prompts: how long what they say is, and it. The first late layer is on
     its way while a draft is made."""

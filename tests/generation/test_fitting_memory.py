@@ -23,6 +23,7 @@ def with_memory(monkeypatch):
     return lambda size: monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}.get)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("draft", ["", "self_speculation.num_speculations=5", "self_speculation=null"])
 def test_weights_caches_and_drafts_must_fit_the_memory(path, with_memory, compiled, draft):
@@ -49,6 +50,7 @@ def test_weights_caches_and_drafts_must_fit_the_memory(path, with_memory, compil
         load(weights)
 
 
+@pytest.mark.slow
 def test_quantised_weights_must_fit_the_memory(path, with_memory):
     """Matrices have a byte for each weight, and for each row a scale in fp32 and, before torchao 0.15, a zero point in
     int64; the embedding, whose copy is the head, and the norms stay in fp32."""

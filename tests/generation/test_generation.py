@@ -9,7 +9,7 @@ import torch
 import torchtune.generation
 from helpers.decoding import PROMPT, L, greedy, make_model, model_of, until
 from helpers.speculation import VARIANTS, perturbed, run
-from helpers.tiny import FAMILIES, VOCAB, make_tiny, walk
+from helpers.tiny import EVERY_FAMILY, FAMILIES, VOCAB, make_tiny, walk
 from torch.overrides import TorchFunctionMode
 
 from layerskip_recipes.generation.api import generate
@@ -33,7 +33,7 @@ def new_tokens(out, prompt=PROMPT):
 
 
 @pytest.mark.parametrize("exit_layer", [3, *(pytest.param(e, marks=pytest.mark.slow) for e in (1, L))])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_self_speculation_gives_the_models_tokens_in_every_family(family, exit_layer):
     """Self-speculation, accepting some drafts only, gives the full model's tokens; the exit alone gives its own."""
     model, prompt = model_of(family), torch.tensor(PROMPT)
@@ -62,7 +62,7 @@ def test_plain_decoding_is_torchtunes_generate(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"exit_layer": 3}, DRAFTS, LOOK_UPS], ids=str)
-def test_stop_tokens_wherever_they_fall(arguments):
+def test_a_text_ends_at_its_stop_token_wherever_it_falls(arguments):
     """Each token of the output as the stop token: first, in the middle of a draft, as the bonus token, never."""
     full = greedy("llama3_2", PROMPT, 24, L if "num_speculations" in arguments else arguments.get("exit_layer", L))
     absent = min(set(range(VOCAB)) - set(full))

@@ -24,13 +24,10 @@ def no_cuda(monkeypatch):
 
 
 @pytest.fixture
-def gpu_steps(no_cuda, monkeypatch):
+def gpu_steps(no_cuda, traced, monkeypatch):
     """The compiled steps of a model as on a GPU; dynamo makes their graphs, which run on the CPU."""
-    steps, compile = CompiledSteps(torch.device("cuda")), torch.compile
+    steps = CompiledSteps(torch.device("cuda"))
     monkeypatch.setattr(ModelState, "compiled_steps", lambda *_: steps)
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **_: compile(function, fullgraph=True, backend="eager", dynamic=False)
-    )
     return steps
 
 

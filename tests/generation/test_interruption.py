@@ -46,7 +46,7 @@ def test_ctrl_c_within_a_text_keeps_it_as_far_as_it_came(path, compare, monkeypa
     assert report["tokens"] == first["tokens"] + (0 if compare else second["tokens"])
 
 
-def test_answers_of_a_run_that_is_killed(path, tmp_path, monkeypatch):
+def test_answers_are_written_as_they_end_and_replace_the_old_file_last(path, tmp_path, monkeypatch):
     """Answers are written as they end, and the file of before is there until the end."""
     out = tmp_path / "out.jsonl"
     partial, seen = out.with_name("out.jsonl.partial"), []
@@ -79,7 +79,7 @@ def test_what_a_killed_run_left_is_kept(path, tmp_path, caplog):
     assert f"{out}.partial.2" in caplog.messages[-1]
 
 
-def test_ctrl_c_within_rows(path, tmp_path, monkeypatch):
+def test_ctrl_c_in_a_batch_keeps_whole_answers_and_marks_those_under_way(path, tmp_path, monkeypatch):
     """It comes while the second answer is printed: both are whole, those under way are marked, the rest is missing."""
     settings, calls = ["prompt=[a, b, c, d]", "batch_size=2", "benchmark.compare=false"], []
     ready(path, *settings, f"output_file={tmp_path / 'whole.jsonl'}").generate()

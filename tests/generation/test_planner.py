@@ -71,10 +71,22 @@ def described(folder, exits, trained=(6, 30), draft=None, tokens=range(10, 2058)
     return folder
 
 
-def choose(folder, temperature=0.0, given=None, int8=True, ends=False, batch_rows=1, dtype=torch.float32):
+def choose(
+    folder,
+    temperature=0.0,
+    given=None,
+    int8=True,
+    ends=False,
+    batch_rows=1,
+    dtype=torch.float32,
+    draft_dtype=torch.float32,
+):
     """The plan for SmolLM2 in C++; `int8` and `ends`: whether drafts may be in int8, and may end early."""
     given = ({} if ends else {"min_confidence": 0.0}) | ({} if int8 else {"draft_int8": False}) | (given or {})
-    section, planner = SelfSpeculation(**given), DraftPlanner(smollm2(), folder, "cpu", dtype, make_tokenizer=Words)
+    section, planner = (
+        SelfSpeculation(**given),
+        DraftPlanner(smollm2(), folder, "cpu", dtype, draft_dtype, make_tokenizer=Words),
+    )
     plan, why = planner.plan(section, temperature, True, batch_rows=batch_rows)
     return SimpleNamespace(plan=plan, section=section.resolved(plan), why=why, speedup=plan and plan.speedup)
 
@@ -321,6 +333,9 @@ def test_a_trained_draft_has_the_length_and_precision_that_pay_most(tmp_path, ki
     whole = choose(None, given={"draft": str(tmp_path), "draft_vocabulary": None})  # its head has rows of all tokens
     assert whole.section.draft_vocabulary is None and whole.speedup < found.speedup
     assert found.speedup == pytest.approx(max(speedups), rel=1e-4)
+    # Of a quantised model, the draft's own layers are not quantised, so int8 copies of them pay.
+    quantised = choose(None, given={"draft": str(tmp_path)}, dtype=torch.int8, draft_dtype=torch.bfloat16).section
+    assert quantised.draft_int8 is (kind == "copy")
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])

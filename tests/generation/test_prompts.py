@@ -48,6 +48,7 @@ def refused(path, tmp_path):
     return refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_bad_prompts_are_skipped_and_have_their_place(path, tmp_path, caplog, size):
     """Broken, empty and too long, after a byte order mark; the answers to the others are those that they have alone."""

@@ -12,6 +12,7 @@ from layerskip_recipes.generation.drafting.drafter import PLAIN, RoundKind
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 
+pytestmark = pytest.mark.clock
 CHAIN, LOOKUP = RoundKind("chain"), RoundKind("lookup", 1, untried=1.0)
 # Cost of a draft step, d, cost of a verification; in plain steps.
 COSTS = [(0.04, 8, 1.4), (0.13, 6, 1.3), (0.13, 8, 1.7), (0.3, 6, 1.3), (0.34, 4, 1.2), (0.5, 6, 1.3)]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.sampling import N, V, filtered, p_value, rng
+from helpers.sampling import filtered, p_value
 
 from layerskip_recipes.generation.sampling import (
     Sampler,
@@ -17,6 +17,12 @@ from layerskip_recipes.generation.sampling import (
     noise_keys,
     token_scores,
 )
+
+V, N = 5, 60_000
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def probs_of(logits, temperature, *filters, **named):

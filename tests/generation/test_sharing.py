@@ -6,9 +6,11 @@ import weakref
 
 import pytest
 import torch
+from helpers.compiled import SHORT, VOCAB, make_small
 from helpers.decoding import PROMPT, greedy, make_model
 from helpers.speculation import plain, run
 from helpers.tiny import make_tiny
+from torch._dynamo.utils import counters
 
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.checkpoint.weights import quantise
@@ -16,7 +18,7 @@ from layerskip_recipes.config.components import Component
 from layerskip_recipes.generation.api import generate
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
-from layerskip_recipes.generation.state import ModelState
+from layerskip_recipes.generation.state import MOST_DRAFTS, ModelState, state_of
 
 TOKENS = greedy("llama3_2", PROMPT, 12)
 
@@ -63,7 +65,7 @@ def test_of_two_threads_one_decodes_and_the_other_is_refused_once():
 
 
 def test_int8_drafts_follow_weights_that_change():
-    """Also by `.data`, which torch does not count. The copies of unchanged weights are not made again."""
+    """Also by `.data`, which torch does not count. Graphs hold the copies' addresses, so these stay."""
     model, drafts = make_model(), Speculation(2, 3, draft_int8=True)
     first, same = (run(model, [PROMPT], 12, speculation=drafts).context.draft_decoder for _ in range(2))
     assert same is first
@@ -71,8 +73,37 @@ def test_int8_drafts_follow_weights_that_change():
         parameter.data.mul_(-1)
     changed = run(model, [PROMPT], 12, speculation=drafts)
     fresh = run(copy.deepcopy(model), [PROMPT], 12, speculation=drafts)
-    assert changed.context.draft_decoder is not first
+    assert changed.context.draft_decoder is first
     assert (changed.generated, changed.stats.accepted) == (fresh.generated, fresh.stats.accepted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [None, range(0, VOCAB, 2)], ids=["all tokens", "some tokens"])
+def test_int8_drafts_are_compiled_once(vocabulary, traced):
+    """Without an object that keeps them, and where the weights change between the calls, as in training."""
+    model, stats = make_small(), counters["stats"]
+
+    def tokens(weights):
+        drafts = {"exit_layer": 1, "num_speculations": 2, "draft_int8": True, "draft_vocabulary": vocabulary}
+        return generate(weights, torch.tensor(SHORT[1]), 12, compile=True, **drafts).tokens.tolist()
+
+    first, compiled = tokens(model), stats["unique_graphs"]
+    assert compiled > 0 and tokens(model) == first and stats["unique_graphs"] == compiled
+    with torch.no_grad():
+        model.layers[0].mlp.w2.weight.mul_(-0.7)
+    assert tokens(model) == tokens(copy.deepcopy(model)) != first
+    assert stats["unique_graphs"] <= 2 * compiled  # the copy's alone
+
+
+@pytest.mark.slow
+def test_graphs_go_with_the_draft_that_they_are_of(traced):
+    """A model keeps two drafts; each further one takes the place of the oldest."""
+    model, counts = make_small(), []
+    for number in range(5):
+        drafts = Speculation(1, 2, draft_int8=True, draft_vocabulary=range(number, VOCAB))
+        run(model, SHORT, 9, speculation=drafts, compile=True)
+        counts.append(sum("draft_token" in str(key) for key in state_of(model).compiled.graphs))
+    assert counts[0] == 1 and max(counts[2:]) <= MOST_DRAFTS + 1
 
 
 def test_a_draft_vocabularys_head_stays_where_it_is_with_the_weights_of_now():

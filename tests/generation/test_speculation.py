@@ -8,19 +8,16 @@ import torch
 from helpers.decoding import (
     PROMPT,
     SMALL,
-    START,
     L,
     greedy,
     make_model,
     model_of,
-    numbered,
-    probabilities,
     small_model,
     until,
 )
-from helpers.sampling import p_value
+from helpers.sampling import filtered, p_value, penalised
 from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, drafting, perturbed, plain, run
-from helpers.tiny import FAMILIES, VOCAB, walk
+from helpers.tiny import EVERY_FAMILY, VOCAB, slow_except, walk
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from layerskip_recipes.generation.api import generate
@@ -32,6 +29,31 @@ from layerskip_recipes.generation.state import ModelState
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.model.kv_cache import decoding_kernels
 
+START = (1, 3, 0, 4, 1, 2)
+
+
+@functools.cache
+@torch.no_grad()
+def probabilities(count, repetition_penalty=1.0, exit_layer=3, **filters):
+    """The exact probability of each continuation of START by `count` tokens of the small model, see `numbered`."""
+    probs, sequences = torch.ones(1), torch.tensor([START])
+    for _ in range(count):
+        logits = walk(small_model(), sequences, range(exit_layer))[:, -1].tolist()
+        following = [
+            filtered(penalised(row, tokens, repetition_penalty), **filters)
+            for row, tokens in zip(logits, sequences.tolist(), strict=True)
+        ]
+        probs = (probs[:, None] * torch.tensor(following)).flatten()
+        more = torch.arange(SMALL).repeat(len(sequences))[:, None]
+        sequences = torch.cat([sequences.repeat_interleave(SMALL, 0), more], 1)
+    return probs
+
+
+def numbered(rows, count):
+    """The first `count` tokens of each row as one number in base SMALL."""
+    return sum(torch.tensor(rows)[:, i] * SMALL ** (count - 1 - i) for i in range(count))
+
+
 CASES = {
     "llama3_2": (1.4, [None, *VARIANTS, "copy, chain", "copy, look-up", *(v for v in TRAINED if "adapter" in v)]),
     "qwen2": (1.0, [None, "chain", "copy, chain"]),
@@ -39,6 +61,7 @@ CASES = {
     "gemma3": (1.0, [None, "chain", "all", "copy, chain", "adapter, look-up"]),
     "granite": (1.0, [None, "chain"]),
     "lfm2": (1.0, [None, *VARIANTS, "copy, chain", "adapter, chain", "adapter, look-up"]),
+    "olmo3": (1.0, [None, "chain", "copy, chain", "adapter, chain"]),
     "phi3": (0.8, [None, "chain", "all"]),
 }
 
@@ -50,7 +73,7 @@ CASES = {
 def test_a_row_of_a_batch_gets_the_tokens_it_gets_alone(family, variant):
     """Prompts of different lengths that accept and stop differently: each in a batch of its own, all in one batch, and
     one after the other in fewer rows, with a penalty whose tokens a row must forget."""
-    model, penalty = model_of(family), VARIANTS.get(variant, {}).get("penalty", CASES[family][0])
+    model, penalty = model_of(family), CASES[family][0]
     alone = [plain(model, prompt, 18, penalty) for prompt in PROMPTS]
     stop_tokens = [alone[0][4], alone[2][9]]
     expected = [until(tokens, stop_tokens) for tokens in alone]
@@ -109,7 +132,7 @@ def test_a_head_that_cannot_be_cut_has_no_draft_vocabulary():
         run(model, [PROMPT], 6, speculation=Speculation(2, 2, draft_vocabulary=[1, 2]))
 
 
-def test_a_row_at_the_models_end_beside_a_short_one():
+def test_a_row_may_end_at_the_models_length_beside_a_short_one():
     """What the long row drafts behind its end, as the other one has room, has no position in the model."""
     model, long = model_of("llama3_2"), (*range(1, 97), *range(1, 26))
     generation = run(model, [PROMPT[:3], long], 7, speculation=Speculation(2, 5))
@@ -128,7 +151,7 @@ def test_what_was_drafted_behind_a_stop_counts_nowhere():
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_settings_of_torch_on_a_gpu_and_elsewhere_nothing_changes(before):
+def test_torchs_settings_change_only_on_a_gpu_and_only_while_decoding(before):
     """cuDNN's plans and sums in bf16."""
     products = torch.backends.cuda.matmul
 
@@ -151,7 +174,7 @@ def test_settings_of_torch_on_a_gpu_and_elsewhere_nothing_changes(before):
         set_all(*kept)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize(
     ("exit_layer", "d"),
     [pytest.param(1, 2, marks=pytest.mark.slow), (2, 4), pytest.param(L, 3, marks=pytest.mark.slow)],
@@ -267,9 +290,7 @@ def test_samples_have_the_models_distribution(settings, exit_layer):
     assert p_value(numbered(generation.generated, 3), expected) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "variant", ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS | TRAINED if name != "all")]
-)
+@pytest.mark.parametrize("variant", slow_except(VARIANTS | TRAINED, "all"))
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[-1]], ids=str)
 def test_no_draft_changes_a_sampled_token(variant, settings):
     """All prompts together, in two rows that take one after the other, and alone; one prompt stands twice."""

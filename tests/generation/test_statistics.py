@@ -77,6 +77,7 @@ def test_the_counts_are_those_of_rounds_followed_by_hand(exit_layer, d, count):
     assert total.tokens == count * len(PROMPTS) and total.tokens_per_second > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [False, True])
 def test_statistics_of_a_batch_are_those_of_its_rows(stop):
     """What a row drafts beyond its own end, because others go on, counts nowhere; a round is one of the whole batch."""

@@ -249,6 +249,7 @@ def test_a_missing_damaged_or_foreign_draft_is_refused(folders, tmp_path, tokeni
         run_generate(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "deep")}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_draft_of_some_tokens_keeps_its_rows_of_a_head_that_is_quantised(kind):
     """Llama 3's head is a matrix of its own. Without a trained draft such a head is quantised before rows are cut."""

@@ -30,8 +30,6 @@ HF_CONFIGS = {
     "llama2": HF_CONFIG | {"tie_word_embeddings": False},
     "qwen2": HF_CONFIG | {"tie_word_embeddings": False} | QWEN2,
 }
-TOKENS = torch.arange(40).view(2, 20) * 7 % 300
-FILE = "checkpointer.adapter_checkpoint"
 
 
 def plain_section(family: str) -> dict:
@@ -106,21 +104,6 @@ def adapter_config(folder: Path, tokenizer: Path, family: str, start: Path, buil
     return finetune_config(folder, tokenizer, **defaults | changes)
 
 
-def by_hand(start: dict, adapters: dict, scale: float = ALPHA / RANK) -> dict:
-    """The plain model's weights: W + alpha/r B A; with DoRA each row of it, and its bias, times magnitude / norm."""
-    weights = dict(start)
-    for name in [name.removesuffix(".lora_a.weight") for name in adapters if name.endswith(".lora_a.weight")]:
-        update = scale * adapters[f"{name}.lora_b.weight"] @ adapters[f"{name}.lora_a.weight"]
-        weights[f"{name}.weight"] = start[f"{name}.weight"] + update
-        if f"{name}.magnitude" in adapters:
-            # The norm is a constant in the backward pass (section 4.3 of arXiv 2402.09353).
-            factor = adapters[f"{name}.magnitude"] / weights[f"{name}.weight"].norm(dim=1).detach()
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] * factor[:, None]
-            if f"{name}.bias" in start:
-                weights[f"{name}.bias"] = start[f"{name}.bias"] * factor
-    return weights
-
-
 def generate_with(trained: SimpleNamespace, folder: Path, adapters: Path | None, **changes) -> Path:
     """A generation of 12 tokens: the start with adapters, or the merged checkpoint without."""
     checkpoint = trained.folder / "start" if adapters else trained.checkpoint
@@ -137,8 +120,3 @@ def tokens_of(path: Path, *overrides: str) -> list[int]:
     recipe = ready(LayerSkipGenerate, path, *overrides)
     assert not [name for name in recipe.llm.model.state_dict() if "lora" in name or "magnitude" in name]
     return recipe._run([0], recipe.max_new_tokens).generated[0]
-
-
-# NF4 packs 64 x 256 numbers at a time.
-WIDE = SIZE | {"num_layers": 2, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 256}
-WIDE_HF = {"num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 256}

@@ -4,7 +4,7 @@ import functools
 from collections import Counter
 
 import torch
-from helpers.sampling import filtered, penalised
+from helpers.sampling import penalised
 from helpers.tiny import make_tiny, walk, widen
 from torchtune.models.llama3_2._component_builders import llama3_2
 
@@ -68,7 +68,6 @@ def count_calls(model):
 
 
 SMALL = 5
-START = (1, 3, 0, 4, 1, 2)
 
 
 @functools.cache
@@ -77,25 +76,3 @@ def small_model():
     sizes = {"num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "intermediate_dim": 32}
     torch.manual_seed(4)
     return layerskip_decoder(widen(llama3_2(vocab_size=SMALL, max_seq_len=32, **sizes), 0.4)).eval()
-
-
-@functools.cache
-@torch.no_grad()
-def probabilities(count, repetition_penalty=1.0, exit_layer=3, **filters):
-    """The exact probability of each continuation of START by `count` tokens of the small model, see `numbered`."""
-    probs, sequences = torch.ones(1), torch.tensor([START])
-    for _ in range(count):
-        logits = walk(small_model(), sequences, range(exit_layer))[:, -1].tolist()
-        following = [
-            filtered(penalised(row, tokens, repetition_penalty), **filters)
-            for row, tokens in zip(logits, sequences.tolist(), strict=True)
-        ]
-        probs = (probs[:, None] * torch.tensor(following)).flatten()
-        more = torch.arange(SMALL).repeat(len(sequences))[:, None]
-        sequences = torch.cat([sequences.repeat_interleave(SMALL, 0), more], 1)
-    return probs
-
-
-def numbered(rows, count):
-    """The first `count` tokens of each row as one number in base SMALL."""
-    return sum(torch.tensor(rows)[:, i] * SMALL ** (count - 1 - i) for i in range(count))

@@ -35,6 +35,13 @@ LONGROPE = {
     "long_factor": [2.0] * 6,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "beta_fast": 8.0,
+    "original_max_position_embeddings": 64,
+}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.25,
@@ -79,6 +86,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite4": ("GraniteMoeHybrid", DENSE_GRANITE4 | {"position_embedding_type": "rope"}),
     "granite4_without_positions": ("GraniteMoeHybrid", DENSE_GRANITE4),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_multiple_of": 32}),
+    "olmo2": ("Olmo2", {"rope_parameters": YARN | {"attention_factor": 1.5, "truncate": False}}),
+    "olmo3": ("Olmo3", {"sliding_window": 16, "attention_bias": True,
+                        "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}}}),
+    "exaone4": ("Exaone4", {"sliding_window": 16, "head_dim": 16}),
+    "exaone4_without_windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4,
+                                            "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
 }  # fmt: skip
 
 

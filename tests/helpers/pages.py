@@ -56,10 +56,3 @@ def commands_and_short_runs(pages: Iterable[str] = PAGES) -> dict[str, tuple[lis
                         short = [text for recipe, text in short_runs if f"layerskip_{recipe}" in command or not recipe]
                         found.setdefault(command, (shlex.split(command, comments=True), shlex.split(" ".join(short))))
     return found
-
-
-def anchors(page: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
-    text = re.sub(r"^```.*?^```$", "", PAGES[page].read_text(encoding="utf-8"), flags=re.S | re.M)
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from helpers.commands import run_forks, script
 
 from layerskip_recipes.processes import end_processes, init_processes
@@ -34,7 +36,10 @@ def run_on_ranks(function: Callable[[], object], cwd: Path, processes: int = 2) 
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     ranks = [os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return run_forks(function, cwd, ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        # A rank waits seconds before it says what it found, so that torchrun can end it.
+        patch.setattr("layerskip_recipes.cli.run.time", SimpleNamespace(sleep=lambda seconds: None))
+        return run_forks(function, cwd, ranks)
 
 
 def check_success(ranks: list[subprocess.CompletedProcess]) -> None:

@@ -33,7 +33,8 @@ def checkpoints(out: Path) -> list[str]:
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / WEIGHTS)
+    (file,) = folder.glob("model*.safetensors")
+    return load_file(file)
 
 
 def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -4,12 +4,6 @@ import math
 
 import torch
 
-V, N = 5, 60_000
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 def p_value(tokens, probs):
     """Chi-square test that `tokens` [n] are draws from `probs` [v]: small if they are not.

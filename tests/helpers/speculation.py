@@ -55,8 +55,7 @@ def known_answers(model):
     return Answers("answers.npz", np.array(changed, dtype=np.int32), "")
 
 
-# Settings of a `Speculation`; "decoder" and "answers" are made for the model, and "penalty" replaces a test's
-# repetition penalty.
+# Settings of a `Speculation`; "decoder" and "answers" are made for the model.
 VARIANTS = {
     "chain": {"exit_layer": 2, "num_speculations": 4},
     "one token": {"exit_layer": 1, "num_speculations": 1},
@@ -96,7 +95,6 @@ def drafting(variant, model):
     make = settings.pop("decoder", None)
     if "answers" in settings:
         settings["answers"] = settings["answers"](model)
-    settings.pop("penalty", None)
     return {"draft_weights": make and (make(model), None), "speculation": Speculation(**settings)}
 
 

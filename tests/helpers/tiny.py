@@ -1,8 +1,10 @@
 """Tiny models of each family, and plain walks through their layers."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from helpers.hf_folders import MULTIPLIERS
 from torch.distributed.tensor import DTensor
@@ -46,6 +48,8 @@ GEMMA3 = (
     | {"query_pre_attn_scalar": 20, "sliding_window_pattern": 3}
 )
 GRANITE = QWEN3 | MULTIPLIERS | {"architectures": ["GraniteForCausalLM"], "tie_word_embeddings": True}
+OLMO3 = QWEN3 | {"architectures": ["Olmo3ForCausalLM"], "sliding_window": 8}
+EXAONE4 = QWEN3 | {"architectures": ["Exaone4ForCausalLM"], "sliding_window": 8}
 LFM2 = QWEN3 | {
     "architectures": ["Lfm2ForCausalLM"],
     "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "full_attention"],
@@ -66,9 +70,18 @@ FAMILIES = {
     "phi3": lambda: phi3(**SIZE),
     **{
         name: lambda raw=raw, name=name: build_decoder(parse_hf_config(raw, name), SIZE["max_seq_len"])
-        for name, raw in {"qwen3": QWEN3, "gemma3": GEMMA3, "granite": GRANITE, "lfm2": LFM2}.items()
+        for name, raw in {"qwen3": QWEN3, "gemma3": GEMMA3, "granite": GRANITE, "lfm2": LFM2, "olmo3": OLMO3}.items()
     },
 }
+
+
+def slow_except(names: Iterable[str], *quick: str) -> list:
+    """Parameters of a test, of which only `quick` are in the quick tier."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+# An ordinary family, one with windows, caps and norms after its parts, and one with layers without attention.
+EVERY_FAMILY = slow_except(FAMILIES, "llama3_2", "gemma2", "lfm2")
 
 
 def widen(model: torch.nn.Module, std: float = 0.3) -> Any:

@@ -9,6 +9,7 @@ import torch
 from helpers.configs import DATASET, MODEL
 from helpers.recipes import ready
 
+from layerskip_recipes.acceptance import measuring
 from layerskip_recipes.data import standard_library as quickstart
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
@@ -22,9 +23,11 @@ UNTIED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def few_texts(tokenizer_folder):
-    """Reading all of the standard library takes longer than these trainings; the tokenizer is there already."""
+    """Reading all of the standard library takes longer than these trainings, and so does measuring 64 samples' drafts
+    for each checkpoint; the tokenizer is there already."""
     some = dict(list(quickstart.stdlib_texts("heldout").items())[:3])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "ENOUGH_SAMPLES", 1)
         patch.setattr(quickstart, "stdlib_texts", lambda split: some)
         yield some
 
@@ -96,12 +99,6 @@ def read_log(out: Path) -> dict[int, dict[str, float]]:
 def losses(out: Path) -> dict[int, dict[str, float]]:
     """What must not change by a resume: all but the speed."""
     return {s: {k: v for k, v in line.items() if "second" not in k} for s, line in read_log(out).items()}
-
-
-def validated(out: Path) -> dict[int, dict[str, float]]:
-    """The validation's numbers of each step that has some."""
-    lines = {s: {k: v for k, v in line.items() if k.startswith("val_")} for s, line in read_log(out).items()}
-    return {step: line for step, line in lines.items() if line}
 
 
 def paper_weights(on, scale):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.adapters import FILE, adapted_section, adapter_config, generate_with, make_start, reader
+from helpers.adapters import adapted_section, adapter_config, generate_with, make_start, reader
 from helpers.configs import finetune_config, generate_config
 from helpers.refusals import check
 from helpers.resuming import WEIGHTS
@@ -14,6 +14,8 @@ from helpers.training import few_texts, losses, read_log, train  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.model.adapters import correct_peft_form
+
+FILE = "checkpointer.adapter_checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_a_mistake_is_refused_before_weights_are_loaded(
     check(recipe, adapter_paths[name], overrides, key, given, allowed)
 
 
-def test_adapters_of_a_model_whose_config_has_no_key_value_heads(tmp_path):
+def test_magnitudes_are_reordered_without_num_key_value_heads(tmp_path):
     """Llama 1's: all heads have their own. DoRA's magnitudes of k go into Hugging Face's order by that number."""
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
     magnitude = torch.arange(8.0)

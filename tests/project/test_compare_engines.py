@@ -69,6 +69,7 @@ def test_engines_decode_batches_and_sample(folder, capsys):
     assert {row["same"] for row in sampled.values()} == {None}
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_do_what_the_config_asks_for_ends_the_comparison(folder, capsys):
     with pytest.raises(ValueError, match="torchtune has no top_p"):
         compare(folder, capsys, "torchtune", settings=("temperatures=[0.8]", "top_p=0.9"))

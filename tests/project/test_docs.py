@@ -9,13 +9,21 @@ import pytest
 import yaml
 from helpers.configs import make_checkpoint
 from helpers.json_lines import change_json
-from helpers.pages import PAGES, ROOT, anchors, blocks
+from helpers.pages import PAGES, ROOT, blocks
 
 from layerskip_recipes.cli.configs import RECIPES, config_class
 from layerskip_recipes.config.json_schema import json_schema
 from layerskip_recipes.config.names import our_configs, torchtune_configs
 from layerskip_recipes.generation import api
 from layerskip_recipes.model import decoder
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page].read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "configuration_reference.py"))
 

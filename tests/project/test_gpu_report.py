@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.commands import run_forks, script
 from helpers.tools import ROOT, load
 
@@ -84,12 +85,34 @@ def test_a_second_call_goes_on(report):
 
 
 def test_each_estimate_stands_beside_its_measurement():
+    """The value of the first text, by method; those that miss a row are left."""
     script = load("gpu_report")
     assert {row["verdict"] for row in script.verdicts({})} == {"not measured yet"}
-    row = {"method": "baseline", "ms a round": {"median": 2.0, "min": 1.9, "max": 2.1}, "ms to read": 1.0}
-    found = script.verdicts({"decode_1b": {"rows": [{"method": "another"}, row]}})
-    assert [(row["measured"], row["verdict"]) for row in found[:2]] == [(500.0, "does not hold"), (2.0, "holds")]
-    assert [row["verdict"] for row in found[2:]] == ["not measured yet"] * 2
+
+    def row(method, median, **columns):
+        return {"method": method, "ms a round": {"median": median, "min": 1, "max": 9}, "ms to read": 1.0, **columns}
+
+    drafts = script.DRAFTS_1B
+    rows = [row("baseline", 2.0), row(drafts, 2.6, **{"ms draft": 2.4}), row("baseline", 9.0), row("another", 1.0)]
+    rows += [{"method": drafts, "CUDA graphs a round": 8.0}, row(f"{drafts}{script.ONE_GRAPH}", 1.3)]
+    found = [(row["measured"], row["verdict"]) for row in script.verdicts({"decode_1b": {"rows": rows}})]
+    of_1b = [500, 2, 5.2 / 2.6 * 1000, 2.6, 0.2, 8, 0.5]
+    assert [value for value, _ in found] == [pytest.approx(value) for value in of_1b] + [None] * 5
+    verdicts = ["does not hold", "holds", "holds", "does not hold", "does not hold", "holds", "holds"]
+    assert [verdict for _, verdict in found] == verdicts + ["not measured yet"] * 5
+    (left,) = script.verdicts({"decode_8b": {"rows": [row("baseline", 2.0)]}})[7:8]
+    assert left["measured"] == 500
+
+
+def test_the_steps_measure_what_the_estimates_name(monkeypatch):
+    """The drafts by which rows are found, and all of it in the first ten minutes."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    report, steps = load("gpu_report"), load("gpu_steps")
+    place = steps.Place(torch.device("cpu"), False, Path(), None, Path())
+    assert [next(iter(steps.drafts(place, shape))) for shape in ("1b", "8b")] == [report.DRAFTS_1B, report.DRAFTS_8B]
+    first = [*report.STEPS][:2]
+    assert {estimate.step for estimate in report.ESTIMATES} == {*first}
+    assert sum(report.STEPS[step].limit_s for step in first) < 600
 
 
 # ---- the steps, tiny ----
@@ -97,7 +120,8 @@ def test_each_estimate_stands_beside_its_measurement():
 EXPECTED = {
     "environment": ["bf16 TFLOP/s", "GB/s read", "identical output"],
     "tests": ["outcome", "tests"],
-    "decode_1b": ["text", "method", "ms a round", "ms to read", "ms draft", "ms verify", "ms host", "speed-up at .7"],
+    "decode_1b": ["text", "method", "ms a round", "ms to read", "ms draft"],
+    "drafts_1b": ["text", "method", "ms a round", "ms to read", "ms draft", "ms verify", "ms host", "speed-up at .7"],
     "batches": ["model", "rows", "ms a round"],
     "lossless": ["dtype", "outputs", "identical"],
     "train_1b": ["step without optimizer", "recipe", "tokens/s", "peak GiB", "MFU"],

@@ -107,7 +107,7 @@ def test_a_draft_for_a_frozen_model_drafts(models, tmp_path, caplog):
     assert (report["exit_layer"], report["identical"]) == (2, True) and report["drafted"] > 0
 
 
-def test_a_draft_beside_the_model(models, tmp_path):
+def test_generation_takes_the_draft_beside_its_model(models, tmp_path):
     """Generation takes it from the model's folder, and answers as without drafts."""
     train("hf/task", f"model_dir={models['qwen3']}", f"output_dir={tmp_path}", *TRAINING)
     assert noted(tmp_path / "epoch_0")["exits"] == [8]
@@ -118,7 +118,7 @@ def test_a_draft_beside_the_model(models, tmp_path):
     assert report["identical"] is True and report["drafted"] > 0
 
 
-def test_a_draft_for_a_finished_model(models, tmp_path, monkeypatch):
+def test_two_commands_train_a_draft_and_leave_the_model_alone(models, tmp_path, monkeypatch):
     """Two commands, of which the first leaves the model alone. Export, Python and the tuner find the draft as well."""
     monkeypatch.chdir(tmp_path)
     data(Path("my_data"), answers=True)
@@ -188,7 +188,7 @@ def test_answers_that_cannot_be_read_end_a_run_before_its_weights_are_read(conte
         generated(f"model_dir={models['qwen3']}", "device=cpu", f"self_speculation.answers={answers}")
 
 
-def test_a_draft_for_a_finished_model_without_answers(models, tmp_path):
+def test_a_draft_is_not_trained_without_answers(models, tmp_path):
     data(tmp_path / "my_data", answers=False)
     given = [f"model_dir={models['llama']}", f"data_dir={tmp_path}/my_data", "device=cpu"]
     with pytest.raises(ConfigError) as e:

@@ -5,6 +5,7 @@ import re
 import zlib
 from pathlib import Path
 
+import pytest
 from helpers.tools import load
 from omegaconf import OmegaConf
 from torchtune.datasets import instruct_dataset
@@ -42,6 +43,7 @@ def test_a_parse_brackets_the_words_of_its_command():
         assert parse.count("[") == parse.count("]") >= 2 and not set("{}()|") & set(parse)
 
 
+@pytest.mark.slow
 def test_commands_are_distinct_and_the_test_values_are_held_out(tmp_path, monkeypatch):
     written = write(COMMANDS, monkeypatch, tmp_path / "commands")
     train, test = written["train"], written["test"]

@@ -112,9 +112,13 @@ def events(response) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 0}, {"temperature": 0.8, "seed": 5}, {"seed": 7, "top_p": 0.7, "temperature": 1.5}]
+    ("chat", "settings"),
+    [
+        (True, {"temperature": 0}),
+        (False, {"temperature": 0.8, "seed": 5}),
+        (True, {"seed": 7, "top_p": 0.7, "temperature": 1.5}),
+    ],
 )
-@pytest.mark.parametrize("chat", [True, False], ids=["chat", "completion"])
 def test_the_text_is_that_of_layerskip_generate(client, config, chat, settings):
     """A request says what the command's keys say. A stream has the same text, in pieces."""
     prompt = ["prompt.user=hi", "prompt.system=Be brief"] if chat else ["prompt=hi"]
@@ -601,7 +605,7 @@ def test_decoding_stops_when_the_client_leaves(served, client):
 
 
 @pytest.mark.slow
-def test_openai_as_a_client_of_a_process(config, tmp_path):
+def test_the_process_answers_openais_client_and_finishes_requests_on_sigterm(config, tmp_path):
     """SIGTERM finishes the requests that run and wait, and the exit status is 0."""
     import openai  # takes a second
 

@@ -85,6 +85,7 @@ def test_a_checkpoint_is_saved_where_measuring_it_needs_too_much_memory(tmp_path
     assert "memory" in warning
 
 
+@pytest.mark.slow
 def test_a_save_measures_few_tokens_at_a_time(tmp_path, tokenizer_folder, monkeypatch):
     """At most as many as the config's chunk; above 512 tokens the logits would take gigabytes."""
     sizes, call = [], Head.__call__
@@ -126,6 +127,7 @@ def test_early_exits_change_the_heads_rows_of_labels_of_earlier_steps(
         assert rows.nonzero()[:, 0].tolist() == sorted(label_counts(recipe, part // 2))
 
 
+@pytest.mark.slow
 def test_early_exits_change_all_rows_of_the_head_without_label_rows_only(
     tmp_path, tokenizer_folder, head_rows_of_micro_batches
 ):
@@ -133,6 +135,7 @@ def test_early_exits_change_all_rows_of_the_head_without_label_rows_only(
     assert head_rows_of_micro_batches and not any(rows is not None for rows in head_rows_of_micro_batches)
 
 
+@pytest.mark.slow
 def test_a_run_without_early_exits_measures_nothing(tmp_path, tokenizer_folder):
     recipe = train(finetune_config(tmp_path, tokenizer_folder, early_exit_loss=None))
     found = read_trained_exits(tmp_path / "out" / "epoch_0")

@@ -51,7 +51,7 @@ CASES = {
     "optimizer in backward": ("in_backward", 2, []),
     "untied, both apart": ("untied", 2, ["custom_sharded_layers=[tok_embeddings,output]"]),
     "Gemma 2 by its folder": ("gemma2", 2, FEW),
-    "DoRA": ("dora", 2, []),
+    "DoRA with a copy": ("dora", 2, []),
     "QLoRA": ("qlora", 2, FEW),
     "TP, fused, checkpointed": (
         "untied", 2, ["tensor_parallel_dim=2", "batch_size=4", "optimizer.fused=true", "ac_mode=full", *FEW],
@@ -67,14 +67,13 @@ CASES = {
 RESUMED = {
     "1 to 2, whole": (None, "tied", "epoch_0", 2),
     "1 to 2, optimizer in backward": (None, "in_backward", "step_6", 2),
-    "1 to 2, DoRA": (None, "dora", "step_6", 2),
+    "1 to 2, DoRA with a copy": (None, "dora", "step_6", 2),
+    "2 to 1, DoRA with a copy": ("DoRA with a copy", "dora", "step_6", 1),
     "2 to 1, shards": ("FSDP", "tied", "step_6", 1),
     "2 to 1, optimizer in backward": ("optimizer in backward", "in_backward", "epoch_0", 1),
     "2 to 2, FSDP to TP": ("untied, both apart", "untied", "step_6", 2, "tensor_parallel_dim=2", "batch_size=4"),
     "1 to 2, copy": (None, "copy", "epoch_0", 2),
-    "2 to 1, copy": ("copy, validated, gathered weights kept", "copy", "step_6", 1),
-    "1 to 2, adapter": (None, "adapter", "step_6", 2),
-    "2 to 1, adapter": ("adapter beside its model, validated, checkpointed", "adapter", "epoch_0", 1),
+    "2 to 1, adapter": ("adapter beside its model, validated, checkpointed", "adapter", "step_6", 1),
 }
 
 
@@ -98,7 +97,8 @@ def config_changes(kind, folder, tokenizer, checkpoint):
         draft = {"draft": DRAFTS[kind] | {"exit_layer": 2}, "early_exit_loss": None}
         return draft | held_out | {"checkpointer": start_section(checkpoint)}
     if kind == "dora":
-        return {"model": LORA, "checkpointer": start_section(checkpoint)}
+        beside = {"draft": {"kind": "copy", "exit_layer": 2, "finetune_model": True}, "early_exit_loss": None}
+        return beside | {"model": LORA, "checkpointer": start_section(checkpoint)}
     if kind == "qlora":
         (folder / "wide").mkdir()
         torch.manual_seed(0)
@@ -199,7 +199,7 @@ def test_no_split_changes_losses_and_weights(several, name):
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_resume_with_other_processes(one, several, name):
+def test_a_run_resumed_on_other_processes_is_the_run_of_one(one, several, name):
     case, kind, checkpoint, processes, *overrides = RESUMED[name]
     alone = one(kind)
     out = keep_only(several(case)[1] if case else alone, checkpoint, alone.parent / name)
@@ -213,17 +213,16 @@ def test_resume_with_other_processes(one, several, name):
     same_weights(alone, out)
 
 
-@pytest.mark.parametrize("how", [[], ["enable_async_checkpointing=true"]], ids=["whole", "shards"])
-def test_resume_on_as_many_ranks_draws_what_the_run_would_have_drawn(how, tmp_path, finetune):
+def test_resume_on_as_many_ranks_draws_what_the_run_would_have_drawn(tmp_path, finetune):
     """Layer dropout, which all ranks draw alike, and the attention's, which each draws for itself."""
     path = finetune(
         model=MODEL | {"attn_dropout": 0.3}, dataset=texts(tmp_path), layer_dropout={"prob": 0.5, "inverted": True},
-        max_steps_per_epoch=5, save_every_n_steps=2,
+        max_steps_per_epoch=5, save_every_n_steps=2, enable_async_checkpointing=True,
     )  # fmt: skip
-    train_on_ranks(path, *how)
+    train_on_ranks(path)
     out = tmp_path / "out"
     again = keep_only(out, "step_2", tmp_path / "again")
-    train_on_ranks(path, f"output_dir={again}", "resume_from_checkpoint=true", *how)
+    train_on_ranks(path, f"output_dir={again}", "resume_from_checkpoint=true")
     never_stopped, later = losses(out), losses(again)
     assert sorted(later) == [3, 4, 5]
     assert all(later[step] == pytest.approx(never_stopped[step], abs=1e-6) for step in later)

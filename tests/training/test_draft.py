@@ -14,6 +14,7 @@ from helpers.tiny import VOCAB, make_tiny
 from helpers.training import VALIDATION, read_log, train
 from safetensors.torch import load_file, save_file
 
+from layerskip_recipes.acceptance import measuring
 from layerskip_recipes.acceptance.trained_exits import LONGEST_DRAFT, read_trained_exits
 from layerskip_recipes.checkpoint.drafts import read_description
 from layerskip_recipes.config.loading import load_config
@@ -108,7 +109,8 @@ def draft_config(finetune, checkpoint):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
+def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config, monkeypatch):
+    monkeypatch.setattr(measuring, "ENOUGH_SAMPLES", 64)
     recipe = train(draft_config(kind, epochs=6, shuffle=False, dataset_val=VALIDATION), "optimizer.lr=1e-2")
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in recipe.model.parameters())
     trained = {id(parameter) for parameter in recipe.draft.parameters()}
@@ -134,12 +136,14 @@ def test_a_run_trains_the_draft_alone(kind, checkpoint, tmp_path, draft_config):
     assert measured.draft.greedy[5] - 1 == pytest.approx(log[12]["val_accepted_length_draft"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_validation_measures_a_draft_without_its_dropout(draft_config):
     recipe = train(draft_config(dataset_val=VALIDATION), "model.attn_dropout=0.9")
     one, two = (recipe.validation.measure(recipe.model, 2, recipe.draft) for _ in range(2))
     assert one == two and recipe.draft.training and not recipe.model.training
 
 
+@pytest.mark.slow
 def test_a_draft_vocabulary_is_the_most_frequent_tokens(tmp_path, draft_config):
     recipe = train(draft_config(draft=SECTIONS["adapter"] | {"vocabulary": 40}))
     folder, drafts = tmp_path / "out" / "epoch_0", []
@@ -155,6 +159,7 @@ def test_a_draft_vocabulary_is_the_most_frequent_tokens(tmp_path, draft_config):
     assert {token for (row,) in drafts for token in row} <= set(described)
 
 
+@pytest.mark.slow
 def test_resume_with_other_weights_of_the_model_is_refused(checkpoint, tmp_path, draft_config):
     base = shutil.copytree(checkpoint, tmp_path / "base")
     path = draft_config(checkpointer=start_section(base), epochs=2)

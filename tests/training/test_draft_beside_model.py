@@ -25,7 +25,7 @@ from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.draft import weights_hash
-from layerskip_recipes.training.auto_settings import DRAFT_RATE
+from layerskip_recipes.training.auto_settings import DRAFT_RATE, full_learning_rate
 from layerskip_recipes.training.draft_loss import DraftLoss, DraftSection
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.model_setup import fresh_draft
@@ -44,6 +44,14 @@ def beside_config(finetune, checkpoint):
         return finetune(**{"checkpointer": start_section(checkpoint)} | settings | changes)
 
     return config
+
+
+LORA = {"rank": 2, "alpha": 4, "attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True}
+
+
+def with_adapters(checkpoint, **changes):
+    sections = hf_sections(checkpoint)
+    return sections | {"model": sections["model"] | {"lora": LORA | changes}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,6 +114,33 @@ def test_the_model_is_that_of_ordinary_finetuning(kind, checkpoint, tmp_path, be
     draft = read_draft(described, recipe.model, "draft")
     assert same_tensors(draft.state_dict(), recipe.draft.state_dict())
     assert json.loads((moved / "layerskip.json").read_text())["exits"] == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("copy", {}), ("adapter", {"use_dora": True}), ("copy", {"quantize_base": True})]
+)
+def test_adapters_are_those_of_ordinary_finetuning_beside_a_draft(kind, changes, checkpoint, tmp_path, beside_config):
+    """All weights of the draft are trained. It starts from the model's layers, and drafts for the merged model."""
+    path = beside_config(kind, **with_adapters(checkpoint, **changes), epochs=4, shuffle=False)
+    start = set_up(path)
+    expected = fresh_draft(start.draft, LLM.load(str(checkpoint)).model.state_dict())
+    assert same_tensors(start.draft.state_dict(), expected) and not any("lora" in name for name in expected)
+    recipe = train(path, "optimizer.lr=3e-3")
+    train(path, "optimizer.lr=3e-3", "draft=null", f"output_dir={tmp_path / 'plain'}")
+    folders = [tmp_path / out / "epoch_3" for out in ("out", "plain")]
+    assert same_tensors(*(torch.load(folder / "adapter_model.pt", weights_only=True) for folder in folders))
+    assert same_tensors(*map(final_weights, folders))
+    assert all(p.requires_grad and not torch.equal(p, expected[n]) for n, p in recipe.draft.named_parameters())
+    rates = [group["initial_lr"] for group in recipe.optimizers.all[0].param_groups]
+    width = recipe.model.tok_embeddings.embedding_dim
+    assert rates == [3e-3, pytest.approx(3e-3 * DRAFT_RATE * full_learning_rate(width) / 3e-4)]
+
+    llm = LLM.load(str(folders[0]))
+    assert same_tensors(llm.state.trained_draft.state_dict(), recipe.draft.state_dict())
+    plain = llm.generate("def main(", 12, draft=None)
+    drafted = LLM.load(str(folders[0]), draft=str(folders[0])).generate("def main(", 12)
+    assert drafted.tokens == plain.tokens and drafted.stats.drafted > 0
 
 
 @pytest.mark.slow
@@ -209,10 +244,14 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("shards", [False, True])
-def test_resume_is_the_run_that_never_stopped(shards, tmp_path, beside_config):
+def test_a_resumed_run_trains_model_and_draft_as_if_never_stopped(
+    shards, adapters, checkpoint, tmp_path, beside_config
+):
+    sections = with_adapters(checkpoint) if adapters else {}
     saves = {"save_every_n_steps": 1, "enable_async_checkpointing": shards, "keep_last_n_checkpoints": 4}
-    path = beside_config(epochs=2, lr_scheduler=COSINE, **saves)
+    path = beside_config(**sections, epochs=2, lr_scheduler=COSINE, **saves)
     train(path)
     whole, end = losses(tmp_path / "out"), tmp_path / "out" / "epoch_1"
     for checkpoint, done in (("step_1", 1), ("epoch_0", 2)):
@@ -223,6 +262,7 @@ def test_resume_is_the_run_that_never_stopped(shards, tmp_path, beside_config):
         assert same_tensors(*drafts)
 
 
+@pytest.mark.slow
 def test_a_damaged_draft_makes_a_checkpoint_unusable(tmp_path, beside_config):
     train(beside_config(epochs=2))
     file = tmp_path / "out" / "epoch_1" / "draft" / "draft.safetensors"

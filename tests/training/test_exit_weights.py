@@ -14,7 +14,7 @@ L = 6
 # ---- weights ----
 
 
-def test_the_papers_worked_weights():
+def test_weights_of_32_layers_are_those_that_the_paper_prints():
     """L = 32, e_scale = 0.2: exits 7, 15, 23, 31 weigh .027 .115 .264 .594; of all 32 the last weighs .111."""
     four = exit_weights(32, [layer in (7, 15, 23, 31) for layer in range(32)], 0.2)
     assert [round(w, 3) for w in four[[7, 15, 23, 31]].tolist()] == [0.027, 0.115, 0.264, 0.594]
@@ -91,7 +91,7 @@ def test_a_gradual_curriculum_adds_layers_from_the_last_one_down(num_layers, tot
     assert enabled_exits("gradual", 0, total_steps, num_layers) == [False] * (num_layers - 1) + [True]
 
 
-def test_curricula_among_chosen_layers():
+def test_a_curriculum_enables_only_chosen_layers_and_the_last():
     """Every R-th of the chosen layers, so that each of them still gets its turn."""
     for step, chosen in enumerate([(1, 5, 12), (4, 9)]):
         on = enabled_exits("rotational", step, 9, 16, interval=2, exits="2,5,6,10,13")

@@ -46,6 +46,7 @@ def test_offloading_on_a_gpu_changes_no_loss(tmp_path, finetune):
         assert plain[step]["loss"] == pytest.approx(other[step]["loss"], rel=2e-2)  # bf16
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_changes_nothing(tmp_path, finetune):
     """Two micro-batches of 2 are one batch of 4, also where the samples have different lengths."""
     dataset = text_data(tmp_path / "t.json", ["import os\n" * n for n in (1, 9, 2, 5, 7, 3, 8, 1)])
@@ -86,6 +87,7 @@ def test_compile_changes_no_loss_and_no_gradient(tmp_path, finetune):
             assert plain[step][key] == pytest.approx(other[step][key], rel=1e-4), key
 
 
+@pytest.mark.slow
 def test_layer_dropout_of_the_model_section_is_that_of_the_top_level(tmp_path, finetune):
     """With the draws of the run's seed, for the run's batches."""
     dropout = {"prob": 0.7}

@@ -78,7 +78,7 @@ def whole_checkpoints(out: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["whole", "shards"])
-def test_a_kill_at_each_point_of_writing_a_checkpoint(asynchronous, tmp_path, finetune):
+def test_a_kill_while_writing_leaves_whole_checkpoints_from_which_the_run_goes_on(asynchronous, tmp_path, finetune):
     path = finetune(
         epochs=4, max_steps_per_epoch=4, save_every_n_steps=1, keep_last_n_checkpoints=2,
         enable_async_checkpointing=asynchronous, dataset=texts(tmp_path), **MOVING,

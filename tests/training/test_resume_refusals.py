@@ -112,7 +112,7 @@ def test_a_changed_chat_template_is_refused(date, tmp_path, finetune, monkeypatc
         set_up(path, *again, f"tokenizer.chat_template={json.dumps(changed)}")
 
 
-def test_what_may_change_on_resume(stopped):
+def test_settings_that_change_no_loss_may_differ_on_resume(stopped):
     """Logging, saving, clipping, memory, a batch made otherwise of as many samples, and defaults that are spelt out."""
     again = resumed(
         stopped, "epoch_0", "batch_size=1", "gradient_accumulation_steps=2", "log_every_n_steps=2",

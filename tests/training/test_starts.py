@@ -18,7 +18,7 @@ from torchtune.models.convert_weights import tune_to_meta
 pytestmark = pytest.mark.slow
 
 
-def test_resume_from_numbered_files_after_a_kill_between_two_renames(tmp_path, tokenizer_folder, finetune):
+def test_resume_puts_back_a_checkpoint_that_was_being_replaced(tmp_path, tokenizer_folder, finetune):
     """A checkpoint was set aside to be replaced, and nothing is in its place yet: resume puts it back."""
     start = make_checkpoint(tmp_path / "start", tokenizer_folder)
     (start / "model.safetensors").rename(start / WEIGHTS)
@@ -49,7 +49,7 @@ def test_weights_from_scratch_are_drawn_as_gpt_2s(ours, checkpoint, finetune):
             assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(8) if into_residual else 0.02, rel=0.1)
 
 
-def test_training_from_a_hugging_face_checkpoint_in_bf16(checkpoint, tmp_path, finetune):
+def test_a_training_in_bf16_starts_from_and_writes_hugging_face_checkpoints(checkpoint, tmp_path, finetune):
     transformers = pytest.importorskip("transformers")
     train(finetune(checkpointer=start_section(checkpoint), dtype="bf16"), f"tokenizer.path={checkpoint}")
     folder = tmp_path / "out" / "epoch_0"

@@ -77,6 +77,7 @@ def test_each_average_has_noise_of_its_own():
     assert correlation.abs().max() < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_compiled_step_is_the_step(dtype):
     """One graph for weights of all sizes, and the same for a slice as for the whole."""
@@ -117,6 +118,7 @@ def test_optimizers_of_single_weights_draw_other_noise():
     assert not torch.equal(*weights)
 
 
+@pytest.mark.slow
 def test_steps_that_rounding_would_lose_are_told(configured, caplog):
     with caplog.at_level("WARNING", logger=get_logger().name):
         set_up(configured(optimizer={"_component_": "torch.optim.AdamW", "lr": 2e-5}, dtype="bf16")).cleanup()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,7 @@ def test_for_a_gpu_other_processes_read_ahead(device, monkeypatch):
     assert len(readers) == (1 if device == "cpu" else 2)
     with pytest.raises(ConfigError, match=r"^dataset: sample 10 is broken$"):
         read([1, 2, 3, 4, 10, 5])
+    assert not multiprocessing.active_children()
 
 
 def test_samples_are_read_once_at_the_start(tmp_path, finetune, monkeypatch):

@@ -12,10 +12,18 @@ import yaml
 from helpers.adapters import EveryExit, adapted_section, make_start, read_hf
 from helpers.configs import MODEL, finetune_config, start_section
 from helpers.resuming import WEIGHTS, final_weights, same_tensors
-from helpers.training import VALIDATION, json_data, losses, read_log, set_up, train, validated
+from helpers.training import VALIDATION, json_data, losses, read_log, set_up, train
 from torchtune.utils import get_logger
 
+from layerskip_recipes.acceptance import measuring
 from layerskip_recipes.acceptance.trained_exits import read_trained_exits
+
+
+def validated(out: Path) -> dict[int, dict[str, float]]:
+    """The validation's numbers of each step that has some."""
+    lines = {s: {k: v for k, v in line.items() if k.startswith("val_")} for s, line in read_log(out).items()}
+    return {step: line for step, line in lines.items() if line}
+
 
 pytestmark = pytest.mark.slow
 
@@ -92,12 +100,13 @@ def test_the_values_are_those_of_plain_pytorch(changes, count, exits, checkpoint
 
 
 @pytest.mark.parametrize("trains_on_input", [False, True])
-def test_acceptance_is_that_of_generated_tokens(trains_on_input, checkpoint, tmp_path, finetune):
+def test_acceptance_is_that_of_generated_tokens(trains_on_input, checkpoint, tmp_path, finetune, monkeypatch):
     """Each reply and its end, without its header and the line break after its end, in the log and in layerskip.json."""
     template = (
         "{% for m in messages %}{{ m.role + ':\\n' + m.content + eos_token + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
     )
+    monkeypatch.setattr(measuring, "ENOUGH_SAMPLES", 64)
     data = chats(tmp_path) | {"train_on_input": trains_on_input}
     path = finetune(
         checkpointer=start_section(checkpoint), dataset=data, dataset_val=data, max_steps_per_epoch=2, exits_val=":",
@@ -181,7 +190,7 @@ def warnings_of(caplog, path: Path, *overrides: str) -> list[str]:
     return [message for message in caplog.messages if message.startswith("val_loss_final: ")]
 
 
-def test_the_warning_if_the_last_layer_gets_worse(good, tmp_path, caplog):
+def test_a_last_layer_that_gets_worse_is_warned_of(good, tmp_path, caplog):
     """By more than the margin: it says by how much, after which step, and what to change. Not otherwise."""
     assert not warnings_of(caplog, good, f"output_dir={tmp_path}/low", "optimizer.lr=1e-5")
     ruin = ["optimizer.lr=0.3", "run_val_every_n_steps=1"]
@@ -209,7 +218,7 @@ def test_a_resumed_run_compares_with_the_first_start(good, tmp_path, caplog):
     assert not warnings_of(caplog, good, worse, "optimizer.lr=1e-5", f"output_dir={tmp_path}/new")
 
 
-def test_the_warning_if_the_last_layer_is_not_finite(good, tmp_path, caplog):
+def test_a_last_layer_that_is_not_finite_at_the_end_is_warned_of(good, tmp_path, caplog):
     """The update of the very last step ruins it; there is no step after it that would stop."""
     overrides = ["optimizer.lr=1e18", "max_steps_per_epoch=1", f"output_dir={tmp_path}/out"]
     messages = warnings_of(caplog, good, *overrides)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from layerskip_recipes.generation.drafting.drafter import DraftedTokens, Drafter, RoundKind, RoundStart
-from layerskip_recipes.generation.drafting.verification import Verifier
+from layerskip_recipes.generation.drafting.verification import Verifier, verify_tokens
 from layerskip_recipes.generation.sampling import confidence
 from layerskip_recipes.generation.steps import Step, StepContext
 
@@ -59,24 +59,57 @@ class ChainDrafter(Drafter):
                 self.min_confidence,
             )
             return DraftedTokens(CHAIN, tokens, hidden)
-        return self._token_by_token(round_start, num_to_draft, slots, running)
+        inputs = (round_start.last, round_start.start, round_start.keys, round_start.seen, self.verifier.last_state)
+        if context.backend.whole_rounds:
+            step = Step(context, draft_and_verify, self.exit_layer, num_to_draft)
+            *draft, state = context.backend.call_round(step, slots, *inputs)
+            self.verifier.keep_state(state)
+            return DraftedTokens(CHAIN, *draft)
+        ends = (running, self.min_confidence)
+        return DraftedTokens(CHAIN, *draft_tokens(context, self.exit_layer, num_to_draft, slots, *inputs, *ends))
 
-    def _token_by_token(
-        self, round_start: RoundStart, num_to_draft: int, slots: torch.Tensor, confident: torch.Tensor
-    ) -> DraftedTokens:
-        context, seen, state = self.context, round_start.seen, self.verifier.last_state
-        tokens, hidden = [round_start.last], []
-        step = Step(context, draft_token, self.exit_layer, self.min_confidence > 0)
-        for i in range(num_to_draft):
-            results = step(slots, tokens[-1], round_start.start + i, round_start.keys, seen, state)
-            token, x, sure, seen, state = context.backend.keep(results)
-            tokens.append(token)
-            hidden.append(x)
-            if self.min_confidence:
-                confident = confident * sure
-                if confident.max() < self.min_confidence:
-                    break
-        return DraftedTokens(CHAIN, torch.stack(tokens, 1), torch.cat(hidden, 1))
+
+def draft_tokens(
+    context: StepContext,
+    exit_layer: int,
+    num_to_draft: int,
+    slots,
+    last,
+    start,
+    keys,
+    seen,
+    state,
+    confident=None,
+    min_confidence: float = 0.0,
+):
+    """Draft token by token; for the shapes see `draft_token`. Returns tokens [b, 1 + n] and x_E [b, n, d].
+
+    With `min_confidence` the host reads the confidence [b] of the draft, at first `confident`, after each token.
+    """
+    tokens, hidden = [last], []
+    step = Step(context, draft_token, exit_layer, min_confidence > 0)
+    for i in range(num_to_draft):
+        results = step(slots, tokens[-1], start + i, keys, seen, state)
+        token, x, sure, seen, state = context.backend.keep(results)
+        tokens.append(token)
+        hidden.append(x)
+        if min_confidence:
+            confident = confident * sure
+            if confident.max() < min_confidence:
+                break
+    return torch.stack(tokens, 1), torch.cat(hidden, 1)
+
+
+# ---- the steps ----
+
+
+def draft_and_verify(context: StepContext, exit_layer: int, num_to_draft: int, slots, last, start, keys, seen, state):
+    """A whole round: a draft of `num_to_draft` tokens and its verification.
+
+    Returns tokens [b, 1 + n], x_E [b, n, d], the result of `Verifier.verify`, and the last accepted token's state.
+    """
+    tokens, hidden = draft_tokens(context, exit_layer, num_to_draft, slots, last, start, keys, seen, state)
+    return tokens, hidden, *verify_tokens(context, exit_layer, slots, tokens, hidden, start, keys, seen, state)
 
 
 def draft_token(context: StepContext, exit_layer: int, confident: bool, slots, last, start, keys, seen, state):

@@ -10,6 +10,7 @@ from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import SECTION_KEY, Speculation
+from layerskip_recipes.model.changes import plain_tensors
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.head import capped, head_of, linear_of_rows
@@ -33,14 +34,6 @@ class DraftHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, s, d] -> [b, s, v'] logits in fp32."""
         return capped(self.output(self.norm(hidden)).float(), self.cap)
-
-    @torch.no_grad()
-    def refresh(self, model: LayerSkipDecoder) -> None:
-        """Take the rows of an unquantised head anew, in place, as CUDA graphs hold their address."""
-        output = _whole_head(model)
-        if output is not None and type(self.output.weight) is nn.Parameter:
-            for name, parameter in self.output.named_parameters():
-                parameter.copy_(getattr(output, name)[self.vocabulary])
 
 
 def _whole_head(model: LayerSkipDecoder) -> nn.Linear | nn.Embedding | None:
@@ -77,6 +70,29 @@ def draft_weights(
         head = None if head is None else quantise(head, int8)
         decoder = quantised_layers(decoder, layers, int8, head is None)
     return decoder, head
+
+
+@torch.no_grad()
+def renewed(old: DraftWeights, new: DraftWeights) -> DraftWeights:
+    """The old weights with the numbers of the new ones, since graphs are kept by decoder and hold addresses; or the new
+    ones, if they are of another kind."""
+    before, after = (
+        [
+            part
+            for module in weights
+            if module is not None
+            for whole in module.parameters()
+            for part in plain_tensors(whole)
+        ]
+        for weights in (old, new)
+    )
+    kinds = [[(part.shape, part.dtype, part.device) for part in parts] for parts in (before, after)]
+    if kinds[0] != kinds[1]:
+        return new
+    for part, other in zip(before, after, strict=True):
+        if part.data_ptr() != other.data_ptr():  # not the model's own
+            part.copy_(other)
+    return old
 
 
 def quantised_layers(

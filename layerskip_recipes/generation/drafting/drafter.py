@@ -58,6 +58,7 @@ class DraftedTokens:
     round_kind: RoundKind
     tokens: torch.Tensor  # [b, 1 + n], the last token of the text first
     hidden: torch.Tensor | None = None  # [b, n, d], x_E of all but the last; None: verification runs all layers
+    outcome: torch.Tensor | None = None  # the result of `Verifier.verify`, if it is known already
 
     @property
     def num_drafted(self) -> int:

@@ -60,6 +60,7 @@ class DraftPlanner:
     folder: Path | None  # of the weights or adapters; it may lack layerskip.json
     device: str
     dtype: torch.dtype  # of the weights; int8 for a quantised model
+    draft_dtype: torch.dtype  # of a trained draft, which a quantizer leaves as it is
     checkpointer: Any = None  # the class that reads the weights
     unusable_draft: str | None = None  # the reason why a draft beside the model cannot be used
     split: bool = False  # over several processes
@@ -76,6 +77,7 @@ class DraftPlanner:
             described_folder(cfg.checkpointer),
             cfg.device,
             cfg.torch_dtype if quantizer is None else torch.int8,
+            cfg.torch_dtype,
             cfg.checkpointer.target,
             f"does not go with {SPLITS}" if parallel > 1 else None,
             split=num_processes() > 1,
@@ -126,9 +128,11 @@ class DraftPlanner:
                     self.read[source] = answers_beside(folder, self.make_tokenizer(), num_tokens)
         return self.read[source]
 
-    def costs(self, compiled: bool, batch_rows: int = 1) -> Costs:
+    def costs(self, compiled: bool, batch_rows: int = 1, draft: DraftDescription | None = None) -> Costs:
         """Estimated seconds of the parts of a round."""
-        return estimated_costs(self.model, self.dtype, not self._on_cpu, compiled, batch_rows)
+        is_copy = draft is not None and draft.kind == "copy"  # an adapter also runs layers of the model
+        dtype = self.draft_dtype if is_copy else self.dtype
+        return estimated_costs(self.model, self.dtype, not self._on_cpu, compiled, batch_rows, dtype)
 
     @property
     def _on_cpu(self) -> bool:
@@ -214,7 +218,7 @@ class DraftPlanner:
         if section.draft_int8 != AUTO:
             precisions = [section.draft_int8]
         lengths = None if section.num_speculations == AUTO else [section.num_speculations]
-        costs = self.costs(compiled, batch_rows)
+        costs = self.costs(compiled, batch_rows, draft)
         best = ranked(variants(options, temperature, min_confidences, precisions), costs, lengths)[0]
         assert best.speedup is not None
 

@@ -90,9 +90,14 @@ def machine_for(dtype: torch.dtype, gpu: bool, compiled: bool) -> Machine:
 
 
 def estimated_costs(
-    model: TransformerDecoder, dtype: torch.dtype, gpu: bool, compiled: bool, batch_rows: int = 1
+    model: TransformerDecoder,
+    dtype: torch.dtype,
+    gpu: bool,
+    compiled: bool,
+    batch_rows: int = 1,
+    draft_dtype: torch.dtype | None = None,
 ) -> Costs:
-    """Costs from the weights' bytes; `model` may be on the meta device."""
+    """Costs from the weights' bytes; `model` may be on the meta device. `draft_dtype` None: `dtype`."""
     machine = machine_for(dtype, gpu, compiled)
     layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
     rows, width = model.tok_embeddings.num_embeddings, model.tok_embeddings.embedding_dim
@@ -107,7 +112,7 @@ def estimated_costs(
     full_precision = cost(dtype.itemsize)
     plain, num_layers = full_precision.seconds(len(model.layers), rows), len(model.layers)
     share = further_row / batch
-    draft = {False: full_precision, True: cost(1)}
+    draft = {False: cost((draft_dtype or dtype).itemsize), True: cost(1)}
     return Costs(num_layers, rows, plain, draft, share, machine.round, batch_rows, machine.longest)
 
 

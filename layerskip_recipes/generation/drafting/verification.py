@@ -48,18 +48,20 @@ class Verifier:
 
     def verify(self, draft: DraftedTokens, round_start: RoundStart) -> torch.Tensor:
         """[b, 2 + n]: the number of accepted tokens, the full model's next token, the drafted tokens."""
-        context = self.context
+        if draft.outcome is not None:
+            return draft.outcome
         if draft.num_drafted == 0:
             return self._plain_step(round_start)
         self.catch_up(round_start)
-        slots, start = round_start.slots(context, draft.num_drafted), round_start.start
-        run_model = Step(context, draft_logits, self.exit_layer, samples=False)
-        logits, states = run_model(slots, draft.tokens, draft.hidden, start, self.last_state)
-        accept_drafted = Step(context, accept_tokens, layers=False)
-        result, state = accept_drafted(None, logits, draft.tokens, start, round_start.keys, round_start.seen, states)
-        # A copy: the next CUDA graph replay overwrites its outputs.
-        self.last_state = None if state is None else state.clone()
+        slots = round_start.slots(self.context, draft.num_drafted)
+        inputs = (round_start.start, round_start.keys, round_start.seen, self.last_state)
+        result, state = verify_tokens(self.context, self.exit_layer, slots, draft.tokens, draft.hidden, *inputs)
+        self.keep_state(state)
         return result
+
+    def keep_state(self, state: torch.Tensor | None) -> None:
+        """A copy: the next CUDA graph replay overwrites its outputs."""
+        self.last_state = None if state is None else state.clone()
 
     def _plain_step(self, round_start: RoundStart) -> torch.Tensor:
         """A round without a draft; the draft's own layers catch up later."""
@@ -92,6 +94,12 @@ class Verifier:
         at = torch.where(at < 0, round_start.start[:, None], at)
         Step(self.context, fill_draft_cache, samples=False)(round_start.slots(self.context), inputs, at)
         self.unread = []
+
+
+def verify_tokens(context: StepContext, exit_layer: int, slots, tokens, hidden, start, keys, seen, state):
+    """The result of `Verifier.verify`, and the last accepted token's state; for the shapes see the steps."""
+    logits, states = Step(context, draft_logits, exit_layer, samples=False)(slots, tokens, hidden, start, state)
+    return Step(context, accept_tokens, layers=False)(None, logits, tokens, start, keys, seen, states)
 
 
 # ---- the steps ----

@@ -3,25 +3,32 @@ that cpp_decoder.py does not support use graphs.
 
 Graphs have no torch guards: a step's key names all that its graph depends on. On a CPU the attended length is dynamic.
 On a GPU steps are CUDA graphs. With FlexAttention they see the whole cache and read the length on the device; without
-it they have masks, and one graph per power of two of the length.
+it they have masks, and one graph per power of two of the length. A whole round of a chain can be one CUDA graph
+(round_graph.py), in which the compiled steps have no graphs of their own.
 """
 
 import itertools
+import os
 import threading
 import time
 import types
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torchtune import utils
 
 from layerskip_recipes.errors import first_line
+from layerskip_recipes.generation.kernels.cpp_decoder import INDUCTOR_FOLDER, keep_inductor_files
+from layerskip_recipes.generation.kernels.round_graph import RoundGraph
 from layerskip_recipes.model.decoder import LayerSkipDecoder
 from layerskip_recipes.model.kv_cache import BLOCK_SLOTS, DecodingCache
 
 log = utils.get_logger("INFO")
+BACKEND: str | Callable = "inductor"  # of torch.compile
 KEPT_BYTES = 2**30  # of the caches that are kept beside the one in use
 _numbers = itertools.count()  # dynamo remembers shapes by function name, for the whole process
 
@@ -44,6 +51,10 @@ def cache_length(needed: int) -> int:
 class CompiledSteps:
     """The graphs of one model by step key; `weights` has the names and kinds of the weights that they were made for."""
 
+    # Whether a chain and its verification are one CUDA graph, and not one for each step. tools/gpu_report.py measures
+    # both; the faster one will stay. A round's parts then have no times: `draft_s` is that of the whole graph.
+    whole_rounds = False
+
     def __init__(self, device: torch.device, weights: Hashable = None) -> None:
         self.device, self.weights = device, weights
         self.graphs: dict[Hashable, Callable] = {}
@@ -57,6 +68,9 @@ class CompiledSteps:
         self.refused: dict[Hashable, str] = {}  # the names of single steps that cannot be compiled
         self.masked = set[Hashable]()  # steps that compile only without FlexAttention
         self.seconds = 0.0
+        self.looked_up_before: tuple[int, int] | None = _looked_up()  # None: `say_what_was_kept` has spoken
+        self.rounds: dict[Hashable, RoundGraph | None] = {}  # None: its steps are compiled
+        self.in_round = False  # steps run as a part of a round's graph
         self._caches: dict[tuple[int, int], DecodingCache] = {}
 
     def cache(
@@ -106,19 +120,21 @@ class CompiledSteps:
             # All slots for FlexAttention, else the attended length rounded up.
             seen_slots = cache.slots[: cache.max_len if flex else rounded_length(len(slots), self.device)]
         key = (step_key, len(seen_slots)) if cuda and seen_slots is not None else step_key
+        key = (key, "in a round") if self.in_round else key
         if self.failed or key in self.refused:
             return step.run(slots, *args)
-        self.path += (key,)
+        own_graph = cuda and not self.in_round
+        self.path += (key,) if own_graph else ()
         earlier_graph = self.graphs.get(key)
         # Run the graph. Its first call compiles it; the next one after the same steps captures a CUDA graph.
-        captures = cuda and earlier_graph is not None and self.path not in self.captured
+        captures = own_graph and earlier_graph is not None and self.path not in self.captured
         started = time.perf_counter()
         try:
             if earlier_graph is None:
                 self.warming = True
                 if not cuda and slots is not None:
                     torch._dynamo.mark_dynamic(seen_slots, 0)
-            graph = earlier_graph or _compiled(step.function, self.device, self._is_quantised(step))
+            graph = earlier_graph or _compiled(step.function, self.device, own_graph, self._is_quantised(step))
             out = graph(step.context, *step.constants, seen_slots, *args)
             if captures:
                 torch.cuda.synchronize(self.device)
@@ -145,9 +161,46 @@ class CompiledSteps:
                 raise RuntimeError(f"{name}: its CUDA graph failed; run without graphs by compile=false") from e
             return self(step, step_key, fits_flex, slots, *args)
         if earlier_graph is None or captures:
+            self.graphs = {other: made for other, made in self.graphs.items() if not _outlived(other)}
             self.graphs[key] = graph
             self.seconds += time.perf_counter() - started
         return out
+
+    def round(self, key: Hashable, addresses: Hashable, function: Callable, *inputs: torch.Tensor | None) -> Any:
+        """function(*inputs) of steps as one CUDA graph: the first call compiles the steps, the second one captures.
+
+        `addresses`: of all that the function reads besides its inputs; with others it is captured again.
+        """
+        graph, is_compiled = self.rounds.get(key), key in self.rounds
+        if graph is not None and graph.addresses == addresses:
+            return graph(*inputs)
+        if self.whole_rounds:
+            started, before = time.perf_counter(), self.seconds
+            self.in_round = True
+            try:
+                graph = RoundGraph(function, inputs, addresses) if is_compiled else None
+                out = function(*inputs) if graph is None else graph(*inputs)
+                torch.cuda.synchronize(self.device)
+                self.rounds = {other: made for other, made in self.rounds.items() if not _outlived(other)}
+                self.rounds[key] = graph
+                return out
+            except Exception as e:
+                self.whole_rounds = False
+                _warn("for a whole round", e)
+            finally:
+                self.in_round = False
+                self.seconds = before + time.perf_counter() - started
+        return function(*inputs)  # by a graph for each step; what failed wrote only behind the text
+
+    def say_what_was_kept(self) -> None:
+        """Log once how many graphs earlier runs had compiled, after the first ones were made."""
+        if self.looked_up_before is None or self.seconds == 0:
+            return
+        kept, new = (now - before for now, before in zip(_looked_up(), self.looked_up_before, strict=True))
+        self.looked_up_before = None
+        if kept:
+            folder = os.environ[INDUCTOR_FOLDER]
+            log.info(f"compile: took {self.seconds:.0f} s, as {kept} of {kept + new} graphs were kept in {folder}")
 
     def _is_quantised(self, step: Any) -> bool:
         models = (step.context.model, step.context.draft_decoder)
@@ -168,18 +221,30 @@ def allow_cuda_graphs_in_thread() -> None:
             torch._C._stash_obj_in_tls(name, getattr(local, name))
 
 
+def _looked_up() -> tuple[int, int]:
+    """How many graphs inductor found in its folder in this process, and how many it did not find."""
+    counts = torch._dynamo.utils.counters["inductor"]
+    return counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]
+
+
+def _outlived(key: Hashable) -> bool:
+    """Whether a draft decoder in a graph's key is gone."""
+    return any(isinstance(part, weakref.ref) and part() is None for part in tree_leaves(key))
+
+
 def _warn(where: str, error: Exception) -> None:
     log.warning("compile: not possible %s, going on without (%s)", where, first_line(error)[:200])
 
 
-def _compiled(function: Callable, device: torch.device, quantised: bool = False) -> Callable:
+def _compiled(function: Callable, device: torch.device, cuda_graph: bool, quantised: bool = False) -> Callable:
     """torch.compile on a copy of the function, since graphs are stored by code object and each key needs its own."""
+    keep_inductor_files()
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     # Slow tuning, which finds kernels that multiply a single row by int8 weights without unpacking them.
-    cuda: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": quantised}
+    cuda: dict[str, Any] = {"triton.cudagraphs": cuda_graph, "coordinate_descent_tuning": quantised}
     # The step's key already fixes the shapes.
     options: dict[str, Any] = {"size_asserts": False, **(cuda if device.type == "cuda" else {})}
     if hasattr(torch.compiler, "skip_all_guards_unsafe"):
         options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    return torch.compile(copy, fullgraph=True, options=options)
+    return torch.compile(copy, fullgraph=True, backend=BACKEND, options=options)

@@ -41,7 +41,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from layerskip_recipes.families.attention import NormFirstAttention
+from layerskip_recipes.families.attention import NormFirstAttention, NormOfAllHeads
 from layerskip_recipes.families.multipliers import DividedNorm, Scale
 from layerskip_recipes.families.rope import RotaryPositions
 from layerskip_recipes.model.changes import weights_key
@@ -53,6 +53,7 @@ SOURCES = [
     for name in ("tiles", "four_bits", "few_rows", "attention", "sampling", "layers")
 ]
 VECTOR = 16  # widths must be multiples of the longest SIMD vector, in fp32 numbers
+INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 log = utils.get_logger("INFO")
 
 # torchtune's rotary positions, by table layout: cosines and sines interleaved, or each one doubled and concatenated.
@@ -148,19 +149,28 @@ def _library_folder() -> Path:
     return folder
 
 
+def keep_inductor_files() -> None:
+    """Let inductor keep what it compiles in our folder, unless the user has chosen another: its own is in /tmp."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # torch sets the variable too, to its default.
+    chosen, default = os.environ.get(INDUCTOR_FOLDER), os.path.abspath(default_cache_dir())
+    if chosen in (None, default) and (folder := _library_folder()) == _cache_folder():
+        os.environ[INDUCTOR_FOLDER] = str(folder / "inductor")
+
+
 @contextmanager
 def _inductor_in(folder: Path) -> Iterator[None]:
     """Let inductor write and look up its files in this folder."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = str(folder)
+    before = os.environ.get(INDUCTOR_FOLDER)
+    os.environ[INDUCTOR_FOLDER] = str(folder)
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ[INDUCTOR_FOLDER]
         else:
-            os.environ[name] = before
+            os.environ[INDUCTOR_FOLDER] = before
 
 
 def _processor() -> str:
@@ -250,7 +260,7 @@ class Parts:
             return
         if type(norm) is Gemma2FinalNorm:
             norm = norm.rms_norm  # `head_parts` has its logit cap
-        require(type(norm) in (RMSNorm, GemmaRMSNorm, DividedNorm) and norm.eps > 0, name)
+        require(type(norm) in (RMSNorm, GemmaRMSNorm, DividedNorm, NormOfAllHeads) and norm.eps > 0, name)
         scale = _fp32(norm.scale) / getattr(norm, "divisor", 1)
         self.tensors[f"{name}.scale"] = scale + 1 if type(norm) is GemmaRMSNorm else scale
         self.number(f"{name}.epsilon", norm.eps)
@@ -337,8 +347,6 @@ def layer_parts(layer: Any) -> Parts:
     for side_by_side in (("q_proj", "k_proj", "v_proj"), ("w1", "w3")):
         alike = len({parts.int4_groups(name) for name in side_by_side}) == 1
         require(alike, f"{', '.join(side_by_side)}: int4 beside others, or in other groups")
-    has_norms = {"sa_norm.scale", "mlp_norm.scale"} <= parts.tensors.keys()
-    require(has_norms, "a layer without a norm before attention or MLP")
     return parts
 
 

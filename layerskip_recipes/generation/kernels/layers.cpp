@@ -26,6 +26,13 @@ struct Norm {
 
   explicit operator bool() const { return epsilon > 0; }
 
+  // The norm of x [rows, n], written to y; or x if there is none.
+  const float* of(int64_t rows, int64_t n, const float* x, float* y) const {
+    if (!*this) return x;
+    (*this)(rows, n, x, y);
+    return y;
+  }
+
   // x [rows, n] -> y [rows, n].
   void operator()(int64_t rows, int64_t n, const float* x, float* y) const {
     for (int64_t row = 0; row < rows; row++, x += n, y += n) {
@@ -118,14 +125,14 @@ struct Layer {
 
   // Whether x [b, s, d], the inputs of a first layer, fit.
   bool fits(const at::Tensor& x, int64_t row, int64_t end) const {
-    const int64_t d = before_attention.scale.size(0) * (join ? 2 : 1);
+    const int64_t d = output.columns() * (join ? 2 : 1);
     return x.size(2) == d && end <= keys.size(2) && 0 <= row && row < keys.size(0);
   }
 
   // x [m, d], changed in place; a joining layer takes [m, 2 d] and returns a new tensor. With `only_cache`, only the keys
   // and values are computed.
   at::Tensor operator()(at::Tensor x, const Tokens& tokens, bool only_cache) const {
-    const int64_t m = tokens.b * tokens.s, d = before_attention.scale.size(0);
+    const int64_t m = tokens.b * tokens.s, d = output.columns();
     if (join) {
       const at::Tensor both = room(2 * m * d);
       of_states(2 * m, d, floats(x), both.mutable_data_ptr<float>());
@@ -139,25 +146,24 @@ struct Layer {
     float* const wide = normed + m * d;
     float* const mixed = wide + m * std::max(queries + 2 * shared, 2 * inner);
 
-    before_attention(m, d, state, normed);
+    const float* const read = before_attention.of(m, d, state, normed);
     if (in) {
-      multiply(normed, m, {&in}, wide);
+      multiply(read, m, {&in}, wide);
       convolve(wide, mixed, tokens);
       if (only_cache) return x;
     } else if (only_cache) {
-      multiply(normed, m, {&k, &v}, wide);
+      multiply(read, m, {&k, &v}, wide);
       for (int64_t i = 0; i < m; i++) write_to_cache(wide + i * 2 * shared, tokens.rows[i / tokens.s], tokens.at[i]);
       return x;
     }
     if (!in) {
-      multiply(normed, m, {&q, &k, &v}, wide);
+      multiply(read, m, {&q, &k, &v}, wide);
       attend_to_cache(wide, mixed, tokens);
     }
     multiply(mixed, m, {&output}, normed);
     add(after_attention, of_attention, m, d, normed, state);
 
-    before_mlp(m, d, state, normed);
-    multiply(normed, m, {&gate, &up}, wide);
+    multiply(before_mlp.of(m, d, state, normed), m, {&gate, &up}, wide);
     at::parallel_for(0, m, 16, [&](int64_t row, int64_t end) {
       for (; row < end; row++) activate(wide + row * 2 * inner, mixed + row * inner, inner);
     });
@@ -257,11 +263,12 @@ struct Layer {
     keep(key + k.columns(), values, row, at, h);
   }
 
-  // Norm and rotary position of one token's heads.
+  // Norm and rotary position of one token's heads; the norm is of each head, or of all together.
   void place(float* x, int64_t count, const Norm& norm, int64_t position) const {
-    if (norm && norm_first) norm(count, dim, x, x);
+    const int64_t together = norm ? norm.scale.size(0) : dim;
+    if (norm_first) norm.of(count * dim / together, together, x, x);
     for (int64_t head = 0; head < count; head++) rotation(x + head * dim, position);
-    if (norm && !norm_first) norm(count, dim, x, x);
+    if (!norm_first) norm.of(count * dim / together, together, x, x);
   }
 };
 
@@ -275,9 +282,8 @@ struct Head : torch::CustomClassHolder {
     TORCH_CHECK(d == output.width(), "a state of ", output.width(), " numbers, not ", d);
     const at::Tensor states = x.to(at::kFloat).contiguous(), normed = room(m * d);
     const at::Tensor out = at::empty({x.size(0), x.size(1), output.columns()}, at::kFloat);
-    if (norm) norm(m, d, floats(states), normed.mutable_data_ptr<float>());
     float* const to = out.mutable_data_ptr<float>();
-    multiply(floats(norm ? normed : states), m, {&output}, to);
+    multiply(norm.of(m, d, floats(states), normed.mutable_data_ptr<float>()), m, {&output}, to);
     if (cap > 0)
       at::vec::map<float>([&](Vector a) { return Vector(cap) * (a / Vector(cap)).tanh(); }, to, to, out.numel());
     return out;
