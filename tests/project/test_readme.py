@@ -62,7 +62,7 @@ SHORT = {
     "layerskip_benchmark": ["max_new_tokens=9", "repeats=1"],
 }
 MODELS = ("Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct",
-          "models/Qwen3-0.6B", "models/Qwen3-8B")  # fmt: skip
+          "models/Qwen3-0.6B", "models/Qwen3-8B", "Qwen2.5-Coder-1.5B")  # fmt: skip
 # Runs of commands, by whose checkpoints later commands start.
 MADE = ("qa", "trial", "out_chat", "out_8b", "out_8b_trial", "out_llama", "out_commands", "out_bfcl", "out_index")
 # The tiny model in the place of one of torchtune's builders. torchao's AdamW would compile its steps for 10 seconds.
