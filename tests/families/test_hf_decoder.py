@@ -25,7 +25,9 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_names import place_in_files
 from layerskip_recipes.families.reading import read_hf_config
 from layerskip_recipes.families.rope import Rope
-from layerskip_recipes.generation.backends import CHUNK, TorchBackend
+from layerskip_recipes.generation.backends import CHUNK
+from layerskip_recipes.generation.sampling import Sampler
+from layerskip_recipes.generation.steps import StepContext
 from layerskip_recipes.model.adapters import BIASES, adapter_config, fresh_adapters, merge_adapters, scaled_biases
 from layerskip_recipes.model.kv_cache import DecodingCache
 
@@ -81,10 +83,13 @@ def test_gemmas_activation_is_the_one_of_transformers(kind, activation, tmp_path
         assert close(decoder_of(tmp_path)(TOKENS), theirs(TOKENS).logits)
 
 
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("gemma3", {"rope_local_base_freq": 5e3, "rope_theta": 3e5, "rope_scaling": {"type": "linear", "factor": 8.0}}),
+        ("gemma3", {"rope_local_base_freq": 5e3, "rope_theta": 3e5, "rope_scaling": LINEAR}),
         ("gemma3", {"sliding_window_pattern": 2}),
         ("gemma3", {"final_logit_softcapping": 1.5}),
         ("olmo3", {"rope_scaling": YARN, "rope_theta": 5e5}),
@@ -191,7 +196,7 @@ def test_a_long_prompt_of_a_model_with_windows_is_read_in_chunks():
     chunks = {}
     for family in ("llama3_2", "gemma3"):
         model = layerskip_decoder(make_tiny(family))
-        chunks[family] = TorchBackend(model, DecodingCache(model, 1, 64), model, None).chunk(100_000, 0)
+        chunks[family] = StepContext(model, DecodingCache(model, 1, 64), Sampler()).backend.chunk(100_000, 0)
     assert chunks == {"llama3_2": 100_000, "gemma3": CHUNK}
 
 
