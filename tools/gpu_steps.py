@@ -268,7 +268,7 @@ def drafts(place: Place, shape: str) -> dict[str, dict[str, Any]]:
 
 
 def decode(place: Place, shape: str) -> None:
-    """What the estimates are about, after a short text: plain decoding, and a draft. At first each step of a round has a
+    """What the estimates are about, after a short text: plain decoding, and a draft. First each step of a round has a
     CUDA graph, then the whole round has one, whose time counts as that of the draft."""
     length, (name, settings) = 16 if place.tiny else 512, next(iter(drafts(place, shape).items()))
     recipe = make_benchmark(place, shape, length, 1, {name: settings})
