@@ -71,11 +71,15 @@ class ModelState:
         """
         source = weights_key(model.parameters()) if plan.draft_int8 or plan.draft_vocabulary is not None else None
         built = self.drafts.pop(plan.weights_key, None)
-        if built is None or built.source != source:
+        copies_changed = built is not None and built.source != source and plan.draft_int8 and plan.draft is None
+        if built is None or copies_changed:
             decoder, head = draft_weights(plan, model, self.trained_draft, key)
             if built is not None:
                 decoder, head = renewed((built.decoder or model, built.head), (decoder, head))
             built = BuiltDraft(None if decoder is model else decoder, head, source)
+        elif built.source != source and built.head is not None:
+            built.head.refresh(built.decoder or model)
+            built.source = source
         if self.most is not None:
             for oldest in [*self.drafts][: len(self.drafts) + 1 - self.most]:
                 del self.drafts[oldest]

@@ -35,6 +35,14 @@ class DraftHead(nn.Module):
         """[b, s, d] -> [b, s, v'] logits in fp32."""
         return capped(self.output(self.norm(hidden)).float(), self.cap)
 
+    @torch.no_grad()
+    def refresh(self, model: LayerSkipDecoder) -> None:
+        """Take the rows of an unquantised head anew, in place, as CUDA graphs hold their address."""
+        output = _whole_head(model)
+        if output is not None and type(self.output.weight) is nn.Parameter:
+            for name, parameter in self.output.named_parameters():
+                parameter.copy_(getattr(output, name)[self.vocabulary])
+
 
 def _whole_head(model: LayerSkipDecoder) -> nn.Linear | nn.Embedding | None:
     """The head whose rows can be taken; None if it is quantised or split: tensor subclasses do not support that."""
