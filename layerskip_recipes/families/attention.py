@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torchtune.modules import MultiHeadAttention, RMSNorm
 
-from layerskip_recipes.model.kv_cache import last_visible
+from layerskip_recipes.model.windows import last_visible
 
 
 class NormOfAllHeads(RMSNorm):

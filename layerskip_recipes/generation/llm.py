@@ -211,7 +211,6 @@ class LLM:
                 self.state.draft_weights(plan, self.model, key)
         if quantizer is not None:
             self.model = quantise_decoder(self.model, quantizer)
-            self.state.keep_drafts(self.model)
 
     def trained_draft(self, description: DraftDescription, key: str) -> Draft:
         """The trained draft of all plans with one, which is read once. `key` names it in messages."""

@@ -86,12 +86,6 @@ class ModelState:
         self.drafts[plan.weights_key] = built
         return built.decoder or model, built.head
 
-    def keep_drafts(self, model: LayerSkipDecoder) -> None:
-        """What drafts stays as it is, although the model's weights have changed, as by a quantizer."""
-        source = weights_key(model.parameters())
-        for built in self.drafts.values():
-            built.source = None if built.source is None else source
-
     def rule(self, plan: Speculation, max_new_tokens: int, batch_rows: int, compiled: bool) -> DraftRule:
         """The rule of earlier generations whose rounds cost the same."""
         length = longest_draft(plan.num_speculations, max_new_tokens)

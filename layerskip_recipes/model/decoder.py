@@ -27,6 +27,7 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.head import capped, norm_and_cap
 from layerskip_recipes.model.layer_dropout import KeptRows, LayerDropout
 from layerskip_recipes.model.short_convolution import ShortConvolution
+from layerskip_recipes.model.windows import Narrowed, masks_of_layers
 
 OnExit = Callable[[int, torch.Tensor], None]
 
@@ -118,13 +119,15 @@ class LayerSkipDecoder(TransformerDecoder):
         if mask is None and not self.decoding and not is_plain_attention(self.layers[0]):
             # Build the mask once; Gemma 2 would rebuild it in every layer, on the CPU.
             mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
-        layer_inputs = {"mask": mask, "input_pos": input_pos}
+        layers = [self.layers[layer] for layer in range(start_layer, exit_layer)]
+        masks = masks_of_layers(layers, mask, h)
         rows_to_run: list[torch.Tensor | KeptRows] = [None] * self.num_layers
         factors = [1.0] * self.num_layers
         if self.training and self.layer_dropout:
             rows_to_run, factors = self._draw(h), self.layer_dropout.factors()
-        for layer in range(start_layer, exit_layer):
-            h = self._run_layer(self.layers[layer], h, rows_to_run[layer], factors[layer], layer_inputs)
+        for layer, (module, mask) in enumerate(zip(layers, masks, strict=True), start_layer):
+            layer_inputs = {"mask": mask, "input_pos": input_pos}
+            h = self._run_layer(module, h, rows_to_run[layer], factors[layer], layer_inputs)
             if on_exit is not None:
                 if layer + 1 == exit_layer:
                     # FSDP hooks the gradients of the model's output and of the layer's output. If both were the same
@@ -195,7 +198,7 @@ class LayerSkipDecoder(TransformerDecoder):
     ) -> torch.Tensor:
         """x_{l+1} = x_l + r M f_l(x_l) (paper, eq. 1, with r = `factor`).
 
-        `kept`: rows [k] on h's device, None for all, [] for none.
+        `rows`: [k] on h's device, None for all, [] for none.
         """
         if isinstance(rows, list):
             return h
@@ -219,6 +222,8 @@ BLOCK_TABLES = [
 
 def take_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
     """Rows [k] of an input with one row per sample. A shared input (None, a vector, or [1, ..]) stays unchanged."""
+    if isinstance(value, Narrowed):
+        return Narrowed(take_rows(value.mask, rows, batch_size))
     if isinstance(value, torch.Tensor):
         return value.index_select(0, rows) if value.dim() > 1 and value.shape[0] == batch_size else value
     if isinstance(value, BlockMask):

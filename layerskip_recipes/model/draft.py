@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layerskip_recipes.model.decoder import LayerSkipDecoder, OnExit
+from layerskip_recipes.model.windows import masks_of_layers
 
 Kind = Literal["copy", "adapter"]
 
@@ -81,8 +82,9 @@ class Draft(nn.Module):
         dtype = x.dtype
         # In training the draft has fp32 weights, even if the model is in bf16.
         with torch.autocast(x.device.type, dtype) if dtype == torch.bfloat16 else nullcontext():
-            for layer in self.layers:
-                x = layer(x, **layer_inputs)
+            masks = masks_of_layers(self.layers, layer_inputs.pop("mask", None), x)
+            for layer, mask in zip(self.layers, masks, strict=True):
+                x = layer(x, mask=mask, **layer_inputs)
             return self.norm(x).to(dtype)
 
     def teacher_states(

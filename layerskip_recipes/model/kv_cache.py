@@ -210,30 +210,13 @@ class BlockAttention:
             seq_lengths=(grouped, self.max_len),
         )
 
+    def within(self, window: int) -> "BlockAttention":
+        """The same attention with a window."""
+        return BlockAttention(self.at, self.max_len, window)
+
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [b, key heads, n s, head_dim] for n heads per key head; k, v [b, key heads, max_len, head_dim]."""
         return flex_attention(q, k, v, block_mask=self.block_mask(q.shape[2]))
-
-
-def last_visible(mask: Any, window: int, q: torch.Tensor) -> Any:
-    """A mask with which each query sees only the last `window` of the slots that it sees with `mask`.
-
-    `mask`: True or 0 for visible slots [b or 1, s, end], which lie side by side; a `BlockAttention`; or None, causal
-    attention of q [b, heads, s, head_dim], which stays None if no window hides a token. Other masks are a ValueError.
-    """
-    if isinstance(mask, BlockAttention):
-        return BlockAttention(mask.at, mask.max_len, window)
-    if mask is None:
-        s = q.shape[2]
-        ones = torch.ones(1, s, s, dtype=torch.bool, device=q.device)
-        return ones.tril().triu(1 - window) if s > window else None
-    if not isinstance(mask, torch.Tensor):
-        raise ValueError(
-            f"mask: a {type(mask).__name__} has no window. Allowed: a tensor [b, s, s], True for visible tokens"
-        )
-    visible = mask if mask.dtype == torch.bool else mask == 0
-    seen = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= window)
-    return seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
 def cached_attention(

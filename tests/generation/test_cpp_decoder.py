@@ -519,7 +519,6 @@ UNKNOWN = {
         Int8DynamicActivationInt4WeightConfig(group_size=16),
         filter_fn=lambda module, name: name.endswith(("q_proj", "k_proj")),
     ),
-    "no norm": lambda model: setattr(model.layers[1], "mlp_norm", torch.nn.Identity()),
 }
 OTHER_MODELS = {
     "LoRA": lambda: lora_llama3_2(["q_proj"], **WIDE, lora_rank=4, lora_alpha=8),

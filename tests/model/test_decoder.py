@@ -5,9 +5,12 @@ import torch
 import torchtune.generation
 from helpers.tiny import VOCAB, logits_of, make_tiny, walk
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtune.modules.attention_utils import create_block_causal_mask
 from torchtune.modules.model_fusion import DeepFusionModel, EarlyFusionModel
 
 from layerskip_recipes import layerskip_decoder
+from layerskip_recipes.model.draft import Draft
 
 L = 6
 
@@ -92,3 +95,29 @@ def test_torchtunes_generate_runs_on_it(any_family, tokens, caches):
             decoder.reset_caches()
         outputs.append(torchtune.generation.generate(decoder, tokens, max_generated_tokens=12, top_k=1)[0])
     assert torch.equal(*outputs)
+
+
+class CountedOperations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("packed", "operation"), [(True, "cumsum.default"), (False, "triu.default")])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_window_is_computed_once_for_all_layers(packed, operation, dropout):
+    """In training too, where a layer may run for some samples only, and in the layers of a draft."""
+    model = layerskip_decoder(make_tiny("gemma3"), {"prob": dropout, "layers_scale": "uniform"}).train()
+    draft = Draft(model, "copy", 2)
+    tokens = torch.arange(4 * 20).view(4, 20) % VOCAB
+    mask = create_block_causal_mask([torch.tensor([14, 6])] * 4) if packed else None
+    assert sum(layer.attn.window is not None for layer in model.layers) == 4
+    with CountedOperations() as counted:
+        x, _ = draft.teacher_states(model, tokens, mask=mask)
+        assert counted.names.count(operation) == 1
+        draft(x, mask=mask)
+        assert counted.names.count(operation) == 2
