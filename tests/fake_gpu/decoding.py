@@ -83,15 +83,15 @@ class Graphs:
         self.made: Counter[str] = Counter()
         self.problems: list[str] = []
 
-    def __call__(self, function: Any, *, fullgraph: bool, options: Any) -> Any:
+    def __call__(self, function: Any, *, fullgraph: bool, backend: str, options: Any) -> Any:
         name = function.__name__.rsplit("_", 1)[0]
 
-        def backend(graph: Any, _: Any) -> Any:
+        def made(graph: Any, _: Any) -> Any:
             self.made[name] += 1
             self._check(name, graph)
             return graph.forward
 
-        autograd = aot_autograd(fw_compiler=backend, inference_compiler=backend, keep_inference_input_mutations=True)
+        autograd = aot_autograd(fw_compiler=made, inference_compiler=made, keep_inference_input_mutations=True)
         guards = {name: value for name, value in options.items() if name == "guard_filter_fn"}
         compiled = self.compile(function, fullgraph=fullgraph, dynamic=False, backend=autograd, options=guards)
 
