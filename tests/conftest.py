@@ -34,8 +34,8 @@ SHARED = Path(os.environ["LAYERSKIP_TEST_RUN"])
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SHARED / "inductor"))
 os.environ["XDG_CACHE_HOME"] = str(SHARED / "cache")  # no test writes to the user's home
 
-# With --dist loadfile --no-loadscope-reorder these files start first: what takes minutes must not come last. The first one
-# compiles the C++, for which others would wait; the second one needs none.
+# With --dist loadfile --no-loadscope-reorder these files start first: what takes minutes must not come last. The first
+# one compiles the C++, for which others would wait; the second one needs none.
 LONG = (
     "test_cpp_decoder",
     "test_distributed_finetune",
