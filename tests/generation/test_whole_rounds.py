@@ -51,6 +51,7 @@ def captures(monkeypatch):
     return round_graph.capture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "sampler"), CHAINS)
 def test_whole_rounds_are_the_rounds_of_steps(variant, sampler, captures):
     """Continuous batching, with plain rounds in between: the tokens and counts of steps that nothing compiles."""

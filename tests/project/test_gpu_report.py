@@ -51,6 +51,7 @@ def result(step: str) -> dict:
     return json.loads(Path(f"out/{step}.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_hangs_does_not_end_the_report(report):
     status, printed = report("--limit", "3", "--only", "environment", "tests", "decode_1b", "decode_8b")
     assert status == 1 and "decode_1b: timed out after 3 s" in printed

@@ -111,6 +111,7 @@ def events(response) -> list[dict]:
 # ---- answers ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chat", "settings"),
     [
@@ -357,6 +358,7 @@ def test_of_a_prompt_that_cannot_fit_only_the_beginning_is_tokenized(app, served
     assert sum(sizes) < 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["completions", "unknown"])
 def test_a_body_without_end_is_refused_and_its_connection_closed(url, path, monkeypatch):
     monkeypatch.setattr(http, "REST_BYTES", 2**20)
@@ -376,6 +378,7 @@ def test_a_body_without_end_is_refused_and_its_connection_closed(url, path, monk
     assert (b"path: POST" if path == "unknown" else b'"body: is too large') in answer
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_come_is_refused_and_its_connection_closed(url, monkeypatch):
     monkeypatch.setattr(http, "BODY_S", 0.05)
     monkeypatch.setattr(http, "REST_S", 0.05)
