@@ -13,6 +13,7 @@ from helpers.tiny import EVERY_FAMILY, FAMILIES, VOCAB, make_tiny, walk
 from torch.overrides import TorchFunctionMode
 
 from layerskip_recipes.generation.api import generate
+from layerskip_recipes.generation.drafting.drafter import RoundKind
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
@@ -245,7 +246,7 @@ def test_rounds_without_room_for_a_draft_teach_nothing():
     model, rule = model_of("llama3_2"), DraftRule()
     for _ in range(6):
         list(Generation(model, [PROMPT], 2, speculation=Speculation(3, 6), rule=rule))
-    assert not rule.seconds["chain"] and not rule.recent
+    assert not rule.seconds[RoundKind("chain")] and not rule.recent
     state, plan = ModelState(), Speculation(3, 6)
     two, three, many, more = (state.rule(plan, limit, 1, False) for limit in (2, 3, 20, 30))
     assert two is not three is not many is more  # the limit matters where it shortens drafts

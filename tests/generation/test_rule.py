@@ -85,9 +85,9 @@ def test_a_cold_first_draft_is_no_measure():
 
 
 def test_a_busy_moment_is_forgotten():
-    """The first drafts took ten times as long, as when a server starts beside other work: the next try finds out."""
+    """The first two drafts took ten times as long, as when a server starts beside other work: the next try finds out."""
     rule = DraftRule()
-    _, picked = decode(rule, COSTS[1], 0.9, 60, slow=range(1, 20))
+    _, picked = decode(rule, COSTS[1], 0.9, 60, slow=(1, 2))
     assert picked[-30:].count(CHAIN) == 0
     _, picked = decode(rule, COSTS[1], 0.9, 400, seed=1)
     assert CHAIN in picked[:140] and PLAIN not in picked[140:]
