@@ -69,8 +69,8 @@ class CallSettings(TypedDict, total=False):
     # matter. None, the default: a seed drawn from torch's global generator.
     seed: int | None
     stop: str | Sequence[str]  # an answer ends before the first of these texts
-    # Texts that the answer may repeat, in which drafts are looked up as in the prompt. For a list of prompts, a list with
-    # the prediction of each. The answer is the same.
+    # Texts that the answer may repeat, in which drafts are looked up as in the prompt; for a list of prompts, a list
+    # with the prediction of each. The answer is the same.
     prediction: Prediction | list[Prediction]
     compile: bool | None  # None, the default: if a session of ten such calls gains by it
     draft: Literal["auto"] | None  # "auto", the default: where that should pay; None: never. The answer is the same
@@ -317,8 +317,9 @@ class LLM:
                 messages [{"role": .., "content": ..}, ..]; or a list of these.
             max_new_tokens: the most new tokens of an answer.
             batch_size: how many of several prompts decode together.
-            **settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, prediction, draft and compile,
-                see `CallSettings`; and keys of `self_speculation` that are not to be chosen, such as num_speculations=4.
+            **settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, prediction, draft and
+                compile, see `CallSettings`; and keys of `self_speculation` that are not to be chosen, such as
+                num_speculations=4.
 
         Returns:
             An `Output`, or a list of them for a list of prompts.

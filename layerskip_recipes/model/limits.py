@@ -75,9 +75,7 @@ def check_prompt_lengths(
         )
 
 
-def check_prompt_tokens(
-    model: TransformerDecoder, prompts: Sequence[Sequence[int]], key: str = "prompt"
-) -> None:
+def check_prompt_tokens(model: TransformerDecoder, prompts: Sequence[Sequence[int]], key: str = "prompt") -> None:
     """Check that the model embeds each token. On a GPU an unknown token would end the process."""
     known = model.tok_embeddings.num_embeddings
     for token in (token for prompt in prompts for token in prompt):

@@ -103,8 +103,8 @@ def test_predictions_of_json_lines_are_drafted_and_change_no_answer(path, tmp_pa
     assert [json.loads(line) for line in out.read_text().splitlines()] == answers
     assert report["accepted"] > 9
     qa = write_lines(tmp_path / "qa.jsonl", [{"input": line["prompt"], "output": "", **line} for line in lines])
-    prompts = "prompts={_component_: layerskip_recipes.tasks.qa_prompts, path: %s}" % qa
-    recipe = ready(path, "prompt=null", prompts, *keys)
+    prompts = ["prompts._component_=layerskip_recipes.tasks.qa_prompts", f"prompts.path={qa}"]
+    recipe = ready(path, "prompt=null", *prompts, *keys)
     assert [example.prediction for example in recipe.examples] == predictions and any(recipe.predictions)
 
 

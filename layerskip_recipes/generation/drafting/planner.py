@@ -183,8 +183,8 @@ class DraftPlanner:
 
         In order: the user's keys stand; without any measurement, open keys have defaults; else the fastest of the
         known options is taken, if it should pay or the user asked for drafts by an exit or a draft.
-        `key` is the section's name in messages. Predictions of answers are a reason to look drafts up in the text, where
-        they stand.
+        `key` is the section's name in messages. Predictions of answers are a reason to look drafts up in the text, of
+        which they are a part.
         """
         if section is None:
             return None, None
