@@ -6,6 +6,7 @@
     input:  {"system": how to answer, and a line of JSON for each function that the question offers,
              "user": "How warm is it in Oslo, in Celsius?"}
     output: [{"name": "get_weather", "arguments": {"city": "Oslo", "unit": "celsius"}}]
+    prediction: calls of the offered functions with made-up arguments, from which drafts are taken
 
 The data are in the package bfcl-eval (Apache 2.0). A second argument names the folder bfcl_eval/data of an unpacked
 wheel instead. The split is ours, so results are no score of the leaderboard: about a sixth of the questions are for
@@ -75,13 +76,39 @@ def held_out_functions(questions: Sequence[Mapping[str, Any]]) -> set[str]:
 def make_line(question: Mapping[str, Any]) -> dict[str, Any]:
     turns = question["question"][0]
     system = [turn["content"] for turn in turns if turn["role"] == "system"]
-    functions = [json.dumps(function, ensure_ascii=False, separators=(",", ":")) for function in question["function"]]
     asked = {
-        "system": "\n".join([*system, INSTRUCTION, *functions]),
+        "system": "\n".join([*system, INSTRUCTION, *map(as_json, question["function"])]),
         "user": "\n".join(turn["content"] for turn in turns if turn["role"] == "user"),
     }
-    answer = first_answer(question["function"], question["calls"])
-    return {"input": asked, "output": answer, "functions": question["function"], "calls": question["calls"]}
+    return {
+        "input": asked,
+        "output": first_answer(question["function"], question["calls"]),
+        "prediction": likely_calls(question["function"]),
+        "functions": question["function"],
+        "calls": question["calls"],
+    }
+
+
+def likely_calls(functions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A call of each function with all arguments, and one with those that must be given."""
+    calls = []
+    for function in functions:
+        described = function["parameters"]["properties"]
+        for names in ([*described], function["parameters"].get("required", [])):
+            arguments = {name: made_up(described[name]) for name in described if name in names}
+            calls.append(as_json([{"name": function["name"], "arguments": arguments}]))
+    return [*dict.fromkeys(calls)]
+
+
+def made_up(described: Mapping[str, Any]) -> Any:
+    """A value of the described type."""
+    if described.get("enum"):
+        return described["enum"][0]
+    if "properties" in described:
+        return {name: made_up(inner) for name, inner in described["properties"].items()}
+    if described["type"] in ("array", "tuple"):
+        return [made_up(described.get("items") or {"type": "string"})]
+    return {"string": "A", "integer": 1, "float": 1.0, "boolean": True, "dict": {}}.get(described["type"], "A")
 
 
 def first_answer(functions: Sequence[Mapping[str, Any]], calls: Sequence[Call]) -> str:
@@ -91,7 +118,11 @@ def first_answer(functions: Sequence[Mapping[str, Any]], calls: Sequence[Call]) 
     for name, allowed in ((name, allowed) for call in calls for name, allowed in call.items()):
         arguments = first_values(allowed, required[name])
         chosen.append({"name": name, "arguments": {key: inner_value(value) for key, value in arguments.items()}})
-    return json.dumps(chosen, ensure_ascii=False, separators=(",", ":"))
+    return as_json(chosen)
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def first_values(allowed: Mapping[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:

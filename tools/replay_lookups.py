@@ -4,8 +4,8 @@
 
 my_data holds train.jsonl, whose answers are searched, and test.jsonl, both in the form of the `qa/*` configs. Only the
 tokenizer of the model is read, and nothing is trained. Test answers that also occur in train.jsonl are left out. Each
-answer is drafted and accepted as in `layerskip_generate`; the first token needs no round. "drafted" is the mean number
-of drafted tokens, which end as on a CPU.
+answer is drafted and accepted as in `layerskip_generate`; the first token needs no round. Predictions of test.jsonl are
+searched with the text. "drafted" is the mean number of drafted tokens, which end as on a CPU.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from layerskip_recipes.checkpoint.answers import MOST_TOKENS, Answers, answers_o
 from layerskip_recipes.data.replies import ReplyDataset, qa_dataset
 from layerskip_recipes.generation.drafting.lookup import Lookup
 from layerskip_recipes.generation.prefill import common_length
+from layerskip_recipes.generation.text.prompts import predicted_tokens
 
 
 def unseen(train: ReplyDataset, test: ReplyDataset) -> list[int]:
@@ -58,6 +59,13 @@ def main() -> None:
     train, test = (qa_dataset(tokenizer, str(arguments.data_dir / f"{name}.jsonl")) for name in ("train", "test"))
     new = unseen(train, test)
     texts = [split(test[i]) for i in islice(new, arguments.count)]
+    predicted = [
+        ([*predicted_tokens(test.examples[i].get("prediction"), prompt, tokenizer), *prompt], answer)
+        for i, (prompt, answer) in zip(new, texts, strict=False)
+    ]
+    sources = [("the text", texts, 1, None), ("answers", texts, None, True), ("both", texts, 1, True)]
+    if predicted != texts:
+        sources += [("the text, predictions", predicted, 1, None), ("all of them", predicted, 1, True)]
     answers = answers_of(train, tokenizer, str(arguments.data_dir), arguments.tokens)
     size = 0 if answers is None else len(answers.tokens)
     mean = sum(len(answer) for _, answer in texts) / max(len(texts), 1)
@@ -66,8 +74,8 @@ def main() -> None:
     )
     print(f"{'looked up in':<22}{'at most':>9}{'tokens per round':>18}{'drafted':>9}")
     for count in arguments.drafted:
-        for name, least, known in (("the text", 1, None), ("answers", None, answers), ("both", 1, answers)):
-            per_round, drafted = replay(texts, count, least, known)
+        for name, searched, least, known in sources:
+            per_round, drafted = replay(searched, count, least, answers if known else None)
             print(f"{name:<22}{count:>9}{per_round:>18.2f}{drafted:>9.2f}", flush=True)
 
 

@@ -2,7 +2,7 @@
 affect all of them."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,7 @@ class Turns:
     reserve: int  # KV-cache slots; the same for all methods, because compiled steps depend on it
     seed: int  # for the first batch, plus 1 for each later batch; the same for all methods
     spare_tokens: int = 0  # stop this many tokens before the limit, so that the limit shortens no draft
+    predictions: Mapping[tuple[int, ...], Sequence[int]] = field(default_factory=dict)  # by prompt
     compile_s: dict[tuple[float, str], float] = field(default_factory=lambda: defaultdict(float))
 
     def decode(
@@ -65,6 +66,7 @@ class Turns:
             always_draft=always_draft,
             sampler=self.cfg.sampler(temperature, seed),
             reserve=self.reserve,
+            predictions=[self.predictions.get(tuple(prompt), ()) for prompt in batch],
         )
         if texts:
             follow(generation, texts)

@@ -38,7 +38,7 @@ from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.report import report_path
 from layerskip_recipes.generation.stats import memory_bandwidth
-from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, try_examples
+from layerskip_recipes.generation.text.prompts import Example, encode, predicted_tokens, refuse_bad, try_examples
 from layerskip_recipes.model.adapters import without_adapters
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary
@@ -86,6 +86,7 @@ class LayerSkipBenchmark:
         self.frequent: Sequence[int] | None = None  # the checkpoint's tokens, for `tune`
         self.tuned_draft: DraftDescription | None = None  # whose length and precision `tune` chooses
         self.answers: Answers | None = None  # for the look-ups of `tune`
+        self.predictions: dict[tuple[int, ...], list[int]] = {}  # by prompt
         self.spare_tokens, plans = 0, dict[str, Speculation | None]()
         if cfg.random_weights:
             plans = {name: _plan_of_random_weights(section, model) for name, section in cfg.compared.items()}
@@ -131,7 +132,13 @@ class LayerSkipBenchmark:
         cfg, plans = self.cfg, dict[str, Speculation | None]()
         for name, section in cfg.compared.items():
             plans[name], why = planner.plan(
-                section, cfg.all_temperatures[0], bool(cfg.compile), self.prompts, cfg.batch_size, cfg.key_of(name)
+                section,
+                cfg.all_temperatures[0],
+                bool(cfg.compile),
+                self.prompts,
+                cfg.batch_size,
+                cfg.key_of(name),
+                any(self.predictions.values()),
             )
             if why is not None:
                 log.info("%s: %s", name, why)
@@ -150,6 +157,10 @@ class LayerSkipBenchmark:
         self.examples: list[Example]
         self.examples, self.prompts = encode(examples, self.tokenizer, model, self.limit)
         refuse_bad(self.examples)
+        self.predictions = {
+            tuple(tokens): predicted_tokens(example.prediction, tokens, self.tokenizer)
+            for example, tokens in zip(self.examples, self.prompts, strict=True)
+        }
         check_references(cfg.metrics or [], self.examples)
 
     def _draw_prompts(self, model: LayerSkipDecoder) -> None:
@@ -170,7 +181,9 @@ class LayerSkipBenchmark:
             self.llm.prepare(plans, cfg.quantizer)
         else:
             self.llm = LLM.of_config(cfg, self.device, self.tokenizer, plans)
-        self.turns = Turns(cfg, self.llm, self.batches, self.limit, self.reserve, self.seed, self.spare_tokens)
+        self.turns = Turns(
+            cfg, self.llm, self.batches, self.limit, self.reserve, self.seed, self.spare_tokens, self.predictions
+        )
         if cfg.tune:
             tuner = Tuner(cfg, self.turns, self.frequent, self.tuned_draft, self.answers)
             candidates = tuner.candidates()

@@ -21,7 +21,7 @@ ANSWER_FIRST = (
     ". To let a model answer first: tune run layerskip_generate --config qa/answers model_dir=MODEL data_dir={folder}, "
     "and then dataset.path={folder}/answers.jsonl dataset_val=null"
 )
-PromptAndReply = dict[str, Any]  # {"prompt": text or {"user": text}, "response": text}
+PromptAndReply = dict[str, Any]  # {"prompt": text or {"user": text}, "response": text}, and maybe "prediction"
 
 
 class ReplyDataset(Dataset):
@@ -71,7 +71,10 @@ def qa_prompts(
     answer: Annotated[Text, Field(examples=["output"])] | None = "output",
     count: Annotated[PositiveInt, Field(examples=[24])] | None = None,
 ) -> list[PromptAndReply]:
-    """The questions of `qa_dataset`'s files as prompts, with the answers as references; `answer` None: without."""
+    """The questions of `qa_dataset`'s files as prompts, with the answers as references; `answer` None: without.
+
+    Drafts are looked up in a line's field `prediction` too, a text or a list of texts.
+    """
     return [*_read_pairs(path, question, answer, count)]
 
 
@@ -95,7 +98,8 @@ def _read_pairs(path: str, question: str, answer: str | None, count: int | None)
                     f"path: {path!r} line {number}: {fault}. Allowed: a question and an answer as text in UTF-8, for "
                     f'example {{"{question}": "wake me at 7", "{answer_field}": "alarm 07:00"}}{advice}'
                 )
-        return {"prompt": turns, "response": None if answer is None else line[answer]}
+        pair = {"prompt": turns, "response": None if answer is None else line[answer]}
+        return pair | ({"prediction": line["prediction"]} if "prediction" in line else {})
 
     examples = JsonLines(path, "path", example, count)
     if not len(examples):

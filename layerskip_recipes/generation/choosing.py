@@ -17,15 +17,21 @@ C = TypeVar("C", bound=AnswerConfig)
 
 
 def choose_decoding(
-    cfg: C, num_steps: int, prompts: Sequence[Sequence[int]] = (), batch_rows: int = 1
+    cfg: C,
+    planner: DraftPlanner,
+    num_steps: int,
+    prompts: Sequence[Sequence[int]] = (),
+    batch_rows: int = 1,
+    has_predictions: bool = False,
 ) -> tuple[C, Speculation | None]:
     """The config with its `compile` and `self_speculation` chosen, and the plan of drafts.
 
     `num_steps`: how many steps the run would have without drafts. `prompts`: their tokens, if they are known.
     """
     section, compile = cfg.self_speculation, None if cfg.compile == AUTO else bool(cfg.compile)
-    planner = DraftPlanner.of_config(cfg, cfg.quantizer)
-    plan, compile, reasons = planner.choose(section, cfg.temperature, compile, num_steps, prompts, batch_rows)
+    plan, compile, reasons = planner.choose(
+        section, cfg.temperature, compile, num_steps, prompts, batch_rows, has_predictions=has_predictions
+    )
     for reason in reasons:
         log.info(reason)
     choices = Choices(cfg)

@@ -108,8 +108,8 @@ class PromptConfig(RecipeConfig):
     prompts: Annotated[Component, Takes()] | None = None
     """A component that returns prompts, such as `layerskip_recipes.quickstart.heldout_prompts`; `prompt` wins."""
     prompt_file: Annotated[Text, Field(examples=["prompts.jsonl"])] | None = None
-    """A text file (one prompt), a `.jsonl` or `.ndjson` file of `{"prompt": ...}` lines, or `-` for stdin; overrides
-    `prompt`."""
+    """A text file (one prompt), a `.jsonl` or `.ndjson` file of `{"prompt": ...}` lines, which may have a `prediction`,
+    or `-` for stdin; overrides `prompt`."""
     batch_size: PositiveInt = 1
     """Number of prompts decoded together, grouped by length; each row accepts its own number of tokens. In
     `layerskip_generate` without a comparison, a row that has finished takes the next prompt."""

@@ -61,6 +61,7 @@ class Generation:
         on_draft: called with each row's drafted tokens, [b][n], before every verification.
         rule: decides where to draft, and keeps what earlier generations measured; None: draft wherever possible.
         numbers: equal prompts with different numbers get different samples; None: see `noise_keys`.
+        predictions: tokens that look-ups in the text also search for each prompt, see `predicted_tokens`; None: none.
         state: what earlier generations of this model built; None: the state kept for this model.
 
     Attributes:
@@ -98,6 +99,7 @@ class Generation:
         on_draft: Callable[[list[list[int]]], None] | None = None,
         rule: DraftRule | None = None,
         numbers: Sequence[int] | None = None,
+        predictions: Sequence[Sequence[int]] | None = None,
         state: ModelState | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -110,13 +112,14 @@ class Generation:
         self.model, self.in_use = state.decoder(model), state.in_use
         # The exit whose tokens are the output: with speculation the last one.
         output_exit = self.model.check_exit(exit_layer) if speculation is None and exit_layer is not None else None
-        self.rows = BatchRows(prompts, rows, max_generated_tokens, stop_tokens)
+        self.rows = BatchRows(prompts, rows, max_generated_tokens, stop_tokens, predictions)
         # The same lists as in `rows`, for callers.
         self.generated, self.finished = self.rows.generated, self.rows.finished
         self.in_row = self.rows.in_row
         sampler = sampler or Sampler()
         lengths = [len(prompt) for prompt in self.rows.prompts]
         check_prompt_tokens(self.model, self.rows.prompts)
+        check_prompt_tokens(self.model, self.rows.predictions, "predictions")
         check_prompt_lengths(self.model, lengths, max_generated_tokens)
         self.on_draft = on_draft
         self.started = False
@@ -152,7 +155,8 @@ class Generation:
         sharded = (layer for layer in self.model.layers if isinstance(layer, FSDPModule))
         self.first_sharded = None if speculation is None else next(sharded, None)
         self.verifier = Verifier(self.context, (speculation and speculation.exit_layer) or self.context.output_exit)
-        self.drafters = Drafters(self.verifier, speculation, self.rows.texts, rule)
+        searched = [self.rows.searched(row) for row in range(len(self.rows))]
+        self.drafters = Drafters(self.verifier, speculation, searched, rule)
         self.common = common_start(self.rows.prompts) if self.context.backend.exact_splits else 0
         self.accounts = Accounts(self.context, self.rows, None if speculation is None else self.verifier.exit_layer)
         self.stats = self.accounts.stats
@@ -241,7 +245,7 @@ class Generation:
         final = read_texts(self.context, [text], reused, rows=[row])
         self.last[this_row] = self._first_tokens(final, this_row)
         self.verifier.replace(row, final[0])
-        self.drafters.replace(row, text)
+        self.drafters.replace(row, self.rows.searched(row))
         self.stats.first_tokens += 1
         self.stats.prefill_tokens += len(text) - reused
         self.stats.reused_tokens += reused

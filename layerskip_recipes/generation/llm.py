@@ -36,7 +36,13 @@ from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.state import ModelState
 from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.text.prompts import prompt_mistake, to_tokens
+from layerskip_recipes.generation.text.prompts import (
+    Prediction,
+    check_prediction,
+    predicted_tokens,
+    prompt_mistake,
+    to_tokens,
+)
 from layerskip_recipes.generation.text.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.draft import Draft
@@ -63,6 +69,9 @@ class CallSettings(TypedDict, total=False):
     # matter. None, the default: a seed drawn from torch's global generator.
     seed: int | None
     stop: str | Sequence[str]  # an answer ends before the first of these texts
+    # Texts that the answer may repeat, in which drafts are looked up as in the prompt; for a list of prompts, a list
+    # with the prediction of each. The answer is the same.
+    prediction: Prediction | list[Prediction]
     compile: bool | None  # None, the default: if a session of ten such calls gains by it
     draft: Literal["auto"] | None  # "auto", the default: where that should pay; None: never. The answer is the same
     # Keys of `self_speculation` that are not to be chosen, see `SelfSpeculation`.
@@ -308,8 +317,9 @@ class LLM:
                 messages [{"role": .., "content": ..}, ..]; or a list of these.
             max_new_tokens: the most new tokens of an answer.
             batch_size: how many of several prompts decode together.
-            **settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, draft and compile, see
-                `CallSettings`; and keys of `self_speculation` that are not to be chosen, such as num_speculations=4.
+            **settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, prediction, draft and
+                compile, see `CallSettings`; and keys of `self_speculation` that are not to be chosen, such as
+                num_speculations=4.
 
         Returns:
             An `Output`, or a list of them for a list of prompts.
@@ -319,8 +329,10 @@ class LLM:
         if not questions:
             return []
         check("batch_size", batch_size, PositiveInt)
+        predictions = settings.get("prediction") if is_list else [settings.get("prediction")]
+        num_rows = min(batch_size, len(questions))
         with self._turn():
-            generation, texts = self._prepared(questions, max_new_tokens, min(batch_size, len(questions)), settings)
+            generation, texts = self._prepared(questions, predictions, max_new_tokens, num_rows, settings)
             follow(generation, texts)
         drafted = generation.stats.plain_share is not None
         speedup = generation.drafters.rule.speedup(generation.stats) if drafted else None
@@ -336,7 +348,7 @@ class LLM:
         Until the iterator ends or is closed, other calls wait.
         """
         with self._turn():
-            generation, (text,) = self._prepared([prompt], max_new_tokens, 1, settings)
+            generation, (text,) = self._prepared([prompt], [settings.get("prediction")], max_new_tokens, 1, settings)
             yield from filter(None, pieces(generation, text))
 
     @contextmanager
@@ -348,7 +360,12 @@ class LLM:
             yield
 
     def _prepared(
-        self, questions: Sequence[Question], max_new_tokens: int, num_rows: int, settings: CallSettings
+        self,
+        questions: Sequence[Question],
+        predictions: Any,
+        max_new_tokens: int,
+        num_rows: int,
+        settings: CallSettings,
     ) -> tuple[Generation, list[TextStream]]:
         """A generation that has not started, and the text of each prompt's output."""
         for name in settings:
@@ -357,7 +374,18 @@ class LLM:
         check("stop", settings.get("stop", ()), str | Sequence[str])
         check("compile", settings.get("compile"), bool | None)
         check("draft", settings.get("draft"), Literal["auto"] | None)
+        if predictions is None:
+            predictions = [None] * len(questions)
+        if not isinstance(predictions, list | tuple) or len(predictions) != len(questions):
+            raise ConfigError(
+                f"prediction: {predictions!r} is not allowed for a list of {len(questions)} prompts. Allowed: a list "
+                "with a text, a list of texts or None for each prompt"
+            )
+        for prediction in predictions:
+            check_prediction(prediction)
         prompts = [self._tokens(question) for question in questions]
+        pairs = zip(predictions, prompts, strict=True)
+        predicted = [predicted_tokens(prediction, prompt, self.tokenizer) for prediction, prompt in pairs]
         sampler = Sampler(
             settings.get("temperature", 0.0),
             settings.get("top_k"),
@@ -366,7 +394,7 @@ class LLM:
             settings.get("repetition_penalty", 1.0),
             settings.get("seed"),
         )
-        plan, compiled, reasons = self._choose(prompts, max_new_tokens, num_rows, settings)
+        plan, compiled, reasons = self._choose(prompts, max_new_tokens, num_rows, settings, any(predicted))
         for reason in reasons:
             self._log_once(reason)
         generation = self.start(
@@ -377,6 +405,7 @@ class LLM:
             sampler=sampler,
             rows=num_rows,
             reuse=len(prompts[0]) if len(prompts) == 1 else 0,
+            predictions=predicted,
         )
         stop = settings.get("stop", ())
         strings = [stop] if isinstance(stop, str) else stop
@@ -396,7 +425,12 @@ class LLM:
         return to_tokens([*messages, Message(role="assistant", content="")], self.tokenizer)
 
     def _choose(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_rows: int, settings: CallSettings
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        num_rows: int,
+        settings: CallSettings,
+        has_predictions: bool,
     ) -> Chosen:
         """How to decode. Equal calls choose once."""
         section, compile = self._section(settings), settings.get("compile")
@@ -407,13 +441,13 @@ class LLM:
         if compile is None and self.state.compiled is not None and not self.state.compiled.failed:
             compile = True  # an earlier call has compiled the steps
         temperature, num_tokens = settings.get("temperature", 0.0), CALLS * max_new_tokens
-        key = repr((section, temperature, num_rows, num_tokens if compile is None else compile))
+        key = repr((section, temperature, num_rows, num_tokens if compile is None else compile, has_predictions))
         # A number of tokens without a stored list is counted in the prompts of each call.
         stored = self.planner.exits is not None and self.planner.exits.vocabulary
         counted = section is not None and isinstance(section.draft_vocabulary, int) and not stored
         if key not in self.chosen or counted:
             self.chosen[key] = self.planner.choose(
-                section, temperature, compile, num_tokens, prompts, num_rows, "generate"
+                section, temperature, compile, num_tokens, prompts, num_rows, "generate", has_predictions
             )
         return self.chosen[key]
 

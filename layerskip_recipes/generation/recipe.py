@@ -16,6 +16,7 @@ from layerskip_recipes.distributed.tensor_parallel import check_processes
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.choosing import choose_decoding
 from layerskip_recipes.generation.config import GenerateConfig
+from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.speculation import SECTION_KEY
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.fitting_memory import check_memory
@@ -23,7 +24,14 @@ from layerskip_recipes.generation.llm import LLM
 from layerskip_recipes.generation.prefill import common_start
 from layerskip_recipes.generation.report import Totals, make_report, print_report
 from layerskip_recipes.generation.sampling import copies_before
-from layerskip_recipes.generation.text.prompts import Example, encode, refuse_bad, to_tokens, try_examples
+from layerskip_recipes.generation.text.prompts import (
+    Example,
+    encode,
+    predicted_tokens,
+    refuse_bad,
+    to_tokens,
+    try_examples,
+)
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
@@ -61,6 +69,8 @@ class LayerSkipGenerate:
             examples = try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file)
             self.examples, self.prompt_tokens = encode(examples, self.tokenizer, model, self.max_new_tokens)
         self.prompts = [example.prompt for example in self.examples]
+        pairs = zip(self.examples, self.prompt_tokens, strict=True)
+        self.predictions = [predicted_tokens(example.prediction, tokens, self.tokenizer) for example, tokens in pairs]
         self.numbers = copies_before(self.prompt_tokens)  # equal prompts get different samples
         self.good = [i for i, example in enumerate(self.examples) if example.error is None]
         bad = [example.error for example in self.examples if example.error is not None]
@@ -75,7 +85,9 @@ class LayerSkipGenerate:
         batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
         num_steps = batches * self.max_new_tokens * (2 if self.compare else 1)
         prompts = [self.prompt_tokens[i] for i in self.good]
-        self.cfg, self.plan = choose_decoding(cfg, num_steps, prompts, self.batch_size)
+        self.cfg, self.plan = choose_decoding(
+            cfg, DraftPlanner.of_config(cfg, cfg.quantizer), num_steps, prompts, self.batch_size, any(self.predictions)
+        )
         cfg, self.compile = self.cfg, bool(self.cfg.compile)
         below_exit = (self.exit_layer or 0) if self.plan is None else self.plan.model_layers
         self.kept_layers = below_exit if below_exit < model.num_layers else 0
@@ -84,7 +96,7 @@ class LayerSkipGenerate:
         init_processes(self.device.type)
         if self.device.type == "cuda" and num_processes() > 1:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        if not same_on_all((self.good, self.prompt_tokens)):
+        if not same_on_all((self.good, self.prompt_tokens, self.predictions)):
             raise ConfigError(
                 "prompts: differ between ranks. Allowed: the same on all of them, so none that each draws for itself; "
                 "for example prompt_file=prompts.jsonl"
@@ -208,6 +220,7 @@ class LayerSkipGenerate:
             reserve=self.reserve,
             rows=self.batch_size,
             numbers=[self.numbers[i] for i in batch],
+            predictions=[self.predictions[i] for i in batch],
             reuse=self.common,
         )
         answered = set()

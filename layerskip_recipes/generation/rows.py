@@ -17,11 +17,17 @@ class BatchRows:
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], num_rows: int | None, limit: int, stop_tokens: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_rows: int | None,
+        limit: int,
+        stop_tokens: Sequence[int],
+        predictions: Sequence[Sequence[int]] | None = None,
     ) -> None:
         check("rows", num_rows, PositiveInt | None)
         self.prompts = [list(prompt) for prompt in prompts]
         count = len(self.prompts)
+        self.predictions = predictions or [()] * count
         self.limit, self.stop_tokens = limit, {int(token) for token in stop_tokens}
         self.generated: list[list[int]] = [[] for _ in range(count)]
         self.finished = [False] * count
@@ -40,6 +46,11 @@ class BatchRows:
     def texts(self) -> list[list[int]]:
         """Prompt and output of each row, [b][any length]."""
         return [self.prompts[prompt] + self.generated[prompt] for prompt in self.in_row]
+
+    def searched(self, row: int) -> list[int]:
+        """What look-ups search for a row: the predictions of its answer, and its text."""
+        prompt = self.in_row[row]
+        return [*self.predictions[prompt], *self.prompts[prompt], *self.generated[prompt]]
 
     @property
     def lengths(self) -> list[int]:

@@ -75,9 +75,9 @@ def check_prompt_lengths(
         )
 
 
-def check_prompt_tokens(model: TransformerDecoder, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompt_tokens(model: TransformerDecoder, prompts: Sequence[Sequence[int]], key: str = "prompt") -> None:
     """Check that the model embeds each token. On a GPU an unknown token would end the process."""
     known = model.tok_embeddings.num_embeddings
     for token in (token for prompt in prompts for token in prompt):
         if not isinstance(token, Integral) or not 0 <= token < known:
-            raise ConfigError(f"prompt: {token} is no token of this model. Allowed: 0..{known - 1}")
+            raise ConfigError(f"{key}: {token} is no token of this model. Allowed: 0..{known - 1}")

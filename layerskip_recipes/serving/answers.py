@@ -12,13 +12,14 @@ from torchtune.data import Message
 
 from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.generation.choosing import choose_decoding
+from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.speculation import SECTION_KEY
 from layerskip_recipes.generation.llm import LLM, pieces
-from layerskip_recipes.generation.text.prompts import to_tokens
+from layerskip_recipes.generation.text.prompts import predicted_tokens, to_tokens
 from layerskip_recipes.model.decoder import layerskip_decoder
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
 from layerskip_recipes.serving.config import ServeConfig
-from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, Ending, messages_of
+from layerskip_recipes.serving.requests import ChatRequest, CompletionRequest, Ending, messages_of, predictions_of
 
 EXPECTED_REQUESTS = 1000  # to decide whether compiling pays
 TOKENIZED_CHARACTERS = 2**14  # tokenized at once to see whether a prompt fits
@@ -41,7 +42,12 @@ class Answerer:
         system = [Message(role="system", content=cfg.system_prompt)] if cfg.system_prompt else []
         question = [Message(role="user", content="?"), Message(role="assistant", content="")]
         to_tokens([*system, *question], self.tokenizer)  # a template that refuses the system prompt says so now
-        self.cfg, self.plan = choose_decoding(cfg, EXPECTED_REQUESTS * cfg.max_new_tokens)
+        planner = DraftPlanner.of_config(cfg, cfg.quantizer)
+        self.cfg, self.plan = choose_decoding(cfg, planner, EXPECTED_REQUESTS * cfg.max_new_tokens)
+        # For requests with predictions.
+        self.plan_with_predictions, _ = planner.plan(
+            cfg.self_speculation, cfg.temperature, bool(self.cfg.compile), has_predictions=True
+        )
         self.name = Path(cfg.model_dir or cfg.output_dir or cfg.given_folder or "model").name
         self.context = most_positions(model)[0]
         self.max_body_bytes = 2**16 + 32 * self.context  # few texts have so many bytes per token
@@ -71,16 +77,19 @@ class Answerer:
         sampler = sampler if request.top_p is None else replace(sampler, top_p=request.top_p)
         stop = [*(cfg.stop_strings or []), *([request.stop] if isinstance(request.stop, str) else request.stop)]
         text = self.llm.text_stream(prompt if isinstance(request, CompletionRequest) else (), stop)
+        predictions = predicted_tokens(predictions_of(request), prompt, self.tokenizer)
+        plan = self.plan_with_predictions if predictions else self.plan
         generation = self.llm.start(
             [prompt],
             limit,
-            self.plan,
+            plan,
             exit_layer=cfg.exit_layer,
             sampler=sampler,
             compile=bool(cfg.compile),
             usual_new_tokens=cfg.max_new_tokens,
-            reserve=self.llm.reserved_slots(len(prompt) + limit, self.plan),
+            reserve=self.llm.reserved_slots(len(prompt) + limit, plan),
             reuse=len(prompt),
+            predictions=[predictions],
         )
         with closing(pieces(generation, text)) as rounds, ExitStack() as hooks:
             generation.context.before_chunk = check

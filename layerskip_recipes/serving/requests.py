@@ -1,6 +1,6 @@
 """Requests in OpenAI's form. Each mistake, and each field that is not supported, is refused in one line by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -31,6 +31,11 @@ NEUTRAL = {
 }
 
 
+class Prediction(Section):
+    type: Literal["content"]
+    content: str | list[Any]
+
+
 class StreamOptions(Section):
     include_usage: bool = False
 
@@ -45,6 +50,7 @@ class Request(Section):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] = Field([], examples=["END"])
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    prediction: Prediction | None = None
 
 
 class CompletionRequest(Request):
@@ -106,13 +112,23 @@ def messages_of(request: ChatRequest) -> list[Message]:
         message = _checked(ChatMessage, content, f"messages[{i}]")
         text = message.content
         if not isinstance(text, str):
-            text = "\n".join(_text_of(part, f"messages[{i}].content[{j}]") for j, part in enumerate(text))
+            text = "\n".join(_texts_of(text, f"messages[{i}].content"))
         role = "system" if message.role == "developer" else message.role
         messages.append(Message(role=role, content=text))
     return messages
 
 
-def _text_of(part: Any, key: str) -> str:
-    if isinstance(part, Mapping) and part.get("type") != "text":
-        raise ConfigError(f"{key}: type {part.get('type')!r} is not supported by this server. Allowed: text")
-    return _checked(TextPart, part, key).text
+def predictions_of(request: Request) -> list[str]:
+    """Texts that the answer may repeat. Each part of a prediction is one."""
+    content = [] if request.prediction is None else request.prediction.content
+    return [content] if isinstance(content, str) else _texts_of(content, "prediction.content")
+
+
+def _texts_of(parts: Sequence[Any], key: str) -> list[str]:
+    """The texts of a content's parts."""
+    texts = []
+    for i, part in enumerate(parts):
+        if isinstance(part, Mapping) and part.get("type") != "text":
+            raise ConfigError(f"{key}[{i}]: type {part.get('type')!r} is not supported by this server. Allowed: text")
+        texts.append(_checked(TextPart, part, f"{key}[{i}]").text)
+    return texts

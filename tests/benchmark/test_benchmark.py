@@ -33,6 +33,7 @@ from layerskip_recipes.generation.stats import GenerationStats
 pytestmark = pytest.mark.slow
 
 METHODS = ["baseline", "chain", "short"]
+PREDICTION = "argument):\n    import sys\n    return sys.path"
 
 
 @pytest.fixture
@@ -114,15 +115,17 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
 @pytest.mark.clock
 @pytest.mark.parametrize("cost", [1.0, 2.5])
 def test_a_variant_drafts_where_generation_does(cost, path, tmp_path, checkpoint, monkeypatch):
-    """With the same settings both commands have the same rounds, whether drafts pay or not. The cost replaces times."""
+    """With the same settings both commands have the same rounds, whether drafts pay or not. The cost replaces times.
+    Each prompt has a prediction."""
     monkeypatch.setattr(DraftRule, "cost", lambda self, kind: cost)
     monkeypatch.setattr(Accounts, "round_s", 1.0)
     settings = {"exit_layer": 2, "num_speculations": 3, "prompt_lookup": 2}
-    compares = {"prompt": ["def main(", "import os"], "benchmark": {"compare": True}, "compile": False}
+    predicted = [{"prompt": "def main(", "prediction": PREDICTION}, {"prompt": "import os", "prediction": PREDICTION}]
+    compares = {"prompt": predicted, "benchmark": {"compare": True}, "compile": False}
     config = generate_config(tmp_path, checkpoint, max_new_tokens=48, self_speculation=settings, **compares)
     _, generated = run_generate(config)
     variants = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    given = ["temperatures=[0.0]", "max_new_tokens=48", "repeats=1", "picture=null"]
+    given = ["temperatures=[0.0]", "max_new_tokens=48", "repeats=1", "picture=null", f"prompt={json.dumps(predicted)}"]
     _, measured = run(path, *given, f"variants={{same: {{{variants}}}}}")
     row = rows(measured, 0.0)["same"]
     same = ("rounds_by_kind", "rounds", "drafted", "accepted")

@@ -21,6 +21,7 @@ from helpers.speculation import (
 )
 from helpers.tiny import SIZE, slow_except, walk
 
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation import accounts
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
@@ -32,7 +33,7 @@ from layerskip_recipes.model.draft import Draft
 pytestmark = pytest.mark.clock
 
 
-def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft_weights=None):
+def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft_weights=None, predictions=None):
     """A generation at its end, and its rounds: the rows' texts before it (None of a row at its end), their drafts."""
     rounds = []
 
@@ -41,7 +42,7 @@ def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft
         rounds.append(([None if finished else [*p, *g] for p, g, finished in rows], tokens))
 
     arguments = {"speculation": speculation, "sampler": sampler, "rule": rule, "draft_weights": draft_weights}
-    generation = Generation(model, prompts, count, **arguments, on_draft=on_draft)
+    generation = Generation(model, prompts, count, **arguments, on_draft=on_draft, predictions=predictions)
     for _ in generation:
         pass
     assert len(rounds) == generation.stats.rounds
@@ -84,17 +85,20 @@ def test_a_draft_ends_where_the_exit_is_not_sure(temperature):
     assert len(lengths) > 2
 
 
+@pytest.mark.parametrize("predicted", [(), (0, 3, 1, 4, 2, 0, 1, 3)])
 @pytest.mark.parametrize(("exit_layer", "ngram"), [(2, 1), (2, 2), (2, 3), (None, 2)])
-def test_look_ups_are_what_a_search_finds(exit_layer, ngram):
+def test_look_ups_are_what_a_search_finds(exit_layer, ngram, predicted):
     """Of a model with five tokens, whose texts repeat themselves: such drafts are often right. Without an
-    exit, rounds without a match are plain steps."""
+    exit, rounds without a match are plain steps. A prediction stands before the text."""
     model, stats, n, count = small_model(), GenerationStats(), 4, 24
     alone, speculation = exit_layer is None, Speculation(exit_layer, n, prompt_lookup=ngram)
     for prompt in ((1, 3, 0), (2, 2), (0, 4, 1, 0, 3), (1, 3, 0, 1, 3)):
-        generation, rounds = drafts_of(model, [prompt], count, speculation, rule=AlwaysLookUp())
+        generation, rounds = drafts_of(
+            model, [prompt], count, speculation, rule=AlwaysLookUp(), predictions=[predicted]
+        )
         found = 0
         for (text,), (draft,) in rounds:
-            expected = search(text, ngram, n)
+            expected = search((*predicted, *text), ngram, n)
             room = count + len(prompt) - len(text) - 1
             found += bool(expected[:room])
             assert draft == expected[:room] or not (expected or alone)
@@ -102,7 +106,31 @@ def test_look_ups_are_what_a_search_finds(exit_layer, ngram):
         assert generation.stats.rounds_by_kind["lookup"] == found
         stats += generation.stats
     assert stats.rounds_by_kind["lookup"] > 5 and 0 < stats.acceptance_rate < 1
-    assert stats.rounds_by_kind["plain" if alone else "chain"] > 3 and (stats.draft_steps == 0) == alone
+    others = stats.rounds_by_kind["plain" if alone else "chain"]
+    assert predicted or (others > 3 and (stats.draft_steps == 0) == alone)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_predictions_are_drafted_from_the_first_round_and_change_no_token(temperature):
+    """In one batch, and one after the other in fewer rows: right ones, ones with a wrong token, and none."""
+    model, count, sampler = model_of("llama3_2"), 16, Sampler(temperature, seed=4)
+    expected = run(model, PROMPTS, count, sampler=sampler).generated
+    right = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    wrong = [[(token + (i % 5 == 4)) % 97 for i, token in enumerate(text)] for text in right]
+    arguments = {"speculation": Speculation(None, 4, prompt_lookup=1), "sampler": sampler, "rule": AlwaysLookUp()}
+    row_rounds = []
+    for predictions in (right, wrong, [()] * len(PROMPTS), [right[0], (), wrong[2], (), ()]):
+        for rows in (None, 1, 2, 4):
+            generation = run(model, PROMPTS, count, rows=rows, predictions=predictions, **arguments)
+            assert generation.generated == expected
+        row_rounds.append(generation.stats.row_rounds)
+    # Each round gives four drafted tokens and one of the model's own; the prefill has given the first one.
+    assert row_rounds[0] == len(PROMPTS) * 3 < row_rounds[1] < row_rounds[2] > row_rounds[3]
+
+
+def test_predictions_have_tokens_of_the_model():
+    with pytest.raises(ConfigError, match=r"^predictions: 97 is no token of this model\. Allowed: 0\.\.96$"):
+        Generation(model_of("llama3_2"), [PROMPT], 4, predictions=[[3, 97]])
 
 
 def test_other_layers_draft_as_a_whole_beside_look_ups():

@@ -69,6 +69,35 @@ def test_a_list_of_prompts_gives_a_list_of_outputs(run):
     assert llm.generate([], 16) == []
 
 
+def test_predictions_are_drafted_and_change_no_answer(checkpoint):
+    """Of a model that nobody trained to draft, which without them does not draft at all."""
+    llm, prompts = LLM.load(str(checkpoint)), [PROMPT, "import os", "class Reader:"]
+    for settings in ({}, {"temperature": 0.9, "seed": 3}):
+        plain = llm.generate(prompts, 24, **settings)
+        texts = [out.text for out in plain]
+        assert plain[0].stats.drafted == 0
+        for prediction in (texts, [["no", texts[0]], None, ""], texts[::-1]):
+            for batch_size in (1, 2):
+                outputs = llm.generate(prompts, 24, batch_size=batch_size, prediction=prediction, **settings)
+                assert [out.text for out in outputs] == texts
+            assert outputs[0].stats.accepted > 3 or prediction == texts[::-1]
+        out = llm.generate(PROMPT, 24, prediction=texts[0], **settings)
+        assert out.text == texts[0] and out.stats.accepted > 3
+        assert "".join(llm.stream(PROMPT, 24, prediction=["no", texts[0]], **settings)) == texts[0]
+    assert llm.generate(PROMPT, 24, prediction=texts[0], draft=None).stats.drafted == 0
+    assert llm.generate(PROMPT, 24, prediction="").stats.drafted == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prediction"),
+    [(PROMPT, 3), (PROMPT, ["a", 3]), (PROMPT, [["a"]]), ([PROMPT], "a"), ([PROMPT], ["a", "b"]), ([PROMPT], [3])],
+)
+def test_predictions_that_are_no_texts_are_refused(checkpoint, prompt, prediction):
+    llm = LLM.load(str(checkpoint))
+    with pytest.raises(ConfigError, match=r"^prediction: .* is not allowed.* Allowed: "):
+        llm.generate(prompt, 4, prediction=prediction)
+
+
 def test_an_answer_ends_before_a_stop_text(run):
     llm = LLM.load(str(run))
     text = llm.generate(PROMPT, 24).text
@@ -129,7 +158,7 @@ def test_two_objects_of_one_folder_share_nothing(run):
 
 
 def test_a_call_has_the_keys_of_self_speculation():
-    of_calls = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "compile"}
+    of_calls = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "prediction", "compile"}
     assert CallSettings.__annotations__.keys() - of_calls == SelfSpeculation.model_fields.keys()
 
 

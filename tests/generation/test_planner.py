@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -80,6 +81,7 @@ def choose(
     batch_rows=1,
     dtype=torch.float32,
     draft_dtype=torch.float32,
+    has_predictions=False,
 ):
     """The plan for SmolLM2 in C++; `int8` and `ends`: whether drafts may be in int8, and may end early."""
     given = ({} if ends else {"min_confidence": 0.0}) | ({} if int8 else {"draft_int8": False}) | (given or {})
@@ -87,7 +89,7 @@ def choose(
         SelfSpeculation(**given),
         DraftPlanner(smollm2(), folder, "cpu", dtype, draft_dtype, make_tokenizer=Words),
     )
-    plan, why = planner.plan(section, temperature, True, batch_rows=batch_rows)
+    plan, why = planner.plan(section, temperature, True, batch_rows=batch_rows, has_predictions=has_predictions)
     return SimpleNamespace(plan=plan, section=section.resolved(plan), why=why, speedup=plan and plan.speedup)
 
 
@@ -272,12 +274,26 @@ def test_answers_beside_the_model_draft_with_and_without_an_exit(tmp_path):
     assert choose(good, given={"answers": None}).section.answers is None
 
 
+def test_with_predictions_drafts_are_looked_up_in_the_text(tmp_path):
+    """In batches, beside any exit and without one, unless the user does not want it."""
+    good, nowhere = described(tmp_path / "good", {6: TASK}), tmp_path / "nowhere"
+    for batch_rows in (1, 2):
+        predicted = partial(choose, batch_rows=batch_rows, has_predictions=True)
+        assert predicted(good).section.prompt_lookup == 1
+        assert predicted(good, given={"prompt_lookup": None}).section.prompt_lookup is None
+        assert predicted(nowhere, given={"exit_layer": 4}).section.prompt_lookup == 1
+        keys = {"exit_layer": None, "num_speculations": 8, "prompt_lookup": 1}
+        assert predicted(nowhere).section == SelfSpeculation(**SPECULATION_DEFAULTS | keys)
+        assert predicted(nowhere, given={"num_speculations": 3}).section.num_speculations == 3
+        assert predicted(nowhere, given={"prompt_lookup": None}).section is None
+
+
 def test_no_exit_means_look_ups_alone(tmp_path):
     """And the whole model as the exit drafts, for example in int8."""
     folder = described(tmp_path, {6: TASK})
     for given, length in (({}, 1), ({"prompt_lookup": 2}, 2)):
         found = choose(folder, given={"exit_layer": None} | given)
-        expected = SPECULATION_DEFAULTS | {"exit_layer": None, "prompt_lookup": length}
+        expected = SPECULATION_DEFAULTS | {"exit_layer": None, "num_speculations": 8, "prompt_lookup": length}
         assert found.section == SelfSpeculation(**expected) and found.why is None
     found = choose(folder, given={"exit_layer": 30, "draft_int8": True})
     assert found.section.draft_int8 and found.section.prompt_lookup is None

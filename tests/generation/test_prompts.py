@@ -87,6 +87,27 @@ def test_a_bad_prompt_is_an_error_that_names_its_line(refused):
     assert "no system (prompt_file line 2)." in refused(chats, f"tokenizer.chat_template={json.dumps(template)}")
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_predictions_of_json_lines_are_drafted_and_change_no_answer(path, tmp_path, batch_size):
+    """From a prompt file and from questions of the `qa/*` configs, whose answers need no prediction."""
+    questions = ["a = 1", "import os", "def main(", "x", "class A:", "b"]
+    out, keys = tmp_path / "out.jsonl", (f"batch_size={batch_size}", "self_speculation=auto")
+    file = write_lines(tmp_path / "prompts.jsonl", [{"prompt": question} for question in questions])
+    _, report = run(path, f"prompt_file={file}", f"output_file={out}", *keys)
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert report["drafted"] == 0
+    predictions = [line["text"] for line in answers[:3]] + ["no", ["", "no"], None]
+    lines = [{"prompt": a, "prediction": b} for a, b in zip(questions, predictions, strict=True)]
+    file = write_lines(tmp_path / "prompts.jsonl", lines)
+    _, report = run(path, f"prompt_file={file}", f"output_file={out}", *keys)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == answers
+    assert report["accepted"] > 9
+    qa = write_lines(tmp_path / "qa.jsonl", [{"input": line["prompt"], "output": "", **line} for line in lines])
+    prompts = ["prompts._component_=layerskip_recipes.tasks.qa_prompts", f"prompts.path={qa}"]
+    recipe = ready(path, "prompt=null", *prompts, *keys)
+    assert [example.prediction for example in recipe.examples] == predictions and any(recipe.predictions)
+
+
 def test_bytes_that_are_no_utf8_break_their_line_only(path, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'{"prompt": "a\xff"}\n{"prompt": "\xc3\xa9"}\n')
@@ -193,10 +214,10 @@ def test_prompts_of_a_task_and_of_json_lines_have_their_responses():
         {"prompt": "a", "response": "b", "id": 1},
         {"prompt": {"user": "c"}},
         {"prompt": "d", "response": None},
-        {"prompt": "e", "response": ""},
+        {"prompt": "e", "response": "", "prediction": ["f", ""]},
     ]
     file = write_lines("p.jsonl", lines)
-    expected = [Example("a", "b"), Example({"user": "c"}), Example("d"), Example("e", "")]
+    expected = [Example("a", "b"), Example({"user": "c"}), Example("d"), Example("e", "", ["f", ""])]
     assert read_examples(prompt_file=file) == expected
     assert read_examples(["a", {"user": "b"}]) == [Example("a"), Example({"user": "b"})]
 
@@ -226,6 +247,8 @@ def test_items_of_a_users_component_are_prompts_or_refused(monkeypatch):
     [
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "prompt_file line 2: {'text': 'b'} has no field prompt"),
         ("p.jsonl", '{"prompt": "a", "response": 3}\n', "prompt_file line 1: response 3 is no text"),
+        ("p.jsonl", '{"prompt": "a", "prediction": [3]}\n', r"prompt_file line 1: prediction: \[3\] is not allowed"),
+        ("p.jsonl", '{"prompt": "a", "prediction": "\\ud83d"}\n', "prompt_file line 1: prediction: "),
         ("p.jsonl", '["a"]\n', "prompt_file line 1: "),
         ("p.jsonl", '{"prompt": 3, "response": "a"}\n', "prompt_file line 1: 3 is empty or no text"),
         ("p.jsonl", "\n\n", "prompt_file: .*no prompt"),

@@ -113,6 +113,18 @@ def test_an_answer_has_the_first_allowed_values_of_what_must_be_given():
     assert second["arguments"] == {"city": ""} and "\n" not in answer
 
 
+def test_predictions_are_calls_with_made_up_arguments():
+    """With all arguments and with those that must be given."""
+    unit = FORECAST | {"parameters": {"properties": {"unit": {"type": "string", "enum": ["km", "mi"]}}}}
+    whole, required, given, empty = map(json.loads, SCRIPT.likely_calls([FORECAST, unit | {"name": "other"}]))
+    assert [call["name"] for (call,) in (whole, required, given, empty)] == ["forecast"] * 2 + ["other"] * 2
+    assert whole[0]["arguments"].keys() == PROPERTIES.keys() and [*required[0]["arguments"]] == ["city"]
+    for name, value in whole[0]["arguments"].items():
+        assert CHECK.is_allowed(value, [value], PROPERTIES[name])
+    assert given[0]["arguments"] == {"unit": "km"} and empty[0]["arguments"] == {}
+    assert len(SCRIPT.likely_calls([FORECAST | {"parameters": {"properties": {}}}])) == 1
+
+
 RIGHT = [
     {"city": "Oslo"},
     {"city": "OSLO - N.O."},  # case, spaces and some punctuation do not count

@@ -206,6 +206,29 @@ def test_drafts_from_answers_are_accepted_and_change_no_answer(config, client, a
     assert answer["usage"]["drafted_tokens"] > answer["usage"]["accepted_tokens"] > 2
 
 
+def test_predictions_are_drafted_and_change_no_answer(config, access):
+    """The model has no draft, and requests without a prediction get none."""
+    recipe = LayerSkipServe(load_config(str(config), [TEMPLATE, "port=0", "self_speculation=auto"]))
+    recipe.socket.close()
+    always = DraftRule(measure=False)
+    with TestClient(http.make_app(recipe.answers, access, MAX_WAITING), "http://localhost") as client:
+        recipe.answers.llm.state.rule = lambda *_: always
+        for path, asked in (("completions", {"prompt": "def main("}), ("chat/completions", {"messages": USER})):
+            for settings in ({"temperature": 0}, {"temperature": 0.8, "seed": 5}):
+
+                def answer(content=None, path=path, fields=asked | settings):
+                    prediction = None if content is None else {"type": "content", "content": content}
+                    answer = client.post(f"/v1/{path}", json=fields | {"prediction": prediction}).json()
+                    (choice,), usage = answer["choices"], answer["usage"]
+                    return choice.get("text") or choice["message"]["content"], usage
+
+                plain, usage = answer()
+                assert usage["drafted_tokens"] == 0
+                for content in (plain, [{"type": "text", "text": "no"}, {"type": "text", "text": plain}], "no", "", []):
+                    text, usage = answer(content)
+                    assert text == plain and (usage["accepted_tokens"] > 2 or content in ("no", "", []))
+
+
 @pytest.mark.slow
 def test_consecutive_prompts_reuse_their_beginning(served, client, monkeypatch):
     """Where `generate` does: in compiled C++."""
@@ -274,6 +297,11 @@ CHAT_ROWS = [
     ({"messages": USER, "max_tokens": 1000}, "max_tokens: "),
     ({"messages": USER, "stream": "yes"}, "stream: 'yes' is not allowed"),
     ({"messages": USER, "stream_options": {"include_usage": 1}}, "stream_options.include_usage: 1"),
+    ({"messages": USER, "prediction": "x"}, "prediction: 'x' is not allowed"),
+    ({"messages": USER, "prediction": {"type": "content"}}, "prediction.content: missing"),
+    ({"messages": USER, "prediction": {"type": "text", "content": "x"}}, "prediction.type: 'text' is not allowed"),
+    ({"messages": USER, "prediction": {"type": "content", "content": [{"type": "image_url"}]}},
+     "prediction.content[0]: type 'image_url' is not supported"),
     ({"messages": USER, "\ud800": 1}, "body: no JSON"),
     ({"messages": [json.loads("[" * 190 + "]" * 190)]}, "messages[0]: [[[["),
     ({"messages": [1] * 10_000}, "messages: [1, 1"),

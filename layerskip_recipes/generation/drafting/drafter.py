@@ -79,7 +79,7 @@ class Drafter(ABC):
         for a finished row. n is `round_start.num_to_draft(context, num_speculations)`, or less on a CPU, and not 0."""
 
     def replace(self, row: int, text: Sequence[int]) -> None:  # noqa: B027 - only some drafters need it
-        """A batch row continues another text, which is in the cache."""
+        """A batch row continues another text, which is in the cache and, behind predictions, the end of `text`."""
 
     @abstractmethod
     def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:

@@ -13,7 +13,10 @@ from layerskip_recipes.generation.drafting.verification import Verifier
 
 
 class Drafters:
-    """The drafters of a plan (none without one), and the rule that picks one of them, or none, in each round."""
+    """The drafters of a plan (none without one), and the rule that picks one of them, or none, in each round.
+
+    `texts` are those in which look-ups search, see `BatchRows.searched`.
+    """
 
     def __init__(
         self,

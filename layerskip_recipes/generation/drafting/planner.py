@@ -147,10 +147,11 @@ class DraftPlanner:
         prompts: Sequence[Sequence[int]] = (),
         batch_rows: int = 1,
         key: str = SECTION_KEY,
+        has_predictions: bool = False,
     ) -> Chosen:
         """How to decode. `compile` None: if that pays for up to `num_tokens` steps. The rest is as in `plan`."""
         plans = {
-            compiled: self.plan(section, temperature, compiled, prompts, batch_rows, key)
+            compiled: self.plan(section, temperature, compiled, prompts, batch_rows, key, has_predictions)
             for compiled in ((False, True) if compile is None else (compile,))
         }
         reasons = []
@@ -176,15 +177,19 @@ class DraftPlanner:
         prompts: Sequence[Sequence[int]] = (),
         batch_rows: int = 1,
         key: str = SECTION_KEY,
+        has_predictions: bool = False,
     ) -> tuple[Speculation | None, str | None]:
         """How to draft in batches of `batch_rows` prompts (None: not at all), and a log line if anything was chosen.
 
         In order: the user's keys stand; without any measurement, open keys have defaults; else the fastest of the
         known options is taken, if it should pay or the user asked for drafts by an exit or a draft.
-        `key` is the section's name in messages.
+        `key` is the section's name in messages. Predictions of answers are a reason to look drafts up in the text, of
+        which they are a part.
         """
         if section is None:
             return None, None
+        if has_predictions and section.prompt_lookup == AUTO:
+            section = section.model_copy(update={"prompt_lookup": LOOKUP})
         given = section.given
         has_exit = given.get("exit_layer") is not None
         draft, unusable = self.trained_draft(section, key)
@@ -297,10 +302,8 @@ class DraftPlanner:
     def _look_ups_alone(
         self, given: dict[str, Any], answers: Answers | None, compiled: bool, batch_rows: int
     ) -> Speculation:
-        # Drafts from answers are often right as a whole. Others are mostly short.
-        usual = SPECULATION_DEFAULTS["num_speculations"]
-        usual = usual if answers is None else self.costs(compiled, batch_rows).longest
-        length = given.get("num_speculations", usual)
+        # A look-up ends where it is not sure, so it may be as long as this machine verifies well.
+        length = given.get("num_speculations", self.costs(compiled, batch_rows).longest)
         return Speculation(None, length, prompt_lookup=given.get("prompt_lookup", LOOKUP), answers=answers)
 
     def _untrained(self, key: str) -> str:

@@ -36,7 +36,7 @@ class SelfSpeculation(Section):
     training with a section `draft`. auto: the draft beside the model, if there is one and no exit is given; null:
     none."""
     num_speculations: Annotated[NumSpeculations, Auto()] = AUTO
-    """The most tokens drafted per round. auto without a measurement: 6."""
+    """The most tokens drafted per round. auto without a measurement: 6; of look-ups alone 8, or 15 with AMX."""
     min_confidence: Annotated[Confidence, Auto()] = AUTO
     """Ends a draft early, on a CPU and in one process: after a token at which the product of the draft's largest
     probabilities is below this, as further tokens would probably be rejected. 0: drafts always have `num_speculations`
@@ -47,8 +47,9 @@ class SelfSpeculation(Section):
     tokens."""
     prompt_lookup: Annotated[PromptLookup, Auto()] | None = AUTO
     """Prompt look-up: drafts what followed the longest earlier occurrence of the text's last tokens, if it has at least
-    this many, where that is faster. auto: 1 beside `answers` and without an exit, and beside a measured exit or draft
-    for one prompt at a time; null: none."""
+    this many, where that is faster. A prompt's `prediction` is part of its text. auto: 1 for prompts with a
+    `prediction`, beside `answers` and without an exit, and beside a measured exit or draft for one prompt at a time;
+    null: none."""
     answers: Annotated[Text, Auto(), Field(examples=["my_data/train.jsonl"])] | None = AUTO
     """Answers in which drafts are looked up as in the text: a JSONL file with fields `input` and `output` (or an
     `output_file` of layerskip_generate), or the `answers.npz` of a checkpoint. Nothing needs to be trained. auto: the

@@ -13,23 +13,30 @@ from torchtune import utils
 from torchtune.data import Message
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.checkpoint.answers import LEAD
 from layerskip_recipes.config.components import Component
+from layerskip_recipes.config.schema import check
 from layerskip_recipes.data.chat_template import END_OF_THINKING
 from layerskip_recipes.data.json_lines import bad_line_message, parse_json_lines
-from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.errors import ConfigError, mistakes_of
 from layerskip_recipes.model.limits import check_prompt_lengths
 
 INTERACTIVE = "interactive"  # the value of `prompt` for a conversation
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+HALF_A_PAIR = "has half of a surrogate pair. Allowed: valid UTF-8 text"
+Prediction = str | Sequence[str] | None  # texts that an answer may repeat
 
 log = utils.get_logger("INFO")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its reference answer."""
+    """A prompt, its reference answer, and predictions of its answer."""
 
     prompt: str | dict[str, str]  # raw text, or roles for the chat template: {"user": ..., "system": ...}
     response: str | None = None
+    prediction: Prediction = None
     line: int | None = field(default=None, compare=False)  # in a JSONL file, from 1
     error: str | None = None  # why it cannot be answered
 
@@ -112,12 +119,14 @@ def _example(item: Any, key: str, line: int | None = None) -> Example:
     if line is None and not (isinstance(item, Mapping) and {"prompt", "response"} & set(item)):
         fields = {"prompt": item}
     mistake = _mistake(fields) if isinstance(fields, Mapping) else bad_line_message(fields)
+    if mistake is None:
+        mistake = next(mistakes_of(check_prediction, fields.get("prediction")), None)
     if mistake is not None:
         return Example("", line=line, error=f"{key}: {mistake}")
     prompt = fields["prompt"]
     if isinstance(prompt, Mapping):
         prompt = {role: text for role, text in prompt.items() if text is not None}
-    return Example(prompt, fields.get("response"), line)
+    return Example(prompt, fields.get("response"), fields.get("prediction"), line)
 
 
 def _mistake(fields: Mapping[str, Any]) -> str | None:
@@ -137,9 +146,23 @@ def prompt_mistake(prompt: Any) -> str | None:
     if not texts or not chat.get("user") or set(chat) - {"user", "system"}:
         wanted = "needs user: text, and may have system: text"
         return f"{prompt!r} {wanted if is_chat else 'is empty or no text; for example prompt.user=QUESTION'}"
-    if re.search("[\ud800-\udfff]", "".join(text or "" for text in chat.values())):
-        return f"{prompt!r} has half of a surrogate pair. Allowed: valid UTF-8 text"
+    if SURROGATE.search("".join(text or "" for text in chat.values())):
+        return f"{prompt!r} {HALF_A_PAIR}"
     return None
+
+
+def check_prediction(prediction: Any) -> None:
+    """Raise a ConfigError unless these are texts."""
+    check("prediction", prediction, Prediction)
+    if SURROGATE.search("".join(prediction or ())):
+        raise ConfigError(f"prediction: {prediction!r} {HALF_A_PAIR}")
+
+
+def predicted_tokens(prediction: Prediction, prompt: Sequence[int], tokenizer: Any) -> list[int]:
+    """The tokens of predictions, each behind the prompt's last ones, so that an answer's first token has matches."""
+    texts = [prediction] if isinstance(prediction, str) else prediction or []
+    encoded = [tokenizer.encode(text, add_bos=False, add_eos=False) for text in texts if text]
+    return [token for tokens in encoded for token in (*prompt[-LEAD:], *tokens)]
 
 
 def _check_open_turn(tokenizer: Any) -> None:
