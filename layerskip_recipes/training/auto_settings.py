@@ -162,6 +162,9 @@ class TrainingMemory:
             taken += cast_bytes(model, self.depth, recompute) // (cfg.tensor_parallel_dim or 1)
         return taken + self.kept(dtype)
 
+    def at_save(self, dtype: str) -> int:
+        return self.kept(dtype) + measuring_bytes(self.cfg.meta_model, min(self.chunk, MOST_CHUNK_TOKENS))
+
     def room(self, dtype: str, recompute: bool) -> int:
         """Bytes left for activations."""
         return self.there - self.taken(dtype, recompute)
