@@ -20,9 +20,19 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
-from layerskip_recipes.model.memory import cast_bytes, free_memory, measuring_bytes, token_bytes, training_bytes
+from layerskip_recipes.model.memory import (
+    cast_bytes,
+    draft_state_bytes,
+    exit_state_bytes,
+    free_memory,
+    logits_bytes,
+    measuring_bytes,
+    token_bytes,
+    training_bytes,
+)
 from layerskip_recipes.model.nf4 import packs_weights
 from layerskip_recipes.processes import num_local_processes, num_processes
+from layerskip_recipes.training.early_exit import enabled_exits
 from layerskip_recipes.training.keys import FinetuneKeys
 
 log = get_logger("INFO")
@@ -49,7 +59,12 @@ def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
     for section in ("early_exit_loss", "draft"):
         if getattr(cfg, section) is not None:
             choices.pick(f"{section}.chunk_tokens", lambda: chunk_tokens(device))
-    memory = TrainingMemory(cfg, device)
+    if cfg.early_exit_loss is not None:
+        usual = str(default_exit(cfg.num_layers))
+        choices.pick("early_exit_loss.exits", lambda: ":" if cfg.early_exit_loss.curriculum else usual)
+        # The paper's R for 16 and 32 layers; in deeper models, two exits and the last layer have a loss at each step.
+        choices.pick("early_exit_loss.interval", lambda: 8 if cfg.num_layers <= 32 else cfg.num_layers // 2)
+    memory = TrainingMemory(choices.cfg, device)
     bf16 = computes_in_bf16(device)
 
     # In bf16, rounding undoes small steps. Those of adapters are large enough, and drafts are trained in fp32 anyway.
@@ -80,11 +95,11 @@ def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
         wanted = memory.wanted_length if "tokenizer.max_seq_len" in choices.chosen else length
         memory.warn_if_little(dtype, wanted, length)
     if choices.chosen:
-        memory.warn_of_saves(dtype)
+        memory.warn_of_saves(dtype, size * (length or cfg.meta_model.max_seq_len))
     more = 1 if cfg.optimizer_in_bwd else max(per_step // (size * ranks), 1)
     choices.pick("gradient_accumulation_steps", lambda: more)
 
-    # Learning rate and exits.
+    # Learning rate.
     if "lr" in cfg.optimizer.arguments:
         rate = full_learning_rate(cfg.meta_model.tok_embeddings.embedding_dim)
         if cfg.draft is not None and cfg.draft.kind == "copy" and cfg.freezes_model:
@@ -93,11 +108,6 @@ def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
             rate = ADAPTER_RATE
         if choices.pick("optimizer.lr", lambda: rate) is None:
             raise ConfigError(refusal("optimizer.lr", None, Annotated[float, Auto()]))
-    if cfg.early_exit_loss is not None:
-        usual = str(default_exit(cfg.num_layers))
-        choices.pick("early_exit_loss.exits", lambda: ":" if cfg.early_exit_loss.curriculum else usual)
-        # The paper's R for 16 and 32 layers; in deeper models, two exits and the last layer have a loss at each step.
-        choices.pick("early_exit_loss.interval", lambda: 8 if cfg.num_layers <= 32 else cfg.num_layers // 2)
 
 
 def full_learning_rate(width: int) -> float:
@@ -124,12 +134,9 @@ class TrainingMemory:
         # Whether all weights are trained, not just a draft or adapters.
         self.all_weights = not (cfg.freezes_model or adapter_names(cfg.meta_model))
         self.trained, self.of_draft = cfg.trained_weights
-        # Layers that keep activations. An adapter runs once per unrolled token, beside a layer of the frozen model.
-        draft_depth = 0 if cfg.draft is None else IN_A_ROW if cfg.draft.kind == "adapter" else cfg.draft.exit_layer
-        self.depth = draft_depth + (1 if cfg.freezes_model else cfg.num_layers)
 
     @cached_property
-    def there(self) -> int:
+    def available(self) -> int:
         """Bytes that each process may take."""
         if self.device.startswith("cuda") and torch.cuda.is_available():
             return torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
@@ -142,37 +149,86 @@ class TrainingMemory:
         value = AUTO if section is None else section.chunk_tokens
         return chunk_tokens(self.device) if value == AUTO else value
 
-    def kept(self, dtype: str) -> int:
+    @property
+    def num_exits(self) -> int:
+        """The most exits of the model that have a loss in one step."""
+        section, depth = self.cfg.early_exit_loss, self.cfg.num_layers
+        if section is None:
+            return 1
+        settings = (depth, section.interval, section.exits)
+        # A rotation repeats after `interval` steps. The gradual curriculum of one step has all exits after it.
+        return max(sum(enabled_exits(section.curriculum, step, 1, *settings)) for step in range(section.interval + 1))
+
+    @property
+    def draft_depth(self) -> int:
+        """A draft's layers; an adapter's one layer runs once per unrolled token."""
+        draft = self.cfg.draft
+        return 0 if draft is None else IN_A_ROW if draft.kind == "adapter" else draft.exit_layer
+
+    def autocasts(self, dtype: str) -> bool:
+        """Whether products of fp32 weights are computed in bf16."""
+        compute = self.cfg.compute_dtype
+        in_bf16 = has_bf16_products(self.device) if compute == AUTO else compute == "bf16"
+        return dtype == "fp32" and in_bf16 and not packs_weights(self.cfg.model)
+
+    def state_bytes(self, dtype: str, gradients: bool = True) -> int:
         """Bytes that each process holds throughout: its shards of weights, gradients and averages."""
         cfg = self.cfg
-        # A draft is always in fp32, with 16 bytes for each weight, its gradient and two averages.
-        whole = training_bytes(cfg.meta_model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model))
+        of_model = training_bytes(cfg.meta_model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model), gradients)
+        # A draft is always in fp32: each weight, its gradient and two averages.
+        of_draft = (3 + gradients) * ITEMSIZE["fp32"] * self.of_draft
         shards = max(num_processes() // (cfg.data_parallel_replicate_dim or 1), 1)
-        return (whole + 16 * self.of_draft) // shards
+        return (of_model + of_draft) // shards
+
+    def batch_bytes(self, dtype: str, recompute: bool) -> int:
+        """Bytes that each process takes in a step for a batch of any size: for a chunk's logits, the sum of the head's
+        gradients in fp32, and bf16 copies of weights."""
+        cfg, model = self.cfg, self.cfg.meta_model
+        num_tokens = model.tok_embeddings.num_embeddings
+        of_draft = (
+            0 if cfg.draft is None else logits_bytes(self.chunk, cfg.draft.vocabulary or num_tokens, teacher=True)
+        )
+        taken = max(of_draft, 0 if cfg.freezes_model else logits_bytes(self.chunk, num_tokens))
+        taken += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
+        if self.autocasts(dtype):
+            depth = self.draft_depth + (0 if cfg.freezes_model else cfg.num_layers)
+            head = torch.bfloat16.itemsize * model.tok_embeddings.weight.numel()
+            taken += (cast_bytes(model, depth, recompute) + head) // (cfg.tensor_parallel_dim or 1)
+        elif dtype == "bf16" and cfg.draft is not None:  # whose weights are in fp32
+            taken += cast_bytes(model, self.draft_depth, recompute)
+        return taken
 
     def taken(self, dtype: str, recompute: bool) -> int:
         """Bytes that each process takes besides activations."""
-        cfg, model = self.cfg, self.cfg.meta_model
-        # In each process: the fp32 logits of a chunk with their gradient, and the sum of the head's gradients in fp32.
-        taken = 8 * self.chunk * model.tok_embeddings.num_embeddings
-        taken += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
-        compute = cfg.compute_dtype
-        in_bf16 = has_bf16_products(self.device) if compute == AUTO else compute == "bf16"
-        if dtype == "fp32" and in_bf16 and not packs_weights(cfg.model):
-            taken += cast_bytes(model, self.depth, recompute) // (cfg.tensor_parallel_dim or 1)
-        return taken + self.kept(dtype)
-
-    def at_save(self, dtype: str) -> int:
-        return self.kept(dtype) + measuring_bytes(self.cfg.meta_model, min(self.chunk, MOST_CHUNK_TOKENS))
+        return self.state_bytes(dtype) + self.batch_bytes(dtype, recompute)
 
     def room(self, dtype: str, recompute: bool) -> int:
         """Bytes left for activations."""
-        return self.there - self.taken(dtype, recompute)
+        return self.available - self.taken(dtype, recompute)
 
     def sample_bytes(self, dtype: str, length: int, recompute: bool) -> int:
-        itemsize = ITEMSIZE["fp32" if self.of_draft else dtype]
-        on_heap = self.device == "cpu"
-        return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute, on_heap) * length
+        """Bytes of the activations of a sample."""
+        cfg, model, itemsize = self.cfg, self.cfg.meta_model, ITEMSIZE[dtype]
+        options = {"autocast": self.autocasts(dtype), "on_heap": self.device == "cpu"}
+        per_token = 0
+        if not cfg.freezes_model:
+            per_token += token_bytes(model, cfg.num_layers, itemsize, recompute, self.all_weights, **options)
+            per_token += exit_state_bytes(model, self.num_exits, itemsize)
+        if cfg.draft is not None:
+            is_adapter = cfg.draft.kind == "adapter"
+            per_token += token_bytes(model, self.draft_depth, itemsize, recompute, **options)
+            per_token += draft_state_bytes(model, IN_A_ROW if is_adapter else 1, is_adapter, itemsize)
+        return per_token * length
+
+    def needed(self, dtype: str, samples: int, length: int, recompute: bool) -> int:
+        """Bytes that each process takes to train with a batch."""
+        return self.taken(dtype, recompute) + samples * self.sample_bytes(dtype, length, recompute)
+
+    def needed_at_save(self, dtype: str, tokens: int) -> int:
+        """Bytes that each process takes to measure exits or a draft at a save, with batches of so many tokens."""
+        chunk = min(self.chunk, MOST_CHUNK_TOKENS)
+        measuring = measuring_bytes(self.cfg.meta_model, chunk, tokens, ITEMSIZE[dtype])
+        return self.state_bytes(dtype, gradients=False) + measuring
 
     def fits(self, dtype: str, length: int, recompute: bool) -> bool:
         return self.sample_bytes(dtype, length, recompute) <= self.room(dtype, recompute)
@@ -194,11 +250,11 @@ class TrainingMemory:
         fits = self.room(dtype, recompute) // self.sample_bytes(dtype, length, recompute)
         return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))
 
-    def warn_of_saves(self, dtype: str) -> None:
+    def warn_of_saves(self, dtype: str, tokens: int) -> None:
         """Warn if a save cannot measure the exits or the draft, while there is room to train."""
-        measuring = measuring_bytes(self.cfg.meta_model, min(self.chunk, MOST_CHUNK_TOKENS))
-        used = self.kept(dtype)
-        if used <= self.there < used + measuring:
+        needed = self.needed_at_save(dtype, tokens)
+        if self.state_bytes(dtype) <= self.available < needed:
+            measuring = needed - self.state_bytes(dtype, gradients=False)
             log.warning(
                 f"Measuring the exits or the draft at a save needs {measuring / 2**30:.1f} GiB, more than is left. "
                 "Checkpoints will be saved without it, and generation cannot choose by it"
@@ -208,9 +264,9 @@ class TrainingMemory:
         """Warn if a sample of `wanted` tokens does not fit, even with checkpointing; `length` tokens were chosen."""
         if self.fits(dtype, wanted, recompute=True):
             return
-        needed = self.taken(dtype, recompute=True) + self.sample_bytes(dtype, wanted, recompute=True)
+        needed = self.needed(dtype, 1, wanted, recompute=True)
         said = f"Training with a sample of {wanted} tokens needs about {needed / 2**30:.1f} GiB, "
-        said += f"and {self.there / 2**30:.1f} GiB can be used here"
+        said += f"and {self.available / 2**30:.1f} GiB can be used here"
         if length < wanted:
             said += f", so samples are cut to {length} tokens (not with tokenizer.max_seq_len={wanted})"
         if not self.fits(dtype, length, recompute=True):

@@ -2,6 +2,7 @@
 alive beside the plan's: `python start.py memory.py FOLDER CASES`."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -65,10 +66,10 @@ DECODINGS: dict[str, dict[str, Any]] = {
 
 
 def read(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    """What the host reads: a number, tokens [b], or the outcome of a round [b, 2 + n], of which one token is right."""
-    if len(shape) < 2:
-        return [5] * shape[0] if shape else 1
-    return [[1, *[5] * (shape[1] - 1)]] * shape[0]
+    """What the host reads: tokens [b], the outcome of a round [b, 2 + n], of which one token is right, or ones."""
+    if len(shape) == 2 and dtype is torch.long:
+        return [[1, *[5] * (shape[1] - 1)]] * shape[0]
+    return [5] * shape[0] if len(shape) == 1 else 1
 
 
 def attention(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, **_: Any) -> torch.Tensor:
@@ -126,7 +127,7 @@ def train(name: str, folder: Path) -> Iterator[dict[str, Any]]:
         memory = TrainingMemory(cfg, "cuda")
         shape = (cfg.batch_size, cfg.tokenizer.get("max_seq_len"))
         recompute = cfg.enable_activation_checkpointing
-        planned = memory.taken(cfg.dtype, recompute) + shape[0] * memory.sample_bytes(cfg.dtype, shape[1], recompute)
+        planned = memory.needed(cfg.dtype, *shape, recompute)
     recipe = recipe_of(cfg)
     with gpu_with(recipe.model, *([] if recipe.draft is None else [recipe.draft])) as gpu:
         recipe.labels = LabelCounts(recipe.mesh, CUDA, QWEN3_8B["vocab_size"])
@@ -143,7 +144,11 @@ def train(name: str, folder: Path) -> Iterator[dict[str, Any]]:
         measured_acceptance(
             validation.quality, "training", [next(batches)], recipe.model, [5], vocabulary, draft=recipe.draft
         )
-        yield {"case": f"{name}, measuring", "peak": gpu.memory.peak, "planned": memory.at_save(cfg.dtype)}
+        yield {
+            "case": f"{name}, measuring",
+            "peak": gpu.memory.peak,
+            "planned": memory.needed_at_save(cfg.dtype, math.prod(shape)),
+        }
 
 
 def decode(name: str, folder: Path) -> dict[str, Any]:
