@@ -191,10 +191,20 @@ def forward_values(model: TransformerDecoder) -> int:
     return 3 * mlp_width(model) + 6 * model.tok_embeddings.embedding_dim
 
 
-def measuring_bytes(model: TransformerDecoder, chunk: int, tokens: int, itemsize: int) -> int:
-    """Bytes of the measurement of exits at a save: the activations of a batch of `tokens`, and six fp32 values for each
-    token of a chunk and vocabulary entry."""
-    return tokens * itemsize * forward_values(model) + 6 * 4 * chunk * model.tok_embeddings.num_embeddings
+def measuring_bytes(
+    model: TransformerDecoder, chunk: int, tokens: int, itemsize: int, exits: int, draft: bool = False
+) -> int:
+    """Bytes of the measurement of `exits` or of a `draft` at a save, with batches of so many `tokens`.
+
+    First the layers run, beside the states of an exit, and in a draft beside eight more states and the matrices of its
+    layer in bf16. Then the states, and those at the labels, are compared: with six fp32 values for each token of a
+    chunk and vocabulary entry.
+    """
+    state = tokens * itemsize * model.tok_embeddings.embedding_dim
+    running = tokens * itemsize * forward_values(model) + state * (10 if draft else 2)
+    running += cast_bytes(model, 1, recompute=True) if draft else 0
+    comparing = state * (8 if draft else 2 * exits) + 6 * 4 * chunk * model.tok_embeddings.num_embeddings
+    return max(running, comparing)
 
 
 # ---- generation ----

@@ -11,6 +11,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
 
 from layerskip_recipes.acceptance.exit_quality import MOST_CHUNK_TOKENS
+from layerskip_recipes.acceptance.measuring import MOST_EXITS
 from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.config.layer_strings import default_exit
@@ -150,14 +151,19 @@ class TrainingMemory:
         return chunk_tokens(self.device) if value == AUTO else value
 
     @property
-    def num_exits(self) -> int:
-        """The most exits of the model that have a loss in one step."""
+    def enabled(self) -> list[list[bool]]:
+        """Which of the model's exits have a loss, in each step that differs from the others."""
         section, depth = self.cfg.early_exit_loss, self.cfg.num_layers
         if section is None:
-            return 1
+            return [[True]]
         settings = (depth, section.interval, section.exits)
         # A rotation repeats after `interval` steps. The gradual curriculum of one step has all exits after it.
-        return max(sum(enabled_exits(section.curriculum, step, 1, *settings)) for step in range(section.interval + 1))
+        return [enabled_exits(section.curriculum, step, 1, *settings) for step in range(section.interval + 1)]
+
+    @property
+    def num_exits(self) -> int:
+        """The most exits of the model that have a loss in one step."""
+        return max(map(sum, self.enabled))
 
     @property
     def draft_depth(self) -> int:
@@ -226,8 +232,10 @@ class TrainingMemory:
 
     def needed_at_save(self, dtype: str, tokens: int) -> int:
         """Bytes that each process takes to measure exits or a draft at a save, with batches of so many tokens."""
-        chunk = min(self.chunk, MOST_CHUNK_TOKENS)
-        measuring = measuring_bytes(self.cfg.meta_model, chunk, tokens, ITEMSIZE[dtype])
+        cfg, chunk = self.cfg, min(self.chunk, MOST_CHUNK_TOKENS)
+        exits = min(sum(map(any, zip(*self.enabled, strict=True))), MOST_EXITS + 1)
+        sizes = (tokens, ITEMSIZE[dtype], exits)
+        measuring = measuring_bytes(cfg.meta_model, chunk, *sizes, draft=cfg.draft is not None)
         return self.state_bytes(dtype, gradients=False) + measuring
 
     def fits(self, dtype: str, length: int, recompute: bool) -> bool:
