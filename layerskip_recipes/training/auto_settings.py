@@ -192,7 +192,9 @@ class TrainingMemory:
         cfg, model = self.cfg, self.cfg.meta_model
         num_tokens = model.tok_embeddings.num_embeddings
         of_draft = (
-            0 if cfg.draft is None else logits_bytes(self.chunk, cfg.draft.vocabulary or num_tokens, teacher=True)
+            0
+            if cfg.draft is None
+            else logits_bytes(self.chunk, min(cfg.draft.vocabulary or num_tokens, num_tokens), True)
         )
         taken = max(of_draft, 0 if cfg.freezes_model else logits_bytes(self.chunk, num_tokens))
         taken += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
