@@ -146,15 +146,16 @@ def token_bytes(
     """Bytes of the activations that `depth` trained layers keep per token until the backward pass; for the other
     arguments see `layer_bytes`.
 
-    With activation checkpointing (`recompute`) only one layer keeps them at a time, and the other layers keep their
-    inputs.
+    With activation checkpointing (`recompute`) the layers keep their inputs, and `layer_bytes` are added for the one
+    layer that the backward pass is at.
 
     `on_heap`: on a CPU, a process then holds more than torch allocates. Freed activations between two kept inputs leave
     holes on the heap that do not fit the next ones, about one vector of the feed-forward network's width per layer.
     """
-    layer = layer_bytes(model, itemsize, trains_norms, autocast)
-    layer_input = itemsize * (model.tok_embeddings.embedding_dim + (mlp_width(model) if on_heap else 0))
-    return layer + depth * layer_input if recompute else depth * layer
+    if recompute:
+        layer_input = model.tok_embeddings.embedding_dim + (mlp_width(model) if on_heap else 0)
+        return depth * itemsize * layer_input
+    return depth * layer_bytes(model, itemsize, trains_norms, autocast)
 
 
 def exit_state_bytes(model: TransformerDecoder, exits: int, itemsize: int) -> int:

@@ -26,6 +26,7 @@ from layerskip_recipes.model.memory import (
     draft_state_bytes,
     exit_state_bytes,
     free_memory,
+    layer_bytes,
     logits_bytes,
     measuring_bytes,
     token_bytes,
@@ -186,51 +187,47 @@ class TrainingMemory:
         shards = max(num_processes() // (cfg.data_parallel_replicate_dim or 1), 1)
         return (of_model + of_draft) // shards
 
-    def batch_bytes(self, dtype: str, recompute: bool) -> int:
-        """Bytes that each process takes in a step for a batch of any size: for a chunk's logits, the sum of the head's
-        gradients in fp32, and bf16 copies of weights."""
+    def cast_bytes(self, dtype: str, recompute: bool) -> int:
+        """Bytes of weights in bf16 that are kept until the backward pass, where the weights themselves are in fp32."""
         cfg, model = self.cfg, self.cfg.meta_model
-        num_tokens = model.tok_embeddings.num_embeddings
-        of_draft = (
-            0
-            if cfg.draft is None
-            else logits_bytes(self.chunk, min(cfg.draft.vocabulary or num_tokens, num_tokens), True)
-        )
-        taken = max(of_draft, 0 if cfg.freezes_model else logits_bytes(self.chunk, num_tokens))
-        taken += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
         if self.autocasts(dtype):
             depth = self.draft_depth + (0 if cfg.freezes_model else cfg.num_layers)
             head = torch.bfloat16.itemsize * model.tok_embeddings.weight.numel()
-            taken += (cast_bytes(model, depth, recompute) + head) // (cfg.tensor_parallel_dim or 1)
-        elif dtype == "bf16" and cfg.draft is not None:  # whose weights are in fp32
-            taken += cast_bytes(model, self.draft_depth, recompute)
-        return taken
+            return (cast_bytes(model, depth, recompute) + head) // (cfg.tensor_parallel_dim or 1)
+        return cast_bytes(model, self.draft_depth, recompute) if dtype == "bf16" and cfg.draft is not None else 0
 
-    def taken(self, dtype: str, recompute: bool) -> int:
-        """Bytes that each process takes besides activations."""
-        return self.state_bytes(dtype) + self.batch_bytes(dtype, recompute)
-
-    def room(self, dtype: str, recompute: bool) -> int:
-        """Bytes left for activations."""
-        return self.available - self.taken(dtype, recompute)
-
-    def sample_bytes(self, dtype: str, length: int, recompute: bool) -> int:
-        """Bytes of the activations of a sample."""
-        cfg, model, itemsize = self.cfg, self.cfg.meta_model, ITEMSIZE[dtype]
-        options = {"autocast": self.autocasts(dtype), "on_heap": self.device == "cpu"}
-        per_token = 0
+    @property
+    def loss_bytes(self) -> int:
+        """Bytes that each process takes while it computes losses: a chunk's logits, and the sum of the head's gradients
+        in fp32."""
+        cfg, model = self.cfg, self.cfg.meta_model
+        num_tokens, logits = model.tok_embeddings.num_embeddings, 0
+        if cfg.draft is not None:
+            logits = logits_bytes(self.chunk, min(cfg.draft.vocabulary or num_tokens, num_tokens), teacher=True)
         if not cfg.freezes_model:
-            per_token += token_bytes(model, cfg.num_layers, itemsize, recompute, self.all_weights, **options)
-            per_token += exit_state_bytes(model, self.num_exits, itemsize)
+            logits = max(logits, logits_bytes(self.chunk, num_tokens))
+        return logits + (4 * model.tok_embeddings.weight.numel() if self.all_weights else 0)
+
+    def activation_bytes(self, dtype: str, recompute: bool) -> tuple[int, int]:
+        """Bytes per token that are kept until the backward pass, and of the layer that it computes again."""
+        cfg, model, itemsize, autocast = self.cfg, self.cfg.meta_model, ITEMSIZE[dtype], self.autocasts(dtype)
+        options = {"autocast": autocast, "on_heap": self.device == "cpu"}
+        kept = layer = 0
+        if not cfg.freezes_model:
+            kept += token_bytes(model, cfg.num_layers, itemsize, recompute, self.all_weights, **options)
+            kept += exit_state_bytes(model, self.num_exits, itemsize)
+            layer = layer_bytes(model, itemsize, self.all_weights, autocast)
         if cfg.draft is not None:
             is_adapter = cfg.draft.kind == "adapter"
-            per_token += token_bytes(model, self.draft_depth, itemsize, recompute, **options)
-            per_token += draft_state_bytes(model, IN_A_ROW if is_adapter else 1, is_adapter, itemsize)
-        return per_token * length
+            kept += token_bytes(model, self.draft_depth, itemsize, recompute, **options)
+            kept += draft_state_bytes(model, IN_A_ROW if is_adapter else 1, is_adapter, itemsize)
+            layer = layer_bytes(model, itemsize, True, autocast)
+        return kept, layer if recompute else 0
 
     def needed(self, dtype: str, samples: int, length: int, recompute: bool) -> int:
-        """Bytes that each process takes to train with a batch."""
-        return self.taken(dtype, recompute) + samples * self.sample_bytes(dtype, length, recompute)
+        """Bytes that each process takes to train with a batch: the losses come before the backward pass."""
+        kept, layer = (size * samples * length for size in self.activation_bytes(dtype, recompute))
+        return self.state_bytes(dtype) + self.cast_bytes(dtype, recompute) + kept + max(layer, self.loss_bytes)
 
     def needed_at_save(self, dtype: str, tokens: int) -> int:
         """Bytes that each process takes to measure exits or a draft at a save, with batches of so many tokens."""
@@ -240,8 +237,8 @@ class TrainingMemory:
         measuring = measuring_bytes(cfg.meta_model, chunk, *sizes, draft=cfg.draft is not None)
         return self.state_bytes(dtype, gradients=False) + measuring
 
-    def fits(self, dtype: str, length: int, recompute: bool) -> bool:
-        return self.sample_bytes(dtype, length, recompute) <= self.room(dtype, recompute)
+    def fits(self, dtype: str, length: int, recompute: bool, samples: int = 1) -> bool:
+        return self.needed(dtype, samples, length, recompute) <= self.available
 
     @property
     def wanted_length(self) -> int:
@@ -257,8 +254,7 @@ class TrainingMemory:
 
     def samples(self, dtype: str, length: int, recompute: bool) -> int:
         """The number of samples that fit: 1, 2, 4 or 8."""
-        fits = self.room(dtype, recompute) // self.sample_bytes(dtype, length, recompute)
-        return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))
+        return max(size for size in (1, 2, 4, 8) if size == 1 or self.fits(dtype, length, recompute, size))
 
     def warn_of_saves(self, dtype: str, tokens: int) -> None:
         """Warn if a save cannot measure the exits or the draft, while there is room to train."""
