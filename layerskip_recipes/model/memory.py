@@ -158,6 +158,12 @@ def token_bytes(
     return depth * layer_bytes(model, itemsize, trains_norms, autocast)
 
 
+def adapter_gradient_bytes(model: TransformerDecoder, itemsize: int) -> int:
+    """Bytes per token of the gradients that a layer's backward pass adds if it has adapters: the input of the last
+    matrix of the feed-forward network has a gradient by the frozen matrix and one by the adapter, and their sum."""
+    return 2 * itemsize * mlp_width(model)
+
+
 def exit_state_bytes(model: TransformerDecoder, exits: int, itemsize: int) -> int:
     """Bytes per token of the states that have a loss, and of their gradients."""
     return exits * 2 * itemsize * model.tok_embeddings.embedding_dim

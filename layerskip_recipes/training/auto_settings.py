@@ -22,6 +22,7 @@ from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
 from layerskip_recipes.model.memory import (
+    adapter_gradient_bytes,
     cast_bytes,
     draft_state_bytes,
     exit_state_bytes,
@@ -217,11 +218,12 @@ class TrainingMemory:
             kept += token_bytes(model, cfg.num_layers, itemsize, recompute, self.all_weights, **options)
             kept += exit_state_bytes(model, self.num_exits, itemsize)
             layer = layer_bytes(model, itemsize, self.all_weights, autocast)
+            layer += 0 if self.all_weights else adapter_gradient_bytes(model, itemsize)
         if cfg.draft is not None:
             is_adapter = cfg.draft.kind == "adapter"
             kept += token_bytes(model, self.draft_depth, itemsize, recompute, **options)
             kept += draft_state_bytes(model, IN_A_ROW if is_adapter else 1, is_adapter, itemsize)
-            layer = layer_bytes(model, itemsize, True, autocast)
+            layer = max(layer, layer_bytes(model, itemsize, True, autocast))
         return kept, layer if recompute else 0
 
     def needed(self, dtype: str, samples: int, length: int, recompute: bool) -> int:

@@ -60,7 +60,7 @@ TRAININGS: dict[str, tuple[str, int, int, list[str]]] = {
         ["enable_activation_checkpointing=false", "batch_size=1", "gradient_accumulation_steps=2"],
     ),
     "lora": ("lora", H100, FEW_LAYERS, []),
-    "lora with checkpointing": ("lora", RTX_4090, FEW_LAYERS, ["enable_activation_checkpointing=true", "batch_size=4"]),
+    "lora with checkpointing": ("lora", RTX_4090, FEW_LAYERS, ["enable_activation_checkpointing=true", "batch_size=8"]),
     "draft": ("draft", H100, 36, []),
     "draft for one sample": ("draft", RTX_4090, FEW_LAYERS, ["batch_size=1"]),
 }

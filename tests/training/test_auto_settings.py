@@ -41,8 +41,8 @@ WEIGHTS = MATRICES + OTHERS
 LOGITS = 512 * 1000 * 8
 HEAD = 64_000 * 4  # the gradient's sum in fp32
 # What a layer keeps for a token: inputs of two norms of 64 numbers, and of those of 128 queries and 64 keys, before and
-# after the norm; the inputs of both groups of products; of attention queries, keys, values and result; four tensors of the
-# feed-forward network, whose widest matrix has 128 rows.
+# after the norm; the inputs of both groups of products; of attention queries, keys, values and result; and four tensors
+# of the feed-forward network, whose widest matrix has 128 rows.
 NORMED = 2 * 64 + 128 + 64
 LAYER = 4 * (2 * NORMED + 2 * 64 + 4 * 128 + 4 * 128)
 LAYER_WITH_CASTS = 4 * 2 * NORMED + 2 * (
