@@ -13,12 +13,13 @@ from layerskip_recipes.processes import from_every_rank
 
 # Each process stops measuring after this many samples or tokens.
 ENOUGH_SAMPLES, ENOUGH_TOKENS = 64, 8192
+MOST_EXITS = 4  # early ones that are measured
 
 
 def exits_to_measure(trained: Sequence[int], num_layers: int) -> list[int]:
     """The trained early exits; if more than four, the exits nearest to 1/8, 2/8, 3/8 and 4/8 of the depth."""
     early = sorted(e for e in trained if e < num_layers)
-    if len(early) <= 4:
+    if len(early) <= MOST_EXITS:
         return early
     return sorted({min(early, key=lambda e: abs(e - part * num_layers / 8)) for part in (1, 2, 3, 4)})
 

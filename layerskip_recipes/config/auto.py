@@ -64,17 +64,21 @@ def devices_here() -> list[str]:
     return ["cpu", accelerator.type] if is_usable else ["cpu"]
 
 
+def unusable_gpu() -> str | None:
+    """Why torch cannot use this machine's NVIDIA GPU; None if it can, or if there is none."""
+    if devices_here()[-1] != "cpu" or not NVIDIA.exists():
+        return None
+    built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+    return (
+        f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use. It {built}, and the driver may be "
+        "too old for that. `nvidia-smi` shows which CUDA the driver supports"
+    )
+
+
 def best_device() -> str:
-    best = devices_here()[-1]
-    if best == "cpu" and NVIDIA.exists():
-        built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
-        log_once(
-            log,
-            f"device: cpu, although this machine has an NVIDIA GPU: torch {torch.__version__} cannot use it. It "
-            f"{built}, and the driver may be too old for that. `nvidia-smi` shows which CUDA the driver supports",
-            level=logging.WARNING,
-        )
-    return best
+    if (reason := unusable_gpu()) is not None:
+        log_once(log, f"device: cpu, although {reason}", level=logging.WARNING)
+    return devices_here()[-1]
 
 
 def computes_in_bf16(device: str) -> bool:

@@ -14,7 +14,7 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 from typing_extensions import Self
 
-from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, devices_here
+from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, devices_here, unusable_gpu
 from layerskip_recipes.config.components import Component, Takes
 from layerskip_recipes.config.schema import AUTO, Auto, DeviceName, Section, Text, allowed, check
 from layerskip_recipes.errors import ConfigError, first_line, mistakes_of
@@ -196,9 +196,10 @@ class RecipeConfig(Section):
         kind, _, index = wanted.partition(":")
         count = getattr(torch, kind).device_count() if kind in available and kind not in ("cpu", "mps") else 1
         if kind not in available or (index and int(index) >= count):
+            reason = unusable_gpu() if kind == "cuda" else None
             raise ConfigError(
-                f"device: {wanted!r} is not available. Allowed here: {', '.join(available)}; for example "
-                f"device={available[-1]}"
+                f"device: {wanted!r} is not available{'' if reason is None else f': {reason}'}. Allowed here: "
+                f"{', '.join(available)}; for example device={available[-1]}"
             )
         if index and num_processes() > 1:
             raise ConfigError(f"device: {wanted!r} is one device for {num_processes()} processes. Set device={kind}")

@@ -49,8 +49,8 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int:
                 kinds = ("inactive_file", "active_file")  # in version 1, "total_" includes the groups below
                 free.append(limit - used + sum(stat.get(f"total_{kind}", stat.get(kind, 0)) for kind in kinds))
         return max(min(free), 0)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
@@ -97,26 +97,90 @@ def mlp_width(model: TransformerDecoder) -> int:
 # ---- training ----
 
 
-def training_bytes(model: TransformerDecoder, itemsize: int, trained: int, quantised: bool) -> int:
-    """Bytes of weights, gradients and AdamW's two averages. A `quantised` matrix of a layer takes half a byte per
-    weight, and a sixteenth of that for its scales."""
+def training_bytes(
+    model: TransformerDecoder, itemsize: int, trained: int, quantised: bool, gradients: bool = True
+) -> int:
+    """Bytes of weights, gradients and AdamW's two averages; after a step there are no `gradients`. A `quantised` matrix
+    of a layer takes half a byte per weight, and a sixteenth of that for its scales."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     packed = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2) if quantised else 0
-    return itemsize * (weights - packed) + packed * 17 // 32 + 3 * itemsize * trained
+    return itemsize * (weights - packed) + packed * 17 // 32 + (2 + gradients) * itemsize * trained
 
 
-def token_bytes(model: TransformerDecoder, depth: int, itemsize: int, recompute: bool, on_heap: bool = False) -> int:
-    """Bytes of the activations that `depth` trained layers keep per token until the backward pass.
+def layer_bytes(model: TransformerDecoder, itemsize: int, trains_norms: bool = True, autocast: bool = False) -> int:
+    """Bytes per token that a layer keeps for its backward pass; the largest layer's. With `autocast`, products are in
+    bf16 and all else in fp32.
 
-    A layer keeps about 16 vectors of the model's width and 4 of the feed-forward network's. With activation
-    checkpointing (`recompute`) only one layer keeps them at a time, and the other layers keep their inputs.
+    - norms: the input in fp32, and if their weights are trained, the normed input in fp32 before them
+    - inputs of the products behind the norms; autocast makes a copy for each of the five matrices
+    - attention: queries, keys and values of all heads, and the result
+    - feed-forward network: both products, the activation, and its product with the second one
+
+    On a GPU, torch 2.9 and later keep less of norms with fp32 weights: one kernel computes the normed input again.
+    """
+    width, inner = model.tok_embeddings.embedding_dim, mlp_width(model)
+    in_product = torch.bfloat16.itemsize if autocast else itemsize
+    in_norm = 4 * (2 if trains_norms else 1)
+    inputs = in_product * width * (5 if autocast else 2)
+    sizes = []
+    for layer in model.layers:
+        attn = layer.attn
+        # How many numbers are normed: states by the layer, and queries and keys by attention, where it has norms.
+        dims = [{parameter.dim() for parameter in part.parameters()} for part in layer.children()]
+        normed = width * dims.count({1})
+        for name, heads in (("q_norm", attn.num_heads), ("k_norm", attn.num_kv_heads)):
+            normed += heads * attn.head_dim if getattr(attn, name, None) is not None else 0
+        sizes.append(in_norm * normed + inputs + in_product * 4 * (attn.num_heads * attn.head_dim + inner))
+    return max(sizes)
+
+
+def token_bytes(
+    model: TransformerDecoder,
+    depth: int,
+    itemsize: int,
+    recompute: bool,
+    trains_norms: bool = True,
+    autocast: bool = False,
+    on_heap: bool = False,
+) -> int:
+    """Bytes of the activations that `depth` trained layers keep per token until the backward pass; for the other
+    arguments see `layer_bytes`.
+
+    With activation checkpointing (`recompute`) the layers keep their inputs, and `layer_bytes` are added for the one
+    layer that the backward pass is at.
 
     `on_heap`: on a CPU, a process then holds more than torch allocates. Freed activations between two kept inputs leave
     holes on the heap that do not fit the next ones, about one vector of the feed-forward network's width per layer.
     """
-    width, inner = model.tok_embeddings.embedding_dim, mlp_width(model)
-    layer, kept = 16 * width + 4 * inner, width + (inner if on_heap else 0)
-    return itemsize * (layer + depth * kept if recompute else depth * layer)
+    if recompute:
+        layer_input = model.tok_embeddings.embedding_dim + (mlp_width(model) if on_heap else 0)
+        return depth * itemsize * layer_input
+    return depth * layer_bytes(model, itemsize, trains_norms, autocast)
+
+
+def adapter_gradient_bytes(model: TransformerDecoder, itemsize: int) -> int:
+    """Bytes per token of the gradients that a layer's backward pass adds if it has adapters: the input of the last
+    matrix of the feed-forward network has a gradient by the frozen matrix and one by the adapter, and their sum."""
+    return 2 * itemsize * mlp_width(model)
+
+
+def exit_state_bytes(model: TransformerDecoder, exits: int, itemsize: int) -> int:
+    """Bytes per token of the states that have a loss, and of their gradients."""
+    return exits * 2 * itemsize * model.tok_embeddings.embedding_dim
+
+
+def draft_state_bytes(model: TransformerDecoder, passes: int, joins: bool, itemsize: int) -> int:
+    """Bytes per token that a draft keeps besides its layers for `passes` of them: what its last norm keeps, its states
+    and their gradients. An adapter `joins` two states: it keeps both, in fp32 for their norms, and for the product."""
+    width = model.tok_embeddings.embedding_dim
+    joined = (2 * itemsize + 2 * 4 + 2 * itemsize) * width if joins else 0
+    return passes * (joined + 2 * 4 * width) + exit_state_bytes(model, passes, itemsize)
+
+
+def logits_bytes(tokens: int, vocabulary: int, teacher: bool = False) -> int:
+    """Bytes of a chunk's logits, and of their copy in fp32 if the loss is not compiled. A `teacher` has logits too, and
+    both have probabilities in fp32."""
+    return (16 if teacher else 8) * tokens * vocabulary
 
 
 def cast_bytes(model: TransformerDecoder, depth: int, recompute: bool) -> int:
@@ -128,9 +192,26 @@ def cast_bytes(model: TransformerDecoder, depth: int, recompute: bool) -> int:
     return torch.bfloat16.itemsize * matrices * (1 if recompute else depth) // len(model.layers)
 
 
-def measuring_bytes(model: TransformerDecoder, chunk: int) -> int:
-    """Bytes of the measurement of exits at a save: six fp32 values for each token of a chunk and vocabulary entry."""
-    return 6 * 4 * chunk * model.tok_embeddings.num_embeddings
+def forward_values(model: TransformerDecoder) -> int:
+    """Numbers per token that exist at a time while a layer runs without gradients: three tensors of the feed-forward
+    network's width, and about six of the model's width."""
+    return 3 * mlp_width(model) + 6 * model.tok_embeddings.embedding_dim
+
+
+def measuring_bytes(
+    model: TransformerDecoder, chunk: int, tokens: int, itemsize: int, exits: int, draft: bool = False
+) -> int:
+    """Bytes of the measurement of `exits` or of a `draft` at a save, with batches of so many `tokens`.
+
+    First the layers run, beside the states of an exit, and in a draft beside eight more states and the matrices of its
+    layer in bf16. Then the states, and those at the labels, are compared: with six fp32 values for each token of a
+    chunk and vocabulary entry.
+    """
+    state = tokens * itemsize * model.tok_embeddings.embedding_dim
+    running = tokens * itemsize * forward_values(model) + state * (10 if draft else 2)
+    running += cast_bytes(model, 1, recompute=True) if draft else 0
+    comparing = state * (8 if draft else 2 * exits) + 6 * 4 * chunk * model.tok_embeddings.num_embeddings
+    return max(running, comparing)
 
 
 # ---- generation ----
@@ -147,12 +228,11 @@ def row_bytes(
 ) -> int:
     """Bytes of a batch row: a KV cache of `length` slots, activations of a prompt of `prompt` tokens, and logits of a
     verification of `verified` tokens. Each matrix is shared by `parallel` processes, but not the logits."""
-    of_layers = [
+    per_slot = [
         2 * (layer.attn.num_kv_heads if is_plain_attention(layer) else layer.attn.num_heads) * layer.attn.head_dim
         for layer in model.layers
     ]
-    values = (sum(of_layers) + sum(of_layers[:draft_layers])) * length
-    # Prefill of one layer: three tensors of the feed-forward network's width, and about six of the model's width.
-    values += prompt * (3 * mlp_width(model) + 6 * model.tok_embeddings.embedding_dim)
+    values = (sum(per_slot) + sum(per_slot[:draft_layers])) * length
+    values += prompt * forward_values(model)  # prefill of one layer
     # Three fp32 values per token and vocabulary entry: the logits, the sampler's probabilities, and noise.
     return values * dtype.itemsize // parallel + verified * 3 * 4 * model.tok_embeddings.num_embeddings

@@ -11,6 +11,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.utils import get_logger
 
 from layerskip_recipes.acceptance.exit_quality import MOST_CHUNK_TOKENS
+from layerskip_recipes.acceptance.measuring import MOST_EXITS
 from layerskip_recipes.config.auto import Choices, best_device, computes_in_bf16, has_bf16_products
 from layerskip_recipes.config.components import Component, parameter_names
 from layerskip_recipes.config.layer_strings import default_exit
@@ -20,9 +21,21 @@ from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.model.adapters import adapter_names
 from layerskip_recipes.model.draft import IN_A_ROW
 from layerskip_recipes.model.head import chunk_tokens
-from layerskip_recipes.model.memory import cast_bytes, free_memory, measuring_bytes, token_bytes, training_bytes
+from layerskip_recipes.model.memory import (
+    adapter_gradient_bytes,
+    cast_bytes,
+    draft_state_bytes,
+    exit_state_bytes,
+    free_memory,
+    layer_bytes,
+    logits_bytes,
+    measuring_bytes,
+    token_bytes,
+    training_bytes,
+)
 from layerskip_recipes.model.nf4 import packs_weights
 from layerskip_recipes.processes import num_local_processes, num_processes
+from layerskip_recipes.training.early_exit import enabled_exits
 from layerskip_recipes.training.keys import FinetuneKeys
 
 log = get_logger("INFO")
@@ -49,7 +62,12 @@ def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
     for section in ("early_exit_loss", "draft"):
         if getattr(cfg, section) is not None:
             choices.pick(f"{section}.chunk_tokens", lambda: chunk_tokens(device))
-    memory = TrainingMemory(cfg, device)
+    if cfg.early_exit_loss is not None:
+        usual = str(default_exit(cfg.num_layers))
+        choices.pick("early_exit_loss.exits", lambda: ":" if cfg.early_exit_loss.curriculum else usual)
+        # The paper's R for 16 and 32 layers; in deeper models, two exits and the last layer have a loss at each step.
+        choices.pick("early_exit_loss.interval", lambda: 8 if cfg.num_layers <= 32 else cfg.num_layers // 2)
+    memory = TrainingMemory(choices.cfg, device)
     bf16 = computes_in_bf16(device)
 
     # In bf16, rounding undoes small steps. Those of adapters are large enough, and drafts are trained in fp32 anyway.
@@ -80,11 +98,11 @@ def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
         wanted = memory.wanted_length if "tokenizer.max_seq_len" in choices.chosen else length
         memory.warn_if_little(dtype, wanted, length)
     if choices.chosen:
-        memory.warn_of_saves(dtype)
+        memory.warn_of_saves(dtype, size * (length or cfg.meta_model.max_seq_len))
     more = 1 if cfg.optimizer_in_bwd else max(per_step // (size * ranks), 1)
     choices.pick("gradient_accumulation_steps", lambda: more)
 
-    # Learning rate and exits.
+    # Learning rate.
     if "lr" in cfg.optimizer.arguments:
         rate = full_learning_rate(cfg.meta_model.tok_embeddings.embedding_dim)
         if cfg.draft is not None and cfg.draft.kind == "copy" and cfg.freezes_model:
@@ -93,11 +111,6 @@ def choose_training(cfg: FinetuneKeys, choices: Choices) -> None:
             rate = ADAPTER_RATE
         if choices.pick("optimizer.lr", lambda: rate) is None:
             raise ConfigError(refusal("optimizer.lr", None, Annotated[float, Auto()]))
-    if cfg.early_exit_loss is not None:
-        usual = str(default_exit(cfg.num_layers))
-        choices.pick("early_exit_loss.exits", lambda: ":" if cfg.early_exit_loss.curriculum else usual)
-        # The paper's R for 16 and 32 layers; in deeper models, two exits and the last layer have a loss at each step.
-        choices.pick("early_exit_loss.interval", lambda: 8 if cfg.num_layers <= 32 else cfg.num_layers // 2)
 
 
 def full_learning_rate(width: int) -> float:
@@ -124,12 +137,9 @@ class TrainingMemory:
         # Whether all weights are trained, not just a draft or adapters.
         self.all_weights = not (cfg.freezes_model or adapter_names(cfg.meta_model))
         self.trained, self.of_draft = cfg.trained_weights
-        # Layers that keep activations. An adapter runs once per unrolled token, beside a layer of the frozen model.
-        draft_depth = 0 if cfg.draft is None else IN_A_ROW if cfg.draft.kind == "adapter" else cfg.draft.exit_layer
-        self.depth = draft_depth + (1 if cfg.freezes_model else cfg.num_layers)
 
     @cached_property
-    def there(self) -> int:
+    def available(self) -> int:
         """Bytes that each process may take."""
         if self.device.startswith("cuda") and torch.cuda.is_available():
             return torch.cuda.get_device_properties(self.device).total_memory * 9 // 10
@@ -142,37 +152,95 @@ class TrainingMemory:
         value = AUTO if section is None else section.chunk_tokens
         return chunk_tokens(self.device) if value == AUTO else value
 
-    def kept(self, dtype: str) -> int:
+    @property
+    def enabled(self) -> list[list[bool]]:
+        """Which of the model's exits have a loss, in each step that differs from the others."""
+        section, depth = self.cfg.early_exit_loss, self.cfg.num_layers
+        if section is None:
+            return [[True]]
+        settings = (depth, section.interval, section.exits)
+        # A rotation repeats after `interval` steps. The gradual curriculum of one step has all exits after it.
+        return [enabled_exits(section.curriculum, step, 1, *settings) for step in range(section.interval + 1)]
+
+    @property
+    def num_exits(self) -> int:
+        """The most exits of the model that have a loss in one step."""
+        return max(map(sum, self.enabled))
+
+    @property
+    def draft_depth(self) -> int:
+        """A draft's layers; an adapter's one layer runs once per unrolled token."""
+        draft = self.cfg.draft
+        return 0 if draft is None else IN_A_ROW if draft.kind == "adapter" else draft.exit_layer
+
+    def autocasts(self, dtype: str) -> bool:
+        """Whether products of fp32 weights are computed in bf16."""
+        compute = self.cfg.compute_dtype
+        in_bf16 = has_bf16_products(self.device) if compute == AUTO else compute == "bf16"
+        return dtype == "fp32" and in_bf16 and not packs_weights(self.cfg.model)
+
+    def state_bytes(self, dtype: str, gradients: bool = True) -> int:
         """Bytes that each process holds throughout: its shards of weights, gradients and averages."""
         cfg = self.cfg
-        # A draft is always in fp32, with 16 bytes for each weight, its gradient and two averages.
-        whole = training_bytes(cfg.meta_model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model))
+        of_model = training_bytes(cfg.meta_model, ITEMSIZE[dtype], self.trained, packs_weights(cfg.model), gradients)
+        # A draft is always in fp32: each weight, its gradient and two averages.
+        of_draft = (3 + gradients) * ITEMSIZE["fp32"] * self.of_draft
         shards = max(num_processes() // (cfg.data_parallel_replicate_dim or 1), 1)
-        return (whole + 16 * self.of_draft) // shards
+        return (of_model + of_draft) // shards
 
-    def taken(self, dtype: str, recompute: bool) -> int:
-        """Bytes that each process takes besides activations."""
+    def cast_bytes(self, dtype: str, recompute: bool) -> int:
+        """Bytes of weights in bf16 that are kept until the backward pass, where the weights themselves are in fp32."""
         cfg, model = self.cfg, self.cfg.meta_model
-        # In each process: the fp32 logits of a chunk with their gradient, and the sum of the head's gradients in fp32.
-        taken = 8 * self.chunk * model.tok_embeddings.num_embeddings
-        taken += 4 * model.tok_embeddings.weight.numel() if self.all_weights else 0
-        compute = cfg.compute_dtype
-        in_bf16 = has_bf16_products(self.device) if compute == AUTO else compute == "bf16"
-        if dtype == "fp32" and in_bf16 and not packs_weights(cfg.model):
-            taken += cast_bytes(model, self.depth, recompute) // (cfg.tensor_parallel_dim or 1)
-        return taken + self.kept(dtype)
+        if self.autocasts(dtype):
+            depth = self.draft_depth + (0 if cfg.freezes_model else cfg.num_layers)
+            head = torch.bfloat16.itemsize * model.tok_embeddings.weight.numel()
+            return (cast_bytes(model, depth, recompute) + head) // (cfg.tensor_parallel_dim or 1)
+        return cast_bytes(model, self.draft_depth, recompute) if dtype == "bf16" and cfg.draft is not None else 0
 
-    def room(self, dtype: str, recompute: bool) -> int:
-        """Bytes left for activations."""
-        return self.there - self.taken(dtype, recompute)
+    @property
+    def loss_bytes(self) -> int:
+        """Bytes that each process takes while it computes losses: a chunk's logits, and the sum of the head's gradients
+        in fp32."""
+        cfg, model = self.cfg, self.cfg.meta_model
+        num_tokens, logits = model.tok_embeddings.num_embeddings, 0
+        if cfg.draft is not None:
+            logits = logits_bytes(self.chunk, min(cfg.draft.vocabulary or num_tokens, num_tokens), teacher=True)
+        if not cfg.freezes_model:
+            logits = max(logits, logits_bytes(self.chunk, num_tokens))
+        return logits + (4 * model.tok_embeddings.weight.numel() if self.all_weights else 0)
 
-    def sample_bytes(self, dtype: str, length: int, recompute: bool) -> int:
-        itemsize = ITEMSIZE["fp32" if self.of_draft else dtype]
-        on_heap = self.device == "cpu"
-        return token_bytes(self.cfg.meta_model, self.depth, itemsize, recompute, on_heap) * length
+    def activation_bytes(self, dtype: str, recompute: bool) -> tuple[int, int]:
+        """Bytes per token that are kept until the backward pass, and of the layer that it computes again."""
+        cfg, model, itemsize, autocast = self.cfg, self.cfg.meta_model, ITEMSIZE[dtype], self.autocasts(dtype)
+        options = {"autocast": autocast, "on_heap": self.device == "cpu"}
+        kept = layer = 0
+        if not cfg.freezes_model:
+            kept += token_bytes(model, cfg.num_layers, itemsize, recompute, self.all_weights, **options)
+            kept += exit_state_bytes(model, self.num_exits, itemsize)
+            layer = layer_bytes(model, itemsize, self.all_weights, autocast)
+            layer += 0 if self.all_weights else adapter_gradient_bytes(model, itemsize)
+        if cfg.draft is not None:
+            is_adapter = cfg.draft.kind == "adapter"
+            kept += token_bytes(model, self.draft_depth, itemsize, recompute, **options)
+            kept += draft_state_bytes(model, IN_A_ROW if is_adapter else 1, is_adapter, itemsize)
+            layer = max(layer, layer_bytes(model, itemsize, True, autocast))
+        return kept, layer if recompute else 0
 
-    def fits(self, dtype: str, length: int, recompute: bool) -> bool:
-        return self.sample_bytes(dtype, length, recompute) <= self.room(dtype, recompute)
+    def needed(self, dtype: str, samples: int, length: int, recompute: bool) -> int:
+        """Bytes that each process takes to train with a batch: the losses come before the backward pass."""
+        kept, layer = (size * samples * length for size in self.activation_bytes(dtype, recompute))
+        return self.state_bytes(dtype) + self.cast_bytes(dtype, recompute) + kept + max(layer, self.loss_bytes)
+
+    def needed_at_save(self, dtype: str, tokens: int) -> int:
+        """Bytes that each process takes to measure exits or a draft at a save, with batches of so many tokens."""
+        cfg, chunk = self.cfg, min(self.chunk, MOST_CHUNK_TOKENS)
+        exits = min(sum(map(any, zip(*self.enabled, strict=True))), MOST_EXITS + 1)
+        sizes = (tokens, ITEMSIZE[dtype], exits)
+        measuring = measuring_bytes(cfg.meta_model, chunk, *sizes, draft=cfg.draft is not None)
+        return self.state_bytes(dtype, gradients=False) + measuring
+
+    def fits(self, dtype: str, length: int, recompute: bool, samples: int = 1) -> bool:
+        return self.needed(dtype, samples, length, recompute) <= self.available
 
     @property
     def wanted_length(self) -> int:
@@ -188,14 +256,13 @@ class TrainingMemory:
 
     def samples(self, dtype: str, length: int, recompute: bool) -> int:
         """The number of samples that fit: 1, 2, 4 or 8."""
-        fits = self.room(dtype, recompute) // self.sample_bytes(dtype, length, recompute)
-        return max(size for size in (1, 2, 4, 8) if size <= max(fits, 1))
+        return max(size for size in (1, 2, 4, 8) if size == 1 or self.fits(dtype, length, recompute, size))
 
-    def warn_of_saves(self, dtype: str) -> None:
+    def warn_of_saves(self, dtype: str, tokens: int) -> None:
         """Warn if a save cannot measure the exits or the draft, while there is room to train."""
-        measuring = measuring_bytes(self.cfg.meta_model, min(self.chunk, MOST_CHUNK_TOKENS))
-        used = self.kept(dtype)
-        if used <= self.there < used + measuring:
+        needed = self.needed_at_save(dtype, tokens)
+        if self.state_bytes(dtype) <= self.available < needed:
+            measuring = needed - self.state_bytes(dtype, gradients=False)
             log.warning(
                 f"Measuring the exits or the draft at a save needs {measuring / 2**30:.1f} GiB, more than is left. "
                 "Checkpoints will be saved without it, and generation cannot choose by it"
@@ -205,9 +272,9 @@ class TrainingMemory:
         """Warn if a sample of `wanted` tokens does not fit, even with checkpointing; `length` tokens were chosen."""
         if self.fits(dtype, wanted, recompute=True):
             return
-        needed = self.taken(dtype, recompute=True) + self.sample_bytes(dtype, wanted, recompute=True)
+        needed = self.needed(dtype, 1, wanted, recompute=True)
         said = f"Training with a sample of {wanted} tokens needs about {needed / 2**30:.1f} GiB, "
-        said += f"and {self.there / 2**30:.1f} GiB can be used here"
+        said += f"and {self.available / 2**30:.1f} GiB can be used here"
         if length < wanted:
             said += f", so samples are cut to {length} tokens (not with tokenizer.max_seq_len={wanted})"
         if not self.fits(dtype, length, recompute=True):

@@ -10,8 +10,10 @@ from omegaconf import OmegaConf
 from torchtune._recipe_registry import get_all_recipes
 
 from layerskip_recipes.cli.configs import validate
-from layerskip_recipes.config import auto
+from layerskip_recipes.config import auto, recipe_config
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.training.config import FinetuneConfig
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 
@@ -27,15 +29,22 @@ def extend(base: Path, name: str = "mine.yaml", **keys) -> str:
     return str(write_yaml(base.parent / name, {"extends": base.name, **keys}))
 
 
-def test_an_nvidia_gpu_that_torch_cannot_use_is_told(tmp_path, monkeypatch):
-    """Otherwise a driver that is too old means days of training on the CPU."""
+def test_an_nvidia_gpu_that_torch_cannot_use_is_told(tmp_path, base, monkeypatch):
+    """Otherwise a driver that is too old means days of training on the CPU, and device=cuda would be refused without
+    the reason."""
     told = []
-    monkeypatch.setattr(auto, "devices_here", lambda: ["cpu"])
+    for module in (auto, recipe_config):
+        monkeypatch.setattr(module, "devices_here", lambda: ["cpu"])
     monkeypatch.setattr(auto, "log_once", lambda log, message, level: told.append(message))
     monkeypatch.setattr(auto, "NVIDIA", tmp_path / "nvidia0")
     assert auto.best_device() == "cpu" and not told
+    cfg = FinetuneConfig.load(load_config(str(base), ["device=cuda"]))
+    with pytest.raises(ConfigError, match=r"^device: 'cuda' is not available\. Allowed here: cpu"):
+        cfg.find_device()
     (tmp_path / "nvidia0").touch()
     assert auto.best_device() == "cpu" and "NVIDIA" in told[0] and "CUDA" in told[0]
+    with pytest.raises(ConfigError, match=r"^device: 'cuda' .* NVIDIA .* driver .*Allowed here: cpu"):
+        cfg.find_device()
 
 
 # ------------------------------------------------------------------------------------------------------------ names

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,10 @@ needs_fake_gpu = pytest.mark.skipif(
 )
 # Operations whose result's shape, or whose result itself, the host needs.
 READ_BY_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
+
+# One kernel on a GPU. Without any kernel for the device, autograd takes the operation apart, which needs more memory.
+SILU_BACKWARD = torch.ops.aten.silu_backward.default
+ONE_KERNEL = torch.library.Library("aten", "IMPL")
 
 
 def run(program: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -53,8 +58,37 @@ def on_gpu(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cuda"
 
 
+class LiveBytes:
+    """The bytes of all storages on the GPU that are alive, as torch's allocator counts them: `now`, and `peak` since
+    the last `restart`."""
+
+    BLOCK = 512  # the allocator rounds up to whole blocks
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}  # by address of the storage
+
+    def see(self, value: Any) -> None:
+        """Count the tensors of an operation's result, or of a model, that are not known yet."""
+        for tensor in filter(on_gpu, tree_leaves(value)):
+            storage = tensor.untyped_storage()
+            if (address := storage._cdata) not in self.sizes:
+                self.sizes[address] = -(-storage.nbytes() // self.BLOCK) * self.BLOCK
+                self.now += self.sizes[address]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, address)
+
+    def forget(self, address: int) -> None:
+        self.now -= self.sizes.pop(address)
+
+    def restart(self) -> int:
+        """The peak so far; a new one begins."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+
 class FakeGPU(TorchDispatchMode):
-    """`waits` counts where the host waits for the GPU, and `launches` the operations on the GPU.
+    """`waits` counts where the host waits for the GPU, `launches` the operations on the GPU, and `memory` its bytes.
 
     `read(shape, dtype)` makes up what the host reads: a nested list, or a number for the shape ().
     """
@@ -64,13 +98,20 @@ class FakeGPU(TorchDispatchMode):
         self.fake, self.read = fake, read
         self.waits: Counter[str] = Counter()
         self.launches = 0
+        self.memory = LiveBytes()
 
     def wait(self, what: str) -> None:
         self.waits[f"{what} at {line_of_package()}"] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace != "prim":  # inference mode does not take composite operations apart
+        result = self._run(func, args, kwargs or {})
+        self.memory.see(result)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if (
+            func.namespace != "prim" and func is not SILU_BACKWARD
+        ):  # inference mode does not take composite operations apart
             with self:
                 if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return out
@@ -120,6 +161,8 @@ class FakeGPU(TorchDispatchMode):
 @contextmanager
 def fake_gpu(read: Callable[[tuple[int, ...], torch.dtype], Any]) -> Iterator[FakeGPU]:
     """Within this context tensors on "cuda" can be made, and are fake."""
+    if not SILU_BACKWARD.has_kernel_for_dispatch_key(torch._C.DispatchKey.CUDA):
+        ONE_KERNEL.impl("silu_backward", lambda grad, x: torch.empty_like(x), "CUDA")
     make, fake = torch.tensor, FakeTensorMode(allow_non_fake_inputs=True)
     gpu = FakeGPU(fake, read)
 
