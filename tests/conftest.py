@@ -114,6 +114,20 @@ def tokenizer_folder() -> Path:
     return SHARED / "tokenizer"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_texts(tokenizer_folder):
+    """Reading all of the standard library takes longer than most trainings here, and so does measuring 64 samples'
+    drafts for each checkpoint; the tokenizer is there already."""
+    from layerskip_recipes.acceptance import measuring
+    from layerskip_recipes.data import standard_library
+
+    texts = dict([*standard_library.stdlib_texts("heldout").items()][:3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "ENOUGH_SAMPLES", 1)
+        patch.setattr(standard_library, "stdlib_texts", lambda split: texts)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
     """The folder of `make_checkpoint`; tests only read it."""
