@@ -61,6 +61,8 @@ def shape(line: str, words: list[str]) -> object:
         return line
     place = words.index("--config")
     keys = {word.partition("=")[0] for word in words[place + 2 :]} - PLACES
+    if words[place + 1] == "hf/draft":  # later commands need its draft
+        keys |= {word for word in words if word.startswith("output_dir=")}
     return (*words[: place + 2], *sorted(keys))
 
 
