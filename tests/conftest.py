@@ -99,7 +99,7 @@ def little_garbage():
 def little_memory_is_read():
     """Each report names the memory's bandwidth, which takes as long as the generation of a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerskip_recipes.generation.stats.PROBE_BYTES", 2**20)
+        patch.setattr("layerskip_recipes.generation.stats.PROBE_MEGABYTES", 1)
         yield
 
 

@@ -13,12 +13,6 @@ from helpers.tools import ROOT, load
 
 STEPS = load("gpu_report").STEPS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_texts():
-    """The steps take prompts from all texts that are held out."""
-
-
 # ---- the runner, with a stand-in for the steps ----
 
 STAND_IN = """
