@@ -96,6 +96,14 @@ def little_garbage():
 
 
 @pytest.fixture(scope="module", autouse=True)
+def little_memory_is_read():
+    """Each report names the memory's bandwidth, which takes as long as the generation of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("layerskip_recipes.generation.stats.PROBE_MEGABYTES", 1)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def no_settings_of_other_files():
     """Recipes set torch's switches for the whole process, of which torch's cache of compiled code takes notice."""
     import torch
@@ -112,6 +120,20 @@ def tokenizer_folder() -> Path:
     with FileLock(SHARED / "tokenizer.lock"):
         stdlib_tokenizer(str(SHARED / "tokenizer"), vocab_size=300)
     return SHARED / "tokenizer"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_texts(tokenizer_folder):
+    """Reading all of the standard library takes longer than most trainings here, and so does measuring 64 samples'
+    drafts for each checkpoint; the tokenizer is there already."""
+    from layerskip_recipes.acceptance import measuring
+    from layerskip_recipes.data import standard_library
+
+    texts = dict([*standard_library.stdlib_texts("heldout").items()][:3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "ENOUGH_SAMPLES", 1)
+        patch.setattr(standard_library, "stdlib_texts", lambda split: texts)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+PROBE_MEGABYTES = 256  # read to measure the memory's bandwidth; more than most caches hold
+
 
 @dataclass
 class GenerationStats:
@@ -116,14 +118,14 @@ def is_looping(tokens: Sequence[int], max_period: int = 32, share: float = 0.5) 
 
 
 @torch.inference_mode()
-def memory_bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 3) -> float:
-    """Bytes per second that the device reads: the best of several sums over a large tensor; 0 if memory is full."""
+def memory_bandwidth(device: torch.device, megabytes: int | None = None) -> float:
+    """Bytes per second that the device reads: the best of three sums over a large tensor; 0 if memory is full."""
     try:
-        data = torch.ones(megabytes * 2**18, device=device)
+        data = torch.ones((megabytes or PROBE_MEGABYTES) * 2**18, device=device)
     except RuntimeError:  # torch has no special out-of-memory error on a CPU
         return 0.0
     best, times = float("inf"), 1 if device.type == "cpu" else 16  # 16 launches in a row hide the launch overhead
-    for _ in range(repeats):
+    for _ in range(3):
         started = time.perf_counter()
         for _ in range(times):
             total = data.sum()

@@ -174,21 +174,20 @@ def test_token_healing_decodes_the_prompts_last_token_again(exit_layer, tokenize
 
 
 @pytest.mark.slow
-@EXITS
 @pytest.mark.parametrize(
-    "settings",
+    ("exit_layer", "settings"),
     [
-        {"repetition_penalty": 1.5},
-        {"no_repeat_ngram_size": 2},
-        {"min_new_tokens": 9, "eos_token_id": list(range(1, 40))},
-        {"watermarking_config": transformers.WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
-        {"exponential_decay_length_penalty": (2, 1.3), "eos_token_id": list(range(1, 20))},
-        {"sequence_bias": [[[5], 3.0], [[6, 7], 9.0]], "bad_words_ids": [[9], [10, 11]]},
-        {"guidance_scale": 1.0, "suppress_tokens": [8, 9, 12]},
-        {"prefix_allowed_tokens_fn": lambda row, tokens: list(range(2 + row, 64, 1 + len(tokens) % 3))},
-        {"prefix_allowed_tokens_fn": lambda row, tokens: [6, 12, 18]},  # the copy drafts none of them
-        {"stopping_criteria": [Even()], "eos_token_id": 63},
-        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
+        (None, {"repetition_penalty": 1.5}),
+        (2, {"no_repeat_ngram_size": 2}),
+        (None, {"min_new_tokens": 9, "eos_token_id": list(range(1, 40))}),
+        (2, {"watermarking_config": transformers.WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")}),
+        (None, {"exponential_decay_length_penalty": (2, 1.3), "eos_token_id": list(range(1, 20))}),
+        (2, {"sequence_bias": [[[5], 3.0], [[6, 7], 9.0]], "bad_words_ids": [[9], [10, 11]]}),
+        (2, {"guidance_scale": 1.0, "suppress_tokens": [8, 9, 12]}),
+        (2, {"prefix_allowed_tokens_fn": lambda row, tokens: list(range(2 + row, 64, 1 + len(tokens) % 3))}),
+        (None, {"prefix_allowed_tokens_fn": lambda row, tokens: [6, 12, 18]}),  # the copy drafts none of them
+        *((exit_layer, {"stopping_criteria": [Even()], "eos_token_id": 63}) for exit_layer in (2, None)),
+        *((exit_layer, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}) for exit_layer in (2, None)),
     ],
 )
 def test_processors_and_criteria_see_the_tokens_before_each_position(settings, exit_layer, fixed_length):

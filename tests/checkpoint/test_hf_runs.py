@@ -11,7 +11,7 @@ from helpers.configs import hf_sections as sections
 from helpers.hf_folders import model_with_tokenizer
 from helpers.json_lines import change_json
 from helpers.resuming import resumed, same_tensors
-from helpers.training import few_texts, losses, set_up, train  # noqa: F401
+from helpers.training import losses, set_up, train
 from safetensors.torch import load_file
 
 from layerskip_recipes.config.loading import load_config

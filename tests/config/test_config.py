@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from helpers.configs import finetune_config, write_yaml
-from helpers.training import few_texts  # noqa: F401
 from omegaconf import OmegaConf
 from torchtune._recipe_registry import get_all_recipes
 

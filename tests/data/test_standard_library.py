@@ -6,6 +6,11 @@ from layerskip_recipes.data.standard_library import heldout_prompts
 from layerskip_recipes.errors import ConfigError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_texts():
+    """Here they are all read."""
+
+
 def test_prompts_have_the_length_asked_for():
     prompts = heldout_prompts(count=3, characters=200)
     assert [len(prompt) for prompt in prompts] == [200] * 3 and len({*prompts}) == 3

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.configs import MODEL, SIZE, eval_config, make_checkpoint
 from helpers.recipes import ready, run_eval
 from helpers.tiny import exit_logits
-from helpers.training import few_texts, text_data  # noqa: F401
+from helpers.training import text_data
 from omegaconf import OmegaConf
 from torchtune import config as tune_config
 from torchtune.models.llama3_2 import llama3_2

@@ -233,6 +233,7 @@ def test_self_speculation_gives_the_tokens_of_transformers_generate(pair):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pair", ["llama", "phi4_mini", "gemma2", "gemma3", "lfm2", "olmo3", "exaone4"], indirect=True)
 @pytest.mark.parametrize("cached", [True, False])
 def test_torchtunes_generate_decodes_prompts_of_several_lengths(pair, cached):
     """torchtune passes the positions of a step as [b]. Each row gets the tokens that it gets alone."""
@@ -278,9 +279,18 @@ def test_the_frequencies_of_a_model_in_bf16_are_exact():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modules", [["q_proj", "k_proj", "v_proj"], ["k_proj"], ["q_proj", "v_proj", "output_proj"]])
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "phi3"])
+@pytest.mark.parametrize(
+    ("kind", "dora", "modules"),
+    [
+        *(
+            (kind, dora, ["q_proj", "k_proj", "v_proj"])
+            for kind in ("qwen3", "qwen2", "phi3")
+            for dora in (False, True)
+        ),
+        *((kind, True, ["k_proj"]) for kind in ("qwen2", "phi3")),
+        ("phi3", False, ["q_proj", "v_proj", "output_proj"]),
+    ],
+)
 def test_peft_opens_adapters_of_a_folders_model(kind, dora, modules, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # it wants a newer one

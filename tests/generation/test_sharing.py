@@ -78,13 +78,12 @@ def test_int8_drafts_follow_weights_that_change():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocabulary", [None, range(0, VOCAB, 2)], ids=["all tokens", "some tokens"])
-def test_int8_drafts_are_compiled_once(vocabulary, traced):
+def test_int8_drafts_are_compiled_once(traced):
     """Without an object that keeps them, and where the weights change between the calls, as in training."""
     model, stats = make_small(), counters["stats"]
 
     def tokens(weights):
-        drafts = {"exit_layer": 1, "num_speculations": 2, "draft_int8": True, "draft_vocabulary": vocabulary}
+        drafts = {"exit_layer": 1, "num_speculations": 2, "draft_int8": True, "draft_vocabulary": range(0, VOCAB, 2)}
         return generate(weights, torch.tensor(SHORT[1]), 12, compile=True, **drafts).tokens.tolist()
 
     first, compiled = tokens(model), stats["unique_graphs"]
@@ -99,7 +98,7 @@ def test_int8_drafts_are_compiled_once(vocabulary, traced):
 def test_graphs_go_with_the_draft_that_they_are_of(traced):
     """A model keeps two drafts; each further one takes the place of the oldest."""
     model, counts = make_small(), []
-    for number in range(5):
+    for number in range(4):
         drafts = Speculation(1, 2, draft_int8=True, draft_vocabulary=range(number, VOCAB))
         run(model, SHORT, 9, speculation=drafts, compile=True)
         counts.append(sum("draft_token" in str(key) for key in state_of(model).compiled.graphs))

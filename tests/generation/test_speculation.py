@@ -17,7 +17,7 @@ from helpers.decoding import (
 )
 from helpers.sampling import filtered, p_value, penalised
 from helpers.speculation import PROMPTS, TRAINED, VARIANTS, AlwaysLookUp, drafting, perturbed, plain, run
-from helpers.tiny import EVERY_FAMILY, VOCAB, slow_except, walk
+from helpers.tiny import VOCAB, slow_except, walk
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from layerskip_recipes.generation.api import generate
@@ -56,13 +56,11 @@ def numbered(rows, count):
 
 CASES = {
     "llama3_2": (1.4, [None, *VARIANTS, "copy, chain", "copy, look-up", *(v for v in TRAINED if "adapter" in v)]),
-    "qwen2": (1.0, [None, "chain", "copy, chain"]),
     "gemma2": (1.0, [None, "chain", "vocabulary", "perturbed", "adapter, chain", "adapter, vocabulary"]),
     "gemma3": (1.0, [None, "chain", "all", "copy, chain", "adapter, look-up"]),
-    "granite": (1.0, [None, "chain"]),
     "lfm2": (1.0, [None, *VARIANTS, "copy, chain", "adapter, chain", "adapter, look-up"]),
     "olmo3": (1.0, [None, "chain", "copy, chain", "adapter, chain"]),
-    "phi3": (0.8, [None, "chain", "all"]),
+    "phi3": (0.8, ["all"]),
 }
 
 
@@ -82,7 +80,7 @@ def test_a_row_of_a_batch_gets_the_tokens_it_gets_alone(family, variant):
     arguments |= drafting(variant, model)
     singles = [run(model, [prompt], 18, **arguments) for prompt in PROMPTS]
     assert [generation.generated for generation in singles] == [[tokens] for tokens in expected]
-    for rows in (None, 1, 2, 4):
+    for rows in (None, 1, 2):
         generation = run(model, PROMPTS, 18, rows=rows, **arguments)
         assert generation.generated == expected and all(generation.finished)
         stats = generation.stats
@@ -174,10 +172,12 @@ def test_torchs_settings_change_only_on_a_gpu_and_only_while_decoding(before):
         set_all(*kept)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize(
-    ("exit_layer", "d"),
-    [pytest.param(1, 2, marks=pytest.mark.slow), (2, 4), pytest.param(L, 3, marks=pytest.mark.slow)],
+    ("family", "exit_layer", "d"),
+    [
+        *((family, 2, 4) for family in ("llama3_2", "gemma2", "lfm2")),
+        *(pytest.param("llama3_2", *way, marks=pytest.mark.slow) for way in ((1, 2), (L, 3))),
+    ],
 )
 def test_each_greedy_round_is_the_reference_round(family, exit_layer, d):
     """Token for token, in each round: what was accepted, and the full model's next token."""

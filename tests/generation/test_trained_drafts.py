@@ -154,12 +154,11 @@ INT8 = {"_component_": "torchao.quantization.Int8WeightOnlyConfig"}
     [
         ("copy", "fp32", False, None),
         ("copy", "fp32", True, INT8),
-        ("adapter", "fp32", True, None),
         ("adapter", "bf16", False, None),
+        ("adapter", "fp32", True, None),
         ("adapter", "fp32", False, INT8),
-        ("adapter", "fp32", True, INT8),
     ],
-    ids=["copy", "copy, int8", "adapter, int8 draft", "adapter, bf16", "adapter, int8 model", "adapter, int8"],
+    ids=["copy", "copy, int8", "adapter, bf16", "adapter, int8 draft", "adapter, int8 model"],
 )
 def test_the_text_with_a_trained_draft_is_the_one_without(kind, dtype, of_draft, of_model, folders, tmp_path):
     """The text is the one without drafts; the report has the draft's exit."""

@@ -71,7 +71,7 @@ def test_global_hooks_act_too():
 
 @compiles
 @pytest.mark.parametrize("width", [16, 32], ids=["graphs", "C++"])
-def test_a_removed_hook_no_longer_acts_and_a_new_one_does(width):
+def test_a_removed_hook_no_longer_acts_and_a_new_one_does(width, traced):
     model = make_small(width=width)
     without = run(model, SHORT, 12).generated
     outputs = [without]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchtune._cli.tune  # noqa: F401  500 modules, which each fork would import again
 
 FORK = multiprocessing.get_context("fork")
 

@@ -80,8 +80,10 @@ def slow_except(names: Iterable[str], *quick: str) -> list:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-# An ordinary family, one with windows, caps and norms after its parts, and one with layers without attention.
-EVERY_FAMILY = slow_except(FAMILIES, "llama3_2", "gemma2", "lfm2")
+# Those whose decoders differ for what runs them, by head, embedding, norms, windows, factors or layers. In the quick
+# tier an ordinary one, one with windows, caps and norms after its parts, and one with layers without attention.
+SAME = ("llama3", "llama3_1", "mistral", "qwen2_tied", "qwen3")
+EVERY_FAMILY = slow_except((name for name in FAMILIES if name not in SAME), "llama3_2", "gemma2", "lfm2")
 
 
 def widen(model: torch.nn.Module, std: float = 0.3) -> Any:

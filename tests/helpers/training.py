@@ -1,16 +1,12 @@
-"""Shared by tests of trainings: fixtures, datasets and sections of a config, runs, and what a run has logged."""
+"""Shared by tests of trainings: datasets and sections of a config, runs, and what a run has logged."""
 
 import functools
 import json
 from pathlib import Path
 
-import pytest
-import torch
 from helpers.configs import DATASET, MODEL
 from helpers.recipes import ready
 
-from layerskip_recipes.acceptance import measuring
-from layerskip_recipes.data import standard_library as quickstart
 from layerskip_recipes.training.recipe import LayerSkipFinetune
 
 UNTIED = {
@@ -19,24 +15,6 @@ UNTIED = {
         key: MODEL[key] for key in ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "max_seq_len")
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_texts(tokenizer_folder):
-    """Reading all of the standard library takes longer than these trainings, and so does measuring 64 samples' drafts
-    for each checkpoint; the tokenizer is there already."""
-    some = dict(list(quickstart.stdlib_texts("heldout").items())[:3])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "ENOUGH_SAMPLES", 1)
-        patch.setattr(quickstart, "stdlib_texts", lambda split: some)
-        yield some
-
-
-@pytest.fixture
-def eager():
-    """torchao compiles a step for each shape of a parameter, which takes longer than all of these steps."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 # ---- sections of a config ----

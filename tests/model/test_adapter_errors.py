@@ -10,7 +10,7 @@ from helpers.adapters import adapted_section, adapter_config, generate_with, mak
 from helpers.configs import finetune_config, generate_config
 from helpers.refusals import check
 from helpers.resuming import WEIGHTS
-from helpers.training import few_texts, losses, read_log, train  # noqa: F401
+from helpers.training import train
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes.model.adapters import correct_peft_form

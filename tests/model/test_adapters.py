@@ -26,7 +26,7 @@ from helpers.configs import SIZE
 from helpers.recipes import ready
 from helpers.resuming import COSINE, resumed, same_tensors
 from helpers.tiny import slow_except
-from helpers.training import few_texts, losses, paper_weights, read_log, set_up, train  # noqa: F401
+from helpers.training import losses, paper_weights, read_log, set_up, train
 from safetensors.torch import load_file
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 

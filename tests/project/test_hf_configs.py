@@ -9,7 +9,7 @@ import pytest
 from helpers.hf_folders import model_with_tokenizer
 from helpers.json_lines import write_lines
 from helpers.recipes import run_eval, run_generate
-from helpers.training import few_texts, note_good_draft, train  # noqa: F401
+from helpers.training import note_good_draft, train
 
 from layerskip_recipes import LLM
 from layerskip_recipes.benchmark.config import BenchmarkConfig
@@ -85,9 +85,8 @@ def generated(*settings: str) -> dict:
     return run_generate("hf/generate", "prompt=def main(", "max_new_tokens=8", *settings)[1]
 
 
-@pytest.mark.parametrize("folder", ["", "epoch_0"])
-def test_generation_drafts_from_a_trained_exit_of_the_newest_checkpoint(folder, trained):
-    report = generated(f"model_dir={trained / folder}", "benchmark.compare=true", "device=cpu")
+def test_generation_drafts_from_a_trained_exit_of_the_newest_checkpoint(trained):
+    report = generated(f"model_dir={trained}", "benchmark.compare=true", "device=cpu")
     assert (report["exit_layer"], report["tokens"], report["identical"]) == (1, 8, True)
     assert report["drafted"] > 0
 
@@ -161,7 +160,7 @@ def data(folder: Path, answers: bool) -> None:
         write_lines(folder / f"{name}.jsonl", lines)
 
 
-@pytest.mark.parametrize("settings", [[], ["temperature=0.8", "seed=3"], ["batch_size=3"]], ids=["", "sampled", "rows"])
+@pytest.mark.parametrize("settings", [[], ["temperature=0.8", "seed=3", "batch_size=3"]], ids=["greedy", "sampled"])
 def test_an_untrained_model_drafts_from_answers(settings, models, tmp_path):
     """Those of a JSONL file: here what the model says without drafts, and other answers."""
     asked, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"

@@ -1,3 +1,11 @@
 """Fixtures of all training tests."""
 
-from helpers.training import eager, few_texts  # noqa: F401
+import pytest
+import torch
+
+
+@pytest.fixture
+def eager():
+    """torchao compiles a step for each shape of a parameter, which takes longer than all of these steps."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -7,7 +7,7 @@ import torch
 from helpers.configs import finetune_config, make_checkpoint, start_section
 from helpers.ranks import train_on_ranks
 from helpers.resuming import keep_only
-from helpers.training import VALIDATION, few_texts, losses, texts, train  # noqa: F401
+from helpers.training import VALIDATION, losses, texts, train
 
 from layerskip_recipes.acceptance import measuring
 from layerskip_recipes.acceptance.exit_quality import exit_quality

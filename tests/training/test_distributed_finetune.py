@@ -4,6 +4,8 @@ The processes are forks with the environment that torchrun gives; test_generate_
 happens once, when a test first asks for it.
 """
 
+import functools
+
 import pytest
 import torch
 from helpers.configs import HF_CONFIG, MODEL, SIZE, finetune_config, hf_sections, start_section
@@ -121,7 +123,8 @@ def config_changes(kind, folder, tokenizer, checkpoint):
 def no_inductor():
     """Graphs are what sharding may break. Inductor's code for them takes a minute, and test_finetune.py tests it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_COMPILE_BACKEND", "eager")
+        patch.setenv("TORCH_COMPILE_BACKEND", "eager")  # for layers; the loss takes the default
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
         yield
 
 

@@ -8,14 +8,14 @@ import shutil
 import pytest
 import torch
 from helpers.configs import generate_config, hf_sections, start_section
+from helpers.json_lines import change_json
 from helpers.resuming import COSINE, final_weights, resumed, same_tensors
 from helpers.tiny import VOCAB, make_tiny
-from helpers.training import VALIDATION, losses, read_log, set_up, train
+from helpers.training import VALIDATION, losses, note_good_draft, read_log, set_up, train
 from safetensors.torch import load_file, save_file
 from torchtune import training
 
 from layerskip_recipes import LLM
-from layerskip_recipes.acceptance.trained_exits import LONGEST_DRAFT
 from layerskip_recipes.checkpoint.drafts import own_draft, read_description, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.config.loading import load_config
@@ -185,31 +185,18 @@ def test_the_model_is_that_of_ordinary_finetuning_however_it_steps(override, tmp
 
 @pytest.fixture
 def promising(checkpoint, tmp_path, beside_config):
-    """A run's checkpoint whose draft seems to pay, and a generation config for it, as a function of the kind."""
-
-    def trained(kind):
-        train(beside_config(kind, **hf_sections(checkpoint), epochs=20, shuffle=False), "optimizer.lr=3e-3")
-        folder = tmp_path / "out" / "epoch_19"
-        rates = [7 - 6 * 0.85**n for n in range(1, LONGEST_DRAFT + 1)]
-        note(folder, lambda noted: noted["measured"]["draft"].update(greedy=rates))
-        changes = hf_sections(folder) | {"self_speculation": {}, "output_dir": "unused"}
-        return folder, generate_config(tmp_path, folder, **changes, benchmark={"compare": True})
-
-    return trained
-
-
-def note(folder, change):
-    """Change layerskip.json of the draft."""
-    path = folder / "draft" / "layerskip.json"
-    noted = json.loads(path.read_text())
-    change(noted)
-    path.write_text(json.dumps(noted))
+    """A run's checkpoint whose draft seems to pay, and a generation config for it."""
+    train(beside_config(**hf_sections(checkpoint)), "optimizer.lr=3e-3")
+    folder = tmp_path / "out" / "epoch_0"
+    note_good_draft(folder / "draft")
+    changes = hf_sections(folder) | {"self_speculation": {}, "output_dir": "unused"}
+    return folder, generate_config(tmp_path, folder, **changes, benchmark={"compare": True})
 
 
 @pytest.mark.slow
 def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     """It drafts if that should pay. A draft that does not fit the weights of another reader is left alone."""
-    folder, path = promising("copy")
+    folder, path = promising
     own = str(folder / "draft")
     with caplog.at_level(logging.INFO):
         recipe = LayerSkipGenerate(load_config(str(path)))
@@ -234,7 +221,8 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     # Who wants no draft gets none; a reason is given where it cannot be used.
     assert LayerSkipGenerate(load_config(str(path), ["self_speculation.draft=null"])).plan is None
     reader = {"checkpointer": "FullModelHFCheckpointer", "files": ["model.safetensors"], "model_type": "LLAMA3_2"}
-    note(folder, lambda noted: noted["base"].update(reader))
+    description = json.loads((folder / "draft" / "layerskip.json").read_text())
+    change_json(folder / "draft" / "layerskip.json", base=description["base"] | reader)
     assert own_draft(folder) == own and not read_description(own, "draft").is_for(HFCheckpointer)
     assert LLM.load(str(folder)).state.trained_draft is None
     caplog.clear()
@@ -244,8 +232,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize(("shards", "adapters"), [(False, False), (True, True)])
 def test_a_resumed_run_trains_model_and_draft_as_if_never_stopped(
     shards, adapters, checkpoint, tmp_path, beside_config
 ):
@@ -282,7 +269,7 @@ def test_a_function_that_builds_a_checkpointer_is_refused(checkpoint, beside_con
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_loaded_model_has_the_settings_of_the_command(promising, compile):
     """Length, vocabulary, precision, where drafts end and look-ups, with the draft named to both."""
-    folder, path = promising("copy")
+    folder, path = promising
     own = own_draft(folder)
     cfg = GenerateConfig.load(load_config(str(path), [f"self_speculation.draft={own}"]))
     llm = LLM.load(str(folder), draft=own)

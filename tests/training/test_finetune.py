@@ -77,6 +77,7 @@ def test_compile_changes_no_loss_and_no_gradient(tmp_path, finetune):
     """With dropout, checkpointing and smoothing. The losses after step 1 and the norms follow from the gradients."""
     override = ["layer_dropout.prob=0.5", "layer_dropout.inverted=true", "ac_mode=full"]
     override += ["loss=torch.nn.CrossEntropyLoss", "loss.label_smoothing=0.1"]
+    override += ["model.num_layers=2", "checkpointer.hf_config.num_hidden_layers=2"]  # inductor takes its time for each
     path = finetune(max_steps_per_epoch=3, clip_grad_norm=0.5)
     train(path, f"output_dir={tmp_path}/plain", *override)
     train(path, f"output_dir={tmp_path}/other", "compile=true", *override)
