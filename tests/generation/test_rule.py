@@ -85,7 +85,7 @@ def test_a_cold_first_draft_is_no_measure():
 
 
 def test_a_busy_moment_is_forgotten():
-    """The first two drafts took ten times as long, as when a server starts beside other work: the next try finds out."""
+    """The first drafts took ten times as long, as when a server starts beside other work: the next try finds out."""
     rule = DraftRule()
     _, picked = decode(rule, COSTS[1], 0.9, 60, slow=(1, 2))
     assert picked[-30:].count(CHAIN) == 0
@@ -108,6 +108,22 @@ def test_look_ups_run_where_they_are_better(better):
             rule.observe(LOOKUP, tokens[LOOKUP])
         picked[kind] += 1
     assert picked[LOOKUP] > 90 if better == LOOKUP else picked[LOOKUP] == 0
+
+
+def test_a_draft_that_does_not_pay_spends_little_of_what_another_gains():
+    """Look-ups gain 3 steps in each third round. A chain gives one token for 2 steps in the others."""
+    rule, picked, time, done = DraftRule(), Counter(), 0.0, 0
+    tokens, seconds = {CHAIN: 1, LOOKUP: 5, PLAIN: 1}, {CHAIN: 2.0, LOOKUP: 2.0, PLAIN: 1.0}
+    for number in range(300):
+        offered = [CHAIN, LOOKUP] if number % 3 == 0 else [CHAIN]
+        kind = rule.pick(offered)
+        rule.learn(kind, tokens[kind], seconds[kind])
+        for observed in offered if kind == LOOKUP else [kind] if kind == CHAIN else []:
+            rule.observe(observed, tokens[observed])
+        picked[kind] += 1
+        time, done = time + seconds[kind], done + tokens[kind]
+    assert picked[LOOKUP] > 95 and picked[CHAIN] <= 0.25 * 3 * picked[LOOKUP]
+    assert done > 1.5 * time
 
 
 def test_what_was_observed_counts_for_all_look_ups_of_a_class():

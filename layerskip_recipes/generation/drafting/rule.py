@@ -22,13 +22,13 @@ class DraftRule:
 
     1. Measure: the first round is plain, and one more after eight rounds.
     2. Draft from the best kind of draft if its recent rounds gave more tokens than they cost.
-    3. If no kind did, try the best one as long as an account can pay for a round that gives only one token. It starts at
-       3.5, takes what the tries lose, and gets what they gain and a fifth of what paying drafts gain.
+    3. If no kind did, try the best one as long as an account can pay for a round that gives only one token. The account
+       starts at 3.5. Tries take what they lose from it and add what they gain; paying drafts add a fifth of their gain.
     4. Otherwise decode plainly for 128 rounds, then try one draft; if it does not pay, for 256, 512 and so on.
 
     So a useless draft loses at most about 5% of 128 tokens, and less of a longer text, while a good one saves up for
-    harder text, and cannot be spent on another that does not pay. Plain steps cost what the latest ones took, and drafts
-    what the first ones of a try took, so a busy moment of the machine is forgotten in the next try.
+    harder text. Plain steps cost what the latest ones took, and drafts what the first ones of a try took, so a busy
+    moment of the machine is forgotten in the next try.
 
     Pass one object to several generations to keep what was learned. `measure=False`: every round costs one plain step,
     so there is a draft in each round that can have one.
