@@ -170,7 +170,9 @@ class Tuner:
         self.temperature, self.batch_rows = cfg.all_temperatures[0], len(turns.batches[0])
         self.prompts = [prompt for batch in turns.batches for prompt in batch]
         self.stored, self.frequent = bool(stored), list(stored or most_frequent(self.prompts))
-        self.trained = None if draft is None else turns.llm.trained_draft(draft, f"{SECTION_KEY}.draft")
+        self.trained = None
+        if draft is not None:
+            self.trained = turns.llm.state.trained_draft(draft, self.model, f"{SECTION_KEY}.draft")
 
     def candidates(self) -> dict[str, Speculation]:
         """The plans to measure, by name, with their predicted speed-ups; prints the predictions."""

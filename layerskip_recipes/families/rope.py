@@ -29,6 +29,8 @@ class Rope(Section):
     beta_slow: Positive = 1.0
     truncate: bool = True
     attention_factor: Positive | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def missing(self) -> list[str]:
         """The keys that this rope_type needs and the config.json lacks."""
@@ -78,10 +80,13 @@ class Rope(Section):
         if self.attention_factor is not None:
             return self.attention_factor
         if self.rope_type == "yarn":
-            return 1 + 0.1 * math.log(max(self.factor, 1))
+            stretch = 0.1 * math.log(max(self.factor, 1))
+            if self.mscale and self.mscale_all_dim:
+                return (1 + self.mscale * stretch) / (1 + self.mscale_all_dim * stretch)
+            return 1 + stretch
         original = self.original_max_position_embeddings
-        stretch = self.factor if "factor" in self.model_fields_set else max_positions / original
-        return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+        longer = self.factor if "factor" in self.model_fields_set else max_positions / original
+        return math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
 
 
 class RotaryPositions(nn.Module):

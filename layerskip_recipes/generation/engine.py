@@ -143,8 +143,7 @@ class Generation:
             cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), draft_layers)
         self.cache = cache
         self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, output_exit, shared)
-        if not fits:
-            cache.keep_first(reuse if self.context.backend.exact_splits else 0)
+        self.reuse = None if fits else reuse if self.context.backend.exact_splits else 0
         # The keys of the noise: [b, 2] by row, and by prompt.
         self.keys: torch.Tensor | None = None
         if not sampler.greedy:
@@ -174,6 +173,10 @@ class Generation:
             )
         self.started = True
         try:
+            # Now, since another generation may have used the cache after this one was made.
+            self.context.forget_stale_tokens()
+            if self.reuse is not None:
+                self.cache.keep_first(self.reuse)
             with self._models_in_use():
                 with self.accounts.prefill(), decoding_kernels(self.context.device):
                     new = self._prefill()
@@ -188,11 +191,13 @@ class Generation:
                             new = self._round()
                     yield self.rows.by_prompt(new)
         finally:
-            self.in_use.release()
-            self.accounts.close()
-            # The last token has not been fed to the model yet, and the draft's own layers may be further behind.
-            if all(self.rows.values_in_rows(self.generated)):
-                self.cache.tokens = [text[: -1 - self.verifier.behind] for text in self.rows.texts]
+            try:
+                self.accounts.close()
+                # The last token has not been fed to the model yet, and the draft's own layers may be further behind.
+                if all(self.rows.values_in_rows(self.generated)):
+                    self.cache.tokens = [text[: -1 - self.verifier.behind] for text in self.rows.texts]
+            finally:
+                self.in_use.release()
 
     def stop(self, prompt: int, keep: int) -> None:
         """End the output of prompt number `prompt` after its first `keep` tokens; call this between two iterations."""

@@ -9,14 +9,13 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, cast, get_args, overload
 
 import torch
 from torchtune import training, utils
-from torchtune.data import Message
+from torchtune.data import Message, Role
 from typing_extensions import Self, TypedDict, Unpack
 
-from layerskip_recipes.checkpoint.drafts import DraftDescription, read_draft
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import best_device, computes_in_bf16
@@ -34,7 +33,7 @@ from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.sampling import Sampler
-from layerskip_recipes.generation.state import ModelState
+from layerskip_recipes.generation.state import MOST_DRAFTS, ModelState
 from layerskip_recipes.generation.stats import GenerationStats
 from layerskip_recipes.generation.text.prompts import (
     Prediction,
@@ -45,7 +44,6 @@ from layerskip_recipes.generation.text.prompts import (
 )
 from layerskip_recipes.generation.text.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.draft import Draft
 from layerskip_recipes.model.limits import most_positions
 from layerskip_recipes.processes import num_processes
 
@@ -101,15 +99,14 @@ class Output:
 class LLM:
     """A model that answers prompts, with the fastest settings that are known for it on this machine.
 
-    One object decodes one call at a time: a call waits until an earlier one of any thread has ended. A stream ends when
-    its iterator ends or is closed. Two objects share nothing.
+    One object decodes one call at a time: a call waits until an earlier one of another thread has ended. A stream ends
+    when its iterator ends or is closed. Two objects share nothing.
 
     Args:
         model: in eval mode.
         tokenizer: None: for `start` alone.
         planner: None: drafts only by explicit plans.
         stop_tokens: end a text, besides the tokenizer's own.
-        trained_draft: a draft of this model that has been read.
 
     Example:
         >>> llm = LLM.load("quickstart")                                          # doctest: +SKIP
@@ -126,14 +123,15 @@ class LLM:
         planner: DraftPlanner | None = None,
         *,
         stop_tokens: Sequence[int] = (),
-        trained_draft: Draft | None = None,
     ) -> None:
         self.model, self.tokenizer, self.planner = model, tokenizer, planner
         self.device = model.tok_embeddings.weight.device
         self.stop_tokens = [*getattr(tokenizer, "stop_tokens", []), *stop_tokens]
-        self.state = ModelState(trained_draft)
+        # A planner may count another draft vocabulary for each call.
+        self.state = ModelState(None if planner is None else MOST_DRAFTS)
         self.draft_folder: str | None = AUTO  # of the draft that `generate` uses
         self.lock = threading.Lock()  # held by the call that decodes
+        self.thread: int | None = None  # of this call
         self.chosen: dict[str, Chosen] = {}  # by what they depend on
         self.logged: set[str] = set()
 
@@ -176,7 +174,7 @@ class LLM:
         description, _ = planner.trained_draft(SelfSpeculation(draft=draft_folder), "generate")
         llm = cls(model, hf_tokenizer(str(folder)), planner)
         if description is not None:
-            llm.trained_draft(description, "draft")
+            llm.state.trained_draft(description, model, "draft")
         llm.draft_folder = draft_folder
         return llm
 
@@ -211,7 +209,10 @@ class LLM:
         tp_plan = None if cfg.tensor_parallel_plan is None else cfg.tensor_parallel_plan.build()
         draft = None if plan is None else plan.draft
         model, trained_draft = load_sharded_decoder(cfg, device, kept_layers, parallel, tp_plan, draft)
-        return cls(model, tokenizer, stop_tokens=cfg.stop_tokens or [], trained_draft=trained_draft)
+        llm = cls(model, tokenizer, stop_tokens=cfg.stop_tokens or [])
+        if draft is not None and trained_draft is not None:
+            llm.state.trained_drafts[draft.folder] = trained_draft
+        return llm
 
     def prepare(self, plans: Mapping[str, Speculation | None], quantizer: Component | None = None) -> None:
         """Build what drafts by these plans, by the keys of their sections, and then quantise the model."""
@@ -220,12 +221,6 @@ class LLM:
                 self.state.draft_weights(plan, self.model, key)
         if quantizer is not None:
             self.model = quantise_decoder(self.model, quantizer)
-
-    def trained_draft(self, description: DraftDescription, key: str) -> Draft:
-        """The trained draft of all plans with one, which is read once. `key` names it in messages."""
-        if self.state.trained_draft is None:
-            self.state.trained_draft = read_draft(description, self.model, key)
-        return self.state.trained_draft
 
     def forget_draft(self, plan: Speculation) -> None:
         """Free what `prepare` or a generation has built for a plan."""
@@ -345,7 +340,7 @@ class LLM:
     def stream(self, prompt: Question, max_new_tokens: int = 300, **settings: Unpack[CallSettings]) -> Iterator[str]:
         """The answer to one prompt as pieces of text, as they become final; arguments as in `generate`.
 
-        Until the iterator ends or is closed, other calls wait.
+        Until the iterator ends or is closed, calls of other threads wait, and this thread can make none.
         """
         with self._turn():
             generation, (text,) = self._prepared([prompt], [settings.get("prediction")], max_new_tokens, 1, settings)
@@ -353,11 +348,17 @@ class LLM:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Wait until an earlier call has ended, and make later ones wait."""
+        """Wait until an earlier call of another thread has ended, and make later ones wait."""
         if self.lock.locked():
-            self._log_once("A call waits, as an earlier one has not ended. A stream ends when its iterator is closed")
+            if self.thread == threading.get_ident():
+                raise RuntimeError("a stream of this thread has not ended: iterate it to its end, or close() it")
+            log.info("A call waits, as an earlier one has not ended. A stream ends when its iterator is closed")
         with self.lock:
-            yield
+            self.thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.thread = None
 
     def _prepared(
         self,
@@ -371,7 +372,7 @@ class LLM:
         for name in settings:
             if name not in CallSettings.__annotations__:
                 raise ConfigError(f"{name}: unknown. {nearest(name, CallSettings.__annotations__)}")
-        check("stop", settings.get("stop", ()), str | Sequence[str])
+        check("stop", settings.get("stop", ()), Text | Sequence[Text])
         check("compile", settings.get("compile"), bool | None)
         check("draft", settings.get("draft"), Literal["auto"] | None)
         if predictions is None:
@@ -421,6 +422,12 @@ class LLM:
             if (mistake := prompt_mistake(question)) is not None:
                 raise ConfigError(f"prompt: {mistake}")
             return to_tokens(dict(question), self.tokenizer)
+        for message in question:
+            if message.get("role") not in get_args(Role) or not isinstance(message.get("content"), str):
+                raise ConfigError(
+                    f"prompt: {message!r} is not allowed. Allowed: a message "
+                    '{"role": "user", "content": "Wake me at 7"}, or one of the system or the assistant'
+                )
         messages = [Message(role=cast(Any, message["role"]), content=message["content"]) for message in question]
         return to_tokens([*messages, Message(role="assistant", content="")], self.tokenizer)
 

@@ -170,8 +170,9 @@ class Sampler:
         # Stored: a compiled graph that read the temperature would be valid for one temperature only. Numbers that
         # vanish in fp32 are greedy.
         self.greedy = self.temperature < torch.finfo(torch.float32).tiny
-        self.top_p = None if self.top_p == 1 else self.top_p
-        self.min_p = self.min_p or None
+        self.top_k = None if self.greedy else self.top_k
+        self.top_p = None if self.greedy or self.top_p == 1 else self.top_p
+        self.min_p = None if self.greedy else self.min_p or None
 
     @property
     def penalises(self) -> bool:
@@ -181,8 +182,7 @@ class Sampler:
     @property
     def only_temperature(self) -> bool:
         """Whether choices depend on logits, temperature and noise only."""
-        unfiltered = self.top_k is None and self.top_p is None and self.min_p is None
-        return not self.penalises and (self.greedy or unfiltered)
+        return not self.penalises and self.top_k is None and self.top_p is None and self.min_p is None
 
     def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Its numbers as tensors [] by name, inputs of a graph rather than constants in it."""
@@ -196,9 +196,7 @@ class Sampler:
     @property
     def constants(self) -> tuple:
         """What a graph of `scores` depends on besides `tensors`."""
-        if self.greedy:
-            return True, self.penalises
-        return False, self.penalises, self.top_k, self.top_p is None, self.min_p is None
+        return self.greedy, self.penalises, self.top_k, self.top_p is None, self.min_p is None
 
     def scores(
         self, logits: torch.Tensor, seen: torch.Tensor | None, tensors: Mapping[str, torch.Tensor]

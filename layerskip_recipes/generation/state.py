@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
+from layerskip_recipes.checkpoint.drafts import DraftDescription, read_draft
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead, DraftWeights, draft_weights, renewed
 from layerskip_recipes.generation.drafting.drafter import longest_draft
 from layerskip_recipes.generation.drafting.rule import DraftRule
@@ -32,12 +33,12 @@ class BuiltDraft:
 class ModelState:
     """The compiled steps of a model and their caches, the weights that draft, and the rules of when to draft.
 
-    `trained_draft`: the draft of all plans with a draft, if it has been read. `most`: how many draft weights are kept;
-    None: all.
+    `most`: how many draft weights are kept; None: all.
     """
 
-    def __init__(self, trained_draft: Draft | None = None, most: int | None = None) -> None:
-        self.trained_draft, self.most = trained_draft, most
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
+        self.trained_drafts: dict[str, Draft] = {}  # that have been read, by folder
         self.in_use = threading.Lock()  # held by the generation that decodes; a second one is refused
         self.compiled: CompiledSteps | None = None
         self.drafts: dict[Hashable, BuiltDraft] = {}  # the last used one last
@@ -73,18 +74,24 @@ class ModelState:
         built = self.drafts.pop(plan.weights_key, None)
         copies_changed = built is not None and built.source != source and plan.draft_int8 and plan.draft is None
         if built is None or copies_changed:
-            decoder, head = draft_weights(plan, model, self.trained_draft, key)
+            trained = None if plan.draft is None else self.trained_draft(plan.draft, model, f"{key}.draft")
+            decoder, head = draft_weights(plan, model, trained, key)
             if built is not None:
                 decoder, head = renewed((built.decoder or model, built.head), (decoder, head))
             built = BuiltDraft(None if decoder is model else decoder, head, source)
         elif built.source != source and built.head is not None:
             built.head.refresh(built.decoder or model)
             built.source = source
-        if self.most is not None:
-            for oldest in [*self.drafts][: len(self.drafts) + 1 - self.most]:
-                del self.drafts[oldest]
+        while self.most is not None and len(self.drafts) >= self.most:
+            del self.drafts[next(iter(self.drafts))]  # the oldest
         self.drafts[plan.weights_key] = built
         return built.decoder or model, built.head
+
+    def trained_draft(self, description: DraftDescription, model: LayerSkipDecoder, key: str) -> Draft:
+        """A trained draft of the model, which is read once. `key` names it in messages."""
+        if description.folder not in self.trained_drafts:
+            self.trained_drafts[description.folder] = read_draft(description, model, key)
+        return self.trained_drafts[description.folder]
 
     def rule(self, plan: Speculation, max_new_tokens: int, batch_rows: int, compiled: bool) -> DraftRule:
         """The rule of earlier generations whose rounds cost the same."""

@@ -53,12 +53,15 @@ class StepContext:
         self.sampler_tensors = sampler.tensors(self.device)
         self.vocabulary_size = model.tok_embeddings.num_embeddings
         self.before_chunk: Callable[[], None] = lambda: None  # is called before each chunk of a prompt
-        user_code = user_code_in(model, self.draft_decoder, *([draft_head] if draft_head else []))
-        cache.forget_other_weights(model, self.draft_decoder, user_code is not None, shared)
-        self.backend = choose_backend(self, user_code)
-        if cache.exact_splits != self.backend.exact_splits:  # C++ and torch round differently
-            cache.keep_first(0)
-            cache.exact_splits = self.backend.exact_splits
+        self.user_code = user_code_in(model, self.draft_decoder, *([draft_head] if draft_head else []))
+        self.backend = choose_backend(self, self.user_code)
+
+    def forget_stale_tokens(self) -> None:
+        """Forget the cache's tokens that other weights or another kind of backend computed."""
+        self.cache.forget_other_weights(self.model, self.draft_decoder, self.user_code is not None, self.shared)
+        if self.cache.exact_splits != self.backend.exact_splits:  # C++ and torch round differently
+            self.cache.keep_first(0)
+            self.cache.exact_splits = self.backend.exact_splits
 
     @property
     def compile_s(self) -> float:

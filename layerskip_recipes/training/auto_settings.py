@@ -160,7 +160,10 @@ class TrainingMemory:
             return [[True]]
         settings = (depth, section.interval, section.exits)
         # A rotation repeats after `interval` steps. The gradual curriculum of one step has all exits after it.
-        return [enabled_exits(section.curriculum, step, 1, *settings) for step in range(section.interval + 1)]
+        try:
+            return [enabled_exits(section.curriculum, step, 1, *settings) for step in range(section.interval + 1)]
+        except ConfigError:  # it is reported with the other mistakes, after these choices
+            return [[True]]
 
     @property
     def num_exits(self) -> int:

@@ -97,12 +97,20 @@ def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, 
         yield key, before, after
 
 
+def _shared(values: Any, other: Any) -> Any:
+    """The values of the keys, at every level, that the other one has too."""
+    if not (isinstance(values, dict) and isinstance(other, dict)):
+        return values
+    return {name: _shared(value, other[name]) for name, value in values.items() if name in other}
+
+
 def check_resumable(before: dict[str, Any], after: dict[str, Any]) -> None:
     """Raises a ConfigError that names the changed settings."""
-    noted = {key: before.get(key) for key in after}
-    if noted.get("config.json"):  # earlier versions noted the keys of all families
-        noted["config.json"] = {key: noted["config.json"].get(key) for key in after["config.json"]}
-    changed = [*_differences(noted, after)]
+    before, model = {key: before.get(key) for key in after}, "config.json"
+    if before.get(model):  # other versions noted more keys or fewer
+        before = before | {model: _shared(before[model], after[model])}
+        after = after | {model: _shared(after[model], before[model])}
+    changed = [*_differences(before, after)]
     for key, noted, value in changed:
         if key == STEPS:
             log.warning(

@@ -66,7 +66,9 @@ class StochasticAdamW(Optimizer):
         run: Callable[..., None] = update_on_gpu if cuda else update_
         for (_, _, p), *numbers in zip(trained, *of_weights, strict=True):
             state, size = self.state[p], local_part(p).numel()
-            parts = [local_part(x).reshape(-1) for x in (p, state["exp_avg"], state["exp_avg_sq"], p.grad)]
+            # A view, and not a copy: the update writes into all but the gradient.
+            parts = [local_part(x).view(-1) for x in (p, state["exp_avg"], state["exp_avg_sq"])]
+            parts.append(local_part(p.grad).reshape(-1))
             length = GPU_SLICE if cuda else CPU_SLICE
             for start in range(0, size, length):
                 run(*(part[start : start + length] for part in parts), *numbers, start)

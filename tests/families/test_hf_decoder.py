@@ -93,6 +93,7 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
         ("gemma3", {"sliding_window_pattern": 2}),
         ("gemma3", {"final_logit_softcapping": 1.5}),
         ("olmo3", {"rope_scaling": YARN, "rope_theta": 5e5}),
+        ("olmo3", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.2}}),
         ("olmo3", {}),
         ("exaone4", {"rope_scaling": LLAMA3_ROPE, "rope_theta": 3e5}),
     ],

@@ -117,6 +117,20 @@ def test_a_cache_serves_the_weights_that_filled_it(what, compile, traced):
     assert third.stats.reused_tokens == len(longer) + 8
 
 
+def test_the_cache_is_looked_at_when_decoding_begins(traced):
+    """Two generations of one kept cache are made before either decodes, and the weights change in between."""
+    model = make_model("llama3_2")
+    first, second, third = (Generation(model, [PROMPT], 9, compile=True) for _ in range(3))
+    assert first.cache is second.cache is third.cache
+    list(first)
+    list(second)
+    assert second.stats.reused_tokens == 0 and second.generated == first.generated  # `reuse` is 0
+    list(Generation(changed(model, "an optimizer step"), [PROMPT], 9))
+    third.cache.tokens, third.reuse = [[*PROMPT]], None
+    list(third)
+    assert third.stats.reused_tokens == 0 and third.generated == run(model, [PROMPT], 9).generated
+
+
 def test_a_cache_serves_the_draft_that_filled_it():
     model = make_model("llama3_2")
     drafts = [noisy(Draft(model, "copy", 2)).decoder(model) for _ in range(2)]

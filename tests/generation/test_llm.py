@@ -3,6 +3,7 @@
 import logging
 import shutil
 import threading
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from helpers.training import train
 from safetensors.torch import load_file, save_file
 
 from layerskip_recipes import LLM, generate, hf_tokenizer, layerskip_decoder
+from layerskip_recipes.checkpoint.drafts import read_description
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.kernels import when_to_compile
@@ -107,7 +109,7 @@ def test_an_answer_ends_before_a_stop_text(run):
 
 
 def test_another_thread_waits_for_a_stream_and_says_so(run, monkeypatch):
-    """The log says why a call does not begin, also for a call that waits for a stream of its own thread."""
+    """The log says why a call does not begin."""
     llm = LLM.load(str(run))
     text, answers, waits = llm.generate(PROMPT, 16).text, [], threading.Event()
     monkeypatch.setattr("layerskip_recipes.generation.llm.log.info", lambda line: waits.set())
@@ -122,9 +124,12 @@ def test_another_thread_waits_for_a_stream_and_says_so(run, monkeypatch):
 
 
 def test_a_closed_stream_makes_no_call_wait(run):
+    """Before that, a call of its own thread is refused: it would wait for ever."""
     llm = LLM.load(str(run))
     pieces = llm.stream(PROMPT, 16)
     next(pieces)
+    with pytest.raises(RuntimeError, match=r"close\(\)"):
+        llm.generate(PROMPT, 2)
     pieces.close()
     assert not llm.lock.locked() and llm.generate(PROMPT, 2).tokens
 
@@ -255,7 +260,7 @@ def stop():
 def test_a_trained_draft_drafts_beside_its_model_or_by_its_folder(checkpoint, draft):
     """Beside its model, or by its own folder, which names the model. A named one drafts even if it is slow."""
     plain = LLM.load(str(checkpoint)).generate(PROMPT, 24).text
-    assert LLM.load(str(draft)).state.trained_draft is not None
+    assert LLM.load(str(draft)).state.trained_drafts
     for path in (checkpoint, draft):
         llm = LLM.load(str(path), draft=str(draft))
         out = llm.generate(PROMPT, 24)
@@ -264,6 +269,27 @@ def test_a_trained_draft_drafts_beside_its_model_or_by_its_folder(checkpoint, dr
         llm.generate(PROMPT, 24, num_speculations=2)  # with the same weights
         (built,) = llm.state.drafts.values()
         assert built.decoder.trained_layers.start == 1 and len(built.head.vocabulary) <= 60
+
+
+def test_few_draft_weights_are_kept_of_calls_that_count_their_vocabulary(checkpoint):
+    llm = LLM.load(str(checkpoint))
+    for prompt in ("import os", "class Reader:", "def write(text):", "return 3"):
+        llm.generate(prompt, 4, exit_layer=2, draft_vocabulary=3, compile=False)
+    assert len(llm.state.drafts) == 2
+
+
+def test_a_plan_drafts_with_the_draft_of_its_folder(checkpoint, draft, tmp_path):
+    """Also if the draft of another folder has been read before. Each is read once."""
+    other = shutil.copytree(draft / "epoch_0", tmp_path / "other")
+    weights = load_file(other / "draft.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "draft.safetensors")
+    llm = LLM.load(str(checkpoint), draft=str(draft))
+    first = llm._choose([[1, 2]], 24, 1, {}, False).plan
+    second = replace(first, draft=read_description(str(other), "draft"))
+    for plan in (second, first, second):
+        llm.state.draft_weights(plan, llm.model)
+    ours, others = (trained.state_dict() for trained in llm.state.trained_drafts.values())
+    assert ours.keys() == others.keys() and not any(torch.equal(others[name], ours[name]) for name in weights)
 
 
 def test_device_and_dtype_are_those_asked_for_or_refused(checkpoint):

@@ -161,6 +161,12 @@ def test_tiny_temperatures_are_greedy(temperature):
     assert torch.equal(choose_tokens(scores, keys, torch.ones(1, 1, dtype=torch.long)), logits.argmax(-1))
 
 
+def test_greedy_samplers_are_equal_for_graphs_whatever_their_filters():
+    plain, filtered = Sampler(), Sampler(top_k=3, top_p=0.9, min_p=0.1)
+    assert plain.constants == filtered.constants and plain.tensors("cpu").keys() == filtered.tensors("cpu").keys()
+    assert filtered.only_temperature
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

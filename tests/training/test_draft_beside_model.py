@@ -137,7 +137,7 @@ def test_adapters_are_those_of_ordinary_finetuning_beside_a_draft(kind, changes,
     assert rates == [3e-3, pytest.approx(3e-3 * DRAFT_RATE * full_learning_rate(width) / 3e-4)]
 
     llm = LLM.load(str(folders[0]))
-    assert same_tensors(llm.state.trained_draft.state_dict(), recipe.draft.state_dict())
+    assert same_tensors(*(draft.state_dict() for draft in (*llm.state.trained_drafts.values(), recipe.draft)))
     plain = llm.generate("def main(", 12, draft=None)
     drafted = LLM.load(str(folders[0]), draft=str(folders[0])).generate("def main(", 12)
     assert drafted.tokens == plain.tokens and drafted.stats.drafted > 0
@@ -224,7 +224,7 @@ def test_generation_finds_the_draft(promising, caplog, monkeypatch):
     description = json.loads((folder / "draft" / "layerskip.json").read_text())
     change_json(folder / "draft" / "layerskip.json", base=description["base"] | reader)
     assert own_draft(folder) == own and not read_description(own, "draft").is_for(HFCheckpointer)
-    assert LLM.load(str(folder)).state.trained_draft is None
+    assert not LLM.load(str(folder)).state.trained_drafts
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert LayerSkipGenerate(load_config(str(path))).plan is None

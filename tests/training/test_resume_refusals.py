@@ -143,13 +143,14 @@ def test_an_exit_may_be_given_as_the_log_prints_it():
         check_resumable({"early_exit_loss": {"exits": "3"}}, {"early_exit_loss": {"exits": 4}})
 
 
-def test_a_run_resumes_whose_checkpoint_notes_keys_of_other_families():
-    """Earlier versions noted the keys of all families."""
-    noted = {"architecture": "LlamaForCausalLM", "vocab_size": 97, "no_rope_layer_interval": 4}
-    now = {"architecture": "LlamaForCausalLM", "vocab_size": 97}
+def test_a_run_resumes_whose_checkpoint_notes_other_keys_of_the_model():
+    """Earlier versions noted the keys of all families, and not all keys of RoPE."""
+    noted = {"architecture": "LlamaForCausalLM", "vocab_size": 97, "no_rope_layer_interval": 4, "rope": {"theta": 1e4}}
+    now = {"architecture": "LlamaForCausalLM", "vocab_size": 97, "rope": {"theta": 1e4, "beta_fast": 32.0}}
     check_resumable({"config.json": noted}, {"config.json": now})
-    with pytest.raises(ValueError, match=r"config\.json\.vocab_size .*97.* 98 "):
-        check_resumable({"config.json": noted}, {"config.json": now | {"vocab_size": 98}})
+    for key, change in {"vocab_size": {"vocab_size": 98}, "rope.theta": {"rope": {"theta": 5e5}}}.items():
+        with pytest.raises(ValueError, match=rf"config\.json\.{key} was"):
+            check_resumable({"config.json": noted}, {"config.json": now | change})
 
 
 def test_a_new_run_throws_away_no_earlier_runs_checkpoints(stopped):

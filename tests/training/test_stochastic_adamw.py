@@ -48,6 +48,13 @@ def test_weights_of_fp32_get_plain_adamw(monkeypatch):
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
 
 
+def test_a_transposed_weight_is_refused_and_not_left_as_it_is():
+    weight = torch.nn.Parameter(torch.zeros(3, 4).t())
+    weight.grad = torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match="view"):
+        StochasticAdamW([weight]).step()
+
+
 def test_rounding_has_no_bias():
     """Of values of both signs; numbers of bf16 stay as they are."""
     values = torch.tensor([0.02001, -0.02003, 1.001, -3e-5, 0.0, 1.5]).repeat(40_000, 1)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from layerskip_recipes.checkpoint.drafts import read_draft
 from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.errors import ConfigError
@@ -60,13 +59,13 @@ DraftWeights = tuple[LayerSkipDecoder, DraftHead | None]  # the decoder that dra
 def draft_weights(
     plan: Speculation, model: LayerSkipDecoder, trained_draft: Draft | None = None, key: str = SECTION_KEY
 ) -> DraftWeights:
-    """The weights that draft for a loaded model: its own early layers, a trained draft, or int8 copies of these.
+    """The weights that draft for a loaded model: its early layers, the plan's trained draft, or int8 copies of them.
 
-    `trained_draft`: the plan's, if it has been read; `key` names the plan's section in messages.
+    `key` names the plan's section in messages.
     """
     decoder, head, layers = model, None, range(plan.model_layers)
-    if plan.draft is not None:
-        decoder = (trained_draft or read_draft(plan.draft, model, f"{key}.draft")).decoder(model)
+    if trained_draft is not None:
+        decoder = trained_draft.decoder(model)
         layers = decoder.trained_layers
     if plan.draft_vocabulary is not None:
         head = DraftHead(decoder, plan.draft_vocabulary)

@@ -229,6 +229,7 @@ class DraftPlanner:
 
         # Draft if it should pay, or if the user asked for it.
         described = self._described(best, assumed=any(rates is ASSUMED for _, rates in options))
+        described += f"; {unusable}" if unusable else ""
         if best.speedup < LEAST_GAIN and not (has_exit or given.get("draft")):
             which = "no exit should pay" if draft is None else "the trained draft should not pay"
             why = f"{which}. The best would be {described}"
