@@ -227,12 +227,15 @@ def row_bytes(
     parallel: int = 1,
 ) -> int:
     """Bytes of a batch row: a KV cache of `length` slots, activations of a prompt of `prompt` tokens, and logits of a
-    verification of `verified` tokens. Each matrix is shared by `parallel` processes, but not the logits."""
+    verification of `verified` tokens. Each matrix is shared by `parallel` processes, but not the logits.
+
+    `draft_layers` more layers have slots too; more than the model has are those of another cache.
+    """
     per_slot = [
         2 * (layer.attn.num_kv_heads if is_plain_attention(layer) else layer.attn.num_heads) * layer.attn.head_dim
         for layer in model.layers
     ]
-    values = (sum(per_slot) + sum(per_slot[:draft_layers])) * length
+    values = (sum(per_slot) + sum(per_slot[i % len(per_slot)] for i in range(draft_layers))) * length
     values += prompt * forward_values(model)  # prefill of one layer
     # Three fp32 values per token and vocabulary entry: the logits, the sampler's probabilities, and noise.
     return values * dtype.itemsize // parallel + verified * 3 * 4 * model.tok_embeddings.num_embeddings

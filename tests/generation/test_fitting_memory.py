@@ -14,13 +14,22 @@ from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.config.loading import load_config
 from layerskip_recipes.generation.fitting_memory import check_memory
 from layerskip_recipes.generation.recipe import LayerSkipGenerate
-from layerskip_recipes.model.memory import free_memory, machine_memory, weight_bytes
+from layerskip_recipes.model.memory import free_memory, machine_memory, row_bytes, weight_bytes
 
 
 @pytest.fixture
 def with_memory(monkeypatch):
     """Gives the machine so many bytes."""
     return lambda size: monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}.get)
+
+
+@pytest.mark.parametrize("draft_layers", [1, 2, 6, 8])
+def test_a_drafts_layers_have_slots_and_so_does_another_cache_for_plain_decoding(draft_layers):
+    """Keys and values of one head of 8 channels in fp32 for each of the six layers."""
+    model = model_of("llama3_2")
+    slot = 2 * 8 * 4 * model.layers[0].attn.num_kv_heads
+    row, longer = (row_bytes(model, length, torch.float32, 3, draft_layers) for length in (10, 20))
+    assert longer - row == 10 * (6 + draft_layers) * slot
 
 
 @pytest.mark.slow
