@@ -51,7 +51,7 @@ def fill_from_rank0(tensor: torch.Tensor, whole: torch.Tensor | None) -> None:
 
 
 def _part_of(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a tensor, laid out as `own`; all of it if `own` is not sharded."""
+    """This rank's shard of a tensor, laid out as `tensor`; all of it if that is not sharded."""
     if not isinstance(tensor, DTensor):
         return whole
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -111,7 +111,7 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel(key: torch.Tensor, other_key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise in fp32 of token ids at a position with the keys `one` and `two`; the three shapes broadcast."""
+    """Gumbel noise in fp32 of token ids at a position with two keys; the three shapes broadcast."""
     bits = mixed(mixed(key ^ ids) ^ other_key)
     # -log(1 - u) is most precise near u = 0, where tokens win. The largest u must not round to 1.
     uniform = ((bits.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)

@@ -97,7 +97,7 @@ class Draft(nn.Module):
         return states[self.start], states[model.num_layers]
 
     def keeper(self, model: LayerSkipDecoder, tokens: torch.Tensor, states: dict[int, torch.Tensor]) -> OnExit:
-        """An `on_exit` for the model's forward that fills `kept` with the `teacher_states`, by number of layers."""
+        """An `on_exit` for the model's forward that fills `states` with the `teacher_states`, by number of layers."""
 
         @torch.no_grad()
         def on_exit(exit_layer: int, x: torch.Tensor) -> None:

@@ -21,9 +21,10 @@ class StochasticAdamW(Optimizer):
     moves the weight by 2e-5 on average. The averages need it too: with beta2 = 0.999 the second one changes by less
     than its precision. Weights in fp32 get plain AdamW.
 
-    The noise is a hash of the step number, the parameter's number, from `first` on, and the weight's index. So a
-    resumed run draws the same noise, and so do ranks that hold copies of a weight. The arguments are those of
-    `torch.optim.AdamW`. On a GPU one compiled kernel updates a weight, and reads and writes 14 bytes for each number.
+    The noise is a hash of the step number, the parameter's number, from `first` on, and the weight's index in this
+    process. So a run resumed on as many processes draws the same noise, and so do ranks that hold copies of a weight.
+    The arguments are those of `torch.optim.AdamW`. On a GPU one compiled kernel updates a weight, and reads and writes
+    14 bytes for each number.
     """
 
     first = 0  # number of the first parameter; other optimizers of `optimizer_in_bwd` have other numbers and noise
