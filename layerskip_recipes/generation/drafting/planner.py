@@ -71,7 +71,8 @@ class DraftPlanner:
     @classmethod
     def of_config(cls, cfg: RecipeConfig, quantizer: Component | None) -> "DraftPlanner":
         """The planner of a config's model."""
-        parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
+        dim, plan = getattr(cfg, "tensor_parallel_dim", None), getattr(cfg, "tensor_parallel_plan", None)
+        parallel = ranks_per_matrix(dim, plan)
         return cls(
             layerskip_decoder(cfg.meta_model),
             described_folder(cfg.checkpointer),
@@ -91,7 +92,7 @@ class DraftPlanner:
             return None
         return read_trained_exits(self.folder, self.model.num_layers, self.model.tok_embeddings.num_embeddings)
 
-    def trained_draft(
+    def find_description(
         self, section: SelfSpeculation, key: str = SECTION_KEY
     ) -> tuple[DraftDescription | None, str | None]:
         """The section's trained draft, or else the one beside the model, or why that cannot be used."""
@@ -192,7 +193,7 @@ class DraftPlanner:
             section = section.model_copy(update={"prompt_lookup": LOOKUP})
         given = section.given
         has_exit = given.get("exit_layer") is not None
-        draft, unusable = self.trained_draft(section, key)
+        draft, unusable = self.find_description(section, key)
         answers = self.answers(section, draft, key)
         if "exit_layer" in given and not has_exit:
             return self._look_ups_alone(given, answers, compiled, batch_rows), None
