@@ -247,8 +247,9 @@ class DraftPlanner:
         self, plan: Speculation, section: SelfSpeculation, prompts: Sequence[Sequence[int]], key: str
     ) -> Speculation:
         """The plan with all keys that the user gave."""
-        names = ("num_speculations", "prompt_lookup", "min_confidence", "draft_int8")
-        given = {name: section.given[name] for name in names if name in section.given}
+        as_objects = ("draft", "draft_vocabulary", "answers")  # of which the section has a folder, a size and a file
+        names = SPECULATION_DEFAULTS.keys() - as_objects
+        given = {name: section.given[name] for name in names & section.given.keys()}
         if section.draft_vocabulary != AUTO:
             given["draft_vocabulary"] = self._vocabulary(section, plan.draft, prompts, key)
         return replace(plan, **given)
