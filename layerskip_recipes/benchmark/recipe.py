@@ -145,7 +145,7 @@ class LayerSkipBenchmark:
         if cfg.tune:
             self.frequent = None if planner.exits is None else planner.exits.vocabulary
             section = cfg.self_speculation or SelfSpeculation()
-            self.tuned_draft, _ = planner.trained_draft(section)
+            self.tuned_draft, _ = planner.find_description(section)
             self.answers = planner.answers(section, self.tuned_draft)
         return plans
 

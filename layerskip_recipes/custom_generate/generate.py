@@ -453,6 +453,23 @@ def shift_right(columns: torch.Tensor, shifts: torch.Tensor, dim: int) -> torch.
     return columns.gather(dim, source.view(shape).expand_as(columns))
 
 
+def check_settings(model: Any, logits_processor: Any, generation_config: Any, prompt_length: int, longest: int) -> None:
+    """Refuse settings that `decode` cannot honour."""
+    mode = generation_config.get_generation_mode()
+    require(mode in MODES, f"LayerSkip: {mode.value} is not supported. Allowed: {', '.join(MODES)}")
+    for stateful, name in WITH_STATE.items():
+        used = any(isinstance(processor, stateful) for processor in logits_processor)
+        require(not used, f"LayerSkip: {name} is not supported, its processor keeps a state. Remove it")
+    for output in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        asked_for = generation_config.return_dict_in_generate and getattr(generation_config, output)
+        require(not asked_for, f"LayerSkip: {output} is not supported. Allowed: {output}=False")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope_type, switch = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    switch = switch or model.config.max_position_embeddings
+    changes = switch < longest and (rope_type == "dynamic" or (rope_type == "longrope" and prompt_length <= switch))
+    require(not changes, f"LayerSkip: {rope_type} positions change after {switch} tokens. Allowed: max_length={switch}")
+
+
 def decode(
     model: Any,
     input_ids: torch.Tensor,
@@ -465,23 +482,11 @@ def decode(
 ) -> Any:
     """The decoding loop, which `model.generate` calls with prepared inputs."""
     # 0. Refuse settings that this loop cannot honour.
-    mode, do_sample = generation_config.get_generation_mode(), bool(generation_config.do_sample)
-    require(mode in MODES, f"LayerSkip: {mode.value} is not supported. Allowed: {', '.join(MODES)}")
-    for stateful, name in WITH_STATE.items():
-        used = any(isinstance(processor, stateful) for processor in logits_processor)
-        require(not used, f"LayerSkip: {name} is not supported, its processor keeps a state. Remove it")
-    with_dict = generation_config.return_dict_in_generate
-    for output in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        asked_for = with_dict and getattr(generation_config, output)
-        require(not asked_for, f"LayerSkip: {output} is not supported. Allowed: {output}=False")
+    do_sample, longest = bool(generation_config.do_sample), stopping_criteria.max_length
     batch, prompt_length = input_ids.shape
-    longest, pad_id = stopping_criteria.max_length, generation_config._pad_token_tensor
-    pad_id, width = 0 if pad_id is None else int(pad_id), longest + draft.num_speculations + 1
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    rope_type, switch = rope.get("rope_type"), rope.get("original_max_position_embeddings")
-    switch = switch or model.config.max_position_embeddings
-    changes = switch < longest and (rope_type == "dynamic" or (rope_type == "longrope" and prompt_length <= switch))
-    require(not changes, f"LayerSkip: {rope_type} positions change after {switch} tokens. Allowed: max_length={switch}")
+    check_settings(model, logits_processor, generation_config, prompt_length, longest)
+    pad_id = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
+    width = longest + draft.num_speculations + 1
     rows = BatchTexts(input_ids, width, pad_id, logits_processor, stopping_criteria, streamer)
     length = DraftLength(draft.num_speculations, draft.cost(), draft.rows_cost(batch))
 
@@ -556,6 +561,6 @@ def decode(
     if streamer is not None:
         streamer.end()
     sequences: Any = rows.tokens[:, : max(rows.lengths)]
-    if not with_dict:
+    if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, cache=cache if batch == 1 else None)

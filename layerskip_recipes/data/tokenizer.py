@@ -19,7 +19,8 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from layerskip_recipes.config.paths import read_json
 from layerskip_recipes.config.schema import PositiveInt, Text, checked_arguments
-from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Rendered, Turn, default_template, reasons
+from layerskip_recipes.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, Turn, default_template
+from layerskip_recipes.data.reply_places import ConversationRenderer, Rendered, reasons
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.folders.model_folder import base_folder, model_folder
 
@@ -168,15 +169,16 @@ class HFTokenizer(ModelTokenizer, Transform):
             raise ConfigError("messages: this tokenizer takes text only, and one of them has an image")
         self._warn_of_template()
         template, turns = self.conversation(messages, tools)
+        renderer = ConversationRenderer(template)
         if not add_end_tokens:
-            rendered = template.prompt(turns, enable_thinking or self.enable_thinking)
+            rendered = renderer.prompt(turns, enable_thinking or self.enable_thinking)
             tokens, _ = self._encode(rendered)
             return self._truncate(tokens, [True] * len(tokens), None)
 
         if not (self._told or self.enable_thinking) and reasons(turns) and "enable_thinking" in self.template.source:
             self._told = True
             log.info("tokenizer: replies have reasoning, so ask the trained model with tokenizer.enable_thinking=true")
-        rendered = template.conversation(turns)
+        rendered = renderer.conversation(turns)
         tokens, last_chars = self._encode(rendered)
         ends, indices = zip(*rendered.message_ends, strict=True)
         replies = sorted(rendered.replies.items(), key=lambda reply: reply[1].start)

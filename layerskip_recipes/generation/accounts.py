@@ -115,9 +115,8 @@ class Accounts:
         # Verification reads L layers and a head: layers from E up for all drafted tokens, layers below E for the last
         # one. A trained draft's own layers also run once, except in rounds without a draft.
         self._read(self.of_model, self.context.output_exit + (len(trained_layers) if draft.num_drafted else 0), slots)
-        if draft.hidden is not None:
-            self.stats.draft_steps += draft.num_drafted
-            self._read(self.of_draft, trained_layers.stop or self.drafts_from or 0, slots, times=draft.num_drafted)
+        self.stats.draft_steps += draft.draft_steps
+        self._read(self.of_draft, trained_layers.stop or self.drafts_from or 0, slots, times=draft.draft_steps)
 
     def uncount(self, prompt: int, dropped: int) -> None:
         """The last `dropped` tokens of a prompt's output do not count, as after a stop token."""

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
 from torchtune.utils import get_logger
 from torchtune.utils._logging import log_once
 
-from layerskip_recipes.families.multipliers import ScaledEmbedding
 from layerskip_recipes.generation.drafting.draft_weights import DraftHead
 from layerskip_recipes.generation.kernels.compiling import rounded_length
 from layerskip_recipes.generation.kernels.cpp_decoder import (
     Parts,
     UnknownPartError,
+    embedding_parts,
     head_parts,
     layer_parts,
     load_library,
@@ -73,12 +72,7 @@ class TorchBackend:
 
     fixed_shapes = False  # whether each round must draft equally many tokens
     exact_splits = False  # whether a text's keys and values depend neither on its batch nor on its prefill's passes
-    whole_rounds = False  # whether `call_round` runs a whole round as one CUDA graph
     packs_int4 = False  # whether it reads half a byte for each int4 weight, and not the byte that torchao keeps
-    # Drafts with an exit in one call, if the temperature is the only sampling setting; None: token by token. It takes
-    # the last tokens [b], their slots [b], n, the end of the slots, the exit, the noise's keys, the temperature, the
-    # confidence of an empty draft [b] and the least one, and returns tokens [b, 1 + n] and x_E [b, n, d].
-    draft_chain: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __init__(self, context: "StepContext") -> None:
         # Not the context: a cycle would delay freeing the cache.
@@ -97,6 +91,29 @@ class TorchBackend:
     def call(self, step: Any, slots: torch.Tensor | None, *args: torch.Tensor | None) -> Any:
         """The results of a `Step`."""
         return step.run(slots, *args)
+
+    def call_round(self, step: Any, slots: torch.Tensor, *args: torch.Tensor | None) -> Any:
+        """The results of a `Step` of steps as one CUDA graph, whose next call overwrites them; None: call its steps."""
+        return None
+
+    def draft_chain(
+        self,
+        last: torch.Tensor,
+        start: torch.Tensor,
+        num_to_draft: int,
+        num_slots: int,
+        exit_layer: int,
+        keys: torch.Tensor | None,
+        temperature: float,
+        confident: torch.Tensor,
+        min_confidence: float,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`draft_tokens` in one call, if temperature is the only sampling setting; None: draft token by token.
+
+        Takes the last tokens [b], their slots [b], the noise's keys [b, 2], and the confidence [b] of an empty draft.
+        Returns tokens [b, 1 + n] and x_E [b, n, d].
+        """
+        return None
 
     def keep(self, results: Sequence[Any]) -> Sequence[Any]:
         """A step's results (tensors or None), or copies if later steps of the round could overwrite them."""
@@ -183,7 +200,7 @@ class GraphBackend(TorchBackend):
         self.layers_key = (self.cache.max_len, self.cache.draft_layers, draft)
         self.sampler_key = (context.sampler.constants, head and len(head.vocabulary))
         # With several ranks a capture would hold their collectives.
-        self.whole_rounds = self.on_gpu and self.compiled.whole_rounds and not context.shared
+        self.captures_rounds = self.on_gpu and not context.shared
 
     def begin_round(self) -> None:
         self.compiled.begin_round()
@@ -192,7 +209,8 @@ class GraphBackend(TorchBackend):
         return self.compiled(step, self.key(step, args), self.fits_flex, slots, *args)
 
     def call_round(self, step: Any, slots: torch.Tensor, *args: torch.Tensor | None) -> Any:
-        """The results of a `Step` of steps as one CUDA graph, whose next call overwrites them."""
+        if not (self.captures_rounds and self.compiled.whole_rounds):
+            return None
         context, numbers = copy.copy(step.context), step.context.sampler_tensors
 
         def function(*inputs: Any) -> Any:
@@ -279,7 +297,7 @@ class CppBackend(TorchBackend):
                     break
                 parts.tensors |= {"k_cache": layer_cache.k, "v_cache": layer_cache.v}
                 self.cpp_layers[decoder].append(parts.tensors)
-        self.draft_chain = self._draft_in_cpp()
+        self.draft_in_cpp = self._draft_in_cpp()
         return moved
 
     def run(
@@ -305,6 +323,9 @@ class CppBackend(TorchBackend):
         x = in_cpp.run(x, at, [*rows], slots.shape[0], layers.start, layers.stop, only_cache)
         return self.cpp_heads[model].logits(x) if unembed else x
 
+    def draft_chain(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if self.draft_in_cpp is None else self.draft_in_cpp(*args)
+
     def chunk(self, width: int, reused: int) -> int:
         return CPP_CHUNK
 
@@ -328,16 +349,16 @@ class CppBackend(TorchBackend):
 
     def _draft_in_cpp(self) -> Callable | None:
         """`Layers::draft` of layers.cpp with its first arguments, which are the model's; None if it cannot draft."""
-        embeddings = self.draft_decoder.tok_embeddings
-        if self.unknown or type(embeddings) not in (nn.Embedding, GemmaNormEmbeddings, ScaledEmbedding):
+        if self.unknown:
             return None
-        factor = torch.tensor(getattr(embeddings, "factor", 1.0), dtype=torch.float64)
-        if type(embeddings) is GemmaNormEmbeddings:  # the root of the width, rounded to the weights' dtype
-            factor = torch.tensor(embeddings.embedding_dim**0.5, dtype=embeddings.weight.dtype)
+        try:
+            weight, factor = embedding_parts(self.draft_decoder.tok_embeddings)
+        except UnknownPartError:
+            return None
         return partial(
             self.cpp_layers[self.draft_decoder].draft,
             self.cpp_heads[self.draft_head or self.draft_decoder],
-            embeddings.weight.detach(),
-            factor.item(),
+            weight,
+            factor,
             self.draft_head and self.draft_head.vocabulary,
         )

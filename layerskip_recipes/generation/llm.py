@@ -171,7 +171,7 @@ class LLM:
         draft_folder = AUTO if draft is None else str(named_folder(draft, "draft", weights=True))
         planner = DraftPlanner(model, folder, torch_device.type, torch_dtype, torch_dtype, HFCheckpointer)
         planner.make_tokenizer = partial(hf_tokenizer, str(folder))
-        description, _ = planner.trained_draft(SelfSpeculation(draft=draft_folder), "generate")
+        description, _ = planner.find_description(SelfSpeculation(draft=draft_folder), "generate")
         llm = cls(model, hf_tokenizer(str(folder)), planner)
         if description is not None:
             llm.state.trained_draft(description, model, "draft")

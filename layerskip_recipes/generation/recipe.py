@@ -33,7 +33,7 @@ from layerskip_recipes.generation.text.prompts import (
     try_examples,
 )
 from layerskip_recipes.generation.text.text_stream import AnswersInOrder, TextStream, follow
-from layerskip_recipes.model.decoder import layerskip_decoder
+from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import check_prompt_lengths, check_vocabulary, most_positions
 from layerskip_recipes.processes import init_processes, is_rank_zero, num_processes, same_on_all
 
@@ -60,38 +60,12 @@ class LayerSkipGenerate:
         self.exit_layer = cfg.exit_layer
         self.tokenizer = cfg.tokenizer.build()
         check_vocabulary(self.tokenizer, model)
-        # Read and tokenize the prompts.
-        self.examples: list[Example] = []
-        self.prompt_tokens: list[list[int]] = []
-        if self.interactive:
-            self._tokens_of([], "?")  # a template that refuses the system prompt says so now
-        else:
-            examples = try_examples(cfg.prompt, cfg.prompts, cfg.prompt_file)
-            self.examples, self.prompt_tokens = encode(examples, self.tokenizer, model, self.max_new_tokens)
-        self.prompts = [example.prompt for example in self.examples]
-        pairs = zip(self.examples, self.prompt_tokens, strict=True)
-        self.predictions = [predicted_tokens(example.prediction, tokens, self.tokenizer) for example, tokens in pairs]
-        self.numbers = copies_before(self.prompt_tokens)  # equal prompts get different samples
-        self.good = [i for i, example in enumerate(self.examples) if example.error is None]
-        bad = [example.error for example in self.examples if example.error is not None]
-        if cfg.on_bad_prompt != "skip" or not self.good:
-            refuse_bad(self.examples, hint=". on_bad_prompt=skip answers the rest")
-        for error in bad:
-            log.warning("skipped: %s", error)
-        self.batch_size = min(cfg.batch_size, len(self.good) or 1)
-        # The beginning that all prompts share is read once.
-        self.common = common_start([self.prompt_tokens[i] for i in self.good]) if self.good else 0
-        # Choose how to draft.
-        batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
-        num_steps = batches * self.max_new_tokens * (2 if self.compare else 1)
-        prompts = [self.prompt_tokens[i] for i in self.good]
-        self.cfg, self.plan = choose_decoding(
-            cfg, DraftPlanner.of_config(cfg, cfg.quantizer), num_steps, prompts, self.batch_size, any(self.predictions)
-        )
-        cfg, self.compile = self.cfg, bool(self.cfg.compile)
+        self._read_prompts(model)
+        self._choose_drafts()
+        self.compile = bool(self.cfg.compile)
         below_exit = (self.exit_layer or 0) if self.plan is None else self.plan.model_layers
         self.kept_layers = below_exit if below_exit < model.num_layers else 0
-        self.stop_strings = cfg.stop_strings or []
+        self.stop_strings = self.cfg.stop_strings or []
         # Join the other processes. This comes before the seed, which they share.
         init_processes(self.device.type)
         if self.device.type == "cuda" and num_processes() > 1:
@@ -102,27 +76,64 @@ class LayerSkipGenerate:
                 "for example prompt_file=prompts.jsonl"
             )
         if not self.interactive:
-            # Check the memory only now, as each process has its own GPU.
-            rows, longest = self.batch_size, max(len(self.prompt_tokens[i]) for i in self.good)
-            if self.device.type == "cuda" and self.compile and self.compare:
-                rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
-            plans = [] if self.plan is None else [self.plan]
-            slots = check_memory(
-                cfg,
-                self.device,
-                plans,
-                rows,
-                longest,
-                self.max_new_tokens,
-                self.compare,
-                self.kept_layers,
-                self.parallel,
-            )
-            # The same for all batches, so that steps are compiled for one size.
-            self.reserve = slots if self.compile else None
+            self._check_memory()  # only now, as each process has its own GPU
         self.interrupted = False
-        self.seed = training.set_seed(seed=cfg.seed)
+        self.seed = training.set_seed(seed=self.cfg.seed)
         self.shows = is_rank_zero()
+
+    def _read_prompts(self, model: LayerSkipDecoder) -> None:
+        """Read and tokenize the prompts."""
+        self.examples: list[Example] = []
+        self.prompt_tokens: list[list[int]] = []
+        if self.interactive:
+            self._tokens_of([], "?")  # a template that refuses the system prompt says so now
+        else:
+            examples = try_examples(self.cfg.prompt, self.cfg.prompts, self.cfg.prompt_file)
+            self.examples, self.prompt_tokens = encode(examples, self.tokenizer, model, self.max_new_tokens)
+        self.prompts = [example.prompt for example in self.examples]
+        pairs = zip(self.examples, self.prompt_tokens, strict=True)
+        self.predictions = [predicted_tokens(example.prediction, tokens, self.tokenizer) for example, tokens in pairs]
+        self.numbers = copies_before(self.prompt_tokens)  # equal prompts get different samples
+        self.good = [i for i, example in enumerate(self.examples) if example.error is None]
+        bad = [example.error for example in self.examples if example.error is not None]
+        if self.cfg.on_bad_prompt != "skip" or not self.good:
+            refuse_bad(self.examples, hint=". on_bad_prompt=skip answers the rest")
+        for error in bad:
+            log.warning("skipped: %s", error)
+        self.batch_size = min(self.cfg.batch_size, len(self.good) or 1)
+        # The beginning that all prompts share is read once.
+        self.common = common_start([self.prompt_tokens[i] for i in self.good]) if self.good else 0
+
+    def _choose_drafts(self) -> None:
+        batches = TURNS if self.interactive else -(-len(self.good) // self.batch_size)
+        num_steps = batches * self.max_new_tokens * (2 if self.compare else 1)
+        prompts = [self.prompt_tokens[i] for i in self.good]
+        self.cfg, self.plan = choose_decoding(
+            self.cfg,
+            DraftPlanner.of_config(self.cfg, self.cfg.quantizer),
+            num_steps,
+            prompts,
+            self.batch_size,
+            any(self.predictions),
+        )
+
+    def _check_memory(self) -> None:
+        rows, longest = self.batch_size, max(len(self.prompt_tokens[i]) for i in self.good)
+        if self.device.type == "cuda" and self.compile and self.compare:
+            rows += len(self.good) % rows  # CUDA graphs keep the cache of the last batch beside the others'
+        slots = check_memory(
+            self.cfg,
+            self.device,
+            [] if self.plan is None else [self.plan],
+            rows=rows,
+            prompt=longest,
+            new_tokens=self.max_new_tokens,
+            compares=self.compare,
+            kept_layers=self.kept_layers,
+            parallel=self.parallel,
+        )
+        # The same for all batches, so that steps are compiled for one size.
+        self.reserve = slots if self.compile else None
 
     def setup(self) -> None:
         if self.shows and log.isEnabledFor(logging.INFO):

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from layerskip_recipes.checkpoint.answers import ANSWERS_FILE, Answers, answers_of
 from layerskip_recipes.checkpoint.checkpointer_checks import check_checkpoint_files, check_tokenizer_dir
-from layerskip_recipes.checkpoint.drafts import DRAFT
 from layerskip_recipes.config.paths import check_folder
 from layerskip_recipes.data.datasets import limit_samples
 from layerskip_recipes.errors import ConfigError
@@ -36,24 +35,22 @@ from layerskip_recipes.processes import (
     num_processes,
     wait_for_all,
 )
-from layerskip_recipes.training.auto_settings import PER_STEP
 from layerskip_recipes.training.batches import TrainingData
 from layerskip_recipes.training.checkpoints import Checkpoints
 from layerskip_recipes.training.config import FinetuneConfig
-from layerskip_recipes.training.description import Description
+from layerskip_recipes.training.contents import learned_weights, optimizer_state, restore, run_state, whole_contents
+from layerskip_recipes.training.description import describe_run
 from layerskip_recipes.training.draft_loss import DraftLoss
 from layerskip_recipes.training.early_exit import EarlyExitLoss
 from layerskip_recipes.training.fingerprint import base_fingerprint, check_resumable, run_fingerprint, template_of
 from layerskip_recipes.training.label_counts import LabelCounts
-from layerskip_recipes.training.model_setup import adapter_parameters, build_model, checkpoint_contents
+from layerskip_recipes.training.model_setup import build_model
 from layerskip_recipes.training.optimizers import Optimizers
 from layerskip_recipes.training.parallel import clip_gradients, make_mesh, mesh_sizes, parts_of, reshard
 from layerskip_recipes.training.profiling import Profiling
 from layerskip_recipes.training.resuming import (
     check_earlier_runs,
     find_checkpoint,
-    random_states,
-    restore_random_state,
     stored_choices,
 )
 from layerskip_recipes.training.run_lock import RunLock
@@ -135,7 +132,7 @@ class LayerSkipFinetune:
         self.optimizers = Optimizers(cfg, self.learner, states, self.total_steps, self.step)
         self.profiling = Profiling(cfg.profiler, self.device, self.step)
         if state:
-            self._restore(state)
+            restore(self, state)
             log.info(f"Resumed from {self.checkpoints.resumed_from}: {self.step} of {self.total_steps} steps done.")
 
     def _setup_data(self) -> Any:
@@ -372,22 +369,16 @@ class LayerSkipFinetune:
             if not all(from_every_rank(whole)):
                 what = f"weights: not finite at step {self.step}"
                 raise self.checkpoints.not_finite(what, self.optimizers.base_lr)
-        optimizer = {training.OPT_KEY: {"state": self.optimizers.state_dict(whole=not shards)}}
+        optimizer = optimizer_state(self, shards)
         if shards:
-            self.checkpoints.save_shards(name, {"model": self._learned_weights()} | optimizer, self._state())
+            self.checkpoints.save_shards(name, {"model": learned_weights(self)} | optimizer, run_state(self))
         else:
-            state, description = self._state(), Description(self.validation, self.data, self.labels)
+            state = run_state(self) | optimizer
             with self._computing():
-                steps = (self.step, self.total_steps)
-                content = description.content(self.cfg, self.model, self.draft, self.base, *steps)
-            adapters_only = self.cfg.save_adapter_weights_only
-            first, *beside = parts_of(self.learner)
-            contents = checkpoint_contents(first, self.cfg.meta_model, self.device, adapters_only)
-            for draft in beside:
-                of_draft = checkpoint_contents(draft, draft, self.device)
-                contents[DRAFT] = of_draft.get(training.MODEL_KEY)
+                description = describe_run(self)
+            contents = whole_contents(self)
             if is_rank_zero():
-                self.checkpoints.save(name, contents, state | optimizer, content, self._answers)
+                self.checkpoints.save(name, contents, state, description, self._answers)
             wait_for_all()
         log.info(f"Checkpoint after step {self.step}: {self.output_dir / name}")
 
@@ -396,39 +387,6 @@ class LayerSkipFinetune:
         """What the checkpoints have of the answers; made at the first one."""
         most = self.cfg.answer_tokens
         return answers_of(self.data.dataset, self.tokenizer, ANSWERS_FILE, most) if most else None
-
-    def _learned_weights(self) -> dict[str, torch.Tensor]:
-        """This rank's part of the trained weights, to write or to fill in place."""
-        adapters = adapter_parameters(self.model, self.cfg.meta_model)
-        if not adapters:
-            return self.learner.state_dict()
-        of_draft = {} if self.draft is None else self.draft.state_dict()
-        return adapters | {f"{DRAFT}.{name}": value for name, value in of_draft.items()}
-
-    def _state(self) -> dict[str, Any]:
-        """The state of a run besides weights and optimizer. Data order and curriculum follow from seed and step."""
-        return {
-            "step": self.step,
-            training.SEED_KEY: self.seed,
-            "run": self.fingerprint,
-            "chosen": self.cfg.values | {PER_STEP: self.data.samples_per_step},
-            "layer_dropout": self.model.layer_dropout.state_dict() if self.model.layer_dropout else None,
-            training.RNG_KEY: random_states(self.device),
-            "loss_at_start": self.validation.loss_at_start,
-            "draft_statistics": self.labels.state_dict(),
-            "losses": self.losses.state_dict(),
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        if self.checkpoints.sharded:
-            states = self.checkpoints.load_shards(self._learned_weights(), self.optimizers.state_dict(whole=False))
-            self.optimizers.load_state_dict(states)
-        if self.model.layer_dropout and state["layer_dropout"]:
-            self.model.layer_dropout.load_state_dict(state["layer_dropout"])
-        self.validation.loss_at_start = state["loss_at_start"]
-        self.labels.load_state_dict(state["draft_statistics"])
-        self.losses.load_state_dict(state["losses"], self.device)
-        restore_random_state(state[training.RNG_KEY], self.device)
 
     def cleanup(self) -> None:
         self.log.close()

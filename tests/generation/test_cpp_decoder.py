@@ -503,7 +503,7 @@ def test_an_embedding_of_another_kind_drafts_token_by_token():
     expected = run(model, PROMPTS, 9, compile=False).generated
     generation = run(model, PROMPTS, 9, **drafting("chain", model))
     assert generation.generated == expected
-    assert generation.context.backend.draft_chain is None
+    assert generation.context.backend.draft_in_cpp is None
 
 
 def of_another_class(module):
@@ -560,7 +560,7 @@ def test_an_unknown_part_of_a_draft_leaves_the_model_in_cpp(part, precision, mon
         run(model, PROMPTS, 16, rows=2, compile=compile, on_draft=of.append, **arguments)
         for compile, of in zip((False, True), drafts, strict=True)
     )
-    assert ours.context.backend.unknown is not None and ours.context.backend.draft_chain is None
+    assert ours.context.backend.unknown is not None and ours.context.backend.draft_in_cpp is None
     assert ours.generated == plainly.generated and compiled_steps(model).graphs == {}
     if precision == "fp32" and part != "quantised":
         assert drafts[0] == drafts[1] and torchs.generated == ours.generated

@@ -134,7 +134,7 @@ def test_two_commands_train_a_draft_and_leave_the_model_alone(models, tmp_path, 
     assert recipe.plan.answers.source == report["self_speculation"]["answers"] == "qa/epoch_0/answers.npz"
     assert LLM.load("qa").generate("say 1", 8, compile=False).stats.drafted > 0
     cfg = BenchmarkConfig.load(load_config("qa/benchmark", ["data_dir=my_data", "device=cpu"]))
-    draft, _ = DraftPlanner.of_config(cfg, None).trained_draft(SelfSpeculation())
+    draft, _ = DraftPlanner.of_config(cfg, None).find_description(SelfSpeculation())
     assert draft.folder == "qa/epoch_0"
     write_config(tmp_path / "tuned.yaml", cfg, SelfSpeculation(draft=draft.folder), "fast")
     tuned = GenerateConfig.load(load_config("tuned.yaml", ["prompt=x"]))

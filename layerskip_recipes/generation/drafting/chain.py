@@ -45,9 +45,8 @@ class ChainDrafter(Drafter):
         self.verifier.catch_up(round_start)
         slots = round_start.slots(context, num_to_draft)
         running = torch.tensor([float(not done) for done in round_start.finished])  # the confidence of empty drafts
-        draft_chain = context.backend.draft_chain
-        if draft_chain is not None and self.verifier.last_state is None and context.sampler.only_temperature:
-            tokens, hidden = draft_chain(
+        if self.verifier.last_state is None and context.sampler.only_temperature:
+            in_one_call = context.backend.draft_chain(
                 round_start.last,
                 round_start.start,
                 num_to_draft,
@@ -58,15 +57,21 @@ class ChainDrafter(Drafter):
                 running,
                 self.min_confidence,
             )
-            return DraftedTokens(CHAIN, tokens, hidden)
+            if in_one_call is not None:
+                return _drafted(*in_one_call)
         inputs = (round_start.last, round_start.start, round_start.keys, round_start.seen, self.verifier.last_state)
-        if context.backend.whole_rounds:
-            step = Step(context, draft_and_verify, self.exit_layer, num_to_draft)
-            *draft, state = context.backend.call_round(step, slots, *inputs)
+        step = Step(context, draft_and_verify, self.exit_layer, num_to_draft)
+        whole_round = context.backend.call_round(step, slots, *inputs)
+        if whole_round is not None:
+            tokens, hidden, outcome, state = whole_round
             self.verifier.keep_state(state)
-            return DraftedTokens(CHAIN, *draft)
+            return _drafted(tokens, hidden, outcome)
         ends = (running, self.min_confidence)
-        return DraftedTokens(CHAIN, *draft_tokens(context, self.exit_layer, num_to_draft, slots, *inputs, *ends))
+        return _drafted(*draft_tokens(context, self.exit_layer, num_to_draft, slots, *inputs, *ends))
+
+
+def _drafted(tokens: torch.Tensor, hidden: torch.Tensor, outcome: torch.Tensor | None = None) -> DraftedTokens:
+    return DraftedTokens(CHAIN, tokens, hidden, outcome, draft_steps=hidden.shape[1])
 
 
 def draft_tokens(

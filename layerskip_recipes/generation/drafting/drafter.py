@@ -59,6 +59,7 @@ class DraftedTokens:
     tokens: torch.Tensor  # [b, 1 + n], the last token of the text first
     hidden: torch.Tensor | None = None  # [b, n, d], x_E of all but the last; None: verification runs all layers
     outcome: torch.Tensor | None = None  # the result of `Verifier.verify`, if it is known already
+    draft_steps: int = 0  # passes of the layers and the head that draft
 
     @property
     def num_drafted(self) -> int:

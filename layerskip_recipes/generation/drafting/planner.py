@@ -71,7 +71,8 @@ class DraftPlanner:
     @classmethod
     def of_config(cls, cfg: RecipeConfig, quantizer: Component | None) -> "DraftPlanner":
         """The planner of a config's model."""
-        parallel = ranks_per_matrix(*(getattr(cfg, f"tensor_parallel_{what}", None) for what in ("dim", "plan")))
+        dim, plan = getattr(cfg, "tensor_parallel_dim", None), getattr(cfg, "tensor_parallel_plan", None)
+        parallel = ranks_per_matrix(dim, plan)
         return cls(
             layerskip_decoder(cfg.meta_model),
             described_folder(cfg.checkpointer),
@@ -91,7 +92,7 @@ class DraftPlanner:
             return None
         return read_trained_exits(self.folder, self.model.num_layers, self.model.tok_embeddings.num_embeddings)
 
-    def trained_draft(
+    def find_description(
         self, section: SelfSpeculation, key: str = SECTION_KEY
     ) -> tuple[DraftDescription | None, str | None]:
         """The section's trained draft, or else the one beside the model, or why that cannot be used."""
@@ -192,7 +193,7 @@ class DraftPlanner:
             section = section.model_copy(update={"prompt_lookup": LOOKUP})
         given = section.given
         has_exit = given.get("exit_layer") is not None
-        draft, unusable = self.trained_draft(section, key)
+        draft, unusable = self.find_description(section, key)
         answers = self.answers(section, draft, key)
         if "exit_layer" in given and not has_exit:
             return self._look_ups_alone(given, answers, compiled, batch_rows), None
@@ -247,8 +248,9 @@ class DraftPlanner:
         self, plan: Speculation, section: SelfSpeculation, prompts: Sequence[Sequence[int]], key: str
     ) -> Speculation:
         """The plan with all keys that the user gave."""
-        names = ("num_speculations", "prompt_lookup", "min_confidence", "draft_int8")
-        given = {name: section.given[name] for name in names if name in section.given}
+        as_objects = ("draft", "draft_vocabulary", "answers")  # of which the section has a folder, a size and a file
+        names = SPECULATION_DEFAULTS.keys() - as_objects
+        given = {name: section.given[name] for name in names & section.given.keys()}
         if section.draft_vocabulary != AUTO:
             given["draft_vocabulary"] = self._vocabulary(section, plan.draft, prompts, key)
         return replace(plan, **given)

@@ -31,12 +31,12 @@ Option = tuple[Speculation, TokensPerRound]  # a way to draft, and its measured 
 class StepCost:
     """Seconds of a forward pass of one token: a constant, plus terms per layer and per row of the head."""
 
-    step: float
-    layer: float
-    head_row: float
+    step_s: float
+    layer_s: float
+    head_row_s: float
 
     def seconds(self, layers: int, head_rows: int) -> float:
-        return self.step + layers * self.layer + head_rows * self.head_row
+        return self.step_s + layers * self.layer_s + head_rows * self.head_row_s
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Costs:
     plain_step_s: float  # a step of the whole model, one token per batch row
     draft: Mapping[bool, StepCost]  # keys: int8 or not
     further_row: float  # cost of one more token, as a share of a forward pass
-    round: float  # bookkeeping on the host
+    overhead_s: float  # of a round: bookkeeping on the host
     batch_rows: int = 1
     longest: int = LONGEST_DRAFT  # drafted tokens
 
@@ -56,19 +56,19 @@ class Costs:
         """Seconds of n = `num_drafted` draft steps and of the verification pass over n + 1 tokens."""
         head_rows = plan.num_draft_tokens or self.vocabulary
         draft = self.draft[plan.draft_int8].seconds(plan.draft_layers or plan.model_layers, head_rows)
-        draft += plan.model_layers * self.draft[False].layer if plan.draft_layers else 0.0
+        draft += plan.model_layers * self.draft[False].layer_s if plan.draft_layers else 0.0
         verified = num_drafted * self.batch_rows * (1 - plan.shared_layers / self.num_layers)
-        return num_drafted * draft + self.plain_step_s * (1 + self.further_row * verified) + self.round
+        return num_drafted * draft + self.plain_step_s * (1 + self.further_row * verified) + self.overhead_s
 
 
 class Machine(NamedTuple):
     """Rough figures of a device type; only their ratios matter."""
 
     bytes_per_s: float
-    layer: float  # seconds per layer besides reading its weights
-    step: float
+    layer_s: float  # per layer, besides reading its weights
+    step_s: float
     further_row: float
-    round: float
+    overhead_s: float  # of a round
     longest: int = 8  # drafted tokens: verification of 10 tokens and more is much slower
 
 
@@ -107,13 +107,13 @@ def estimated_costs(
 
     def cost(itemsize: int) -> StepCost:
         read = itemsize * batch / machine.bytes_per_s
-        return StepCost(machine.step, layer * read + machine.layer, width * read)
+        return StepCost(machine.step_s, layer * read + machine.layer_s, width * read)
 
     full_precision = cost(dtype.itemsize)
     plain, num_layers = full_precision.seconds(len(model.layers), rows), len(model.layers)
     share = further_row / batch
     draft = {False: cost((draft_dtype or dtype).itemsize), True: cost(1)}
-    return Costs(num_layers, rows, plain, draft, share, machine.round, batch_rows, machine.longest)
+    return Costs(num_layers, rows, plain, draft, share, machine.overhead_s, batch_rows, machine.longest)
 
 
 def variants(

@@ -84,10 +84,13 @@ class CompiledSteps:
         last_used = self._caches.pop((num_rows, draft_layers), None)
         if last_used is None or last_used.max_len < needed:
             last_used = DecodingCache(model, num_rows, max_len, draft_layers)
-        others, kept_others, room = [*self._caches.items()], list[Any](), KEPT_BYTES
-        while others and (room := room - others[-1][1].num_bytes) >= 0:
-            kept_others.insert(0, others.pop())
-        self._caches = dict(kept_others) | {(num_rows, draft_layers): last_used}
+        kept, room = {(num_rows, draft_layers): last_used}, KEPT_BYTES
+        for key, cache in reversed(self._caches.items()):
+            room -= cache.num_bytes
+            if room < 0:
+                break
+            kept[key] = cache
+        self._caches = dict(reversed(kept.items()))
         return last_used
 
     def prepare(self, load: Callable[[], bool]) -> bool:
@@ -174,22 +177,21 @@ class CompiledSteps:
         graph, is_compiled = self.rounds.get(key), key in self.rounds
         if graph is not None and graph.addresses == addresses:
             return graph(*inputs)
-        if self.whole_rounds:
-            started, before = time.perf_counter(), self.seconds
-            self.in_round = True
-            try:
-                graph = RoundGraph(function, inputs, addresses) if is_compiled else None
-                out = function(*inputs) if graph is None else graph(*inputs)
-                torch.cuda.synchronize(self.device)
-                self.rounds = {other: made for other, made in self.rounds.items() if not _outlived(other)}
-                self.rounds[key] = graph
-                return out
-            except Exception as e:
-                self.whole_rounds = False
-                _warn("for a whole round", e)
-            finally:
-                self.in_round = False
-                self.seconds = before + time.perf_counter() - started
+        started, before = time.perf_counter(), self.seconds
+        self.in_round = True
+        try:
+            graph = RoundGraph(function, inputs, addresses) if is_compiled else None
+            out = function(*inputs) if graph is None else graph(*inputs)
+            torch.cuda.synchronize(self.device)
+            self.rounds = {other: made for other, made in self.rounds.items() if not _outlived(other)}
+            self.rounds[key] = graph
+            return out
+        except Exception as e:
+            self.whole_rounds = False  # the next rounds go step by step
+            _warn("for a whole round", e)
+        finally:
+            self.in_round = False
+            self.seconds = before + time.perf_counter() - started
         return function(*inputs)  # by a graph for each step; what failed wrote only behind the text
 
     def say_what_was_kept(self) -> None:

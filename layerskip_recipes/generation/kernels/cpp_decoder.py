@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchao.quantization import PerRow
 from torchao.quantization.quant_primitives import MappingType
 from torchtune import utils
+from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
@@ -42,7 +43,7 @@ from torchtune.modules import (
 )
 
 from layerskip_recipes.families.attention import NormFirstAttention, NormOfAllHeads
-from layerskip_recipes.families.multipliers import DividedNorm, Scale
+from layerskip_recipes.families.multipliers import DividedNorm, Scale, ScaledEmbedding
 from layerskip_recipes.families.rope import RotaryPositions
 from layerskip_recipes.model.changes import weights_key
 from layerskip_recipes.model.draft import JoiningLayer
@@ -357,6 +358,15 @@ def head_parts(norm: nn.Module, output: Any, cap: float | None) -> Parts:
     parts.linear("output", output)
     parts.number("cap", cap or 0)
     return parts
+
+
+def embedding_parts(embedding: Any) -> tuple[torch.Tensor, float]:
+    """The matrix of an embedding, and the factor of its rows."""
+    require(type(embedding) in (nn.Embedding, GemmaNormEmbeddings, ScaledEmbedding), "tok_embeddings")
+    factor = getattr(embedding, "factor", 1.0)
+    if type(embedding) is GemmaNormEmbeddings:  # the root of the width, rounded to the weights' dtype
+        factor = torch.tensor(embedding.embedding_dim**0.5, dtype=embedding.weight.dtype).item()
+    return embedding.weight.detach(), float(factor)
 
 
 def _computed(compute: Callable[[], Any], *tensors: torch.Tensor) -> Any:
