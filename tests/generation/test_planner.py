@@ -290,7 +290,7 @@ def test_with_predictions_drafts_are_looked_up_in_the_text(tmp_path):
 
 def test_the_log_says_why_a_draft_beside_the_model_is_not_used(tmp_path, monkeypatch):
     """Also where an exit drafts in its place."""
-    monkeypatch.setattr(DraftPlanner, "trained_draft", lambda *arguments: (None, "the draft in out/draft is split"))
+    monkeypatch.setattr(DraftPlanner, "find_description", lambda *arguments: (None, "the draft in out/draft is split"))
     chosen = choose(described(tmp_path, {6: {"all": ([1.9, 2.7, 3.4], [1.8, 2.5, 3.0])}}))
     assert chosen.plan.exit_layer == 6 and "the draft in out/draft is split" in chosen.why
 
