@@ -7,7 +7,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from torchao.quantization import (
+    Int8DynamicActivationInt4WeightConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+from torchao.quantization.quant_primitives import MappingType
 from torchtune import training
 from torchtune.modules import TiedLinear
 
@@ -86,10 +92,17 @@ def load_decoder(cfg: RecipeConfig, device: torch.device, quantizer: Component |
 
 
 def quantise_decoder(model: LayerSkipDecoder, quantizer: Component) -> LayerSkipDecoder:
-    """Quantise the model's linear layers and its head, see `quantise`."""
+    """Quantise the model's linear layers and its head, see `quantise`; the head of an int4 model to int8."""
     if isinstance(model.output, TiedLinear):
         model.output = linear_head(model)  # gets quantised; embedding lookups stay in full precision
-    return quantise(model, quantizer)
+    if quantizer.target is not Int8DynamicActivationInt4WeightConfig:
+        return quantise(model, quantizer)
+    # An int4 head alone would change the logits a quarter as much as all other matrices in int4 do.
+    head, model.output = nn.ModuleList([model.output]), nn.Identity()
+    model = quantise(model, quantizer)
+    int8 = {"_component_": "torchao.quantization.Int8DynamicActivationInt8WeightConfig"}
+    (model.output,) = quantise(head, Component(int8, quantizer.key))
+    return model
 
 
 def quantised_bytes(model: LayerSkipDecoder, quantizer: Component) -> int:
@@ -110,6 +123,9 @@ def linear_head(model: LayerSkipDecoder) -> nn.Linear:
 def quantise(module: M, quantizer: Component) -> M:
     """Quantise linear layers with a torchao configuration or a torchtune quantizer, mostly in place."""
     method, key = newest_version(quantizer).build(), quantizer.key
+    if isinstance(method, Int8DynamicActivationInt4WeightConfig) and method.mapping_type is MappingType.SYMMETRIC:
+        # Its own scale, the largest |w| / 7.5, cuts off the largest weight of each group.
+        method.mapping_type = MappingType.SYMMETRIC_NO_CLIPPING_ERR
     old_kinds = _weight_kinds(module)
     device, dtype = next(module.parameters()).device, next(module.parameters()).dtype
     # torchao changes inductor's settings and the fp32 matmul precision. Restore both, so that all decoding methods of a

@@ -262,6 +262,12 @@ void tile(const X* x, const W* w, float* y, int64_t k, int64_t step, int64_t str
   Totals<M * N> total = zeros<M * N>();
   if constexpr (AT_ONCE == N)  // without copies, which cost a third of the time
     add<M, N, prefetches>(x, w, k, k, step, in_order ? IN_ORDER : AHEAD, in_order, total);
+  else if constexpr (AT_ONCE == 1)
+    for (int n = 0; n < N; n++) {
+      Totals<M> part = zeros<M>();
+      add<M, 1, prefetches>(x, w + n * k, k, k, step, 0, in_order, part);
+      unrolled<M>([&](auto m) INLINE { total[m * N + n] = part[m]; });
+    }
   else
     unrolled<N / AT_ONCE>([&](auto group) INLINE {
       constexpr int n = group * AT_ONCE;
@@ -281,9 +287,8 @@ void block(int64_t rows, const X* x, const W* w, float* y, int64_t k, int64_t co
   }
   constexpr int N = tile_rows(M);
   int64_t n = 0;
-  // One row of x, or two with w in fp32, takes few rows of w at a time: memory streams slower from many places at once.
-  // int8 is read slowly enough for four.
-  if (ROW_BY_ROW && M <= static_cast<int>(sizeof(W) / 2))
+  // Memory streams fastest from one place, so one row of x, or two, take few rows of w at a time.
+  if (ROW_BY_ROW && M <= 2)
     for (; n + N <= columns; n += N) tile<M, N, 1, false>(x, w + n * k, y + n, k, step, stride);
   else
     for (; n + N <= columns; n += N) tile<M, N, M == 1 ? std::min(4, N) : N>(x, w + n * k, y + n, k, step, stride);
