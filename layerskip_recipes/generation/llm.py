@@ -7,41 +7,31 @@ add texts and the choice of how to decode.
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torchtune import training, utils
-from torchtune.data import Message, Role
-from typing_extensions import Self, TypedDict, Unpack
+from typing_extensions import Self, Unpack
 
 from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.checkpoint.weights import load_decoder, quantise_decoder
 from layerskip_recipes.config.auto import best_device, computes_in_bf16
 from layerskip_recipes.config.components import Component
-from layerskip_recipes.config.schema import AUTO, DeviceName, PositiveInt, Text, check, checked_arguments, nearest
+from layerskip_recipes.config.schema import AUTO, DeviceName, PositiveInt, Text, check, checked_arguments
 from layerskip_recipes.data.tokenizer import hf_tokenizer
 from layerskip_recipes.distributed.loading import make_position_tables
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.families.hf_decoder import hf_decoder
 from layerskip_recipes.folders.model_folder import named_folder
+from layerskip_recipes.generation.calls import Call, CallSettings, Output, Question, are_messages, read_call
 from layerskip_recipes.generation.config import DecodingConfig, GenerateConfig
 from layerskip_recipes.generation.drafting.planner import Chosen, DraftPlanner
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.engine import Generation
 from layerskip_recipes.generation.parallel import load_sharded_decoder
-from layerskip_recipes.generation.sampling import Sampler
 from layerskip_recipes.generation.state import MOST_DRAFTS, ModelState
-from layerskip_recipes.generation.stats import GenerationStats
-from layerskip_recipes.generation.text.prompts import (
-    Prediction,
-    check_prediction,
-    predicted_tokens,
-    prompt_mistake,
-    to_tokens,
-)
 from layerskip_recipes.generation.text.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
 from layerskip_recipes.model.limits import most_positions
@@ -50,50 +40,6 @@ from layerskip_recipes.processes import num_processes
 log = utils.get_logger("INFO")
 
 CALLS = 10  # expected number of calls in a session, to decide whether compiling pays
-
-Question = str | Mapping[str, str] | Sequence[Mapping[str, str]]  # a text, its user and system part, or messages
-
-
-class CallSettings(TypedDict, total=False):
-    """How one call decodes: keyword arguments of `LLM.generate` and `LLM.stream`."""
-
-    temperature: float  # 0.0, the default, is greedy
-    # See `token_scores` and `penalise`. By default, these change nothing.
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float
-    # Decides sampled tokens, together with the model, the prompt and these settings. Drafts and other prompts do not
-    # matter. None, the default: a seed drawn from torch's global generator.
-    seed: int | None
-    stop: str | Sequence[str]  # an answer ends before the first of these texts
-    # Texts that the answer may repeat, in which drafts are looked up as in the prompt; for a list of prompts, a list
-    # with the prediction of each. The answer is the same.
-    prediction: Prediction | list[Prediction]
-    compile: bool | None  # None, the default: if a session of ten such calls gains by it
-    draft: Literal["auto"] | None  # "auto", the default: where that should pay; None: never. The answer is the same
-    # Keys of `self_speculation` that are not to be chosen, see `SelfSpeculation`.
-    exit_layer: int | None
-    num_speculations: int
-    min_confidence: float
-    draft_vocabulary: int | list[int] | None
-    prompt_lookup: int | None
-    answers: str | None
-    draft_int8: bool
-
-
-@dataclass
-class Output:
-    """The answer to one prompt.
-
-    text: without stop tokens and stop strings. tokens: the new tokens, with a stop token. stats: of all prompts of the
-    call. speedup: decoding with drafts over the plain steps that were measured; None without drafts.
-    """
-
-    text: str
-    tokens: list[int]
-    stats: GenerationStats
-    speedup: float | None = None
 
 
 class LLM:
@@ -319,7 +265,7 @@ class LLM:
         Returns:
             An `Output`, or a list of them for a list of prompts.
         """
-        is_list = not isinstance(prompt, str | Mapping) and not _are_messages(prompt)
+        is_list = not isinstance(prompt, str | Mapping) and not are_messages(prompt)
         questions = cast(Sequence[Question], prompt if is_list else [prompt])
         if not questions:
             return []
@@ -327,7 +273,10 @@ class LLM:
         predictions = settings.get("prediction") if is_list else [settings.get("prediction")]
         num_rows = min(batch_size, len(questions))
         with self._turn():
-            generation, texts = self._prepared(questions, predictions, max_new_tokens, num_rows, settings)
+            call = read_call(
+                questions, predictions, max_new_tokens, num_rows, settings, self.tokenizer, self.draft_folder
+            )
+            generation, texts = self._prepared(call)
             follow(generation, texts)
         drafted = generation.stats.plain_share is not None
         speedup = generation.drafters.rule.speedup(generation.stats) if drafted else None
@@ -343,7 +292,9 @@ class LLM:
         Until the iterator ends or is closed, calls of other threads wait, and this thread can make none.
         """
         with self._turn():
-            generation, (text,) = self._prepared([prompt], [settings.get("prediction")], max_new_tokens, 1, settings)
+            predictions = [settings.get("prediction")]
+            call = read_call([prompt], predictions, max_new_tokens, 1, settings, self.tokenizer, self.draft_folder)
+            generation, (text,) = self._prepared(call)
             yield from filter(None, pieces(generation, text))
 
     @contextmanager
@@ -360,116 +311,46 @@ class LLM:
             finally:
                 self.thread = None
 
-    def _prepared(
-        self,
-        questions: Sequence[Question],
-        predictions: Any,
-        max_new_tokens: int,
-        num_rows: int,
-        settings: CallSettings,
-    ) -> tuple[Generation, list[TextStream]]:
+    def _prepared(self, call: Call) -> tuple[Generation, list[TextStream]]:
         """A generation that has not started, and the text of each prompt's output."""
-        for name in settings:
-            if name not in CallSettings.__annotations__:
-                raise ConfigError(f"{name}: unknown. {nearest(name, CallSettings.__annotations__)}")
-        check("stop", settings.get("stop", ()), Text | Sequence[Text])
-        check("compile", settings.get("compile"), bool | None)
-        check("draft", settings.get("draft"), Literal["auto"] | None)
-        if predictions is None:
-            predictions = [None] * len(questions)
-        if not isinstance(predictions, list | tuple) or len(predictions) != len(questions):
-            raise ConfigError(
-                f"prediction: {predictions!r} is not allowed for a list of {len(questions)} prompts. Allowed: a list "
-                "with a text, a list of texts or None for each prompt"
-            )
-        for prediction in predictions:
-            check_prediction(prediction)
-        prompts = [self._tokens(question) for question in questions]
-        pairs = zip(predictions, prompts, strict=True)
-        predicted = [predicted_tokens(prediction, prompt, self.tokenizer) for prediction, prompt in pairs]
-        sampler = Sampler(
-            settings.get("temperature", 0.0),
-            settings.get("top_k"),
-            settings.get("top_p"),
-            settings.get("min_p"),
-            settings.get("repetition_penalty", 1.0),
-            settings.get("seed"),
-        )
-        plan, compiled, reasons = self._choose(prompts, max_new_tokens, num_rows, settings, any(predicted))
+        plan, compiled, reasons = self._choose(call)
         for reason in reasons:
             self._log_once(reason)
         generation = self.start(
-            prompts,
-            max_new_tokens,
+            call.prompts,
+            call.max_new_tokens,
             plan,
             compile=compiled,
-            sampler=sampler,
-            rows=num_rows,
-            reuse=len(prompts[0]) if len(prompts) == 1 else 0,
-            predictions=predicted,
+            sampler=call.sampler,
+            rows=call.num_rows,
+            reuse=len(call.prompts[0]) if len(call.prompts) == 1 else 0,
+            predictions=call.predictions,
         )
-        stop = settings.get("stop", ())
-        strings = [stop] if isinstance(stop, str) else stop
         continues = not getattr(self.tokenizer, "has_chat_template", False)
-        return generation, [self.text_stream(prompt if continues else (), strings) for prompt in prompts]
+        return generation, [self.text_stream(prompt if continues else (), call.stop) for prompt in call.prompts]
 
-    def _tokens(self, question: Question) -> list[int]:
-        """The tokens of a prompt, up to the start of its answer."""
-        has_template = getattr(self.tokenizer, "has_chat_template", False)
-        if isinstance(question, str):
-            return to_tokens({"user": question} if has_template else question, self.tokenizer)
-        if isinstance(question, Mapping):
-            if (mistake := prompt_mistake(question)) is not None:
-                raise ConfigError(f"prompt: {mistake}")
-            return to_tokens(dict(question), self.tokenizer)
-        for message in question:
-            if message.get("role") not in get_args(Role) or not isinstance(message.get("content"), str):
-                raise ConfigError(
-                    f"prompt: {message!r} is not allowed. Allowed: a message "
-                    '{"role": "user", "content": "Wake me at 7"}, or one of the system or the assistant'
-                )
-        messages = [Message(role=cast(Any, message["role"]), content=message["content"]) for message in question]
-        return to_tokens([*messages, Message(role="assistant", content="")], self.tokenizer)
-
-    def _choose(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        num_rows: int,
-        settings: CallSettings,
-        has_predictions: bool,
-    ) -> Chosen:
+    def _choose(self, call: Call) -> Chosen:
         """How to decode. Equal calls choose once."""
-        section, compile = self._section(settings), settings.get("compile")
+        section, compile = call.section, call.compile
+        if section is not None:
+            section.check_against(self.model, "generate")
         if self.planner is None:
             if section is not None:
                 raise ConfigError("draft: this object has no planner. Load it with LLM.load, or give draft=None")
             return Chosen(None, bool(compile), [])
         if compile is None and self.state.compiled is not None and not self.state.compiled.failed:
             compile = True  # an earlier call has compiled the steps
-        temperature, num_tokens = settings.get("temperature", 0.0), CALLS * max_new_tokens
-        key = repr((section, temperature, num_rows, num_tokens if compile is None else compile, has_predictions))
+        temperature, num_tokens = call.sampler.temperature, CALLS * call.max_new_tokens
+        has_predictions = any(call.predictions)
+        key = repr((section, temperature, call.num_rows, num_tokens if compile is None else compile, has_predictions))
         # A number of tokens without a stored list is counted in the prompts of each call.
         stored = self.planner.exits is not None and self.planner.exits.vocabulary
         counted = section is not None and isinstance(section.draft_vocabulary, int) and not stored
         if key not in self.chosen or counted:
             self.chosen[key] = self.planner.choose(
-                section, temperature, compile, num_tokens, prompts, num_rows, "generate", has_predictions
+                section, temperature, compile, num_tokens, call.prompts, call.num_rows, "generate", has_predictions
             )
         return self.chosen[key]
-
-    def _section(self, settings: CallSettings) -> SelfSpeculation | None:
-        """The settings as a section `self_speculation`; None: never draft."""
-        keys = {name: value for name, value in settings.items() if name in SelfSpeculation.model_fields}
-        if keys.pop("draft", AUTO) is None:
-            for name in keys:
-                raise ConfigError(f"{name}: is for drafts, and draft=None decodes without. Leave one of them out")
-            return None
-        if keys.get("exit_layer", AUTO) == AUTO:  # otherwise this exit drafts, and not a trained draft
-            keys["draft"] = self.draft_folder
-        section = SelfSpeculation.parse(keys, "generate")
-        section.check_against(self.model, "generate")
-        return section
 
     def _log_once(self, line: str) -> None:
         if line not in self.logged:
@@ -486,8 +367,3 @@ def pieces(generation: Generation, text: TextStream) -> Generator[str, None, Non
             if num_kept is not None:  # a stop string ends the text
                 generation.stop(0, len(generation.generated[0]) - len(new) + num_kept)
             yield text.new_text(last=generation.finished[0])
-
-
-def _are_messages(prompt: Any) -> bool:
-    """Whether a list holds the messages of one conversation, and not several prompts."""
-    return bool(prompt) and all(isinstance(part, Mapping) and "role" in part for part in prompt)

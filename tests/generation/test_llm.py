@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from layerskip_recipes import LLM, generate, hf_tokenizer, layerskip_decoder
 from layerskip_recipes.checkpoint.drafts import read_description
 from layerskip_recipes.errors import ConfigError
+from layerskip_recipes.generation.calls import CallSettings, question_tokens
 from layerskip_recipes.generation.drafting.section import SelfSpeculation
 from layerskip_recipes.generation.kernels import when_to_compile
-from layerskip_recipes.generation.llm import CallSettings
 
 
 def trained(folder, tokenizer, base, **changes):
@@ -145,7 +145,7 @@ def test_a_chat_model_takes_a_question_or_messages(run):
     with_system = llm.generate([[system, user], {"user": "hi", "system": "Be brief"}], 8)
     assert with_system[0].tokens == with_system[1].tokens
     turns = [user, {"role": "assistant", "content": "hello"}, user]
-    rendered = llm.tokenizer.decode(llm._tokens(turns))
+    rendered = llm.tokenizer.decode(question_tokens(turns, llm.tokenizer))
     assert rendered.endswith("<user>hi<assistant>hello<user>hi<assistant>")
     with pytest.raises(ConfigError, match=r"^prompt: .*'role'.* needs user"):
         llm.generate(user)
@@ -284,7 +284,8 @@ def test_a_plan_drafts_with_the_draft_of_its_folder(checkpoint, draft, tmp_path)
     weights = load_file(other / "draft.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "draft.safetensors")
     llm = LLM.load(str(checkpoint), draft=str(draft))
-    first = llm._choose([[1, 2]], 24, 1, {}, False).plan
+    llm.generate(PROMPT, 4, compile=False)
+    first = next(iter(llm.chosen.values())).plan
     second = replace(first, draft=read_description(str(other), "draft"))
     for plan in (second, first, second):
         llm.state.draft_weights(plan, llm.model)
