@@ -209,26 +209,9 @@ class DraftPlanner:
             options = [(trained, (draft.measured and draft.measured.draft) or ASSUMED)]
         if not options:
             return self._without_layers(given, answers, unusable or self._untrained(key), compiled, batch_rows)
-
-        # Rank the vocabularies, precisions, ends and lengths that the user left open.
-        is_whole = not self.split and self.dtype != torch.int8  # neither split nor quantised: has rows of the head
-        can_end = self._on_cpu and not self.split
-        if section.draft_vocabulary != AUTO:
-            options = self._with_vocabulary(options, section, prompts, key)
-        elif draft is None and not (is_whole and exits and exits.vocabulary):
-            options = [(plan, rates) for plan, rates in options if plan.draft_vocabulary is None]
-        min_confidences = [0.0, MIN_CONFIDENCE] if can_end and batch_rows == 1 else [0.0]
-        if section.min_confidence != AUTO and len(min_confidences) > 1:
-            min_confidences = [section.min_confidence]
-        precisions = [False, True] if can_end and compiled and (is_whole or draft is not None) else [False]
-        if section.draft_int8 != AUTO:
-            precisions = [section.draft_int8]
-        lengths = None if section.num_speculations == AUTO else [section.num_speculations]
-        costs = self.costs(compiled, batch_rows, draft)
-        best = ranked(variants(options, temperature, min_confidences, precisions), costs, lengths)[0]
-        assert best.speedup is not None
-
+        best = self._fastest(options, section, draft, temperature, compiled, prompts, batch_rows, key)
         # Draft if it should pay, or if the user asked for it.
+        assert best.speedup is not None
         described = self._described(best, assumed=any(rates is ASSUMED for _, rates in options))
         described += f"; {unusable}" if unusable else ""
         if best.speedup < LEAST_GAIN and not (has_exit or given.get("draft")):
@@ -243,6 +226,35 @@ class DraftPlanner:
         also = f"; {plan.lookups}" if plan.looks_up else ""
         can_choose = SPECULATION_DEFAULTS.keys() - {"draft"} | ({"exit_layer"} if draft is None else set())
         return plan, f"Drafts: {described}{also}" if can_choose - given.keys() else None
+
+    def _fastest(
+        self,
+        options: list[Option],
+        section: SelfSpeculation,
+        draft: DraftDescription | None,
+        temperature: float,
+        compiled: bool,
+        prompts: Sequence[Sequence[int]],
+        batch_rows: int,
+        key: str,
+    ) -> Speculation:
+        """The fastest of the options, with every vocabulary, precision, end and length that the user left open."""
+        exits = None if section.given.get("draft") else self.exits
+        is_whole = not self.split and self.dtype != torch.int8  # neither split nor quantised: has rows of the head
+        can_end = self._on_cpu and not self.split
+        if section.draft_vocabulary != AUTO:
+            options = self._with_vocabulary(options, section, prompts, key)
+        elif draft is None and not (is_whole and exits and exits.vocabulary):
+            options = [(plan, rates) for plan, rates in options if plan.draft_vocabulary is None]
+        min_confidences = [0.0, MIN_CONFIDENCE] if can_end and batch_rows == 1 else [0.0]
+        if section.min_confidence != AUTO and len(min_confidences) > 1:
+            min_confidences = [section.min_confidence]
+        precisions = [False, True] if can_end and compiled and (is_whole or draft is not None) else [False]
+        if section.draft_int8 != AUTO:
+            precisions = [section.draft_int8]
+        lengths = None if section.num_speculations == AUTO else [section.num_speculations]
+        costs = self.costs(compiled, batch_rows, draft)
+        return ranked(variants(options, temperature, min_confidences, precisions), costs, lengths)[0]
 
     def _filled(
         self, plan: Speculation, section: SelfSpeculation, prompts: Sequence[Sequence[int]], key: str
