@@ -22,7 +22,7 @@ from layerskip_recipes.generation.drafting.drafters import Drafters
 from layerskip_recipes.generation.drafting.rule import DraftRule
 from layerskip_recipes.generation.drafting.speculation import Speculation
 from layerskip_recipes.generation.drafting.verification import Verifier
-from layerskip_recipes.generation.kernels.compiling import cache_length
+from layerskip_recipes.generation.kernels.compiling import CompiledSteps, cache_length
 from layerskip_recipes.generation.prefill import common_length, common_start, read_texts
 from layerskip_recipes.generation.rows import BatchRows
 from layerskip_recipes.generation.sampling import Sampler, noise_keys
@@ -126,24 +126,19 @@ class Generation:
 
         compiled = state.compiled_steps(self.model) if compile else None
         compiled_before_s = compiled.seconds if compiled else 0.0
-        # The cache has room for prompt, output and a draft that reaches beyond a row's limit.
-        needed = max(lengths) + max_generated_tokens + 1
         decoder, head = self.model, None
         if speculation is not None:
             speculation.check(self.model)
-            needed += speculation.num_speculations
             decoder, head = draft_weights or state.draft_weights(speculation, self.model)
             if head is None and speculation.draft_vocabulary is not None:
                 head = DraftHead(decoder if decoder.trained_layers else self.model, speculation.draft_vocabulary)
-        size = cache_length if compile else int  # rounds up for compiled steps
-        draft_layers = len(decoder.trained_layers)
-        fits = cache is not None and cache.fits(self.model, len(self.rows), draft_layers, size(needed))
-        if cache is None or not fits:
-            make = partial(compiled.cache, size(needed)) if compiled else DecodingCache
-            cache = make(self.model, len(self.rows), size(max(needed, reserve or 0)), draft_layers)
-        self.cache = cache
-        self.context = StepContext(self.model, cache, sampler, compiled, decoder, head, output_exit, shared)
-        self.reuse = None if fits else reuse if self.context.backend.exact_splits else 0
+        # The cache has room for prompt, output and a draft that reaches beyond a row's limit.
+        needed = max(lengths) + max_generated_tokens + 1 + (speculation.num_speculations if speculation else 0)
+        self.cache = self._fitting_cache(cache, compiled, needed, reserve or 0, len(decoder.trained_layers))
+        self.context = StepContext(self.model, self.cache, sampler, compiled, decoder, head, output_exit, shared)
+        self.reuse = None
+        if self.cache is not cache:
+            self.reuse = reuse if self.context.backend.exact_splits else 0
         # The keys of the noise: [b, 2] by row, and by prompt.
         self.keys: torch.Tensor | None = None
         if not sampler.greedy:
@@ -204,6 +199,22 @@ class Generation:
         self.accounts.uncount(prompt, self.rows.end(prompt, keep))
 
     # ---- the cache ----
+
+    def _fitting_cache(
+        self,
+        cache: DecodingCache | None,
+        compiled: CompiledSteps | None,
+        needed: int,
+        reserve: int,
+        draft_layers: int,
+    ) -> DecodingCache:
+        """The caller's cache if it fits, else a kept or a new one with at least `reserve` slots."""
+        size = cache_length if compiled else int  # rounds up for compiled steps
+        num_rows = len(self.rows)
+        if cache is not None and cache.fits(self.model, num_rows, draft_layers, size(needed)):
+            return cache
+        make = partial(compiled.cache, size(needed)) if compiled else DecodingCache
+        return make(self.model, num_rows, size(max(needed, reserve)), draft_layers)
 
     @contextmanager
     def _models_in_use(self) -> Iterator[None]:
