@@ -89,12 +89,12 @@ def measured_rates(
         }
         for prompt, output in texts
     )
-    device, depth = model.tok_embeddings.weight.device, model.num_layers
+    device, num_layers = model.tok_embeddings.weight.device, model.num_layers
     if trained is not None:
         plan, draft = trained
-        quality = exit_quality(model, batches, [0, depth], device, num_speculations=longest, draft=draft)
+        quality = exit_quality(model, batches, [0, num_layers], device, num_speculations=longest, draft=draft)
         return [(plan, TokensPerRound(**quality[0].tokens_per_round[ALL_TOKENS]))]
-    exits = range(1, depth + 1)
+    exits = range(1, num_layers + 1)
     quality = exit_quality(model, batches, exits, device, num_speculations=longest, vocabulary=vocabulary, sizes=sizes)
     return [
         (

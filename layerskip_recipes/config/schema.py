@@ -110,13 +110,13 @@ class Section(BaseModel):
 def allowed(annotation: Any, field: FieldInfo | None = None) -> tuple[str, str]:
     """Describe what an annotation allows, and give a valid example. `field` adds its own constraints and examples."""
     phrases, example, others = [], None, set()
-    for kind, rules in alternatives(annotation, [field] if field else []):
-        if kind is type(None):
+    for value_type, rules in alternatives(annotation, [field] if field else []):
+        if value_type is type(None):
             others.add("null")
             continue
         if any(isinstance(rule, Auto) for rule in _flat(rules)):
             others.add(AUTO)
-        phrase, valid = _phrase(kind, rules)
+        phrase, valid = _phrase(value_type, rules)
         phrases.append(phrase)
         examples = [rule.examples[0] for rule in rules if isinstance(rule, FieldInfo) and rule.examples]
         example = example or str(examples[0] if examples else valid)
@@ -137,21 +137,21 @@ def alternatives(annotation: Any, rules: Iterable[Any] = ()) -> Iterator[tuple[A
         yield annotation, rules
 
 
-def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
+def _phrase(value_type: Any, rules: Sequence[Any]) -> tuple[str, Any]:
     """Describe one type of a union, and give a valid example."""
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
+    if get_origin(value_type) is Literal:
+        choices = get_args(value_type)
         shown = ["null" if c is None else str(c).lower() if isinstance(c, bool) else str(c) for c in choices]
         return ", ".join(shown), shown[0]
-    if kind is bool:
+    if value_type is bool:
         return "true, false", "true"
-    if kind in (int, float):
-        return _number_phrase(kind, rules)
-    if kind is str:
+    if value_type in (int, float):
+        return _number_phrase(value_type, rules)
+    if value_type is str:
         patterns = [rule.pattern for rule in _flat(rules) if getattr(rule, "pattern", None)]
         return "".join(["text", *(f" that matches {p}" for p in patterns), _length(rules, "character")]), "text"
-    if get_origin(kind) in (list, Sequence):
-        (item,) = get_args(kind)
+    if get_origin(value_type) in (list, Sequence):
+        (item,) = get_args(value_type)
         if words := getattr(next(alternatives(item))[0], "ALLOWED", None):
             return f"{words[0]}, or a list of them", words[1]
         inner, inner_rules = next(alternatives(item))
@@ -159,7 +159,7 @@ def _phrase(kind: Any, rules: Sequence[Any]) -> tuple[str, Any]:
             _phrase(inner, inner_rules)[0] if inner in (int, float, str) or get_origin(inner) is Literal else "values"
         )
         return f"a list of {PLURALS.sub(lambda word: word[0].split()[-1] + 's', each)}{_length(rules, 'item')}", "[...]"
-    if words := getattr(kind, "ALLOWED", None):
+    if words := getattr(value_type, "ALLOWED", None):
         return words
     return "a section of keys and values", "null"
 
@@ -177,14 +177,14 @@ def _flat(rules: Sequence[Any]) -> list[Any]:
     return [part for rule in rules for part in (rule.metadata if isinstance(rule, FieldInfo) else [rule])]
 
 
-def _number_phrase(kind: type, rules: Sequence[Any]) -> tuple[str, Any]:
+def _number_phrase(value_type: type, rules: Sequence[Any]) -> tuple[str, Any]:
     rules = _flat(rules)
     low = next((rule.ge for rule in rules if isinstance(rule, Ge)), None)
     above = next((rule.gt for rule in rules if isinstance(rule, Gt)), None)
     high = next((rule.le for rule in rules if isinstance(rule, Le)), None)
     start = "" if low is None and above is None else f" of {low}" if above is None else f" above {above}"
     end = f" to {high}" if high is not None else " or more" if low is not None else ""
-    return f"{'an integer' if kind is int else 'a number'}{start}{end}", low if low is not None else high or 1
+    return f"{'an integer' if value_type is int else 'a number'}{start}{end}", low if low is not None else high or 1
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -221,7 +221,9 @@ def _mistake(details: Any, model: type[Section], content: Any, key: str) -> tupl
     for part in details["loc"]:
         fields = _fields(annotation)
         if fields is None:
-            values = [get_args(kind)[1] for kind, _ in alternatives(annotation) if get_origin(kind) is dict]
+            values = [
+                get_args(value_type)[1] for value_type, _ in alternatives(annotation) if get_origin(value_type) is dict
+            ]
             if not values:
                 break  # a list item, or the name of a union's type: report the key of the whole value
             annotation, field = values[0], None
@@ -253,9 +255,9 @@ def _own_messages(details: Any, key: str) -> list[str]:
 
 def _fields(annotation: Any) -> dict[str, FieldInfo] | None:
     """The fields of a section; None for other types."""
-    for kind, _ in alternatives(annotation):
-        if inspect.isclass(kind) and issubclass(kind, BaseModel):
-            return kind.model_fields
+    for value_type, _ in alternatives(annotation):
+        if inspect.isclass(value_type) and issubclass(value_type, BaseModel):
+            return value_type.model_fields
     return None
 
 
@@ -304,4 +306,7 @@ def checked_arguments(prefix: str = "") -> Callable[[Callable[P, R]], Callable[P
 def _is_setting(annotation: Any) -> bool:
     """Whether a parameter holds plain config values, and not a model or a tensor."""
     plain = (int, float, str, bool, type(None))
-    return all(kind in plain or get_origin(kind) in (Literal, list, Sequence) for kind, _ in alternatives(annotation))
+    return all(
+        value_type in plain or get_origin(value_type) in (Literal, list, Sequence)
+        for value_type, _ in alternatives(annotation)
+    )

@@ -115,8 +115,8 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's if enabled, or x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 def chunk_tokens(device: str) -> int:

@@ -136,15 +136,15 @@ def layer_bytes(model: TransformerDecoder, itemsize: int, trains_norms: bool = T
 
 def token_bytes(
     model: TransformerDecoder,
-    depth: int,
+    layer_passes: int,
     itemsize: int,
     recompute: bool,
     trains_norms: bool = True,
     autocast: bool = False,
     on_heap: bool = False,
 ) -> int:
-    """Bytes of the activations that `depth` trained layers keep per token until the backward pass; for the other
-    arguments see `layer_bytes`.
+    """Bytes of the activations that `layer_passes` runs of trained layers keep per token until the backward pass; for
+    the other arguments see `layer_bytes`.
 
     With activation checkpointing (`recompute`) the layers keep their inputs, and `layer_bytes` are added for the one
     layer that the backward pass is at.
@@ -154,8 +154,8 @@ def token_bytes(
     """
     if recompute:
         layer_input = model.tok_embeddings.embedding_dim + (mlp_width(model) if on_heap else 0)
-        return depth * itemsize * layer_input
-    return depth * layer_bytes(model, itemsize, trains_norms, autocast)
+        return layer_passes * itemsize * layer_input
+    return layer_passes * layer_bytes(model, itemsize, trains_norms, autocast)
 
 
 def adapter_gradient_bytes(model: TransformerDecoder, itemsize: int) -> int:
@@ -183,13 +183,14 @@ def logits_bytes(tokens: int, vocabulary: int, teacher: bool = False) -> int:
     return (16 if teacher else 8) * tokens * vocabulary
 
 
-def cast_bytes(model: TransformerDecoder, depth: int, recompute: bool) -> int:
+def cast_bytes(model: TransformerDecoder, layer_passes: int, recompute: bool) -> int:
     """Bytes of the layers' matrices in bf16 that autocast keeps until the backward pass, if the weights are fp32.
 
-    `depth` and `recompute` as in `token_bytes`; with activation checkpointing one layer's matrices are there at a time.
+    `layer_passes` and `recompute` as in `token_bytes`; with activation checkpointing one layer's matrices are there at
+    a time.
     """
     matrices = sum(parameter.numel() for parameter in model.layers.parameters() if parameter.dim() == 2)
-    return torch.bfloat16.itemsize * matrices * (1 if recompute else depth) // len(model.layers)
+    return torch.bfloat16.itemsize * matrices * (1 if recompute else layer_passes) // len(model.layers)
 
 
 def forward_values(model: TransformerDecoder) -> int:

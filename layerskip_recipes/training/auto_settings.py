@@ -155,10 +155,10 @@ class TrainingMemory:
     @property
     def enabled(self) -> list[list[bool]]:
         """Which of the model's exits have a loss, in each step that differs from the others."""
-        section, depth = self.cfg.early_exit_loss, self.cfg.num_layers
+        section, num_layers = self.cfg.early_exit_loss, self.cfg.num_layers
         if section is None:
             return [[True]]
-        settings = (depth, section.interval, section.exits)
+        settings = (num_layers, section.interval, section.exits)
         # A rotation repeats after `interval` steps. The gradual curriculum of one step has all exits after it.
         try:
             return [enabled_exits(section.curriculum, step, 1, *settings) for step in range(section.interval + 1)]
@@ -171,8 +171,8 @@ class TrainingMemory:
         return max(map(sum, self.enabled))
 
     @property
-    def draft_depth(self) -> int:
-        """A draft's layers; an adapter's one layer runs once per unrolled token."""
+    def draft_passes(self) -> int:
+        """How often layers of a draft run: an adapter runs its one layer once per unrolled token."""
         draft = self.cfg.draft
         return 0 if draft is None else IN_A_ROW if draft.kind == "adapter" else draft.exit_layer
 
@@ -195,10 +195,10 @@ class TrainingMemory:
         """Bytes of weights in bf16 that are kept until the backward pass, where the weights themselves are in fp32."""
         cfg, model = self.cfg, self.cfg.meta_model
         if self.autocasts(dtype):
-            depth = self.draft_depth + (0 if cfg.freezes_model else cfg.num_layers)
+            layer_passes = self.draft_passes + (0 if cfg.freezes_model else cfg.num_layers)
             head = torch.bfloat16.itemsize * model.tok_embeddings.weight.numel()
-            return (cast_bytes(model, depth, recompute) + head) // (cfg.tensor_parallel_dim or 1)
-        return cast_bytes(model, self.draft_depth, recompute) if dtype == "bf16" and cfg.draft is not None else 0
+            return (cast_bytes(model, layer_passes, recompute) + head) // (cfg.tensor_parallel_dim or 1)
+        return cast_bytes(model, self.draft_passes, recompute) if dtype == "bf16" and cfg.draft is not None else 0
 
     @property
     def loss_bytes(self) -> int:
@@ -224,7 +224,7 @@ class TrainingMemory:
             layer += 0 if self.all_weights else adapter_gradient_bytes(model, itemsize)
         if cfg.draft is not None:
             is_adapter = cfg.draft.kind == "adapter"
-            kept += token_bytes(model, self.draft_depth, itemsize, recompute, **options)
+            kept += token_bytes(model, self.draft_passes, itemsize, recompute, **options)
             kept += draft_state_bytes(model, IN_A_ROW if is_adapter else 1, is_adapter, itemsize)
             layer = max(layer, layer_bytes(model, itemsize, True, autocast))
         return kept, layer if recompute else 0

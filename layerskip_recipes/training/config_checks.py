@@ -158,11 +158,11 @@ def _check_sections(cfg: FinetuneKeys) -> Iterator[str]:
         )
     cfg.build_layer_dropout()
     cfg.exit_loss.enabled(cfg.num_layers, 0, 1)
-    section, depth = cfg.early_exit_loss, cfg.num_layers
-    early = [] if section is None else [e for e in select_exits(section.exits, depth) if e < depth]
-    if section is not None and section.scale > 0 and 0 < len(early) < depth - 1:
+    section, num_layers = cfg.early_exit_loss, cfg.num_layers
+    early = [] if section is None else [e for e in select_exits(section.exits, num_layers) if e < num_layers]
+    if section is not None and section.scale > 0 and 0 < len(early) < num_layers - 1:
         steps = section.interval  # of a whole rotation
-        if cfg.exit_loss.trained(depth, steps, steps) == [depth]:
+        if cfg.exit_loss.trained(num_layers, steps, steps) == [num_layers]:
             yield (
                 f"early_exit_loss.exits: {section.exits!r} trains no early exit, because scale_fn "
                 f"{section.scale_fn!r} gives exit 1 no weight; for example early_exit_loss.scale_fn=uniform"

@@ -43,10 +43,12 @@ class DraftSection(Section):
     """At most this many tokens have logits at a time; auto: 2048 on a GPU, 512 elsewhere."""
 
     def check_against(self, model: TransformerDecoder) -> None:
-        depth = len(model.layers)
-        if depth == 1:
+        num_layers = len(model.layers)
+        if num_layers == 1:
             raise ConfigError("draft: needs a model of 2 layers or more, and this one has 1. Set draft=null")
-        exits = Field(ge=1, le=depth - 1, examples=[default_exit(depth)])  # the draft must have something to skip
+        exits = Field(
+            ge=1, le=num_layers - 1, examples=[default_exit(num_layers)]
+        )  # the draft must have something to skip
         check("draft.exit_layer", self.exit_layer, Annotated[int, exits])
 
     def build(self, model: LayerSkipDecoder) -> Draft:

@@ -310,13 +310,13 @@ class Parts:
 
     def feed_forward(self, mlp: Any) -> None:
         """A gated MLP."""
-        kinds = {(nn.SiLU, None): 0, (nn.GELU, "none"): 1, (nn.GELU, "tanh"): 2}
+        numbers = {(nn.SiLU, None): 0, (nn.GELU, "none"): 1, (nn.GELU, "tanh"): 2}
         activation = getattr(mlp, "activation", None)
-        kind: Any = kinds.get((type(activation), getattr(activation, "approximate", None)))
-        require(type(mlp) is FeedForward and kind is not None and mlp.w3 is not None, "mlp")
+        number: Any = numbers.get((type(activation), getattr(activation, "approximate", None)))
+        require(type(mlp) is FeedForward and number is not None and mlp.w3 is not None, "mlp")
         for name in ("w1", "w2", "w3"):
             self.linear(name, getattr(mlp, name))
-        self.number("activation", kind)
+        self.number("activation", number)
 
 
 def int4_of(weight: Any) -> Any:
