@@ -47,10 +47,10 @@ def check_checkpointer(cfg: RecipeConfig, trains: bool = False) -> None:
     # Check that adapters and model belong together.
     adapters = section.get("adapter_checkpoint")
     if not trains and bool(adapter_names(model)) != (adapters is not None):
-        has = "adapters" if adapters is None else "no adapters"
+        model_has = "adapters" if adapters is None else "no adapters"
         raise ConfigError(
             f"checkpointer.adapter_checkpoint: {adapters!r} does not fit the model of {cfg.model.path}, which has "
-            f"{has}. Allowed: a LoRA model and its adapters, such as "
+            f"{model_has}. Allowed: a LoRA model and its adapters, such as "
             "checkpointer.adapter_checkpoint=${output_dir}/epoch_0, or neither"
         )
     # Check the class and the list of files.
@@ -116,10 +116,10 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
     # Check that writing damages no input.
     output_dir, folder = Path(cfg.output_dir or "").resolve(), folder.resolve()
     if writes and (output_dir.is_relative_to(folder) or output_dir == folder.parent):
-        whole = folder.parent if output_dir == folder.parent or (folder / WRITTEN).exists() else folder  # run or model
+        taken = folder.parent if output_dir == folder.parent or (folder / WRITTEN).exists() else folder  # run or model
         raise ConfigError(
             f"output_dir: {cfg.output_dir!r} lies in checkpointer.checkpoint_dir, or holds it, and this run's "
-            f"checkpoints may replace its files; for example output_dir={whole}_2"
+            f"checkpoints may replace its files; for example output_dir={folder.parent if is_run else folder}_2"
         )
 
 

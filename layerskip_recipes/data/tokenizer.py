@@ -237,13 +237,13 @@ class HFTokenizer(ModelTokenizer, Transform):
             last_chars.extend(start + max(end - 1, 0) for _, end in encoding.offsets)
 
         for start, stop in self._pieces(text):
-            whole = encode(start, stop)
+            encoding = encode(start, stop)
             for reply_start in starts[bisect_right(starts, start) : bisect_left(starts, stop)]:
                 prompt = encode(start, reply_start)
-                if whole.ids[: len(prompt.ids)] != prompt.ids:
+                if encoding.ids[: len(prompt.ids)] != prompt.ids:
                     add(start, prompt)
-                    start, whole = reply_start, encode(reply_start, stop)
-            add(start, whole)
+                    start, encoding = reply_start, encode(reply_start, stop)
+            add(start, encoding)
         return ids, last_chars
 
     def _pieces(self, text: str) -> Iterator[tuple[int, int]]:

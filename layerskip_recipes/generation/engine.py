@@ -299,8 +299,8 @@ class Generation:
         new = self._keep([[*tokens[:num_accepted], following] for num_accepted, following, *tokens in outcomes])
         self.accounts.count(draft, round_start, room, [num_accepted for num_accepted, *_ in outcomes], new)
         # Learn how fast the round was, unless a limit may have cut it. The first draft of a short output counts.
-        whole = draft.num_drafted > 0 or draft.round_kind == PLAIN
-        if whole and round_start.room > longest_draft(self.drafters.num_speculations, self.rows.limit):
+        is_typical = draft.num_drafted > 0 or draft.round_kind == PLAIN
+        if is_typical and round_start.room > longest_draft(self.drafters.num_speculations, self.rows.limit):
             tokens = sum(map(len, new)) / finished.count(False)
             self.drafters.learn(draft.round_kind, tokens, self.accounts.round_s)
         return new

@@ -77,10 +77,10 @@ class Lookup:
         """
         start = len(self.text.tokens)
         drafted: list[int] = []
-        found: list[Matches | None] = [None] * len(self.sources)
+        reached: list[Matches | None] = [None] * len(self.sources)
         sure, expected = 1.0, 0.0
         while len(drafted) < count:
-            matches = [self._matches(i) if known is None else known for i, known in enumerate(found)]
+            matches = [self._matches(i) if known is None else known for i, known in enumerate(reached)]
             guesses = [_likeliest(self.sources[i][0].tokens, known) for i, known in enumerate(matches)]
             probability, token = max(guesses, key=lambda guess: guess[0])  # the text wins a tie
             sure *= probability
@@ -89,7 +89,7 @@ class Lookup:
             expected += sure
             drafted.append(token)
             self.text.extend([token])
-            found = [_after(self.sources[i][0].tokens, known, token) for i, known in enumerate(matches)]
+            reached = [_after(self.sources[i][0].tokens, known, token) for i, known in enumerate(matches)]
         self.text.cut(start)
         return drafted, expected
 
@@ -135,32 +135,32 @@ class LookupDrafter(Drafter):
         self.least, self.answers = least, answers
         self.rows = [Lookup(text, least, answers) for text in texts]
         self.offered: RoundKind  # in this round
-        self.found: list[list[int]] = []  # its tokens, [b][up to n]
+        self.drafts: list[list[int]] = []  # its tokens, [b][up to n]
 
     def offer(self, round_start: RoundStart) -> RoundKind | None:
         num_to_draft = round_start.num_to_draft(self.context, self.num_speculations)
         pairs = zip(self.rows, round_start.finished, strict=True)
-        found = [([], 0.0) if done else row.find(num_to_draft) for row, done in pairs]
-        if not any(tokens for tokens, _ in found):
+        drafts = [([], 0.0) if done else row.find(num_to_draft) for row, done in pairs]
+        if not any(tokens for tokens, _ in drafts):
             return None
-        self.found = [tokens for tokens, _ in found]
-        expected = sum(tokens for _, tokens in found) / round_start.finished.count(False)
+        self.drafts = [tokens for tokens, _ in drafts]
+        expected = sum(tokens for _, tokens in drafts) / round_start.finished.count(False)
         self.offered = RoundKind("lookup", min(int(1 + expected).bit_length() - 1, 2), untried=1.0 + expected)
         return self.offered
 
     def propose(self, round_start: RoundStart) -> DraftedTokens:
         fixed = self.context.backend.fixed_shapes
-        count = self.num_speculations if fixed else max(map(len, self.found))
+        count = self.num_speculations if fixed else max(map(len, self.drafts))
         # Rows with shorter drafts get any tokens behind them.
-        tokens = on_device([[*found, *[0] * (count - len(found))] for found in self.found], self.context.device)
+        tokens = on_device([[*draft, *[0] * (count - len(draft))] for draft in self.drafts], self.context.device)
         return DraftedTokens(self.offered, torch.cat([round_start.last[:, None], tokens], 1))
 
     def replace(self, row: int, text: Sequence[int]) -> None:
         self.rows[row] = Lookup(text, self.least, self.answers)
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> float | None:
-        given = [1 + common_length(found, new) for found, new in zip(self.found, tokens, strict=False) if new]
-        self.found = []
+        gains = [1 + common_length(draft, new) for draft, new in zip(self.drafts, tokens, strict=False) if new]
+        self.drafts = []
         for row, new in zip(self.rows, tokens, strict=True):
             row.text.extend(new)
-        return sum(given) / len(given) if given else None
+        return sum(gains) / len(gains) if gains else None
