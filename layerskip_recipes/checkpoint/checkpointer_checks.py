@@ -116,7 +116,7 @@ def check_checkpoint_files(cfg: RecipeConfig, writes: bool = False) -> None:
     # Check that writing damages no input.
     output_dir, folder = Path(cfg.output_dir or "").resolve(), folder.resolve()
     if writes and (output_dir.is_relative_to(folder) or output_dir == folder.parent):
-        taken = folder.parent if output_dir == folder.parent or (folder / WRITTEN).exists() else folder  # run or model
+        is_run = output_dir == folder.parent or (folder / WRITTEN).exists()
         raise ConfigError(
             f"output_dir: {cfg.output_dir!r} lies in checkpointer.checkpoint_dir, or holds it, and this run's "
             f"checkpoints may replace its files; for example output_dir={folder.parent if is_run else folder}_2"
