@@ -1,10 +1,8 @@
 """What several processes can do, checked before anything is loaded, and the group that they join."""
 
 import pytest
-import torch.distributed as dist
 from helpers.tiny import make_tiny
 
-from layerskip_recipes import processes
 from layerskip_recipes.config.components import Component
 from layerskip_recipes.distributed import tensor_parallel
 
@@ -49,10 +47,3 @@ def test_models_and_numbers_that_cannot_be_shared_are_refused(processes, family,
     with pytest.raises(ValueError) as error:
         check_processes(keys, make_tiny(family))
     assert str(error.value).startswith(message) and "; for example " in str(error.value)
-
-
-def test_one_process_needs_no_group(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert processes.init_processes("cpu") == 0 and not dist.is_initialized()
-    assert processes.is_rank_zero()
-    processes.end_processes()

@@ -291,7 +291,7 @@ def test_samples_have_the_models_distribution(settings, exit_layer):
 
 
 @pytest.mark.parametrize("variant", slow_except(VARIANTS | TRAINED, "all"))
-@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[-1]], ids=str)
+@pytest.mark.parametrize("settings", [pytest.param(SETTINGS[0], marks=pytest.mark.slow), SETTINGS[-1]], ids=str)
 def test_no_draft_changes_a_sampled_token(variant, settings):
     """All prompts together, in two rows that take one after the other, and alone; one prompt stands twice."""
     model, prompts, sampler = model_of("llama3_2"), [*PROMPTS, PROMPTS[0]], Sampler(**settings, seed=4)
