@@ -38,7 +38,7 @@ def test_an_nvidia_gpu_that_torch_cannot_use_is_told(tmp_path, base, monkeypatch
     monkeypatch.setattr(auto, "NVIDIA", tmp_path / "nvidia0")
     assert auto.best_device() == "cpu" and not told
     cfg = FinetuneConfig.load(load_config(str(base), ["device=cuda"]))
-    with pytest.raises(ConfigError, match=r"^device: 'cuda' is not available\. Allowed here: cpu"):
+    with pytest.raises(ConfigError, match=r"^device: 'cuda' .*Allowed here: cpu"):
         cfg.find_device()
     (tmp_path / "nvidia0").touch()
     assert auto.best_device() == "cpu" and "NVIDIA" in told[0] and "CUDA" in told[0]

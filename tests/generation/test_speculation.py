@@ -118,7 +118,7 @@ def test_a_draft_decoder_needs_the_layers_of_the_exit():
     draft_decoder = perturbed(model, 0.05, 3)
     generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2), draft_weights=(draft_decoder, None))
     assert generation.generated == [greedy("llama3_2", PROMPT, 9)]
-    with pytest.raises(ValueError, match=r"^exit_layer: 4 is not an exit of this model\. Allowed: 1\.\.3"):
+    with pytest.raises(ValueError, match=r"^exit_layer: 4 .*Allowed: 1\.\.3"):
         run(model, [PROMPT], 4, speculation=Speculation(4, 2), draft_weights=(draft_decoder, None))
 
 

@@ -642,12 +642,12 @@ def test_what_is_refused_before_the_model_is_loaded(config, url, monkeypatch):
     port = httpx.URL(url).port
     with pytest.raises(ConfigError, match=rf"^allowed_origins: .*{API_KEY}"):
         LayerSkipServe(load_config(str(config), ["port=0", "allowed_origins=[https://app.example]"]))
-    with pytest.raises(ConfigError, match=r"^allowed_origins: \['https://app.example/'\] is not allowed"):
+    with pytest.raises(ConfigError, match=r"^allowed_origins: \['https://app.example/'\]"):
         LayerSkipServe(load_config(str(config), ["port=0", "allowed_origins=[https://app.example/]"]))
     with pytest.raises(ConfigError, match=rf"^port: {port} at 127.0.0.1 cannot be used"):
         LayerSkipServe(load_config(str(config), [f"port={port}"]))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"^nproc_per_node: 2 processes, and layerskip_serve takes one"):
+    with pytest.raises(ConfigError, match=r"^nproc_per_node: 2 "):
         LayerSkipServe(load_config(str(config), []))
     monkeypatch.setattr(recipe, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["layerskip_serve", "--config", str(config)])
