@@ -86,7 +86,7 @@ def test_the_figures_follow_from_the_raw_numbers(report, temperature):
     assert list(table) == METHODS
     base = table["baseline"]
     for row in table.values():
-        assert row["outputs"] == 4 and len(row["per_repeat"]) == 2
+        assert row["outputs"] == 4 and len(row["per_repeat"]) == 2 and row["identical"] is True
         rates = [r["decoded_tokens"] / r["decode_s"] for r in row["per_repeat"]]
         base_rates = [r["decoded_tokens"] / r["decode_s"] for r in base["per_repeat"]]
         ratios = [ours / theirs for ours, theirs in zip(rates, base_rates, strict=True)]
@@ -131,10 +131,6 @@ def test_a_variant_drafts_where_generation_does(cost, path, tmp_path, checkpoint
     same = ("rounds_by_kind", "rounds", "drafted", "accepted")
     assert [row[key] for key in same] == [generated[key] for key in same]
     assert (generated["rounds_by_kind"]["plain"] > 10) is (cost > 1) and generated["drafted"] > 0
-
-
-def test_all_methods_give_the_same_outputs(report):
-    assert all(row["identical"] is True for row in report["results"])
 
 
 def test_every_generation_key_is_honoured_or_refused():

@@ -230,7 +230,7 @@ def test_the_recipe_measures_the_best_and_writes_the_fastest(stored, config, tmp
     assert not (tmp_path / "report" / "tuned.yaml").exists()
 
 
-def test_the_first_line_says_so_if_no_draft_pays(config, tmp_path):
+def test_a_tuned_config_without_drafts_begins_with_the_reason(config, tmp_path):
     row = {"name": "draft_6", "temperature": 0.0, "speedup": {"median": 0.7}, "predicted_speedup": None}
     report = {"results": [row], "device": "cpu"}
     written = tmp_path / "tuned.yaml"

@@ -87,7 +87,7 @@ QUANTIZER = {"_component_": "torchtune.training.quantization.Int8DynActInt4Weigh
 @pytest.mark.parametrize("quantizer", [None, QUANTIZER], ids=["plain", "quantised"])
 def test_a_hostile_pickle_of_weights_runs_no_code(quantizer, checkpoint, ran, tmp_path):
     section = as_torchtune(tmp_path / "hostile", {"norm.scale": Hostile(ran)})
-    with pytest.raises(ConfigError, match="FullModelTorchTuneCheckpointer cannot read the files"):
+    with pytest.raises(ConfigError, match="FullModelTorchTuneCheckpointer"):
         loaded(tmp_path, checkpoint, checkpointer=section, quantizer=quantizer)
     assert not ran.exists()
 

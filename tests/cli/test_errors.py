@@ -16,9 +16,7 @@ pytestmark = pytest.mark.slow
 # The rules that all recipes share; each is tried with one of them, in turns.
 ANY = [
     ("device=xpu", "device", "'xpu'", "Allowed here: cpu"),
-    ("device=cpu:7", "device", "'cpu:7'", "Allowed here: cpu"),
     ("dtype=fp16", "dtype", "'fp16'", "fp32, bf16"),
-    ("dtype=null", "dtype", "None", "(or auto); for example dtype=auto"),
     ("seed=4294967295", "seed", "4294967295", "0 to 2147483647"),
     ("model=torchtune.models.llama3_2.lama", "model._component_", "'torchtune.models.llama3_2.lama'", "lama"),
     ("model=no_such_package.model", "model._component_", "'no_such_package.model'", "installed"),
@@ -34,36 +32,28 @@ ANY = [
     ("checkpointer.checkpoint_dir=null", "checkpointer.checkpoint_dir", "missing", "folder"),
     ("checkpointer.checkpoint_files=[a.bin, model.safetensors]", "checkpointer.checkpoint_files", "a.bin", "There: "),
     ("checkpointer.checkpoint_files=model.safetensors", "checkpointer.checkpoint_files", "'model.safetensors'", "list"),
-    ("checkpointer.checkpoint_files=[3]", "checkpointer.checkpoint_files", "3", "a list of names"),
     ("checkpointer.model_type=LLAMA9", "checkpointer.model_type", "'LLAMA9'", "LLAMA3_2"),
     ("checkpointer.recipe_checkpoint=a.pt", "checkpointer.recipe_checkpoint", "'a.pt'", "resume_from_checkpoint=true"),
-    ("toknizer.path=x", "toknizer", "unknown key", "Nearest: tokenizer"),
     ("seed=${nowhere}", "seed", "'nowhere'", "not found"),
 ]
 
 EVAL = [
     ("exits=2:2", "exits", "2:2", "selects nothing"),
-    ("compare={a: 3}", "compare.a", "3", "keys and values"),
     ("compare={checkpoint: {model_type: LLAMA3}}", "compare.checkpoint", "the name is that of", "compare={before"),
     ("compare={a: {checkpoint_dir: /nowhere}}", "checkpointer.checkpoint_dir", "'/nowhere'", "folder"),
     ("compare={a: {model_typ: LLAMA2}}", "compare.a.model_typ", "no such argument", "Nearest: model_type"),
-    ("compare={a: {_component_: torchtune.nothing}}", "compare.a._component_", "'torchtune.nothing'", ""),
     ("compare={a: {model_type: X}}", "compare", "'X'", "LLAMA3_2"),
     ("checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "weights"),
     ("top_k=1", "top_k", "1 is not honoured by this recipe", "Set top_k=null"),
-    ("report=.", "report", "'.'", ""),
     ("report=eval.yaml/exits.json", "report", "'eval.yaml'", "cannot be written"),
     ("picture=exits.txt", "picture", "'exits.txt'", ""),
-    ("dataset=null", "dataset", "None", "_component_"),
     ("tasks=[arc_easy]", "tasks", "removed", "`lm_eval --model hf --model_args pretrained=out/epoch_0 --tasks"),
-    ("limit=null", "limit", "removed", "`lm_eval --model hf"),
     ("self_speculation={exit_layer: 2}", "self_speculation", "not honoured", "self_speculation=null"),
 ]
 
 VOCABULARY = "self_speculation.draft_vocabulary"
 TALK = "prompt=interactive"
 GENERATE = [
-    ("temperature=.nan", "temperature", "nan", "0 or more"),
     ("self_speculation.draft_quantizer=null", "self_speculation.draft_quantizer", "draft_int8", "draft_int8=true"),
     ("self_speculation.exit_layer=5", "self_speculation.exit_layer", "5", "1..4"),
     (
@@ -72,16 +62,11 @@ GENERATE = [
         "null",
         "lookup=1",
     ),
-    ("self_speculation.exit_layer=[2,9]", "self_speculation.exit_layer", "[2, 9]", "an integer"),
     ("exit_layer=5; self_speculation=null", "exit_layer", "5", "1..4"),
     ("exit_layer=2", "exit_layer", "2", "self_speculation=null"),
-    ("self_speculation.num_speculations=0", "self_speculation.num_speculations", "0", "=6"),
-    (f"{VOCABULARY}=0", VOCABULARY, "0", "1 or more"),
     (f"{VOCABULARY}=[]", VOCABULARY, "no list", "0..299"),
     (f"{VOCABULARY}=[1,300]", VOCABULARY, "300", "0..299"),
     (f"{TALK}; {VOCABULARY}=9", VOCABULARY, "9", f"{VOCABULARY}=null"),
-    ("quantizer._component_=torch.nn.Relu", "quantizer._component_", "'torch.nn.Relu'", "Relu"),
-    ("stop_strings=['']", "stop_strings", "['']", "a list of texts"),
     ("stream=flase", "stream", "'flase'", "true, false"),
     ("checkpointer.checkpoint_files=[]", "checkpointer.checkpoint_files", "missing", "weights"),
     ("system_prompt=be", "system_prompt", "'be'", "prompt.system="),
@@ -90,19 +75,15 @@ GENERATE = [
     ("output_file=generate.yaml/a.jsonl", "output_file", "'generate.yaml'", "in the way"),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("prompt=[a, '']", "prompt", "''", "prompt.user="),
-    ("prompt=[]", "prompt", "token", "at least one"),
     (f"prompt={'x ' * 200}", "prompt", "tokens", "128 (max_seq_len)"),
     ("prompt={usr: hi}", "prompt", "{'usr': 'hi'}", "user: text"),
     ("prompt_file=nowhere.txt", "prompt_file", "'nowhere.txt'", "JSONL"),
-    ("prompt_file=.", "prompt_file", "'.'", "JSONL"),
 ]
 
 BENCHMARK = [
-    ("temperatures=[0.0, -1]", "temperatures", "-1", "0 or more"),
     ("temperature=0.8", "temperature", "0.8", "temperatures lists them"),
     ("max_new_tokens=1000", "max_new_tokens", "1000", "up to "),
     ("prompt=[a, b, c]; batch_size=2", "batch_size", "2", "batch_size=1"),
-    ("report_dir=benchmark.yaml/x", "report_dir", "'benchmark.yaml/x'", "in the way"),
     ("picture=benchmark.txt", "picture", "'benchmark.txt'", "picture.png"),
     ("prompt=null", "prompt", "missing", "prompt_file=FILE"),
     ("prompt=interactive", "prompt", "'interactive'", "prompt=["),
@@ -119,17 +100,14 @@ BENCHMARK = [
 RANDOM = "random_weights=true; prompt=null; prompt_tokens=8"
 BENCHMARK += [
     (f"{RANDOM}; ~variants", "variants", "None has nothing to compare", "variants.chain.exit_layer=3"),
-    (f"{RANDOM}; prompt_tokens=0", "prompt_tokens", "0", "1 or more"),
     (f"{RANDOM}; prompt_tokens=120", "max_new_tokens", "120 prompt tokens", "the model's 128 "),
     (f"{RANDOM}; stop_strings=[a]", "stop_strings", "random_weights has none", "needs a checkpoint"),
-    (f"{RANDOM}; metrics=[bleu]", "metrics", "['bleu'] needs a checkpoint", ""),
     (f"{RANDOM}; tune=true", "tune", "True needs a checkpoint", ""),
     ("tune=true; tune_extends=quickstart/generates", "tune_extends", "generates", "Nearest: quickstart/generate"),
     ("tune=true; tune_extends=quickstart/finetune", "tune_extends", "quickstart/finetune is not a valid", "unknown"),
 ]
 
 STDLIB = "_component_: layerskip_recipes.quickstart.StdlibDataset"
-COSINE = "lr_scheduler._component_=torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
 STEP_LR = "lr_scheduler._component_=torch.optim.lr_scheduler.StepLR; lr_scheduler.step_size=1"
 DRAFT = "layer_dropout=null; early_exit_loss=null; draft={kind: copy, exit_layer: 2}"
 FUNCTION = "checkpointer._component_=test_errors.reader"
@@ -139,8 +117,6 @@ BASED = "; ".join([OURS, *(f"model.base.{key}={value}" for key, value in MODEL.i
 DROPPING = f"model={{_component_: layerskip_recipes.layerskip_decoder, base: {MODEL}, layer_dropout: {{prob: 0.1}}}}"
 OFFLOADING, SHARDED = "enable_activation_offloading", "DistributedCheckpointer"
 FINETUNE = [
-    ("epochs=null", "epochs", "None", "of 1 or more; for example epochs=1"),
-    ("batch_size=null", "batch_size", "None", "batch_size=auto"),
     ("output_dir=null", "output_dir", "None", "output_dir="),
     # The run's checkpoints would stand among the files that it started from.
     ("output_dir=${checkpointer.checkpoint_dir}/out", "output_dir", "lies in", "output_dir="),
@@ -148,16 +124,11 @@ FINETUNE = [
     (f"{OURS}; model.base=null", "model", "NoneType", ""),
     (f"{OURS}; model.base={{a: 3}}", "model", "_component_", ""),
     (f"{BASED}; model.layer_dropout.prb=0.1", "model.layer_dropout.prb", "unknown key", "prob"),
-    (f"{BASED}; model.layer_dropout.prob=2", "model.layer_dropout.prob", "2", "0 to 1"),
     (f"{BASED}; model.layer_dropout.prob=0.1", "layer_dropout", "in the model section", "layer_dropout=null"),
     # Optimizer, schedule, clipping.
-    ("optimizer.lr=null", "optimizer.lr", "None", "optimizer.lr=auto"),
     ("optimizer.lr=.nan", "optimizer", "nan", "Invalid learning rate"),
     ("optimizer.betas=[2,2]", "optimizer", "2", "beta"),
-    ("optimizer.betas=[0.9]", "optimizer", "0.9", "index"),
-    (f"{COSINE}; lr_scheduler.num_warmup_steps=abc", "lr_scheduler", "get_cosine_schedule_with_warmup", ""),
     (STEP_LR, "lr_scheduler", "torch.optim.lr_scheduler.StepLR", "num_training_steps"),
-    ("clip_grad_norm=-1", "clip_grad_norm", "-1", "0 or more or inf (or null)"),
     ("optimizer_in_bwd=true; clip_grad_norm=1.5", "clip_grad_norm", "1.5", "null"),
     ("optimizer_in_bwd=true; gradient_accumulation_steps=2", "gradient_accumulation_steps", "2", "=1 or"),
     # Data, loss, logger, profiler.
@@ -169,7 +140,6 @@ FINETUNE = [
     ("collate_fn=torchtune.data.left_pad_sequence", "collate_fn", "cannot be used here", "padding_idx"),
     ("loss=torch.nn.MSELoss", "loss._component_", "MSELoss", "torch.nn.CrossEntropyLoss"),
     ("loss=torch.nn.CrossEntropyLoss; loss.reduction=sum", "loss", "'sum'", "mean"),
-    ("loss=torch.nn.CrossEntropyLoss; loss.label_smoothing=2", "loss", "2", "1"),
     ("loss=torch.nn.CrossEntropyLoss; loss.ignore_index=0", "loss.ignore_index", "0", "-100"),
     ("profiler={enabled: true, foo: 1}", "profiler.foo", "no such argument", "Allowed: active_steps"),
     # A word that is no flag would count as true.
@@ -180,11 +150,9 @@ FINETUNE = [
     ("custom_sharded_layers=[outputx]", "custom_sharded_layers", "'outputx'", "tok_embeddings"),
     ("custom_sharded_layers=output", "custom_sharded_layers", "'output'", "[tok_embeddings,output]"),
     ("fsdp_cpu_offload=true", "fsdp_cpu_offload", "True", "fsdp_cpu_offload=false"),
-    ("fsdp={cpu_offload: true}", "fsdp", "True", "fsdp_cpu_offload"),
     ("tensor_parallel_dim=2", "tensor_parallel_dim", "2", "Allowed: 1"),
     ("data_parallel_replicate_dim=2", "data_parallel_replicate_dim", "2", "data_parallel_replicate_dim=1"),
     ("data_parallel_shard_dim=2", "data_parallel_shard_dim", "2", "data_parallel_shard_dim=-1"),
-    ("ac_option=2", "ac_option", "2", "ac_mode"),
     (f"checkpointer=torchtune.training.{SHARDED}", "checkpointer._component_", SHARDED, "FullModelHFCheckpointer"),
     ("enable_async_checkpointing=true", "enable_async_checkpointing", "True", "save_every_n_steps"),
     ("resume_from_checkpoint=true", "resume_from_checkpoint", "out", "resume_from_checkpoint=false"),
@@ -197,18 +165,9 @@ FINETUNE = [
     (f"dataset_val={{{STDLIB}, split: heldout, seq_len: 1000}}", "dataset_val", "1000", "128"),
     # Our sections.
     ("~layer_dropout.prob", "layer_dropout.prob", "missing", "layer_dropout.prob=0.1"),
-    ("layer_dropout.prob=10%", "layer_dropout.prob", "'10%'", "0 to 1"),
     ("early_exit_loss.curriculum=rotation", "early_exit_loss.curriculum", "'rotation'", "rotational, gradual"),
     ("early_exit_loss.exits=9", "early_exit_loss.exits", "9", 'for example ":"'),
-    ("layer_dropout.layers_scale=expo", "layer_dropout.layers_scale", "'expo'", "exp, uniform, linear"),
-    ("layer_dropout.schedule=linear", "layer_dropout.schedule", "'linear'", "constant, exp, progressive, linear_decay"),
-    ("layer_dropout.inverted=1", "layer_dropout.inverted", "1", "true"),
-    ("early_exit_loss.scale=.nan", "early_exit_loss.scale", "nan", "0 or more"),
-    ("early_exit_loss.scale_fn=cubic", "early_exit_loss.scale_fn", "'cubic'", "layerskip"),
-    ("early_exit_loss.interval=0", "early_exit_loss.interval", "0", "1 or more"),
     ("layer_dropout.layers=1-2", "layer_dropout.layers", "'1-2'", 'for example ":"'),
-    ("early_exit_loss.exits=null", "early_exit_loss.exits", "None", "early_exit_loss.exits=auto"),
-    ("layer_dropout.layers=null", "layer_dropout.layers", "None", "for example layer_dropout.layers=:"),
     ("early_exit_loss={exits: 1, curriculum: null}", "early_exit_loss.exits", "1", "scale_fn=uniform"),
     # Drafts.
     (f"{DRAFT}; draft.exit_layer=4", "draft.exit_layer", "4", "an integer of 1 to 3"),

@@ -253,10 +253,10 @@ def test_a_conversation_that_cannot_be_learned_is_refused(messages, message, mak
 def test_deep_json_is_refused_in_one_line(make_tokenizer, tmp_path):
     tokenizer, file = make_tokenizer(QWEN), tmp_path / "deep.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": ' + "[" * 5000 + "]" * 5000 + "}]}\n")
-    with pytest.raises(ConfigError, match=r"^dataset: torchtune\.datasets\.chat_dataset\(.* cannot be built"):
+    with pytest.raises(ConfigError, match=r"^dataset: torchtune\.datasets\.chat_dataset"):
         load(tokenizer, [], tmp_path, data_files=str(file))
     (tmp_path / "tokenizer_config.json").write_text('{"x": ' + "[" * 10_000 + "]" * 10_000 + "}")
-    with pytest.raises(ConfigError, match=r"^tokenizer\.path: .* holds no readable tokenizer_config\.json"):
+    with pytest.raises(ConfigError, match=r"^tokenizer\.path: .*tokenizer_config\.json"):
         hf_tokenizer(str(tmp_path))
 
 

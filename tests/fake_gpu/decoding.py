@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helpers.fake_gpu import FakeGPU, fake_gpu, line_of_package, on_gpu, to_fake_gpu
+from stand_in_gpu import FakeGPU, fake_gpu, line_of_package, on_gpu, to_fake_gpu
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch._subclasses.fake_tensor import FakeTensor

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from helpers.fake_gpu import CUDA, FakeGPU, fake_gpu, to_fake_gpu
+from stand_in_gpu import CUDA, FakeGPU, fake_gpu, to_fake_gpu
 from torch import nn
 
 from layerskip_recipes import Generation, Speculation, layerskip_decoder

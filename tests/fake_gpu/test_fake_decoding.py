@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers.fake_gpu import needs_fake_gpu, run
+from stand_in_gpu import needs_fake_gpu, run
 
 pytestmark = [pytest.mark.slow, needs_fake_gpu]
 

@@ -12,8 +12,8 @@ from unittest import mock
 
 import torch
 from helpers.configs import finetune_config, hf_sections, make_checkpoint
-from helpers.fake_gpu import CUDA, fake_gpu, to_fake_gpu
 from helpers.recipes import ready
+from stand_in_gpu import CUDA, fake_gpu, to_fake_gpu
 
 from layerskip_recipes.data import standard_library
 from layerskip_recipes.data.standard_library import stdlib_tokenizer
@@ -80,9 +80,6 @@ def main(folder: Path) -> None:
                 found = train(finetune_config(folder / str(number), folder / "tokenizer", **changes))
             except Exception as e:
                 found = {"error": f"{type(e).__name__}: {e}"}
-                import traceback
-
-                traceback.print_exc()
             print(json.dumps({"kind": kind, **found}), flush=True)
 
 

@@ -108,6 +108,7 @@ def test_a_shorter_answer_keeps_the_cache(talk, speculation):
     assert two.generated[0] == alone.tokens[0, len(second) :].tolist()
 
 
+@pytest.mark.slow
 def test_a_full_conversation_says_so_and_how_to_start_again(talk, caplog):
     recipe, report, turns = talk(f"{'x' * 60}\n{'y' * 50}\nand now\n/new\nand now\n", tokens=30)
     assert report["prompts"] == len(turns) == 2

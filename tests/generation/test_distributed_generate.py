@@ -224,11 +224,6 @@ def test_ranks_with_other_prompts_are_refused():
         run(split("llama3", "draft_whole"), [[5 + dist.get_rank()]], **SPECULATIVE)
 
 
-def test_one_process_broadcasts_nothing():
-    tokens = torch.tensor([5, 1])
-    assert processes.broadcast_from_rank0(tokens) is tokens
-
-
 @on_ranks()
 def test_each_rank_has_half_of_the_late_layers():
     model = split("qwen2_tied", "draft_whole")

@@ -33,7 +33,7 @@ from layerskip_recipes.model.draft import Draft
 pytestmark = pytest.mark.clock
 
 
-def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft_weights=None, predictions=None):
+def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, predictions=None):
     """A generation at its end, and its rounds: the rows' texts before it (None of a row at its end), their drafts."""
     rounds = []
 
@@ -41,7 +41,7 @@ def drafts_of(model, prompts, count, speculation, sampler=None, rule=None, draft
         rows = zip(prompts, generation.generated, generation.finished, strict=True)
         rounds.append(([None if finished else [*p, *g] for p, g, finished in rows], tokens))
 
-    arguments = {"speculation": speculation, "sampler": sampler, "rule": rule, "draft_weights": draft_weights}
+    arguments = {"speculation": speculation, "sampler": sampler, "rule": rule}
     generation = Generation(model, prompts, count, **arguments, on_draft=on_draft, predictions=predictions)
     for _ in generation:
         pass
@@ -120,7 +120,7 @@ def test_predictions_are_drafted_from_the_first_round_and_change_no_token(temper
     arguments = {"speculation": Speculation(None, 4, prompt_lookup=1), "sampler": sampler, "rule": AlwaysLookUp()}
     row_rounds = []
     for predictions in (right, wrong, [()] * len(PROMPTS), [right[0], (), wrong[2], (), ()]):
-        for rows in (None, 1, 2, 4):
+        for rows in (None, 2):
             generation = run(model, PROMPTS, count, rows=rows, predictions=predictions, **arguments)
             assert generation.generated == expected
         row_rounds.append(generation.stats.row_rounds)
@@ -129,15 +129,8 @@ def test_predictions_are_drafted_from_the_first_round_and_change_no_token(temper
 
 
 def test_predictions_have_tokens_of_the_model():
-    with pytest.raises(ConfigError, match=r"^predictions: 97 is no token of this model\. Allowed: 0\.\.96$"):
+    with pytest.raises(ConfigError, match=r"^predictions: 97 .*Allowed: 0\.\.96"):
         Generation(model_of("llama3_2"), [PROMPT], 4, predictions=[[3, 97]])
-
-
-def test_other_layers_draft_as_a_whole_beside_look_ups():
-    model = small_model()
-    draft_weights, speculation = (perturbed(model, 0.3), None), Speculation(3, 4, prompt_lookup=2)
-    generation = run(model, [(1, 3, 0)], 24, speculation=speculation, draft_weights=draft_weights, rule=AlwaysLookUp())
-    assert generation.generated == [plain(model, (1, 3, 0), 24)] and generation.stats.rounds_by_kind["chain"] > 0
 
 
 def test_rows_without_a_match_go_along_with_a_look_up():
@@ -213,7 +206,7 @@ def test_decoding_with_drafts_that_are_all_wrong_is_a_twentieth_slower_at_most(k
     assert drafted.stats.plain_share > (0.3 if kind == "look-up" else 0.9) and drafted.stats.drafted > 0
 
 
-@pytest.mark.parametrize("variant", slow_except(VARIANTS, "all"))
+@pytest.mark.parametrize("variant", slow_except(VARIANTS, "chain"))
 def test_rounds_without_a_draft_change_no_token(variant):
     model, drafts = model_of("llama3_2"), []
     generation = run(

@@ -120,6 +120,7 @@ def test_narrow_heads_and_odd_cache_lengths_do_not_fit_flex_attention(gpu_steps)
 # ---- threads and caches ----
 
 
+@pytest.mark.slow
 def test_any_thread_can_have_cuda_graphs(no_cuda):
     """torch 2.6 to 2.12 look for a thread's table of graphs, and fail where neither torch nor a round has made one."""
 

@@ -78,13 +78,10 @@ def test_predictions_are_drafted_and_change_no_answer(checkpoint):
         plain = llm.generate(prompts, 24, **settings)
         texts = [out.text for out in plain]
         assert plain[0].stats.drafted == 0
-        for prediction in (texts, [["no", texts[0]], None, ""], texts[::-1]):
-            for batch_size in (1, 2):
-                outputs = llm.generate(prompts, 24, batch_size=batch_size, prediction=prediction, **settings)
-                assert [out.text for out in outputs] == texts
+        for prediction, batch_size in ((texts, 1), ([["no", texts[0]], None, ""], 2), (texts[::-1], 2)):
+            outputs = llm.generate(prompts, 24, batch_size=batch_size, prediction=prediction, **settings)
+            assert [out.text for out in outputs] == texts
             assert outputs[0].stats.accepted > 3 or prediction == texts[::-1]
-        out = llm.generate(PROMPT, 24, prediction=texts[0], **settings)
-        assert out.text == texts[0] and out.stats.accepted > 3
         assert "".join(llm.stream(PROMPT, 24, prediction=["no", texts[0]], **settings)) == texts[0]
     assert llm.generate(PROMPT, 24, prediction=texts[0], draft=None).stats.drafted == 0
     assert llm.generate(PROMPT, 24, prediction="").stats.drafted == 0
@@ -158,7 +155,6 @@ def test_two_objects_of_one_folder_share_nothing(run):
         for parameter in one.model.parameters():
             parameter.mul_(0.5)
     assert other.generate(PROMPT, 16, exit_layer=2, num_speculations=4).text == text
-    assert one.state is not other.state and one.state.rules.keys() == other.state.rules.keys()
     assert not {*map(id, one.state.rules.values())} & {*map(id, other.state.rules.values())}
 
 

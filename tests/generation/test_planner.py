@@ -50,8 +50,8 @@ def smollm2():
         return layerskip_decoder(llama3_2(**SMOLLM2))
 
 
-def smollm2_costs(dtype=torch.float32, gpu=False, compiled=True, batch_rows=1):
-    return estimated_costs(smollm2(), dtype, gpu, compiled, batch_rows)
+def smollm2_costs(dtype=torch.float32):
+    return estimated_costs(smollm2(), dtype, gpu=False, compiled=True, batch_rows=1)
 
 
 def described(folder, exits, trained=(6, 30), draft=None, tokens=range(10, 2058), ends={}, **keys):  # noqa: B006

@@ -126,8 +126,9 @@ def test_half_precision_logits_are_filtered_in_fp32():
 # ---- choosing ----
 
 
-def draws(p, seed, rows=20, steps=N // 20):
-    """Tokens [rows, steps] that are chosen from scores log p."""
+def draws(p, seed):
+    """Tokens [20, N / 20] that are chosen from scores log p."""
+    rows, steps = 20, N // 20
     keys = torch.tensor(noise_keys(seed, [[7]] * rows))
     return choose_tokens(p.log().expand(rows, steps, len(p)), keys, torch.arange(5, 5 + steps)[None])
 

@@ -23,9 +23,9 @@ from layerskip_recipes.generation.state import MOST_DRAFTS, ModelState, state_of
 TOKENS = greedy("llama3_2", PROMPT, 12)
 
 
-def two_layers(family="llama3_2"):
-    """A plain decoder whose steps become graphs soon; Qwen 3's, whose heads have 16 numbers, run in C++."""
-    base = make_tiny(family)
+def two_layers():
+    """A plain decoder whose steps become graphs soon."""
+    base = make_tiny()
     base.layers = base.layers[:2]
     return base
 
@@ -48,7 +48,7 @@ def test_one_generation_of_a_model_at_a_time():
     model = make_model()
     begun = iter(Generation(model, [PROMPT], 12))
     next(begun)
-    with pytest.raises(RuntimeError, match=r"another Generation of this model has not ended.*close\(\)"):
+    with pytest.raises(RuntimeError, match=r"another Generation .*close\(\)"):
         run(model, [PROMPT], 12)
     begun.close()
     assert run(model, [PROMPT], 12).generated == [TOKENS]
@@ -58,7 +58,7 @@ def test_one_generation_of_a_model_at_a_time():
 def test_of_two_threads_one_decodes_and_the_other_is_refused_once():
     """Both pass the check of the flag before either sets it: the lock decides."""
     model, state = make_model(), ModelState()
-    refused = pytest.raises(RuntimeError, match="another Generation of this model has not ended")
+    refused = pytest.raises(RuntimeError, match="another Generation")
     with state.in_use, refused:  # as another thread between its check and its first step
         run(model, [PROMPT], 12, state=state)
     assert run(model, [PROMPT], 12, state=state).generated == [TOKENS]

@@ -118,7 +118,7 @@ def test_a_draft_decoder_needs_the_layers_of_the_exit():
     draft_decoder = perturbed(model, 0.05, 3)
     generation = run(model, [PROMPT], 9, speculation=Speculation(3, 2), draft_weights=(draft_decoder, None))
     assert generation.generated == [greedy("llama3_2", PROMPT, 9)]
-    with pytest.raises(ValueError, match=r"^exit_layer: 4 is not an exit of this model\. Allowed: 1\.\.3"):
+    with pytest.raises(ValueError, match=r"^exit_layer: 4 .*Allowed: 1\.\.3"):
         run(model, [PROMPT], 4, speculation=Speculation(4, 2), draft_weights=(draft_decoder, None))
 
 
@@ -291,7 +291,7 @@ def test_samples_have_the_models_distribution(settings, exit_layer):
 
 
 @pytest.mark.parametrize("variant", slow_except(VARIANTS | TRAINED, "all"))
-@pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[-1]], ids=str)
+@pytest.mark.parametrize("settings", [pytest.param(SETTINGS[0], marks=pytest.mark.slow), SETTINGS[-1]], ids=str)
 def test_no_draft_changes_a_sampled_token(variant, settings):
     """All prompts together, in two rows that take one after the other, and alone; one prompt stands twice."""
     model, prompts, sampler = model_of("llama3_2"), [*PROMPTS, PROMPTS[0]], Sampler(**settings, seed=4)

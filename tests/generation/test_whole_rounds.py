@@ -71,6 +71,7 @@ def test_whole_rounds_are_the_rounds_of_steps(variant, sampler, captures):
     assert second.stats.accepted > 0
 
 
+@pytest.mark.slow
 def test_a_round_is_captured_again_where_its_tensors_have_moved(captures):
     """Not for other settings of a sampler, or a written weight; a replaced weight has another address."""
     model, generated = make_small(), set()

@@ -35,11 +35,11 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
 TOKENS = torch.arange(40).view(2, 20) * 7 % 300
 
 
-def by_hand(start: dict, adapters: dict, scale: float = ALPHA / RANK) -> dict:
+def by_hand(start: dict, adapters: dict) -> dict:
     """The plain model's weights: W + alpha/r B A; with DoRA each row of it, and its bias, times magnitude / norm."""
     weights = dict(start)
     for name in [name.removesuffix(".lora_a.weight") for name in adapters if name.endswith(".lora_a.weight")]:
-        update = scale * adapters[f"{name}.lora_b.weight"] @ adapters[f"{name}.lora_a.weight"]
+        update = ALPHA / RANK * adapters[f"{name}.lora_b.weight"] @ adapters[f"{name}.lora_a.weight"]
         weights[f"{name}.weight"] = start[f"{name}.weight"] + update
         if f"{name}.magnitude" in adapters:
             # The norm is a constant in the backward pass (section 4.3 of arXiv 2402.09353).

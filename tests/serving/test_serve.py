@@ -57,20 +57,29 @@ def access():
     return Access(api_key=None, is_local=True)
 
 
+def answers_of(config, *overrides):
+    """What answers the requests, before its model is loaded."""
+    recipe = LayerSkipServe(load_config(str(config), [TEMPLATE, "port=0", *overrides]))
+    recipe.socket.close()
+    return recipe.answers
+
+
+def app_of(answers, access):
+    """The application with its model, which drafts in each round."""
+    app = http.make_app(answers, access, MAX_WAITING)
+    always = DraftRule(measure=False)
+    answers.llm.state.rule = lambda *_: always
+    return app
+
+
 @pytest.fixture(scope="module")
 def served(config):
-    """What answers the requests, before its model is loaded."""
-    recipe = LayerSkipServe(load_config(str(config), [TEMPLATE, "port=0"]))
-    yield recipe.answers
-    recipe.socket.close()
+    return answers_of(config)
 
 
 @pytest.fixture(scope="module")
 def app(served, access):
-    app = http.make_app(served, access, MAX_WAITING)
-    always = DraftRule(measure=False)  # drafts in each round
-    served.llm.state.rule = lambda *_: always
-    return app
+    return app_of(served, access)
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +204,7 @@ def test_drafts_from_answers_are_accepted_and_change_no_answer(config, client, a
     plain = complete(client, temperature=0).json()["choices"][0]["text"]
     file = write_lines(tmp_path / "train.jsonl", [{"input": "def main(", "output": plain}])
     drafts = f"self_speculation={{exit_layer: null, prompt_lookup: null, answers: {file}}}"
-    recipe = LayerSkipServe(load_config(str(config), [TEMPLATE, "port=0", drafts]))
-    recipe.socket.close()
-    with TestClient(http.make_app(recipe.answers, access, MAX_WAITING), "http://localhost") as with_answers:
-        always = DraftRule(measure=False)
-        recipe.answers.llm.state.rule = lambda *_: always
+    with TestClient(app_of(answers_of(config, drafts), access), "http://localhost") as with_answers:
         answer = complete(with_answers, temperature=0).json()
     assert answer["choices"][0]["text"] == plain
     # Of this model's random bytes, many are no text: the file has other tokens for them.
@@ -208,25 +213,24 @@ def test_drafts_from_answers_are_accepted_and_change_no_answer(config, client, a
 
 def test_predictions_are_drafted_and_change_no_answer(config, access):
     """The model has no draft, and requests without a prediction get none."""
-    recipe = LayerSkipServe(load_config(str(config), [TEMPLATE, "port=0", "self_speculation=auto"]))
-    recipe.socket.close()
-    always = DraftRule(measure=False)
-    with TestClient(http.make_app(recipe.answers, access, MAX_WAITING), "http://localhost") as client:
-        recipe.answers.llm.state.rule = lambda *_: always
-        for path, asked in (("completions", {"prompt": "def main("}), ("chat/completions", {"messages": USER})):
-            for settings in ({"temperature": 0}, {"temperature": 0.8, "seed": 5}):
+    app = app_of(answers_of(config, "self_speculation=auto"), access)
+    with TestClient(app, "http://localhost") as client:
+        for path, body in (
+            ("completions", {"prompt": "def main(", "temperature": 0}),
+            ("chat/completions", {"messages": USER, "temperature": 0.8, "seed": 5}),
+        ):
 
-                def answer(content=None, path=path, fields=asked | settings):
-                    prediction = None if content is None else {"type": "content", "content": content}
-                    answer = client.post(f"/v1/{path}", json=fields | {"prediction": prediction}).json()
-                    (choice,), usage = answer["choices"], answer["usage"]
-                    return choice.get("text") or choice["message"]["content"], usage
+            def answer(content=None, path=path, body=body):
+                prediction = None if content is None else {"type": "content", "content": content}
+                answer = client.post(f"/v1/{path}", json=body | {"prediction": prediction}).json()
+                (choice,), usage = answer["choices"], answer["usage"]
+                return choice.get("text") or choice["message"]["content"], usage
 
-                plain, usage = answer()
-                assert usage["drafted_tokens"] == 0
-                for content in (plain, [{"type": "text", "text": "no"}, {"type": "text", "text": plain}], "no", "", []):
-                    text, usage = answer(content)
-                    assert text == plain and (usage["accepted_tokens"] > 2 or content in ("no", "", []))
+            plain, usage = answer()
+            assert usage["drafted_tokens"] == 0
+            for content in (plain, [{"type": "text", "text": "no"}, {"type": "text", "text": plain}], "no", []):
+                text, usage = answer(content)
+                assert text == plain and (usage["accepted_tokens"] > 2 or content in ("no", []))
 
 
 @pytest.mark.slow
@@ -277,11 +281,9 @@ def test_the_tool_that_measures_servers_reports_speeds(url):
 
 CHAT_ROWS = [
     ({"messages": []}, "messages: [] is not allowed"),
-    ({"messages": USER * 257}, "messages: [{'role'"),
     ({"messages": "hi"}, "messages: 'hi' is not allowed"),
     ({"messages": ["hi"]}, "messages[0]: 'hi' is not allowed"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: 'tool' is not allowed"),
-    ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role:"),
     ({"messages": [{"role": "user"}]}, "messages[0].content: missing"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
      "messages[0].content[0]: type 'image_url' is not supported"),
@@ -291,18 +293,15 @@ CHAT_ROWS = [
     ({"messages": [{"role": "user", "content": "("*500}]}, "prompt: its 5"),
     ({"messages": [{"role": "user", "content": "(" * 200_000}]}, "body: is too large"),
     ({"messages": USER, "tools": [{"type": "function"}]}, "tools: is not supported"),
-    ({"messages": USER, "n": 2}, "n: is not supported"),
     ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format: is not supported"),
     ({"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens: 0 is not allowed"),
     ({"messages": USER, "max_tokens": 1000}, "max_tokens: "),
     ({"messages": USER, "stream": "yes"}, "stream: 'yes' is not allowed"),
     ({"messages": USER, "stream_options": {"include_usage": 1}}, "stream_options.include_usage: 1"),
-    ({"messages": USER, "prediction": "x"}, "prediction: 'x' is not allowed"),
     ({"messages": USER, "prediction": {"type": "content"}}, "prediction.content: missing"),
     ({"messages": USER, "prediction": {"type": "text", "content": "x"}}, "prediction.type: 'text' is not allowed"),
     ({"messages": USER, "prediction": {"type": "content", "content": [{"type": "image_url"}]}},
      "prediction.content[0]: type 'image_url' is not supported"),
-    ({"messages": USER, "\ud800": 1}, "body: no JSON"),
     ({"messages": [json.loads("[" * 190 + "]" * 190)]}, "messages[0]: [[[["),
     ({"messages": [1] * 10_000}, "messages: [1, 1"),
 ]  # fmt: skip
@@ -310,7 +309,7 @@ TEXT_ROWS = [
     (b"", "body: no JSON"),
     (b"\xff", "body: no JSON"),
     (b"[" * 50_000, "body: no JSON"),
-    *((b'{"prompt": %s}' % (b"[" * depth + b"]" * depth), "body: no JSON") for depth in (300, 990, 993, 996, 5000)),
+    *((b'{"prompt": %s}' % (b"[" * depth + b"]" * depth), "body: no JSON") for depth in (300, 993, 5000)),
     (b"[1]", "body: [1] is not allowed"),
     (b'{"prompt": "a", "temperature": NaN}', "temperature: nan is not allowed"),
     (b'{"prompt": "a", "seed": %s}' % (b"9" * 60_000), "body: no JSON"),
@@ -319,22 +318,17 @@ TEXT_ROWS = [
     ({"prompt": ["a", "b"]}, "prompt: ['a', 'b'] is not allowed"),
     ({"prompt": ""}, "prompt: '' is not allowed"),
     ({"prompt": "a", "temperature": -1}, "temperature: -1 is not allowed"),
-    ({"prompt": "a", "temperature": "1"}, "temperature: '1' is not allowed"),
     ({"prompt": "a", "top_p": 0}, "top_p: 0 is not allowed"),
     ({"prompt": "a", "max_tokens": True}, "max_tokens: True is not allowed"),
     ({"prompt": "a", "seed": 1.5}, "seed: 1.5 is not allowed"),
     ({"prompt": "a", "stop": [""]}, "stop: [''] is not allowed"),
-    ({"prompt": "a", "stop": ""}, "stop: '' is not allowed"),
     ({"prompt": "a", "stop": ["1", "2", "3", "4", "5"]}, "stop: "),
-    ({"prompt": "a", "stop": ["1"] * 10_000}, "stop: ['1', '1'"),
     ({"prompt": "a", "stop": "a" * 257}, "stop: 'aaa"),
     ({"prompt": "a", "stop": ["a", "a" * 60_000]}, "stop: ['a', 'aaa"),
-    ({"prompt": "a", "temperature": 10**400}, "temperature: 1000"),
     (b'{"prompt": "a", "temperature": 1e999}', "temperature: inf is not allowed"),
     ({"prompt": "a", "max_tokens": 10**4000}, "max_tokens: "),
     ({"prompt": "a", "logprobs": 1}, "logprobs: is not supported"),
     ({"prompt": "a", "unheard": "of"}, "unheard: is not supported"),
-    ({"prompt": "a", "max_tokens": [1] * 10_000}, "max_tokens: [1, 1"),
 ]  # fmt: skip
 
 
@@ -350,13 +344,7 @@ def test_mistakes_are_refused_in_one_line(client, path, rows, stream):
         assert error["message"].startswith(message), (message, error)
         assert "\n" not in error["message"] and len(error["message"]) < 450
         assert error["type"] == "invalid_request_error" and error["param"] == error["message"].partition(":")[0]
-    assert complete(client).status_code == 200
-
-
-def test_the_limits_of_stop_texts_are_allowed_and_named(client):
-    assert complete(client, stop=["a" * 256, "b" * 256, "c" * 256, "d" * 256], max_tokens=2).status_code == 200
-    message = complete(client, stop="a" * 257).json()["error"]["message"]
-    assert "up to 256 characters" in message and "up to 4 items" in message
+    assert complete(client, stop=["a" * 256, "b", "c", "d"], max_tokens=2).status_code == 200  # the longest that may be
 
 
 def test_of_a_prompt_that_cannot_fit_only_the_beginning_is_tokenized(app, served, monkeypatch):
@@ -435,26 +423,11 @@ def test_no_web_page_may_use_a_local_server_without_a_key(client):
         return client.post("/v1/completions", headers=headers, json={"prompt": "a", "max_tokens": 1})
 
     evil = "evil.example"
-    for host in (
-        evil,
-        f"{evil}:8000",
-        "",
-        "localhost.evil.example",
-        "127.0.0.1.evil.example",
-        "8.8.8.8",
-        "[::2]:1",
-        "[::",
-    ):
+    other_hosts = evil, f"{evil}:8000", "", f"localhost.{evil}", f"127.0.0.1.{evil}", "8.8.8.8", "[::2]:1", "[::"
+    for host in other_hosts:
         assert ask(host=host).status_code == 403 and client.get("/v1/models", headers={"host": host}).status_code == 403
         assert ask(host=host).json()["error"]["message"].startswith("host: ")
-    for origin in (
-        f"https://{evil}",
-        "http://localhost.evil.example",
-        "null",
-        "file://",
-        "http://[::",
-        "http://8.8.8.8",
-    ):
+    for origin in (f"https://{evil}", f"http://localhost.{evil}", "null", "file://", "http://[::", "http://8.8.8.8"):
         assert ask(origin=origin).status_code == 403
         assert ask(origin=origin).json()["error"]["param"] == "origin"
     for host in ("localhost", "localhost:8000", "127.0.0.1:1", "127.1.2.3", "[::1]:8000", "LOCALHOST"):
@@ -471,23 +444,14 @@ def test_a_server_for_other_machines_has_any_name_but_refuses_web_pages(access, 
     assert client.get("/v1/models", headers={"host": "server.lan", "origin": "http://server.lan"}).status_code == 403
 
 
-@pytest.mark.parametrize(
-    ("content_type", "status"),
-    [
-        ("application/json; charset=utf-8", 200),
-        ("application/x-www-form-urlencoded", 200),  # curl's default
-        ("text/plain", 415),
-        ("Text/Plain;charset=UTF-8", 415),
-        ("multipart/form-data; boundary=x", 415),
-    ],
-)
-def test_a_body_says_that_it_is_json_or_nothing(client, content_type, status):
+@pytest.mark.parametrize("content_type", ["text/plain", "Text/Plain;charset=UTF-8", "multipart/form-data; boundary=x"])
+def test_a_body_of_a_web_forms_type_is_refused(client, content_type):
+    """Browsers send these without asking the server first."""
     body = b'{"prompt": "a", "max_tokens": 1}'
     response = client.post("/v1/completions", content=body, headers={"content-type": content_type})
-    assert response.status_code == status
-    if status == 415:
-        assert response.json()["error"]["param"] == "content-type"
-        assert "Allowed: application/json" in response.json()["error"]["message"]
+    assert response.status_code == 415 and response.json()["error"]["param"] == "content-type"
+    for allowed in ("application/json; charset=utf-8", "application/x-www-form-urlencoded"):  # the second is curl's
+        assert client.post("/v1/completions", content=body, headers={"content-type": allowed}).status_code == 200
 
 
 def test_pages_of_allowed_origins_use_a_server_with_a_key(served, monkeypatch):
@@ -611,24 +575,18 @@ def test_decoding_stops_when_the_client_leaves(served, client):
     asked = CompletionRequest.parse({"prompt": "def main("})
     expected = complete(client).json()["choices"]
     for layer in (0, 2, None):
-        gone, calls = threading.Event(), []
-
-        def leave(*_, gone=gone, calls=calls):
-            calls.append(1)
-            gone.set()
-
+        gone = threading.Event()
+        answer = served.answer(asked, gone)
         if layer is None:
-            answer = served.answer(asked, gone)
             assert next(answer)
             gone.set()
         else:
-            hook = served.llm.model.layers[layer].register_forward_pre_hook(leave)
-            answer = served.answer(asked, gone)
+            hook = served.llm.model.layers[layer].register_forward_pre_hook(lambda *_, gone=gone: gone.set())
         with pytest.raises(ConnectionAbortedError):
             next(answer)
         if layer is not None:
+            assert gone.is_set()
             hook.remove()
-            assert len(calls) == 1
         assert complete(client).json()["choices"] == expected
 
 
@@ -684,12 +642,12 @@ def test_what_is_refused_before_the_model_is_loaded(config, url, monkeypatch):
     port = httpx.URL(url).port
     with pytest.raises(ConfigError, match=rf"^allowed_origins: .*{API_KEY}"):
         LayerSkipServe(load_config(str(config), ["port=0", "allowed_origins=[https://app.example]"]))
-    with pytest.raises(ConfigError, match=r"^allowed_origins: \['https://app.example/'\] is not allowed"):
+    with pytest.raises(ConfigError, match=r"^allowed_origins: \['https://app.example/'\]"):
         LayerSkipServe(load_config(str(config), ["port=0", "allowed_origins=[https://app.example/]"]))
     with pytest.raises(ConfigError, match=rf"^port: {port} at 127.0.0.1 cannot be used"):
         LayerSkipServe(load_config(str(config), [f"port={port}"]))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"^nproc_per_node: 2 processes, and layerskip_serve takes one"):
+    with pytest.raises(ConfigError, match=r"^nproc_per_node: 2 "):
         LayerSkipServe(load_config(str(config), []))
     monkeypatch.setattr(recipe, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["layerskip_serve", "--config", str(config)])
