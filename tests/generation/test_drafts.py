@@ -110,7 +110,7 @@ def test_look_ups_are_what_a_search_finds(exit_layer, ngram, predicted):
     assert predicted or (others > 3 and (stats.draft_steps == 0) == alone)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_predictions_are_drafted_from_the_first_round_and_change_no_token(temperature):
     """In one batch, and one after the other in fewer rows: right ones, ones with a wrong token, and none."""
     model, count, sampler = model_of("llama3_2"), 16, Sampler(temperature, seed=4)

@@ -93,6 +93,7 @@ def test_a_round_is_captured_again_where_its_tensors_have_moved(captures):
     assert len(generated) == 4
 
 
+@pytest.mark.slow
 def test_a_text_that_outgrows_a_mask_needs_another_round(captures):
     model = make_small()  # narrow heads, for which there is no FlexAttention
     for _ in range(2):
