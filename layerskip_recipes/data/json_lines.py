@@ -38,7 +38,7 @@ def parse_json_lines(content: str) -> dict[int, dict[str, Any] | str]:
 
 
 def bad_line_message(line: str) -> str:
-    return f'{line[:60]!r} is no JSON object in UTF-8, such as {{"prompt": "text"}}'
+    return f'{line[:60]!r} is no JSON object in UTF-8, such as {{"name": "value"}}'
 
 
 def read_json_lines(path: str, key: str) -> Iterator[tuple[int, dict[str, Any]]]:

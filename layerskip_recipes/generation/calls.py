@@ -122,7 +122,11 @@ def read_call(
 
 def are_messages(prompt: Any) -> bool:
     """Whether a list holds the messages of one conversation, and not several prompts."""
-    return bool(prompt) and all(isinstance(part, Mapping) and "role" in part for part in prompt)
+    return (
+        isinstance(prompt, Sequence)
+        and bool(prompt)
+        and all(isinstance(part, Mapping) and "role" in part for part in prompt)
+    )
 
 
 def question_tokens(question: Question, tokenizer: Any) -> list[int]:
@@ -130,6 +134,11 @@ def question_tokens(question: Question, tokenizer: Any) -> list[int]:
     has_template = getattr(tokenizer, "has_chat_template", False)
     if isinstance(question, str):
         return to_tokens({"user": question} if has_template else question, tokenizer)
+    if not isinstance(question, Mapping) and not are_messages(question):
+        raise ConfigError(
+            f"prompt: {question!r} is not allowed. Allowed: a text, "
+            '{"user": "Wake me at 7"}, messages [{"role": "user", "content": "Wake me at 7"}], or a list of these'
+        )
     if isinstance(question, Mapping):
         if (mistake := prompt_mistake(question)) is not None:
             raise ConfigError(f"prompt: {mistake}")

@@ -34,7 +34,7 @@ from layerskip_recipes.generation.parallel import load_sharded_decoder
 from layerskip_recipes.generation.state import MOST_DRAFTS, ModelState
 from layerskip_recipes.generation.text.text_stream import TextStream, follow
 from layerskip_recipes.model.decoder import LayerSkipDecoder, layerskip_decoder
-from layerskip_recipes.model.limits import most_positions
+from layerskip_recipes.model.limits import check_prompt_lengths, most_positions
 from layerskip_recipes.processes import num_processes
 
 log = utils.get_logger("INFO")
@@ -265,7 +265,7 @@ class LLM:
         Returns:
             An `Output`, or a list of them for a list of prompts.
         """
-        is_list = not isinstance(prompt, str | Mapping) and not are_messages(prompt)
+        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str) and not are_messages(prompt)
         questions = cast(Sequence[Question], prompt if is_list else [prompt])
         if not questions:
             return []
@@ -313,6 +313,7 @@ class LLM:
 
     def _prepared(self, call: Call) -> tuple[Generation, list[TextStream]]:
         """A generation that has not started, and the text of each prompt's output."""
+        check_prompt_lengths(self.model, [*map(len, call.prompts)], call.max_new_tokens, "max_new_tokens")
         plan, compiled, reasons = self._choose(call)
         for reason in reasons:
             self._log_once(reason)
