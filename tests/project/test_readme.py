@@ -42,7 +42,7 @@ ELSEWHERE = (
     "llama-server",
     "optimum-cli",  # of optimum-intel
     "python -m vllm",
-    "python tools/compare_engines.py qa/benchmark",  # with engines of other packages
+    "python tools/compare_engines.py",  # with engines of other packages
     "lm_eval",  # tests/evaluation/test_lm_eval.py
     "python examples/spoken_commands",  # tests/project/test_task_scripts.py
     "python tools/server_speed",  # of a running server
