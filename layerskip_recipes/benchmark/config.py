@@ -127,7 +127,7 @@ class BenchmarkConfig(DecodingConfig, PromptConfig):
         # Each variant against the model.
         model = layerskip_decoder(self.meta_model)
         for name, variant in self.compared.items():
-            yield from mistakes_of(variant.check_against, model, self.key_of(name), self.quantizer)
+            yield from mistakes_of(variant.check_against, model, self.key_of(name))
         if self.tune and self.self_speculation is not None:
             yield from mistakes_of(self.self_speculation.check_against, model)
         if self.random_weights:
@@ -138,6 +138,8 @@ class BenchmarkConfig(DecodingConfig, PromptConfig):
                 if variant.given.get("draft") is not None:
                     key = f"{self.key_of(name)}.draft"
                     yield f"{key}: {variant.draft!r} needs its model, and random_weights has none. Set {key}=null"
+                if self.quantizer is not None:
+                    yield from mistakes_of(variant.check_quantised, self.key_of(name))
             return
         # Checkpoint, files and prompts.
         if self.report_dir is None:

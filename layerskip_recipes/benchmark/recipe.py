@@ -26,6 +26,7 @@ from layerskip_recipes.benchmark.tuner import Tuner, check_config_path, write_ch
 from layerskip_recipes.checkpoint.answers import Answers
 from layerskip_recipes.checkpoint.checkpointer_checks import prepare_device
 from layerskip_recipes.checkpoint.drafts import DraftDescription
+from layerskip_recipes.checkpoint.weights import quantise_decoder
 from layerskip_recipes.config.auto import Choices
 from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.config.paths import check_file, check_folder
@@ -177,8 +178,9 @@ class LayerSkipBenchmark:
         plans = {cfg.key_of(name): plan for name, plan in self._drafts.items()}
         if cfg.random_weights:
             with training.set_default_dtype(cfg.torch_dtype), self.device:
-                self.llm = LLM(without_adapters(layerskip_decoder(cfg.model.build())).eval())
-            self.llm.prepare(plans, cfg.quantizer)
+                random_model = without_adapters(layerskip_decoder(cfg.model.build())).eval()
+            self.llm = LLM(random_model if cfg.quantizer is None else quantise_decoder(random_model, cfg.quantizer))
+            self.llm.prepare(plans)
         else:
             self.llm = LLM.of_config(cfg, self.device, self.tokenizer, plans)
         self.turns = Turns(

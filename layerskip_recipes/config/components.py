@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from layerskip_recipes.config.schema import nearest
+from layerskip_recipes.config.schema import check, nearest
 from layerskip_recipes.errors import ConfigError
 
 BUILD_ERRORS = (TypeError, ValueError, OSError, RuntimeError, AssertionError, ArithmeticError, LookupError, ImportError)
@@ -31,6 +31,15 @@ class Component:
         self.positional = 0
         self.path: str = self.section["_component_"]
         self.arguments = {name: value for name, value in self.section.items() if name != "_component_"}
+
+    @classmethod
+    def of_argument(cls, value: Any, key: str) -> "Component":
+        """The component that an argument names by its dotted path, or by a section as in YAML; checked."""
+        section = {"_component_": value} if isinstance(value, str) else value
+        check(key, section, cls)
+        component = cls(section, key)
+        component.check()
+        return component
 
     def __repr__(self) -> str:
         return repr(self.section)

@@ -88,7 +88,7 @@ class AnswerConfig(DecodingConfig):
     def _check_exit_or_drafts(self, model: LayerSkipDecoder) -> None:
         """Check that `exit_layer` or `self_speculation` fits the model, and that only one of them is set."""
         if self.self_speculation is not None:
-            self.self_speculation.check_against(model, quantizer=self.quantizer, parallel=self.ranks_per_matrix)
+            self.self_speculation.check_against(model, parallel=self.ranks_per_matrix)
         if self.exit_layer is not None:
             model.check_exit(self.exit_layer)
             if self.self_speculation is not None:

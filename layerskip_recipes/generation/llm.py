@@ -92,6 +92,7 @@ class LLM:
         draft: Text | None = None,
         device: DeviceName | None = None,
         dtype: Literal["fp32", "bf16"] | None = None,
+        quantizer: str | Mapping[str, Any] | None = None,
     ) -> Self:
         """Load a model in eval mode, its tokenizer, and its trained draft if it has one.
 
@@ -102,7 +103,10 @@ class LLM:
             draft: a run or a checkpoint with a draft trained for this model; None takes one that was trained beside it.
             device: such as "cpu" or "cuda:1"; None chooses the best device.
             dtype: "fp32" or "bf16"; None is bf16 on a GPU that computes in it, else fp32.
+            quantizer: packs the weights after loading, as a config's key of this name does. The dotted path of a
+                torchao config, or a section {"_component_": path, argument: value}.
         """
+        packing = None if quantizer is None else Component.of_argument(quantizer, "quantizer")
         folder = named_folder(path, weights=True)
         torch_device = torch.device(device or best_device())
         dtype = dtype or ("bf16" if computes_in_bf16(str(torch_device)) else "fp32")
@@ -115,12 +119,14 @@ class LLM:
         model.load_state_dict(HFCheckpointer(str(folder)).load_checkpoint()[training.MODEL_KEY])
         model.requires_grad_(False).eval()
         draft_folder = AUTO if draft is None else str(named_folder(draft, "draft", weights=True))
-        planner = DraftPlanner(model, folder, torch_device.type, torch_dtype, torch_dtype, HFCheckpointer)
+        planner = DraftPlanner(model, folder, torch_device.type, torch_dtype, HFCheckpointer, packing)
         planner.make_tokenizer = partial(hf_tokenizer, str(folder))
         description, _ = planner.find_description(SelfSpeculation(draft=draft_folder), "generate")
         llm = cls(model, hf_tokenizer(str(folder)), planner)
         if description is not None:
             llm.state.trained_draft(description, model, "draft")
+        if packing is not None:
+            llm.model = planner.model = quantise_decoder(model, packing)
         llm.draft_folder = draft_folder
         return llm
 
@@ -133,12 +139,15 @@ class LLM:
         plans: Mapping[str, Speculation | None],
     ) -> Self:
         """Load the model of a config in one process, and what drafts by plans, by the keys of their sections."""
+        drafts = {key: plan.draft for key, plan in plans.items() if plan is not None and plan.draft is not None}
         # A trained draft is checked against unquantised weights.
-        late = any(plan is not None and plan.draft is not None for plan in plans.values())
-        llm = cls(
-            load_decoder(cfg, device, None if late else cfg.quantizer), tokenizer, stop_tokens=cfg.stop_tokens or []
-        )
-        llm.prepare(plans, cfg.quantizer if late else None)
+        model = load_decoder(cfg, device, None if drafts else cfg.quantizer)
+        llm = cls(model, tokenizer, stop_tokens=cfg.stop_tokens or [])
+        for key, draft in drafts.items():
+            llm.state.trained_draft(draft, model, f"{key}.draft")
+        if drafts and cfg.quantizer is not None:
+            llm.model = quantise_decoder(model, cfg.quantizer)
+        llm.prepare(plans)
         return llm
 
     @classmethod
@@ -160,13 +169,11 @@ class LLM:
             llm.state.trained_drafts[draft.folder] = trained_draft
         return llm
 
-    def prepare(self, plans: Mapping[str, Speculation | None], quantizer: Component | None = None) -> None:
-        """Build what drafts by these plans, by the keys of their sections, and then quantise the model."""
+    def prepare(self, plans: Mapping[str, Speculation | None]) -> None:
+        """Build what drafts by these plans, by the keys of their sections."""
         for key, plan in plans.items():
             if plan is not None:
                 self.state.draft_weights(plan, self.model, key)
-        if quantizer is not None:
-            self.model = quantise_decoder(self.model, quantizer)
 
     def forget_draft(self, plan: Speculation) -> None:
         """Free what `prepare` or a generation has built for a plan."""

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import config
-from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from layerskip_recipes.config.layer_strings import default_exit
 from layerskip_recipes.errors import ConfigError
@@ -58,7 +58,6 @@ class LayerSkipDecoder(TransformerDecoder):
             output=base.output,
         )
         self.logit_cap = cap
-        self.tied = isinstance(base.output, TiedLinear)  # stays true when a quantised copy replaces the head
         self.num_output_chunks = base.num_output_chunks
         self.encoder_max_cache_seq_len = base.encoder_max_cache_seq_len
         self.decoder_max_cache_seq_len = base.decoder_max_cache_seq_len

@@ -299,6 +299,43 @@ def test_device_and_dtype_are_those_asked_for_or_refused(checkpoint):
             LLM.load(str(checkpoint), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "compile"),
+    [
+        ("Int8WeightOnlyConfig", False),
+        # Uncompiled, one row of x and several differ in attention's last bits, which rounding to int8 can make larger.
+        pytest.param("Int8DynamicActivationInt8WeightConfig", True, marks=has_compiler),
+    ],
+)
+def test_a_quantised_model_drafts_by_its_exits_and_by_a_trained_draft(run, checkpoint, draft, quantizer, compile):
+    """The text is that of the quantised model. Drafts of its exits need no copy of its layers."""
+    section, exits = {"_component_": f"torchao.quantization.{quantizer}"}, {"exit_layer": 2, "num_speculations": 3}
+    for path, folder, settings in (
+        (run, None, exits | {"draft_vocabulary": 60}),
+        (checkpoint, draft, {}),
+        (checkpoint, draft, {"draft_int8": True}),
+    ):
+        llm = LLM.load(str(path), draft=folder and str(folder), quantizer=section)
+        out = llm.generate(PROMPT, 24, compile=compile, **settings)
+        assert out.stats.drafted > 0
+        assert out.tokens == llm.generate(PROMPT, 24, draft=None, compile=compile).tokens
+        kinds = [type(weight).__name__ for weight in llm.model.parameters() if weight.dim() == 2]
+        assert kinds.count("Int8Tensor") == 4 * 7 + 1 and kinds.count("Parameter") == 1  # the embedding
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "message"),
+    [
+        ("torchao.quantization.Int9", r"^quantizer\._component_: .*Int9.* cannot be imported"),
+        ({"path": "x"}, r"^quantizer: .*Allowed: a section with _component_"),
+        ({"_component_": "torchao.quantization.Int8WeightOnlyConfig", "bits": 3}, r"^quantizer\.bits: "),
+    ],
+)
+def test_a_quantizer_that_does_not_exist_is_refused(checkpoint, quantizer, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM.load(str(checkpoint), quantizer=quantizer)
+
+
 def test_changed_files_do_not_change_a_loaded_model(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     model = LLM.load(str(folder), device="cpu").model

@@ -15,8 +15,11 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from layerskip_recipes import layerskip_decoder
 from layerskip_recipes.acceptance.tokens_per_round import Round
 from layerskip_recipes.checkpoint.answers import Answers, write_answers
+from layerskip_recipes.checkpoint.hf_checkpointer import HFCheckpointer
 from layerskip_recipes.cli.configs import resolved
+from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.loading import load_config
+from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.planner import DraftPlanner
 from layerskip_recipes.generation.drafting.prediction import (
     estimated_costs,
@@ -31,6 +34,7 @@ from layerskip_recipes.generation.recipe import LayerSkipGenerate
 
 LAYER = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
 VOCABULARY = 49152
+INT8 = Component({"_component_": "torchao.quantization.Int8WeightOnlyConfig"}, "quantizer")
 # Tokens per round of 1, 2, .. 8 drafted tokens, greedily and at temperature 1, about as a finetuned SmolLM2 has them.
 TASK = {
     "all": ([1.84, 2.54, 3.18, 3.72, 4.13, 4.61, 4.97, 5.24], [1.82, 2.47, 3.07, 3.54, 3.91, 4.29, 4.61, 4.83]),
@@ -80,14 +84,14 @@ def choose(
     ends=False,
     batch_rows=1,
     dtype=torch.float32,
-    draft_dtype=torch.float32,
+    quantizer=None,
     has_predictions=False,
 ):
     """The plan for SmolLM2 in C++; `int8` and `ends`: whether drafts may be in int8, and may end early."""
     given = ({} if ends else {"min_confidence": 0.0}) | ({} if int8 else {"draft_int8": False}) | (given or {})
     section, planner = (
         SelfSpeculation(**given),
-        DraftPlanner(smollm2(), folder, "cpu", dtype, draft_dtype, make_tokenizer=Words),
+        DraftPlanner(smollm2(), folder, "cpu", dtype, HFCheckpointer, quantizer, make_tokenizer=Words),
     )
     plan, why = planner.plan(section, temperature, True, batch_rows=batch_rows, has_predictions=has_predictions)
     return SimpleNamespace(plan=plan, section=section.resolved(plan), why=why, speedup=plan and plan.speedup)
@@ -334,9 +338,12 @@ def test_keys_that_are_given_stay(tmp_path, given):
         assert getattr(found, key) == value
 
 
-def test_a_quantised_head_has_no_draft_vocabulary(tmp_path):
-    found = choose(described(tmp_path, {6: TASK}), dtype=torch.int8).section
-    assert found.draft_vocabulary is None and not found.draft_int8
+def test_a_quantised_model_drafts_with_its_own_packed_layers(tmp_path):
+    """So int8 copies are no choice of the planner, and a mistake of the user."""
+    found = choose(described(tmp_path, {6: TASK}), quantizer=INT8).section
+    assert found.draft_vocabulary == 2048 and not found.draft_int8
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_int8: True .*quantizer"):
+        choose(tmp_path, quantizer=INT8, given={"draft_int8": True})
 
 
 @pytest.mark.parametrize(("kind", "exit_layer", "layers"), [("copy", 3, 3), ("adapter", 6, 1)])
@@ -357,8 +364,11 @@ def test_a_trained_draft_has_the_length_and_precision_that_pay_most(tmp_path, ki
     assert whole.section.draft_vocabulary is None and whole.speedup < found.speedup
     assert found.speedup == pytest.approx(max(speedups), rel=1e-4)
     # Of a quantised model, the draft's own layers are not quantised, so int8 copies of them pay.
-    quantised = choose(None, given={"draft": str(tmp_path)}, dtype=torch.int8, draft_dtype=torch.bfloat16).section
+    quantised = choose(None, given={"draft": str(tmp_path)}, dtype=torch.bfloat16, quantizer=INT8).section
     assert quantised.draft_int8 is (kind == "copy")
+    # The draft is the one beside the model, which is found later than the section is checked.
+    found = choose(tmp_path, quantizer=INT8, given={"draft_int8": True})
+    assert found.plan.draft_int8 and found.plan.draft is not None
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])

@@ -22,7 +22,6 @@ from helpers.speculation import (
     run,
     search,
 )
-from helpers.tiny import VOCAB
 
 from layerskip_recipes.benchmark.recipe import LayerSkipBenchmark
 from layerskip_recipes.checkpoint.drafts import describe, read_description, write_draft
@@ -248,24 +247,33 @@ def test_a_missing_damaged_or_foreign_draft_is_refused(folders, tmp_path, tokeni
         run_generate(generate_config(tmp_path, base, self_speculation={"draft": str(tmp_path / "deep")}))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_draft_of_some_tokens_keeps_its_rows_of_a_head_that_is_quantised(kind):
-    """Llama 3's head is a matrix of its own. Without a trained draft such a head is quantised before rows are cut."""
-    model = make_model("llama3")
-    decoder = draft_of(model, kind).decoder(model)
-    draft_weights = (decoder, DraftHead(decoder, range(0, VOCAB, 2)))
-    model, speculation = quantise_decoder(model, Component(INT8)), Speculation(2, 3, range(0, VOCAB, 2))
-    generation = run(model, PROMPTS, 16, speculation=speculation, draft_weights=draft_weights)
-    assert generation.generated == run(model, PROMPTS, 16).generated and generation.stats.drafted > 0
-    SelfSpeculation(draft="any", draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_vocabulary: "):
-        SelfSpeculation(exit_layer=1, draft_vocabulary=[1, 2]).check_against(model, quantizer=Component(INT8))
+@pytest.mark.parametrize(
+    "quantizer",
+    ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationInt4WeightConfig"],
+)
+@pytest.mark.parametrize("family", ["llama3", "llama3_2"])
+def test_a_draft_vocabulary_has_the_logits_of_a_quantised_head(family, quantizer):
+    """Llama 3's head is a matrix of its own; Llama 3.2's is the embedding, of which quantising makes a copy."""
+    component = Component({"_component_": f"torchao.quantization.{quantizer}"}, "quantizer")
+    model = quantise_decoder(make_model(family), component)
+    hidden, vocabulary = torch.randn(2, 3, model.tok_embeddings.embedding_dim), [3, 9, 4]
+    with torch.no_grad():
+        torch.testing.assert_close(DraftHead(model, vocabulary)(hidden), model.unembed(hidden)[..., sorted(vocabulary)])
 
 
-def test_tensor_parallelism_and_a_quantised_model_refuse_settings_of_drafts():
+def test_rows_that_torchao_cannot_take_are_unpacked():
+    section = {"_component_": "torchao.quantization.IntxWeightOnlyConfig"}
+    model = quantise_decoder(make_model("llama3"), Component(section, "quantizer"))
+    with pytest.raises(NotImplementedError):
+        model.output.weight[[3, 9]]
+    hidden = torch.randn(2, 3, model.tok_embeddings.embedding_dim)
+    with torch.no_grad():
+        torch.testing.assert_close(DraftHead(model, [3, 9])(hidden), model.unembed(hidden)[..., [3, 9]])
+
+
+def test_tensor_parallelism_refuses_settings_of_drafts():
     model = model_of("llama3_2")
     with pytest.raises(ConfigError, match=r"^self_speculation\.draft: .*tensor parallelism"):
         SelfSpeculation(draft="any").check_against(model, parallel=2)
-    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_int8: True .*quantizer"):
-        SelfSpeculation(exit_layer=1, draft_int8=True).check_against(model, quantizer=Component(INT8))
+    with pytest.raises(ConfigError, match=r"^self_speculation\.draft_vocabulary: .*tensor parallelism"):
+        SelfSpeculation(exit_layer=1, draft_vocabulary=[1, 2]).check_against(model, parallel=2)

@@ -1,9 +1,13 @@
 """The weights that draft, built from a `Speculation` and a loaded model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torchao.utils import TorchAOBaseTensor
 
 from layerskip_recipes.checkpoint.weights import linear_head, quantise
 from layerskip_recipes.config.components import Component
@@ -20,15 +24,22 @@ class DraftHead(nn.Module):
 
     def __init__(self, model: LayerSkipDecoder, vocabulary: torch.Tensor | Sequence[int]) -> None:
         super().__init__()
-        output = _whole_head(model)
-        if output is None:
+        output = head_of(model)
+        if not isinstance(output, nn.Linear | nn.Embedding) or isinstance(output.weight, DTensor):
             raise ConfigError(
                 f"draft_vocabulary: the head {type(model.output).__name__} cannot be cut. Allowed: a linear or tied "
-                "head, neither quantised nor split over processes; leave draft_vocabulary out"
+                "head, not split over processes; leave draft_vocabulary out"
             )
         self.norm, self.cap = model.norm, model.logit_cap
-        self.vocabulary = vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).long().unique()
-        self.output = linear_of_rows(dict(output.named_parameters(recurse=False)), self.vocabulary)
+        self.vocabulary = torch.as_tensor(vocabulary, device=output.weight.device).long().unique()
+        parameters = dict(output.named_parameters(recurse=False))
+        try:
+            self.output = linear_of_rows(parameters, self.vocabulary)
+        except (NotImplementedError, RuntimeError):  # some of torchao's matrices give no single rows
+            weight = output.weight
+            unit_vectors = torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)
+            unpacked = F.linear(unit_vectors, weight).T
+            self.output = linear_of_rows({**parameters, "weight": unpacked}, self.vocabulary)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[b, s, d] -> [b, s, v'] logits in fp32."""
@@ -37,18 +48,13 @@ class DraftHead(nn.Module):
     @torch.no_grad()
     def refresh(self, model: LayerSkipDecoder) -> None:
         """Take the rows of an unquantised head anew, in place, as CUDA graphs hold their address."""
-        output = _whole_head(model)
-        if output is not None and type(self.output.weight) is nn.Parameter:
+        if not (_is_quantised(self.output) or _is_quantised(head_of(model))):
             for name, parameter in self.output.named_parameters():
-                parameter.copy_(getattr(output, name)[self.vocabulary])
+                parameter.copy_(getattr(head_of(model), name)[self.vocabulary])
 
 
-def _whole_head(model: LayerSkipDecoder) -> nn.Linear | nn.Embedding | None:
-    """The head whose rows can be taken; None if it is quantised or split: tensor subclasses do not support that."""
-    # A tied head has the embedding's rows, even if a quantised copy has replaced the head.
-    output = model.tok_embeddings if model.tied and isinstance(model.output, nn.Linear) else head_of(model)
-    is_whole = isinstance(output, nn.Linear | nn.Embedding) and type(output.weight) is nn.Parameter
-    return output if is_whole else None
+def _is_quantised(output: Any) -> bool:
+    return isinstance(output.weight, TorchAOBaseTensor)
 
 
 DraftWeights = tuple[LayerSkipDecoder, DraftHead | None]  # the decoder that drafts, and the head of a draft vocabulary
@@ -74,8 +80,10 @@ def draft_weights(
         on_vnni = model.tok_embeddings.weight.device.type == "cpu" and torch.cpu._is_vnni_supported()
         config = "Int8DynamicActivationInt8WeightConfig" if on_vnni else "Int8WeightOnlyConfig"
         int8 = Component({"_component_": f"torchao.quantization.{config}"}, f"{key}.draft_int8")
-        head = None if head is None else quantise(head, int8)
-        decoder = quantised_layers(decoder, layers, int8, head is None)
+        packed = _is_quantised(head_of(model))  # by the model's quantizer
+        if head is not None and not packed:
+            head = quantise(head, int8)
+        decoder = quantised_layers(decoder, layers, int8, with_head=head is None and not packed)
     return decoder, head
 
 

@@ -59,9 +59,9 @@ class DraftPlanner:
     model: LayerSkipDecoder  # may be on the meta device
     folder: Path | None  # of the weights or adapters; it may lack layerskip.json
     device: str
-    dtype: torch.dtype  # of the weights; int8 for a quantised model
-    draft_dtype: torch.dtype  # of a trained draft, which a quantizer leaves as it is
+    dtype: torch.dtype  # of the weights before a quantizer packs them
     checkpointer: Any = None  # the class that reads the weights
+    quantizer: Component | None = None  # leaves a trained draft as it is
     unusable_draft: str | None = None  # the reason why a draft beside the model cannot be used
     split: bool = False  # over several processes
     make_tokenizer: Callable[[], Any] | None = None  # for answers; None: drafts are looked up in none
@@ -77,9 +77,9 @@ class DraftPlanner:
             layerskip_decoder(cfg.meta_model),
             described_folder(cfg.checkpointer),
             cfg.device,
-            cfg.torch_dtype if quantizer is None else torch.int8,
             cfg.torch_dtype,
             cfg.checkpointer.target,
+            quantizer,
             f"does not go with {SPLITS}" if parallel > 1 else None,
             split=num_processes() > 1,
             make_tokenizer=None if cfg.tokenizer is None else cfg.tokenizer.build,
@@ -132,8 +132,9 @@ class DraftPlanner:
     def costs(self, compiled: bool, batch_rows: int = 1, draft: DraftDescription | None = None) -> Costs:
         """Estimated seconds of the parts of a round."""
         is_copy = draft is not None and draft.kind == "copy"  # an adapter also runs layers of the model
-        dtype = self.draft_dtype if is_copy else self.dtype
-        return estimated_costs(self.model, self.dtype, not self._on_cpu, compiled, batch_rows, dtype)
+        dtype = self.dtype if self.quantizer is None else torch.int8
+        draft_dtype = self.dtype if is_copy else dtype
+        return estimated_costs(self.model, dtype, not self._on_cpu, compiled, batch_rows, draft_dtype)
 
     @property
     def _on_cpu(self) -> bool:
@@ -194,6 +195,8 @@ class DraftPlanner:
         given = section.given
         has_exit = given.get("exit_layer") is not None
         draft, unusable = self.find_description(section, key)
+        if self.quantizer is not None and draft is None:
+            section.check_quantised(key)
         answers = self.answers(section, draft, key)
         if "exit_layer" in given and not has_exit:
             return self._look_ups_alone(given, answers, compiled, batch_rows), None
@@ -240,16 +243,16 @@ class DraftPlanner:
     ) -> Speculation:
         """The fastest of the options, with every vocabulary, precision, end and length that the user left open."""
         exits = None if section.given.get("draft") else self.exits
-        is_whole = not self.split and self.dtype != torch.int8  # neither split nor quantised: has rows of the head
         can_end = self._on_cpu and not self.split
         if section.draft_vocabulary != AUTO:
             options = self._with_vocabulary(options, section, prompts, key)
-        elif draft is None and not (is_whole and exits and exits.vocabulary):
+        elif draft is None and (self.split or not (exits and exits.vocabulary)):
             options = [(plan, rates) for plan, rates in options if plan.draft_vocabulary is None]
         min_confidences = [0.0, MIN_CONFIDENCE] if can_end and batch_rows == 1 else [0.0]
         if section.min_confidence != AUTO and len(min_confidences) > 1:
             min_confidences = [section.min_confidence]
-        precisions = [False, True] if can_end and compiled and (is_whole or draft is not None) else [False]
+        full_precision = self.quantizer is None or draft is not None  # of the layers that draft
+        precisions = [False, True] if can_end and compiled and full_precision else [False]
         if section.draft_int8 != AUTO:
             precisions = [section.draft_int8]
         lengths = None if section.num_speculations == AUTO else [section.num_speculations]

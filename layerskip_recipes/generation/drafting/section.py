@@ -3,9 +3,7 @@
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
-from torchtune.modules import TiedLinear
 
-from layerskip_recipes.config.components import Component
 from layerskip_recipes.config.schema import AUTO, Auto, Flag, PositiveInt, Section, Text
 from layerskip_recipes.errors import ConfigError
 from layerskip_recipes.generation.drafting.speculation import (
@@ -58,10 +56,8 @@ class SelfSpeculation(Section):
     """Draft with int8 copies of the layers and the head (for a trained draft, of its own layers); on a CPU with AVX-512
     VNNI, inputs are rounded to int8 too. Verification stays in full precision. auto: if that should be faster."""
 
-    def check_against(
-        self, model: LayerSkipDecoder, key: str = SECTION_KEY, quantizer: Component | None = None, parallel: int = 1
-    ) -> None:
-        """Raise a ConfigError if the section does not fit the model, quantised or split over `parallel` ranks.
+    def check_against(self, model: LayerSkipDecoder, key: str = SECTION_KEY, parallel: int = 1) -> None:
+        """Raise a ConfigError if the section does not fit the model, split over `parallel` ranks.
 
         `key` names the section in messages. No file is read.
         """
@@ -81,19 +77,20 @@ class SelfSpeculation(Section):
             model.check_exit(self.exit_layer, f"{key}.exit_layer")
         if isinstance(self.draft_vocabulary, list):
             check_draft_vocabulary(self.draft_vocabulary, model, f"{key}.draft_vocabulary")
-        if quantizer is not None and given.get("draft_int8") and not has_draft:
+        if has_draft and parallel > 1:
+            raise ConfigError(f"{key}.draft: does not go with {SPLITS}. Set {key}.draft=null or tensor_parallel_dim=1")
+        if given.get("draft_vocabulary") is not None and parallel > 1:
+            raise ConfigError(
+                f"{key}.draft_vocabulary: needs rows of the head, which tensor parallelism splits. "
+                f"Set {key}.draft_vocabulary=null"
+            )
+
+    def check_quantised(self, key: str = SECTION_KEY) -> None:
+        """Raise a ConfigError if the section does not fit a quantised model without a trained draft."""
+        if self.given.get("draft_int8"):
             raise ConfigError(
                 f"{key}.draft_int8: True has no effect with quantizer, which also packs the layers that draft. "
                 f"Set quantizer=null or {key}.draft_int8=false"
-            )
-        if has_draft and parallel > 1:
-            raise ConfigError(f"{key}.draft: does not go with {SPLITS}. Set {key}.draft=null or tensor_parallel_dim=1")
-        # A trained draft takes its rows before the head is quantised. A tied head is the embedding, which stays.
-        packed = quantizer is not None and not isinstance(model.output, TiedLinear)
-        if given.get("draft_vocabulary") is not None and not has_draft and (packed or parallel > 1):
-            raise ConfigError(
-                f"{key}.draft_vocabulary: needs rows of the head, which a quantizer packs and tensor parallelism "
-                f"splits. Set {key}.draft_vocabulary=null"
             )
 
     def resolved(self, plan: Speculation | None) -> "SelfSpeculation | None":
