@@ -37,8 +37,8 @@ def read_weights(checkpointer: Any) -> dict[str, torch.Tensor]:
     except ConfigError:
         raise
     except Exception as e:
-        kind = getattr(checkpointer, "_model_type", None)  # of torchtune's checkpointers
-        how = "" if kind is None else f" as model_type {kind}"
+        model_type = getattr(checkpointer, "_model_type", None)  # of torchtune's checkpointers
+        how = "" if model_type is None else f" as model_type {model_type}"
         name = type(checkpointer).__name__
         raise ConfigError(f"checkpointer: {name} cannot read the files{how}: {e!r}. Check that section's keys") from e
 

@@ -38,6 +38,8 @@ def _relaxed(schema: Any) -> Any:
     relaxed = {key: _relaxed(value) for key, value in schema.items() if key not in ("required", "properties", "title")}
     for name, value in schema.get("properties", {}).items():
         described = {key: value[key] for key in ("description", "default") if key in value}
-        kind = {key: part for key, part in _relaxed(value).items() if key not in described}
-        relaxed.setdefault("properties", {})[name] = described | {"anyOf": [kind, INTERPOLATION, {"type": "null"}]}
+        value_schema = {key: part for key, part in _relaxed(value).items() if key not in described}
+        relaxed.setdefault("properties", {})[name] = described | {
+            "anyOf": [value_schema, INTERPOLATION, {"type": "null"}]
+        }
     return relaxed

@@ -87,7 +87,9 @@ class RecipeConfig(Section):
         # Set aside the keys that this recipe ignores or refuses.
         text = OmegaConf.to_yaml(source)
         refused = [key for key in map(str, content) if key in cls.REFUSED and key not in cls.model_fields]
-        ignored = [key for key, kind in cls.IGNORED.items() if isinstance(content.get(key), kind | None)]
+        ignored = [
+            key for key, ignored_type in cls.IGNORED.items() if isinstance(content.get(key), ignored_type | None)
+        ]
         # An unknown key may be a variable of the user's, if an interpolation refers to it.
         variables = [key for key in map(str, content) if re.search(r"\$\{" + re.escape(key) + r"[.}\[]", text)]
         known = {k: v for k, v in content.items() if k in cls.model_fields or k not in refused + ignored + variables}
@@ -193,20 +195,26 @@ class RecipeConfig(Section):
         """Check that the config's device exists, and make it the current one."""
         available = devices_here()
         wanted = self.device
-        kind, _, index = wanted.partition(":")
-        count = getattr(torch, kind).device_count() if kind in available and kind not in ("cpu", "mps") else 1
-        if kind not in available or (index and int(index) >= count):
-            reason = unusable_gpu() if kind == "cuda" else None
+        device_type, _, index = wanted.partition(":")
+        count = (
+            getattr(torch, device_type).device_count()
+            if device_type in available and device_type not in ("cpu", "mps")
+            else 1
+        )
+        if device_type not in available or (index and int(index) >= count):
+            reason = unusable_gpu() if device_type == "cuda" else None
             raise ConfigError(
                 f"device: {wanted!r} is not available{'' if reason is None else f': {reason}'}. Allowed here: "
                 f"{', '.join(available)}; for example device={available[-1]}"
             )
         if index and num_processes() > 1:
-            raise ConfigError(f"device: {wanted!r} is one device for {num_processes()} processes. Set device={kind}")
-        if kind == "cuda" and index:
+            raise ConfigError(
+                f"device: {wanted!r} is one device for {num_processes()} processes. Set device={device_type}"
+            )
+        if device_type == "cuda" and index:
             torch.cuda.set_device(int(index))  # torchtune and torch use plain "cuda" in places
         device = torch.device(wanted)
-        if self.dtype == "bf16" and kind == "cuda" and not computes_in_bf16(wanted):
+        if self.dtype == "bf16" and device_type == "cuda" and not computes_in_bf16(wanted):
             name = torch.cuda.get_device_name(device)
             raise ConfigError(f"dtype: {name} does not support bf16; for example dtype=fp32")
         return device

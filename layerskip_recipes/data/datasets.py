@@ -183,10 +183,10 @@ def _as_tensors(samples: list[Any]) -> list[Any]:
     return [_with(sample, np.ndarray, torch.from_numpy) for sample in samples]
 
 
-def _with(sample: Any, kind: type, change: Callable) -> Any:
+def _with(sample: Any, changed_type: type, change: Callable) -> Any:
     if not isinstance(sample, dict):
         return sample
-    return {key: change(value) if isinstance(value, kind) else value for key, value in sample.items()}
+    return {key: change(value) if isinstance(value, changed_type) else value for key, value in sample.items()}
 
 
 def _check_messages(section: Component, dataset: Any, tokenizer: Any) -> None:

@@ -96,9 +96,9 @@ def _linear(lora: Lora | None, name: str, inputs: int, outputs: int, bias: bool)
         return nn.Linear(inputs, outputs, bias=bias)
     packing = {"scaler_block_size": scales_per_block(outputs, inputs)} if lora.quantize_base else {}
     if name in lora.attn_modules or (name in MLP_MATRICES and lora.apply_lora_to_mlp):
-        kind = DoRALinear if lora.use_dora else LoRALinear
+        layer = DoRALinear if lora.use_dora else LoRALinear
         options = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "use_bias": bias}
-        return kind(inputs, outputs, quantize_base=lora.quantize_base, **options, **packing)
+        return layer(inputs, outputs, quantize_base=lora.quantize_base, **options, **packing)
     if lora.quantize_base:
         return FrozenNF4Linear(inputs, outputs, bias=bias, **packing)
     return nn.Linear(inputs, outputs, bias=bias)

@@ -60,7 +60,7 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _folders(output_dir: Path) -> list[Path]:
-    return [file.parent for kind in ("epoch", "step") for file in output_dir.glob(f"{kind}_*/{WRITTEN}")]
+    return [file.parent for unit in ("epoch", "step") for file in output_dir.glob(f"{unit}_*/{WRITTEN}")]
 
 
 def written_at(checkpoint: Path) -> float:

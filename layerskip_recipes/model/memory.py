@@ -47,7 +47,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int:
             if limit is not None and used is not None:
                 stat = _table(group / "memory.stat")
                 kinds = ("inactive_file", "active_file")  # in version 1, "total_" includes the groups below
-                free.append(limit - used + sum(stat.get(f"total_{kind}", stat.get(kind, 0)) for kind in kinds))
+                free.append(limit - used + sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in kinds))
         return max(min(free), 0)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused

@@ -101,7 +101,7 @@ def exit_losses(
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.no_grad():
         parameters, states = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
-        kind, compute = states[0].device.type, compute_dtype(states[0])
+        device_type, compute = states[0].device.type, compute_dtype(states[0])
         all_count, labels = len(counted) == len(labels), labels[counted]
         exact = at_least_fp32(states[0])
         count = torch.full((), max(len(labels), 1), dtype=exact, device=labels.device)
@@ -114,7 +114,7 @@ def exit_losses(
         ]
         # Sum gradients in fp32. Each chunk of each exit adds one term, and bf16 would round most of them away.
         sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
-        size = max(min(fast_chunk(kind) if chunk_tokens == AUTO else chunk_tokens, len(labels)), 1)
+        size = max(min(fast_chunk(device_type) if chunk_tokens == AUTO else chunk_tokens, len(labels)), 1)
         # One logits buffer for all chunks: allocating one per chunk costs a CPU a tenth of the step.
         buffer = None
         if head.matrix is not None:
