@@ -16,7 +16,8 @@ BF16, FP32 = 2**-8, 1e-6
 
 def test_kernels_compute_what_torch_computes(tmp_path):
     """Sampling and StochasticAdamW draw the same noise, so their results are the same numbers."""
-    found = {result["function"]: result for result in run(Path(__file__).with_name("interpreted_kernels.py"), str(tmp_path))}
+    results = run(Path(__file__).with_name("interpreted_kernels.py"), str(tmp_path))
+    found = {result["function"]: result for result in results}
     assert all(result["kernels"] for result in found.values())
     errors = {function: result["error"] for function, result in found.items()}
     assert errors.pop("sampling") == errors.pop("StochasticAdamW") == 0
