@@ -364,6 +364,33 @@ class BatchTexts:
                 self.streamed += 1
 
 
+class Columns:
+    """The columns of the model's cache. Rows are right-aligned, with padding at the left.
+
+    padding: [b, columns], 0 for a column without text. position: [b, 1], of the last token in the cache. last_position:
+    only rows that have stopped, and drafts that will be cut, go beyond it. Dynamic positions must not.
+    """
+
+    def __init__(self, padding: torch.Tensor, position: torch.Tensor, last_position: int) -> None:
+        self.padding, self.position, self.last_position = padding, position, last_position
+
+    @property
+    def count(self) -> int:
+        return self.padding.shape[1]
+
+    def up_to(self, end: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The padding with `end` tokens after the cache, and the positions [b, count] of the last `count` tokens."""
+        positions = self.position + end + torch.arange(1 - count, 1, device=self.position.device)
+        return pad(self.padding, (0, end), value=1), positions.clamp(0, self.last_position)
+
+    def keep(self, accepted: torch.Tensor, shifts: torch.Tensor, added: int) -> None:
+        """Add `added` columns after a round that accepted [b] drafts; rows move to the right by `shifts` [b]."""
+        self.position = self.position + accepted[:, None] + 1
+        padding = pad(self.padding, (0, added), value=1)
+        is_text = torch.arange(padding.shape[1], device=padding.device) >= shifts[:, None]
+        self.padding = shift_right(padding, shifts, dim=1) * is_text
+
+
 class DraftLength:
     """Chooses the number of drafts n with the most tokens per cost.
 
@@ -481,7 +508,6 @@ def decode(
     **model_kwargs: Any,
 ) -> Any:
     """The decoding loop, which `model.generate` calls with prepared inputs."""
-    # 0. Refuse settings that this loop cannot honour.
     do_sample, longest = bool(generation_config.do_sample), stopping_criteria.max_length
     batch, prompt_length = input_ids.shape
     check_settings(model, logits_processor, generation_config, prompt_length, longest)
@@ -489,74 +515,31 @@ def decode(
     width = longest + draft.num_speculations + 1
     rows = BatchTexts(input_ids, width, pad_id, logits_processor, stopping_criteria, streamer)
     length = DraftLength(draft.num_speculations, draft.cost(), draft.rows_cost(batch))
-
-    # 1. Run the whole model over the prompts and choose the first token.
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    cache: Any = outputs.cache
-    padding: Any = model_kwargs.get("attention_mask")  # [b, cache columns]
-    usable = isinstance(cache, DynamicCache) and not cache.offloading
-    require(usable, f"LayerSkip: needs a DynamicCache on the model's device, not {type(cache).__name__}")
-    cache.activate_past_recording()  # lets layers with a sliding window drop rejected drafts
-    prompt_columns = cache.get_seq_length()
-    unknown = prompt_columns - prompt_length  # tokens that are only in the cache or in `inputs_embeds`
-    last_position = longest + unknown - 1
-    draft.begin(cache, unknown)
-    if padding is None:
-        padding = torch.ones(batch, prompt_columns, dtype=torch.long, device=input_ids.device)
-    position = model_kwargs["position_ids"][:, -1:].expand(batch, 1)  # of the last token in the cache
-    pending, _ = choose(rows.process(outputs.logits[:, -1:].float(), 0), do_sample)  # [b, 1]: not yet in the cache
-    del outputs
+    logits, cache, columns = read_prompts(model, input_ids, generation_config, model_kwargs, longest)
+    draft.begin(cache, unknown=columns.count - prompt_length)
+    pending, _ = choose(rows.process(logits, 0), do_sample)  # [b, 1]: the last tokens, which are not yet in the cache
     rows.append(pending, [1] * batch)
 
     while rows.active:
         most = min(length.next(), longest - min(rows.lengths[row] for row in rows.active) - 1)
-        columns = cache.get_seq_length()
-        padding = pad(padding, (0, most + 1), value=1)
-        steps = torch.arange(1, most + 2, device=position.device)
-
-        # 2. Draft token by token, until it is unlikely that the model accepts all of them.
-        drafts, draft_probs, confidence = [], [], torch.ones(batch, device=pending.device)
-        new = rows.last(draft.unread(columns + 1)) if most else pending
-        for i in range(most):
-            at = position + i + 1 + torch.arange(1 - new.shape[1], 1, device=position.device)
-            logits = draft.next_logits(new, padding[:, : columns + i + 1], at.clamp(0, last_position))
-            scores = rows.process(logits, i)
-            new, probs = choose(scores, do_sample)
-            rows.draft(new, i)
-            drafts.append(new)
-            draft_probs.append(probs)
-            if draft.min_confidence:
-                confidence = confidence * scores.softmax(-1).amax(-1)[:, 0]
-                if confidence[rows.active].max() < draft.min_confidence:
-                    break
-
-        # 3. Verify all drafts at once. Only rows that have stopped, and drafts that will be cut, go beyond the limit.
-        # Dynamic positions must not.
-        drafted = len(drafts)
-        new = torch.cat([pending, *drafts], 1)
-        padding = padding[:, : columns + drafted + 1]
-        logits = draft.verify(new, padding, (position + steps[: drafted + 1]).clamp(max=last_position))
-        accepted, pending = verify(rows.process(logits, 0), new[:, 1:], draft_probs, do_sample)
+        drafts, draft_probs = draft_tokens(draft, rows, columns, pending, most, do_sample)
+        tokens = torch.cat([pending, *drafts], 1)
+        logits = draft.verify(tokens, *columns.up_to(tokens.shape[1], tokens.shape[1]))
+        accepted, pending = verify(rows.process(logits, 0), tokens[:, 1:], draft_probs, do_sample)
         counts = accepted.tolist()
-        length.learn([counts[row] for row in rows.active], drafted)
+        active_counts = [counts[row] for row in rows.active]
+        length.learn(active_counts, len(drafts))
 
-        # 4. Remove rejected drafts from the caches. Rows stay right-aligned: a row with fewer accepted drafts than the
-        # best row moves to the right, and gets padding at the left.
-        best = max(counts[row] for row in rows.active)
-        shifts = (best - accepted).clamp(min=0)
-        if any(counts[row] < best for row in rows.active):
-            is_text = torch.arange(padding.shape[1], device=padding.device) >= shifts[:, None]
-            padding = shift_right(padding, shifts, dim=1) * is_text
-        else:
-            shifts = torch.zeros_like(shifts)  # rows that have stopped stay as they are
-        position = position + accepted[:, None] + 1
         old_length = rows.lengths[0]
-        new = torch.cat([new[:, 1:], pending], 1).scatter(1, accepted[:, None], pending)
-        rows.append(new, [count + 1 for count in counts])
-        if batch == 1:  # after a stop among the drafts the cache lacks the last token, as in plain decoding
-            best = rows.lengths[0] - old_length - 1
-        draft.keep(shifts, columns + best + 1)
-        padding = padding[:, : columns + best + 1]
+        rows.append(
+            torch.cat([tokens[:, 1:], pending], 1).scatter(1, accepted[:, None], pending), [n + 1 for n in counts]
+        )
+        # Rows stay right-aligned: a row with fewer accepted drafts than the best one moves to the right. After a stop
+        # among the drafts of a single text, the cache lacks the last token, as in plain decoding.
+        best = max(active_counts)
+        shifts = (best - accepted).clamp(min=0) * (min(active_counts) < best)
+        columns.keep(accepted, shifts, rows.lengths[0] - old_length if batch == 1 else best + 1)
+        draft.keep(shifts, columns.count)
 
     if streamer is not None:
         streamer.end()
@@ -564,3 +547,45 @@ def decode(
     if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, cache=cache if batch == 1 else None)
+
+
+def read_prompts(
+    model: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], longest: int
+) -> tuple[torch.Tensor, Any, Columns]:
+    """Run the whole model over the prompts [b, s]: logits [b, 1, v] of the next tokens, the cache, and its columns."""
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    cache: Any = outputs.cache
+    usable = isinstance(cache, DynamicCache) and not cache.offloading
+    require(usable, f"LayerSkip: needs a DynamicCache on the model's device, not {type(cache).__name__}")
+    cache.activate_past_recording()  # lets layers with a sliding window drop rejected drafts
+    batch, prompt_length = input_ids.shape
+    size = cache.get_seq_length()  # more than the prompt if tokens are only in the cache or in `inputs_embeds`
+    padding = model_kwargs.get("attention_mask")
+    if padding is None:
+        padding = torch.ones(batch, size, dtype=torch.long, device=input_ids.device)
+    position = model_kwargs["position_ids"][:, -1:].expand(batch, 1)
+    return outputs.logits[:, -1:].float(), cache, Columns(padding, position, longest + size - prompt_length - 1)
+
+
+def draft_tokens(
+    draft: DraftLayers, rows: BatchTexts, columns: Columns, pending: torch.Tensor, most: int, do_sample: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Up to `most` drafts [b, 1] after the texts, and their distributions [b, 1, v].
+
+    They end once it is unlikely for every row that the model accepts all of them.
+    """
+    drafts: list[torch.Tensor] = []
+    draft_probs: list[torch.Tensor] = []
+    confidence = torch.ones(len(pending), device=pending.device)
+    new = rows.last(draft.unread(columns.count + 1)) if most else pending
+    for i in range(most):
+        scores = rows.process(draft.next_logits(new, *columns.up_to(i + 1, new.shape[1])), i)
+        new, probs = choose(scores, do_sample)
+        rows.draft(new, i)
+        drafts.append(new)
+        draft_probs.append(probs)
+        if draft.min_confidence:
+            confidence = confidence * scores.softmax(-1).amax(-1)[:, 0]
+            if confidence[rows.active].max() < draft.min_confidence:
+                break
+    return drafts, draft_probs

@@ -84,7 +84,8 @@ SHORT = {
 MODELS = ("Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct",
           "models/Qwen3-0.6B", "models/Qwen3-8B", "Qwen2.5-Coder-1.5B")  # fmt: skip
 # Runs of commands, by whose checkpoints later commands start.
-MADE = ("qa", "trial", "out_chat", "out_8b", "out_8b_trial", "out_llama", "out_commands", "out_bfcl", "out_index")
+MADE = ("qa", "trial", "out_chat", "out_8b", "out_8b_trial", "out_llama", "out_commands", "out_bfcl", "out_index",
+        "out_csharp", "out_states")  # fmt: skip
 # The tiny model in the place of one of torchtune's builders. torchao's AdamW would compile its steps for 10 seconds.
 BUILT = [f"{key}={{_component_: layerskip_recipes.hf_{component}, path: my_model}}" for key, component in
          (("model", "decoder"), ("checkpointer", "checkpointer"), ("tokenizer", "tokenizer"))]  # fmt: skip
