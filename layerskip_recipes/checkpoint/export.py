@@ -88,12 +88,35 @@ def export(
             adapted = HFCheckpointer(str(source), scratch)
             adapted.save_checkpoint(adapted.load_checkpoint())
             return export(str(Path(scratch) / "epoch_0"), out, exit_layer, draft, vocabulary, draft_folder)
-    # Check the arguments and the checkpoint.
+    config, exit_layer, draft = _checked(source, exit_layer, draft)
+    weights = weight_files(source, "export")
+    if target.exists():
+        raise ConfigError(f"export: {out!r} exists already; choose another folder")
+    check_folder("export", target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Write to a temporary folder and rename it: an interrupted export leaves nothing at `out`.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as beside:
+        folder = Path(beside) / target.name
+        folder.mkdir()
+        _copy_files(source, folder)
+        _write_model(folder, weights, config, draft, vocabulary)
+        _write_generation_config(folder / "generation_config.json", config, exit_layer)
+        if draft_folder and exit_layer is None and draft is None and _runs_in_loop(config):
+            _write_own_draft(draft_folder, folder / DRAFT)
+        if exit_layer is not None or (folder / DRAFT).exists():  # the decoding loop needs a draft
+            (folder / "custom_generate").mkdir()
+            for name in ("generate.py", "requirements.txt"):
+                shutil.copy(DECODING_LOOP / name, folder / "custom_generate")
+        flush(folder)
+        folder.rename(target)
+    return target
+
+
+def _checked(source: Path, exit_layer: int | None, draft: int | None) -> tuple[dict[str, Any], int | None, int | None]:
+    """The config of a checkpoint's text model, and the two exits, with the trained one in the place of 0."""
     config = text_config(read_json(source / "config.json", "export"))
     config.pop("auto_map", None)
-    family = FAMILIES.get(next(iter(config.get("architectures") or [""])))
-    in_loop = family is None or family.IN_TRANSFORMERS_LOOP
-    if exit_layer is not None and not in_loop:
+    if exit_layer is not None and not _runs_in_loop(config):
         raise ConfigError(
             f"--exit-layer: {exit_layer} is for the decoding loop of transformers, which does not run "
             f"{config['architectures'][0]}. Leave it out, or write a draft model with --draft"
@@ -108,35 +131,29 @@ def export(
         check(key, value, Annotated[int, Field(ge=1, le=most, examples=[default_exit(layers)])] | None)
     if exit_layer is not None and draft is not None:
         raise ConfigError(f"--exit-layer: {exit_layer} is for the whole model. Leave it out with --draft {draft}")
-    weights = weight_files(source, "export")
-    if target.exists():
-        raise ConfigError(f"export: {out!r} exists already; choose another folder")
-    check_folder("export", target.parent)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Write to a temporary folder and rename it: an interrupted export leaves nothing at `out`.
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as beside:
-        folder = Path(beside) / target.name
-        folder.mkdir()
-        _copy_files(source, folder)
-        if draft is not None:
-            config = first_layers(config, draft)
-            (folder / DESCRIPTION).unlink(missing_ok=True)  # it describes the whole model
-        tensors = _read_layers(weights, draft or layers)
-        if vocabulary is not None:
-            tensors["lm_head.weight"] = head_of_vocabulary(tensors, config, vocabulary)
-            config["tie_word_embeddings"] = False
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_torch_state_dict(tensors, folder)
-        _write_generation_config(folder / "generation_config.json", config, exit_layer)
-        if draft_folder and exit_layer is None and draft is None and in_loop:
-            _write_own_draft(draft_folder, folder / DRAFT)
-        if exit_layer is not None or (folder / DRAFT).exists():  # the decoding loop needs a draft
-            (folder / "custom_generate").mkdir()
-            for name in ("generate.py", "requirements.txt"):
-                shutil.copy(DECODING_LOOP / name, folder / "custom_generate")
-        flush(folder)
-        folder.rename(target)
-    return target
+    return config, exit_layer, draft
+
+
+def _runs_in_loop(config: Mapping[str, Any]) -> bool:
+    """Whether the decoding loop for transformers runs this model; families unknown to us are not refused."""
+    family = FAMILIES.get(next(iter(config.get("architectures") or [""])))
+    return family is None or family.IN_TRANSFORMERS_LOOP
+
+
+def _write_model(
+    folder: Path, weights: list[Path], config: dict[str, Any], draft: int | None, vocabulary: Sequence[int] | None
+) -> None:
+    """Write config and weights, of the first `draft` layers or of all."""
+    layers = config["num_hidden_layers"]
+    if draft is not None:
+        config.update(first_layers(config, draft))
+        (folder / DESCRIPTION).unlink(missing_ok=True)  # it describes the whole model
+    tensors = _read_layers(weights, draft or layers)
+    if vocabulary is not None:
+        tensors["lm_head.weight"] = head_of_vocabulary(tensors, config, vocabulary)
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_torch_state_dict(tensors, folder)
 
 
 def how_to_run(checkpoint: str, out: Path, exit_layer: int | None = None, draft: int | None = None) -> str:

@@ -100,54 +100,37 @@ def exit_losses(
     tensors = (*head.parameters, *(x.flatten(0, 1) for x in hidden))
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.no_grad():
-        parameters, states = tensors[: len(head.parameters)], tensors[len(head.parameters) :]
-        device_type, compute = states[0].device.type, compute_dtype(states[0])
+        states = tensors[len(head.parameters) :]
         all_count, labels = len(counted) == len(labels), labels[counted]
         exact = at_least_fp32(states[0])
         count = torch.full((), max(len(labels), 1), dtype=exact, device=labels.device)
-        # New leaves (for a sharded parameter, its gathered copy). Frozen parameters stay frozen.
-        # The norm stays in its dtype, since it computes in fp32.
-        dtypes = [p.dtype if head.is_in_norm(i) else compute for i, p in enumerate(parameters)]
-        leaves = [
-            p.detach().to(dtype).requires_grad_(wants_gradient and p.requires_grad)
-            for p, dtype in zip(parameters, dtypes, strict=True)
-        ]
-        # Sum gradients in fp32. Each chunk of each exit adds one term, and bf16 would round most of them away.
-        sums = [torch.zeros_like(p, dtype=exact) if p.requires_grad else None for p in leaves]
-        size = max(min(fast_chunk(device_type) if chunk_tokens == AUTO else chunk_tokens, len(labels)), 1)
-        # One logits buffer for all chunks: allocating one per chunk costs a CPU a tenth of the step.
-        buffer = None
-        if head.matrix is not None:
-            buffer = states[0].new_empty(size, leaves[head.matrix].shape[0], dtype=compute)
+        size = fast_chunk(states[0].device.type) if chunk_tokens == AUTO else chunk_tokens
+        size = max(min(size, len(labels)), 1)
+        chunks = _ChunkGradients(head, chunk_loss, size, states[0], wants_gradient)
+        trained = [wants_gradient and weight > 0 for weight in weights]
+        grads = [torch.zeros_like(x) if trains else None for x, trains in zip(states, trained, strict=True)]
+        exit_sums = torch.zeros(len(states), dtype=exact, device=labels.device)
         # Activation offloading must not see a chunk's tensors, which are freed after the chunk.
         no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-        with head.using(leaves), no_hooks:
-            trained = [wants_gradient and weight > 0 for weight in weights]
-            grads = [torch.zeros_like(x) if trains else None for x, trains in zip(states, trained, strict=True)]
-            exit_sums = torch.zeros(len(states), dtype=exact, device=labels.device)
+        with head.using(chunks.leaves), no_hooks:
             for start in range(0, len(labels), size):
                 part = slice(start, start + size)
                 rows = part if all_count else counted[part]
                 target = labels[part] if teacher is None else teacher(rows)
                 for i, (x, grad) in enumerate(zip(states, grads, strict=True)):
-                    x_rows = x[rows].to(compute)
-                    if grad is not None:
-                        changed = head_rows if i < len(states) - 1 else None
-                        exit_sum, grad_rows = _loss_and_gradient(
-                            chunk_loss, head, leaves, sums, x_rows, target, weights[i] / count, buffer, changed
-                        )
-                        grad[rows] = grad_rows.to(x.dtype)
+                    if grad is None:
+                        exit_sums[i] += chunks.loss(x[rows], target)
                     else:
-                        h = head.normed(x_rows)
-                        logits = head.unembed(h, out=None if buffer is None else buffer[: len(h)])
-                        exit_sum = chunk_loss(logits, target, torch.zeros_like(count))
-                    exit_sums[i] += exit_sum
+                        changed = head_rows if i < len(states) - 1 else None
+                        exit_sum, grad_rows = chunks.add(x[rows], target, weights[i] / count, changed)
+                        exit_sums[i] += exit_sum
+                        grad[rows] = grad_rows.to(x.dtype)
         per_exit = exit_sums / count
         # The weighted sum. Pinned memory avoids a device synchronisation.
         cuda = per_exit.is_cuda
         factors = torch.tensor(weights, dtype=exact, pin_memory=cuda).to(per_exit.device, non_blocking=cuda)
         total = (per_exit * factors).sum()
-        head_grads = [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+        head_grads = chunks.head_gradients()
     return _WithGradients.apply(total, [*head_grads, *grads], *tensors), per_exit
 
 
@@ -166,44 +149,69 @@ class _WithGradients(torch.autograd.Function):
         return None, None, *(g if g is None else g.mul_(grad_total) for g in grads)
 
 
-@torch.enable_grad()
-def _loss_and_gradient(
-    chunk_loss: ChunkLoss,
-    head: Head,
-    leaves: list[Any],
-    sums: list[Any],
-    x: torch.Tensor,
-    target: Any,
-    scale: torch.Tensor,
-    buffer: Any,
-    head_rows: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a chunk x [n, d] and the gradient of scale * loss by x. Adds the leaves' gradients to `sums`, those
-    of the output only for `head_rows`."""
-    x = x.detach().requires_grad_()
-    h = head.normed(x)
-    matrix = head.matrix
-    if matrix is None:
-        end = head.unembed(h)
-        grad = end.detach().clone()
-        chunk_sum = chunk_loss(grad, target, scale)
-    else:
-        # Not by autograd, which would allocate a gradient of the matrix's size per chunk, and sum them in its dtype.
-        with torch.no_grad():
-            grad_logits = head.unembed(h, out=buffer[: len(h)])
-            chunk_sum = chunk_loss(grad_logits, target, scale)
-            end, grad = h, grad_logits @ leaves[matrix]
-            if sums[matrix] is not None:
-                if head_rows is not None:
-                    grad_logits *= head_rows
-                add_product_(sums[matrix], grad_logits.T, h.to(grad_logits.dtype))
-    others = [i for i, total in enumerate(sums) if total is not None and i != matrix]
-    x_grad, *grads = torch.autograd.grad(end, [x, *(leaves[i] for i in others)], grad)
-    for i, leaf_grad in zip(others, grads, strict=True):
-        if head_rows is not None and head.has_token_rows(i):
-            leaf_grad.mul_(head_rows.view(-1, *[1] * (leaf_grad.dim() - 1)))
-        sums[i] += leaf_grad
-    return chunk_sum, x_grad
+class _ChunkGradients:
+    """The loss of a chunk and its gradient by the hidden states; sums the head's gradients over all chunks.
+
+    The head computes with `leaves`, which `head.using` must put in the place of its parameters.
+    """
+
+    def __init__(self, head: Head, chunk_loss: ChunkLoss, size: int, states: torch.Tensor, wants_gradient: bool):
+        self.head, self.chunk_loss, self.compute = head, chunk_loss, compute_dtype(states)
+        self.exact = at_least_fp32(states)
+        # New leaves (for a sharded parameter, its gathered copy). Frozen parameters stay frozen.
+        # The norm stays in its dtype, since it computes in fp32.
+        dtypes = [p.dtype if head.is_in_norm(i) else self.compute for i, p in enumerate(head.parameters)]
+        self.leaves = [
+            p.detach().to(dtype).requires_grad_(wants_gradient and p.requires_grad)
+            for p, dtype in zip(head.parameters, dtypes, strict=True)
+        ]
+        # Sum gradients in fp32. Each chunk of each exit adds one term, and bf16 would round most of them away.
+        self.sums: list[Any] = [torch.zeros_like(p, dtype=self.exact) if p.requires_grad else None for p in self.leaves]
+        # One logits buffer for all chunks: allocating one per chunk costs a CPU a tenth of the step.
+        self.buffer: Any = None
+        if head.matrix is not None:
+            self.buffer = states.new_empty(size, self.leaves[head.matrix].shape[0], dtype=self.compute)
+
+    def loss(self, x: torch.Tensor, target: Any) -> torch.Tensor:
+        """The loss of a chunk x [n, d], without a gradient."""
+        h = self.head.normed(x.to(self.compute))
+        logits = self.head.unembed(h, out=None if self.buffer is None else self.buffer[: len(h)])
+        return self.chunk_loss(logits, target, torch.zeros((), dtype=self.exact, device=x.device))
+
+    @torch.enable_grad()
+    def add(
+        self, x: torch.Tensor, target: Any, scale: torch.Tensor, head_rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a chunk x [n, d] and the gradient of scale * loss by x. Adds the leaves' gradients to `sums`,
+        those of the output only for `head_rows`."""
+        x = x.to(self.compute).detach().requires_grad_()
+        head, matrix, sums = self.head, self.head.matrix, self.sums
+        h = head.normed(x)
+        if matrix is None:
+            end = head.unembed(h)
+            grad = end.detach().clone()
+            chunk_sum = self.chunk_loss(grad, target, scale)
+        else:
+            # Not by autograd: it would allocate a gradient of the matrix's size per chunk, and sum in its dtype.
+            with torch.no_grad():
+                grad_logits = head.unembed(h, out=self.buffer[: len(h)])
+                chunk_sum = self.chunk_loss(grad_logits, target, scale)
+                end, grad = h, grad_logits @ self.leaves[matrix]
+                if sums[matrix] is not None:
+                    if head_rows is not None:
+                        grad_logits *= head_rows
+                    add_product_(sums[matrix], grad_logits.T, h.to(grad_logits.dtype))
+        others = [i for i, total in enumerate(sums) if total is not None and i != matrix]
+        x_grad, *grads = torch.autograd.grad(end, [x, *(self.leaves[i] for i in others)], grad)
+        for i, leaf_grad in zip(others, grads, strict=True):
+            if head_rows is not None and head.has_token_rows(i):
+                leaf_grad.mul_(head_rows.view(-1, *[1] * (leaf_grad.dim() - 1)))
+            sums[i] += leaf_grad
+        return chunk_sum, x_grad
+
+    def head_gradients(self) -> list[torch.Tensor | None]:
+        """The sums, in the dtype of the head's parameters."""
+        return [None if g is None else g.to(p.dtype) for g, p in zip(self.sums, self.head.parameters, strict=True)]
 
 
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
