@@ -98,9 +98,9 @@ class ConversationRenderer:
         written = text[begin:end]
         if reasons([turns[i]]):  # the template may drop the reasoning
             wanted = _without_opening(turns[i]["content"], prompt)
-            whole = text[len(prompt) : end] if text.startswith(prompt) else ""
-            if wanted.strip() in whole:
-                written = whole
+            after_prompt = text[len(prompt) : end] if text.startswith(prompt) else ""
+            if wanted.strip() in after_prompt:
+                written = after_prompt
             elif "tool_calls" not in turns[i]:
                 written = wanted
         footer = self.template.special_pattern.search(text[end:])

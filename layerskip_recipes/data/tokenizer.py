@@ -6,8 +6,9 @@ prompt that asks for it, and torchtune's loss mask.
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -61,50 +62,23 @@ class HFTokenizer(ModelTokenizer, Transform):
         self.max_seq_len, self.truncation_type, self.enable_thinking = max_seq_len, truncation_type, enable_thinking
         self.path = path
         self._warned = self._told = False
-        # Read the folder's files.
-        folder = model_folder(path, "tokenizer.path")
-        base = base_folder(folder, "tokenizer.path")
-        if not (folder / "tokenizer.json").is_file():
-            folder = base  # adapters without a tokenizer of their own
-        if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(
-                f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
-                "Convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
-        config = read_json(folder / "tokenizer_config.json", "tokenizer.path", {})
-        if "added_tokens_decoder" not in config:  # else transformers ignores the map, too
-            config |= read_json(folder / "special_tokens_map.json", "tokenizer.path", {})
-        generation_config = read_json(base / "generation_config.json", "tokenizer.path", {})
-        try:
-            tokenizer = self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as e:  # tokenizers raises nothing more specific
-            raise ConfigError(f"tokenizer.path: {folder}/tokenizer.json cannot be read: {e}") from e
-        tokenizer.no_padding()  # some folders contain settings of the run that saved them
-        tokenizer.no_truncation()
-        # Find the special tokens. A token is written as text, or as a mapping with its flags.
+        folder, config, generation_config = _read_settings(path)
+        self._tokenizer = _read_tokenizer(folder)
+        # A token is written as text, or as a mapping with its flags.
         in_config = {key: config[key] for key in NAMED_TOKENS if config.get(key)}
         named = {key: token if isinstance(token, str) else token["content"] for key, token in in_config.items()}
-        # Register special tokens that are only in the base vocabulary: they would be split up in a text.
-        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        missing = [t for t in named.values() if t not in known and tokenizer.token_to_id(t) is not None]
-        tokenizer.add_special_tokens(missing)
-        # A text may be cut before tokens that are found in any text, whatever comes before them.
-        added = [t for t in tokenizer.get_added_tokens_decoder().values() if not t.normalized]
-        self._cut_tokens = {t.content for t in added if not (t.lstrip or t.single_word)}
-        by_length = sorted((t.content for t in added), key=len, reverse=True)
-        self._cuts = re.compile("|".join(map(re.escape, [GUARD, *by_length])))
-        self.special_tokens = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._find_special_tokens(named.values())
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         # Choose bos, eos and pad.
         stop_ids = generation_config.get("eos_token_id")
         stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
         bos_id, eos_id, pad_id = (
-            tokenizer.token_to_id(named.get(f"{name}_token", "")) for name in ("bos", "eos", "pad")
+            self._tokenizer.token_to_id(named.get(f"{name}_token", "")) for name in ("bos", "eos", "pad")
         )
         if bos_id is None:
             bos_id = generation_config.get("bos_token_id")
         # Ignore a bos token that is never added to texts, as in GPT-2 and SmolLM2.
-        adds_bos = bos_id in tokenizer.encode("").ids or config.get("add_bos_token") is True
+        adds_bos = bos_id in self._tokenizer.encode("").ids or config.get("add_bos_token") is True
         self.bos_id = bos_id if adds_bos else None
         self.eos_id = next((i for i in (eos_id, *stop_ids) if i is not None), None)
         self.pad_id = next(i for i in (pad_id, self.eos_id, 0) if i is not None)
@@ -113,10 +87,23 @@ class HFTokenizer(ModelTokenizer, Transform):
         if source is None:
             source = PLAIN_TEMPLATE
             ends = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-            named = {key: "" if i is None else tokenizer.id_to_token(i) or "" for key, i in ends.items()}
+            named = {key: "" if i is None else self._tokenizer.id_to_token(i) or "" for key, i in ends.items()}
         self.template = ChatTemplate(source, named, [*self.special_tokens])
         stops = [self.eos_id, *stop_ids, self.special_tokens.get(self.template.end_of_turn() or "")]
         self.stop_tokens = list(dict.fromkeys(i for i in stops if i is not None))
+
+    def _find_special_tokens(self, named: Iterable[str]) -> None:
+        """Find special tokens, and the tokens at which a text may be cut. `named`: those that the settings name."""
+        tokenizer = self._tokenizer
+        # Register special tokens that are only in the base vocabulary: they would be split up in a text.
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_special_tokens([t for t in named if t not in known and tokenizer.token_to_id(t) is not None])
+        # A text may be cut before tokens that are found in any text, whatever comes before them.
+        added = [t for t in tokenizer.get_added_tokens_decoder().values() if not t.normalized]
+        self._cut_tokens = {t.content for t in added if not (t.lstrip or t.single_word)}
+        by_length = sorted((t.content for t in added), key=len, reverse=True)
+        self._cuts = re.compile("|".join(map(re.escape, [GUARD, *by_length])))
+        self.special_tokens = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
 
     @property
     def has_chat_template(self) -> bool:
@@ -308,3 +295,30 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 hf_tokenizer = HFTokenizer  # its name in configs
+
+
+def _read_settings(path: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder of tokenizer.json, its settings of the tokenizer, and the model's settings of generation."""
+    folder = model_folder(path, "tokenizer.path")
+    base = base_folder(folder, "tokenizer.path")
+    if not (folder / "tokenizer.json").is_file():
+        folder = base  # adapters without a tokenizer of their own
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"tokenizer.path: {folder} has no tokenizer.json; only fast tokenizers are supported. "
+            "Convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    config = read_json(folder / "tokenizer_config.json", "tokenizer.path", {})
+    if "added_tokens_decoder" not in config:  # else transformers ignores the map, too
+        config |= read_json(folder / "special_tokens_map.json", "tokenizer.path", {})
+    return folder, config, read_json(base / "generation_config.json", "tokenizer.path", {})
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as e:  # tokenizers raises nothing more specific
+        raise ConfigError(f"tokenizer.path: {folder}/tokenizer.json cannot be read: {e}") from e
+    tokenizer.no_padding()  # some folders contain settings of the run that saved them
+    tokenizer.no_truncation()
+    return tokenizer

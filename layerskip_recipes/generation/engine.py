@@ -126,12 +126,7 @@ class Generation:
 
         compiled = state.compiled_steps(self.model) if compile else None
         compiled_before_s = compiled.seconds if compiled else 0.0
-        decoder, head = self.model, None
-        if speculation is not None:
-            speculation.check(self.model)
-            decoder, head = draft_weights or state.draft_weights(speculation, self.model)
-            if head is None and speculation.draft_vocabulary is not None:
-                head = DraftHead(decoder if decoder.trained_layers else self.model, speculation.draft_vocabulary)
+        decoder, head = self._draft_weights(speculation, draft_weights, state)
         # The cache has room for prompt, output and a draft that reaches beyond a row's limit.
         needed = max(lengths) + max_generated_tokens + 1 + (speculation.num_speculations if speculation else 0)
         self.cache = self._fitting_cache(cache, compiled, needed, reserve or 0, len(decoder.trained_layers))
@@ -142,9 +137,7 @@ class Generation:
         # The keys of the noise: [b, 2] by row, and by prompt.
         self.keys: torch.Tensor | None = None
         if not sampler.greedy:
-            seed = int(torch.randint(2**31, ())) if sampler.seed is None else sampler.seed
-            seed = from_rank_zero(seed) if shared else seed
-            self.keys_by_prompt = noise_keys(seed, self.rows.prompts, numbers)
+            self.keys_by_prompt = noise_keys(self._seed(sampler, shared), self.rows.prompts, numbers)
             self.keys = on_device(self.rows.values_in_rows(self.keys_by_prompt), self.context.device)
         sharded = (layer for layer in self.model.layers if isinstance(layer, FSDPModule))
         self.first_sharded = None if speculation is None else next(sharded, None)
@@ -198,7 +191,24 @@ class Generation:
         """End the output of prompt number `prompt` after its first `keep` tokens; call this between two iterations."""
         self.accounts.uncount(prompt, self.rows.end(prompt, keep))
 
-    # ---- the cache ----
+    # ---- the setup ----
+
+    def _draft_weights(
+        self, speculation: Speculation | None, chosen: DraftWeights | None, state: ModelState
+    ) -> DraftWeights:
+        """The decoder that drafts, and the head of its draft vocabulary or None."""
+        if speculation is None:
+            return self.model, None
+        speculation.check(self.model)
+        decoder, head = chosen or state.draft_weights(speculation, self.model)
+        if head is None and speculation.draft_vocabulary is not None:
+            head = DraftHead(decoder if decoder.trained_layers else self.model, speculation.draft_vocabulary)
+        return decoder, head
+
+    @staticmethod
+    def _seed(sampler: Sampler, shared: bool) -> int:
+        seed = int(torch.randint(2**31, ())) if sampler.seed is None else sampler.seed
+        return from_rank_zero(seed) if shared else seed
 
     def _fitting_cache(
         self,

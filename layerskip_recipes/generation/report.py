@@ -140,12 +140,12 @@ def print_report(report: dict[str, Any]) -> None:
 
     reused = f"; {report['reused_tokens']} tokens were in the cache" if report["reused_tokens"] else ""
     compiled = f"; compiling {report['compile_s']:.1f} s more" if report["compile_s"] else ""
-    whole = f", {show('answer_speedup')}x" if "answer_speedup" in report else ""
+    speedup = f", {show('answer_speedup')}x" if "answer_speedup" in report else ""
     lines = {
         "tokens": str(report["tokens"]),
         "prefill": f"{show('prefill_s')} s{reused}",
         "decode": f"{show('decode_s')} s, {show('tokens_per_second', '.1f')} tokens/s{compiled}",
-        "whole answers": f"{show('answer_tokens_per_second', '.1f')} tokens/s{whole}",
+        "whole answers": f"{show('answer_tokens_per_second', '.1f')} tokens/s{speedup}",
         "phases": f"draft {show('draft_s')} s, verify {show('verify_s')} s, rest {show('accept_s')} s",
         "acceptance": f"{show('acceptance_rate')} ({report['accepted']} of {report['drafted']}), "
         f"{show('accepted_per_round')} per round",

@@ -210,8 +210,8 @@ async def _respond(
     if isinstance(item, Exception):
         raise item
     content = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-    whole = head | _choice(content, item.finish_reason) | {"usage": item.usage}
-    await JSONResponse(whole)(scope, receive, send)
+    body = head | _choice(content, item.finish_reason) | {"usage": item.usage}
+    await JSONResponse(body)(scope, receive, send)
 
 
 async def _events(asked: Request, is_chat: bool, head: dict, item: Any, items: asyncio.Queue) -> AsyncIterator[str]:

@@ -100,10 +100,10 @@ class Checkpoints:
         # A checkpoint contains the model, unless only adapters or a draft are trained. Those have a file of their own.
         self.has_adapters = bool(adapter_names(cfg.meta_model))
         self.draft_file = DRAFT_FILE if cfg.freezes_model else f"{DRAFT}/{DRAFT_FILE}" if cfg.draft else None
-        whole = None if self.has_adapters or cfg.freezes_model or self.sharded else self.resumed_from
+        resumed_model = None if self.has_adapters or cfg.freezes_model or self.sharded else self.resumed_from
         section, self.draft = cfg.checkpointer, cfg.draft
-        self.from_scratch = not whole and starts_from_scratch(section)
-        self._section = _resumed_section(section, whole) if whole else section
+        self.from_scratch = not resumed_model and starts_from_scratch(section)
+        self._section = _resumed_section(section, resumed_model) if resumed_model else section
         # torch cannot copy the low-bit state of torchao's optimizers for a background write.
         self._in_background = not cfg.optimizer.path.startswith("torchao.")
         self._completing = ThreadPoolExecutor(max_workers=1)

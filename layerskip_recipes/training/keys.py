@@ -223,9 +223,9 @@ class FinetuneKeys(RecipeConfig):
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint: weights, adapters, the draft in fp32, and the optimizer's state of trained weights."""
-        size, whole = self.torch_dtype.itemsize, weight_bytes(self.meta_model, self.torch_dtype)
+        size, model_bytes = self.torch_dtype.itemsize, weight_bytes(self.meta_model, self.torch_dtype)
         trained, of_draft = self.trained_weights
-        weights = 0 if self.freezes_model or self.save_adapter_weights_only else whole
+        weights = 0 if self.freezes_model or self.save_adapter_weights_only else model_bytes
         weights += size * trained if adapter_names(self.meta_model) else 0
         return weights + trained * self._state_bytes(size) + of_draft * (4 + self._state_bytes(4))
 

@@ -365,8 +365,8 @@ class LayerSkipFinetune:
                 f"masked, or does tokenizer.max_seq_len={self.data.cut_at} cut them off?"
             )
         if self.optimizers.in_backward:  # `_check_sums` has seen the losses only
-            whole = all(bool(local_part(p).isfinite().all()) for p in self.learner.parameters() if p.requires_grad)
-            if not all(from_every_rank(whole)):
+            finite = all(bool(local_part(p).isfinite().all()) for p in self.learner.parameters() if p.requires_grad)
+            if not all(from_every_rank(finite)):
                 what = f"weights: not finite at step {self.step}"
                 raise self.checkpoints.not_finite(what, self.optimizers.base_lr)
         optimizer = optimizer_state(self, shards)

@@ -96,8 +96,8 @@ def renewed(old: DraftWeights, new: DraftWeights) -> DraftWeights:
             part
             for module in weights
             if module is not None
-            for whole in module.parameters()
-            for part in plain_tensors(whole)
+            for parameter in module.parameters()
+            for part in plain_tensors(parameter)
         ]
         for weights in (old, new)
     )
