@@ -99,7 +99,7 @@ def export(
         folder = Path(beside) / target.name
         folder.mkdir()
         _copy_files(source, folder)
-        _write_model(folder, weights, config, draft, vocabulary)
+        config = _write_model(folder, weights, config, draft, vocabulary)
         _write_generation_config(folder / "generation_config.json", config, exit_layer)
         if draft_folder and exit_layer is None and draft is None and _runs_in_loop(config):
             _write_own_draft(draft_folder, folder / DRAFT)
@@ -142,18 +142,19 @@ def _runs_in_loop(config: Mapping[str, Any]) -> bool:
 
 def _write_model(
     folder: Path, weights: list[Path], config: dict[str, Any], draft: int | None, vocabulary: Sequence[int] | None
-) -> None:
-    """Write config and weights, of the first `draft` layers or of all."""
+) -> dict[str, Any]:
+    """Write and return the config, and write the weights, of the first `draft` layers or of all."""
     layers = config["num_hidden_layers"]
     if draft is not None:
-        config.update(first_layers(config, draft))
+        config = first_layers(config, draft)
         (folder / DESCRIPTION).unlink(missing_ok=True)  # it describes the whole model
     tensors = _read_layers(weights, draft or layers)
     if vocabulary is not None:
         tensors["lm_head.weight"] = head_of_vocabulary(tensors, config, vocabulary)
-        config["tie_word_embeddings"] = False
+        config = config | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_torch_state_dict(tensors, folder)
+    return config
 
 
 def how_to_run(checkpoint: str, out: Path, exit_layer: int | None = None, draft: int | None = None) -> str:
